@@ -1,0 +1,26 @@
+"""Exceptions. Each message is one line that names the value, the limit and the remedy."""
+
+from __future__ import annotations
+
+__all__ = ["DoesNotFitError", "InputError", "OutputError", "ScialmError"]
+
+
+class ScialmError(Exception):
+    """Base of every error this package raises on purpose.
+
+    The command line prints the message on one line and exits with `exit_code`.
+    """
+
+    exit_code = 2
+
+
+class InputError(ScialmError, ValueError):
+    """The matrix, a setting or a file given to us cannot be used."""
+
+
+class OutputError(ScialmError, OSError):
+    """The result cannot be written where it was asked for."""
+
+
+class DoesNotFitError(ScialmError, MemoryError):
+    """The forecast is larger than the memory or the disk at hand."""

@@ -1,0 +1,1 @@
+"""Masking, scores and comparisons."""

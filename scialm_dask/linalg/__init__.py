@@ -1,0 +1,1 @@
+"""Numbers: block kernels, the operator, the SVD. Nothing here knows of cells."""

@@ -1,0 +1,1 @@
+"""Planning a run and finding workers for it."""

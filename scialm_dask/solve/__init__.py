@@ -1,0 +1,1 @@
+"""The methods: scIALM, what surrounds it, and recovery from pooled measurements."""
