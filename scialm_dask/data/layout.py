@@ -1,0 +1,87 @@
+"""Where a matrix is cut: pure integers, no input or output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["RowBlocks"]
+
+_MOST_NONZEROS = 4_000_000  # 48 MB of value, index and working copy: some of each fit any worker
+_LEAST_NONZEROS = 200_000  # below this a task is overhead
+_USEFUL_BLOCKS = 16  # enough for every core to have work on a small matrix
+_MOST_ROWS = 1 << 16
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """A partition of the rows of a matrix into consecutive blocks.
+
+    Parameters
+    ----------
+    bounds
+        Strictly increasing row numbers; block ``b`` is rows ``bounds[b]`` to ``bounds[b + 1] - 1``.
+    """
+
+    bounds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.bounds) < 2 or self.bounds[0] != 0 or np.any(np.diff(self.bounds) <= 0):
+            raise ValueError(f"bounds must rise from 0, got {self.bounds[:5]}…")
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return pairwise(self.bounds)
+
+    def __getitem__(self, block: int) -> tuple[int, int]:
+        return self.bounds[block], self.bounds[block + 1]
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows in all."""
+        return self.bounds[-1]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of each block."""
+        return tuple(stop - start for start, stop in self)
+
+    @classmethod
+    def even(cls, n_rows: int, n_blocks: int) -> RowBlocks:
+        """Cut into ``n_blocks`` blocks of (nearly) the same number of rows, fewer if there are fewer rows."""
+        n_blocks = max(1, min(n_blocks, n_rows))
+        return cls(tuple(int(b) for b in np.linspace(0, n_rows, n_blocks + 1).round()))
+
+    @classmethod
+    def by_nonzeros(cls, indptr: NDArray[np.integer]) -> RowBlocks:
+        """Cut so that each block holds about the same number of stored values, of a size made for one task.
+
+        Parameters
+        ----------
+        indptr
+            Cumulative number of stored values, shape ``(n_rows + 1,)``, as in a CSR matrix.
+        """
+        n_rows, total = len(indptr) - 1, int(indptr[-1])
+        target = min(_MOST_NONZEROS, max(_LEAST_NONZEROS, -(-total // _USEFUL_BLOCKS)))
+        n_blocks = max(1, -(-total // target))
+        cuts = np.searchsorted(indptr, np.linspace(0, total, n_blocks + 1)[1:-1])
+        bounds = np.unique(np.concatenate([[0], cuts, [n_rows]]))
+        return cls(tuple(_split_long(bounds.tolist())))
+
+    @classmethod
+    def by_width(cls, n_rows: int, row_values: int) -> RowBlocks:
+        """Cut a dense matrix, each row of which holds ``row_values`` values."""
+        return cls.by_nonzeros(np.arange(n_rows + 1, dtype=np.int64) * row_values)
+
+
+def _split_long(bounds: list[int]) -> Iterator[int]:
+    for start, stop in pairwise(bounds):
+        pieces = -(-(stop - start) // _MOST_ROWS)
+        yield from (start + (stop - start) * i // pieces for i in range(pieces))
+    yield bounds[-1]
