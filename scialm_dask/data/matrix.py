@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
-__all__ = ["ExpressionMatrix", "Observed", "tree_reduce"]
+__all__ = ["ExpressionMatrix", "Observed", "StoredRows", "narrowed", "numeric", "tree_reduce", "widened"]
 
 Observed = Literal["nonzero", "finite"]
 T = TypeVar("T")
@@ -54,10 +54,13 @@ class StoredRows:
     element: str
     encoding: str
     shape: tuple[int, int]
+    label: str | None = None
 
     @property
     def name(self) -> str:
         """What to call it in messages."""
+        if self.label is not None:
+            return self.label
         return f"{self.path}:{self.element}" if self.element else self.path
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
@@ -66,7 +69,8 @@ class StoredRows:
         element = store[self.element] if self.element else store
         try:
             if self.encoding == "array":
-                return sp.csr_matrix(np.asarray(element[start:stop]))
+                dense = np.asarray(element[start:stop])
+                return sp.csr_matrix(dense.astype(numeric(dense.dtype), copy=False))
             indptr = np.asarray(element["indptr"][start : stop + 1], dtype=np.int64)
             span = slice(int(indptr[0]), int(indptr[-1]))
             data, indices = element["data"][span], element["indices"][span]
@@ -102,7 +106,13 @@ def _assemble(
     if len(indices) and (indices.min() < 0 or indices.max() >= rows.shape[1]):
         bad = indices[(indices < 0) | (indices >= rows.shape[1])][0]
         raise InputError(f"{rows.name}: gene index {bad} is outside 0 to {rows.shape[1] - 1}; write the store again")
-    return sp.csr_matrix((data, indices.astype(np.int32, copy=False), indptr), shape=(len(indptr) - 1, rows.shape[1]))
+    data, indices = data.astype(numeric(data.dtype), copy=False), indices.astype(np.int32, copy=False)
+    return sp.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, rows.shape[1]))
+
+
+def numeric(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Type that holds the values of `dtype` and that SciPy can compute with."""
+    return np.dtype({"b": np.uint8, "e": np.float32}.get(dtype.char if dtype.kind == "f" else dtype.kind, dtype))
 
 
 @dataclass(frozen=True)
@@ -228,14 +238,21 @@ class ExpressionMatrix:
         """Return the same matrix, cut otherwise."""
         return replace(self, blocks=blocks)
 
-    def read_block(self, block: int) -> sp.csr_matrix:
+    def read_block(self, block: int, *, as_stored: bool = False) -> sp.csr_matrix:
         """Read one block.
+
+        Parameters
+        ----------
+        block
+            Its number.
+        as_stored
+            Keep the type of the values instead of turning them into float32.
 
         Returns
         -------
         scipy.sparse.csr_matrix
-            Float32, indices sorted and unique (duplicates summed). What it stores is what is observed: no zeros
-            if ``observed == "nonzero"``; explicit zeros, and no NaN, if ``"finite"``.
+            Indices sorted and unique (duplicates summed). What it stores is what is observed: no zeros if
+            ``observed == "nonzero"``; explicit zeros, and no NaN, if ``"finite"``.
 
         Raises
         ------
@@ -246,8 +263,9 @@ class ExpressionMatrix:
         csr = self.rows.read(start, stop)
         if csr.dtype.kind not in "buif":
             raise InputError(f"{self.name}: values are of type {csr.dtype}, not numbers; convert them first")
-        csr = sp.csr_matrix((csr.data.astype(np.float32), csr.indices, csr.indptr), shape=csr.shape)
-        csr.sum_duplicates()
+        dtype = csr.dtype if as_stored else np.float32
+        csr = sp.csr_matrix((csr.data.astype(dtype), csr.indices, csr.indptr), shape=csr.shape)
+        _sum_duplicates(csr, self.name)
         if self.observed == "finite":
             return _finite_entries(csr, self.name)
         self._check_values(csr, start)
@@ -342,7 +360,8 @@ def _blocks_of(rows: StoredRows, element: Any, blocks: int | None) -> RowBlocks:
     fits = len(indptr) == n_cells + 1 and indptr[0] == 0 and indptr[-1] == stored == indexed
     if not fits or np.any(np.diff(indptr) < 0):
         raise InputError(
-            f"{rows.name}: indptr does not fit {n_cells} cells and {stored} values; the store is damaged, write it again"
+            f"{rows.name}: indptr does not fit {n_cells} cells and {stored} values; "
+            "the store is damaged, write it again"
         )
     return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_nonzeros(indptr)
 
@@ -384,6 +403,34 @@ def _zeros_by_right(rows: StoredRows, element: Any, array: zarr.Array[Any], gone
         if any(np.any(np.diff(element["indices"][a:b].astype(np.int64)) <= 0) for a, b in spans):
             return False
     return True
+
+
+def _sum_duplicates(csr: sp.csr_matrix, name: str) -> None:
+    """Sort the indices and sum what is stored twice, in place."""
+    if not csr.has_canonical_format:
+        dtype, csr.data = csr.dtype, widened(csr.data)
+        csr.sum_duplicates()
+        csr.data = narrowed(csr.data, dtype, name)
+
+
+def widened(values: NDArray[Any]) -> NDArray[Any]:
+    """Give values a type in which sums do not overflow."""
+    return values.astype(np.int64 if values.dtype.kind in "iu" else np.float64)
+
+
+def narrowed(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:
+    """Give sums their type back.
+
+    Raises
+    ------
+    InputError
+        If one is beyond what the type holds.
+    """
+    if dtype.kind in "iu" and len(values):
+        limits = np.iinfo(dtype)
+        if values.min() < limits.min or values.max() > limits.max:
+            raise InputError(f"{name}: entries stored twice add up to more than {dtype} holds; store a wider type")
+    return values.astype(dtype)
 
 
 def _finite_entries(csr: sp.csr_matrix, name: str) -> sp.csr_matrix:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import zarr
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CSRWriter", "atomic_output", "missing_chunks", "new_anndata", "open_store", "set_encoding"]
 
-ZARR_FORMAT = 2  # what AnnData writes by default: the widest choice of readers
+ZARR_FORMAT: Literal[2] = 2  # what AnnData writes by default: the widest choice of readers
 _CHUNK_VALUES = 1 << 18  # values in one chunk of `data` or `indices`; a block reads few values it does not want
 _CHUNK_ROWS = 1 << 16
 
