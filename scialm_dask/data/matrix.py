@@ -4,115 +4,29 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import dask
 import numpy as np
 import scipy.sparse as sp
 import zarr
-from numpy.typing import NDArray
 
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.store import missing_chunks, open_store
+from scialm_dask.data.rows import MemoryRows, Rows, blocks_of, check_chunks, describe, narrowed, widened
+from scialm_dask.data.store import open_store
+from scialm_dask.data.stream import in_order
 from scialm_dask.errors import InputError
 
 if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
-__all__ = ["ExpressionMatrix", "Observed", "StoredRows", "narrowed", "numeric", "tree_reduce", "widened"]
+__all__ = ["ExpressionMatrix", "Observed", "check_observed", "check_values", "tree_reduce"]
 
 Observed = Literal["nonzero", "finite"]
 T = TypeVar("T")
-
-
-class Rows(Protocol):
-    """Whatever can hand out consecutive rows as CSR; shipped to tasks, so small or shared."""
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Cells × genes."""
-        ...
-
-    def read(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows `start` to `stop` as stored."""
-        ...
-
-
-@dataclass(frozen=True)
-class StoredRows:
-    """Rows of one element of a store on disk, opened anew wherever it is read."""
-
-    path: str
-    element: str
-    encoding: str
-    shape: tuple[int, int]
-    label: str | None = None
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages."""
-        if self.label is not None:
-            return self.label
-        return f"{self.path}:{self.element}" if self.element else self.path
-
-    def read(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows `start` to `stop` as stored."""
-        store = open_store(self.path)
-        element = store[self.element] if self.element else store
-        try:
-            if self.encoding == "array":
-                dense = np.asarray(element[start:stop])
-                return sp.csr_matrix(dense.astype(numeric(dense.dtype), copy=False))
-            indptr = np.asarray(element["indptr"][start : stop + 1], dtype=np.int64)
-            span = slice(int(indptr[0]), int(indptr[-1]))
-            data, indices = element["data"][span], element["indices"][span]
-        except Exception as error:
-            raise InputError(
-                f"{self.name}: rows {start} to {stop} cannot be read ({error}); the store is damaged, write it again"
-            ) from error
-        return _assemble(self, data, indices, indptr - indptr[0], start)
-
-
-@dataclass(frozen=True)
-class MemoryRows:
-    """Rows of a matrix that is in memory already."""
-
-    matrix: sp.csr_matrix
-    name: str = "matrix"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Cells × genes."""
-        return self.matrix.shape  # type: ignore[no-any-return]
-
-    def read(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows `start` to `stop`."""
-        return self.matrix[start:stop]
-
-
-def _assemble(
-    rows: StoredRows, data: NDArray[Any], indices: NDArray[Any], indptr: NDArray[np.int64], start: int
-) -> sp.csr_matrix:
-    if indptr[0] != 0 or np.any(np.diff(indptr) < 0) or len(data) != len(indices) or len(data) != indptr[-1]:
-        raise InputError(f"{rows.name}: indptr does not fit data and indices from row {start}; write the store again")
-    if len(indices) and (indices.min() < 0 or indices.max() >= rows.shape[1]):
-        bad = indices[(indices < 0) | (indices >= rows.shape[1])][0]
-        raise InputError(f"{rows.name}: gene index {bad} is outside 0 to {rows.shape[1] - 1}; write the store again")
-    data, indices = data.astype(numeric(data.dtype), copy=False), indices.astype(np.int32, copy=False)
-    return sp.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, rows.shape[1]))
-
-
-def numeric(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Type that holds the values of `dtype` and that SciPy can compute with."""
-    return np.dtype({"b": np.uint8, "e": np.float32}.get(dtype.char if dtype.kind == "f" else dtype.kind, dtype))
 
 
 @dataclass(frozen=True)
@@ -172,14 +86,14 @@ class ExpressionMatrix:
         """
         path = os.fspath(path)
         store = open_store(path)
-        rows, element = _describe(path, store, layer)
+        rows, element = describe(path, store, layer)
+        check_chunks(rows, element, missing_chunks_are_zeros)
         if rows.encoding == "csc_matrix":
             from scialm_dask.data.transpose import spill_to_csr
 
             rows = spill_to_csr(rows)
             element = open_store(rows.path)[rows.element]
-        cuts = _blocks_of(rows, element, blocks)
-        _check_chunks(rows, element, missing_chunks_are_zeros)
+        cuts = blocks_of(rows, element, blocks)
         return cls(rows, cuts, observed, path if not isinstance(store, zarr.Array) else None)
 
     @classmethod
@@ -268,21 +182,10 @@ class ExpressionMatrix:
         _sum_duplicates(csr, self.name)
         if self.observed == "finite":
             return _finite_entries(csr, self.name)
-        self._check_values(csr, start)
+        check_values(csr, self.name, start)
         if not csr.data.all():
             csr.eliminate_zeros()
         return csr
-
-    def _check_values(self, csr: sp.csr_matrix, start: int) -> None:
-        smallest, largest = (csr.data.min(), csr.data.max()) if csr.nnz else (0.0, 0.0)
-        if smallest >= 0 and largest < np.inf:  # false for NaN too
-            return
-        at = int(np.flatnonzero(~((csr.data >= 0) & (csr.data < np.inf)))[0])
-        row = int(np.searchsorted(csr.indptr, at, side="right")) - 1
-        raise InputError(
-            f"{self.name}: value {csr.data[at]} at cell {start + row}, gene {csr.indices[at]}; expression must be "
-            "finite and not negative: give counts or normalised counts, not scaled or centred data"
-        )
 
     def to_dask(self) -> da.Array:
         """Give the matrix as a Dask array of float32 CSR chunks, one for each block."""
@@ -295,6 +198,10 @@ class ExpressionMatrix:
             for block, (start, stop) in enumerate(self.blocks)
         ]
         return da.concatenate(chunks, axis=0)
+
+    def stream(self, *, as_stored: bool = False) -> Iterator[sp.csr_matrix]:
+        """Read all blocks in order, a few ahead of the one handed out; see `read_block`."""
+        return in_order(functools.partial(self.read_block, as_stored=as_stored), range(len(self.blocks)))
 
     def reduce(self, visit: Callable[[sp.csr_matrix, int], T], combine: Callable[[T, T], T]) -> T:
         """Visit every block once and combine what the visits return, pairwise, in a fixed order.
@@ -323,86 +230,25 @@ def tree_reduce(parts: list[Any], combine: Callable[[T, T], T]) -> Any:
     return parts[0]
 
 
-def _describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]:
-    """Find the element and how it is stored."""
-    element: Any
-    if isinstance(store, zarr.Array):
-        if layer is not None:
-            raise InputError(f"{path}: a bare array has no layer {layer!r}; leave the layer out")
-        element, name = store, ""
-    else:
-        name = f"layers/{layer}" if layer else "X"
-        if name not in store:
-            layers = sorted(store["layers"]) if "layers" in store else []
-            raise InputError(f"{path}: has no {name}; its layers are: {', '.join(layers) or 'none'}")
-        element = store[name]
-    encoding = str(element.attrs.get("encoding-type", "array")).replace("-", "_")
-    if encoding in ("csr_matrix", "csc_matrix"):
-        shape = tuple(int(n) for n in element.attrs["shape"])
-        dtype = element["data"].dtype
-    elif encoding == "array" and hasattr(element, "shape"):
-        shape, dtype = tuple(element.shape), element.dtype
-    else:
-        raise InputError(f"{path}:{name}: stored as {encoding}; convert it to CSR, CSC or a dense array")
-    if len(shape) != 2 or 0 in shape:
-        raise InputError(f"{path}:{name}: shape {shape}; a matrix of at least one cell and one gene is needed")
-    if dtype.kind not in "buif":
-        raise InputError(f"{path}:{name}: values are of type {dtype}, not numbers; convert them first")
-    return StoredRows(path, name, encoding, (shape[0], shape[1])), element
+def check_values(csr: sp.csr_matrix, name: str, first_row: int) -> None:
+    """Raise `InputError` if a value is negative, NaN or infinite."""
+    smallest, largest = (csr.data.min(), csr.data.max()) if csr.nnz else (0, 0)
+    if smallest >= 0 and largest < np.inf:  # false for NaN too
+        return
+    at = int(np.flatnonzero(~((csr.data >= 0) & (csr.data < np.inf)))[0])
+    row = int(np.searchsorted(csr.indptr, at, side="right")) - 1
+    raise InputError(
+        f"{name}: value {csr.data[at]} at cell {first_row + row}, gene {csr.indices[at]}; expression must be "
+        "finite and not negative: give counts or normalised counts, not scaled or centred data"
+    )
 
 
-def _blocks_of(rows: StoredRows, element: Any, blocks: int | None) -> RowBlocks:
-    n_cells, n_genes = rows.shape
-    if rows.encoding == "array":
-        return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_width(n_cells, n_genes)
-    indptr = np.asarray(element["indptr"][:], dtype=np.int64)
-    stored, indexed = element["data"].shape[0], element["indices"].shape[0]
-    fits = len(indptr) == n_cells + 1 and indptr[0] == 0 and indptr[-1] == stored == indexed
-    if not fits or np.any(np.diff(indptr) < 0):
+def check_observed(n_observed: int, name: str) -> None:
+    """Raise `InputError` if a matrix turned out to have no observed entry."""
+    if n_observed == 0:
         raise InputError(
-            f"{rows.name}: indptr does not fit {n_cells} cells and {stored} values; "
-            "the store is damaged, write it again"
+            f"{name}: no entry is observed, all are zero; give a matrix with non-zeros, e.g. another layer"
         )
-    return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_nonzeros(indptr)
-
-
-def _check_chunks(rows: StoredRows, element: Any, missing_are_zeros: bool) -> None:
-    """Refuse a Zarr element of which chunks are gone, since Zarr would read them as zeros."""
-    arrays = [element] if rows.encoding == "array" else [element[name] for name in ("data", "indices", "indptr")]
-    for array in arrays:
-        if not isinstance(array, zarr.Array) or (missing_are_zeros and rows.encoding == "array"):
-            continue
-        gone = missing_chunks(array)
-        if gone and not _zeros_by_right(rows, element, array, gone):
-            what = (
-                f"{rows.name}: {len(gone)} of {array.nchunks} chunks of {array.basename} are missing, first {gone[0]}"
-            )
-            if rows.encoding == "array":
-                raise InputError(f"{what}; restore them, or pass --missing-chunks-are-zeros if they were all zeros")
-            raise InputError(f"{what}; the store is damaged, write it again")
-
-
-def _zeros_by_right(rows: StoredRows, element: Any, array: zarr.Array[Any], gone: list[tuple[int, ...]]) -> bool:
-    """Tell whether the absent chunks of a sparse element may be chunks of zeros that Zarr chose not to write.
-
-    So it is with `indptr` before the first value, and with `indices` where each row has gene 0 alone. Rows that
-    lie over a lost chunk come out with repeated or falling indices.
-    """
-    if array.basename == "data" or rows.encoding == "array":
-        return False
-    indptr = np.asarray(element["indptr"][:], dtype=np.int64)
-    step = (array.shards or array.chunks)[0]
-    for (position,) in gone:
-        start, stop = position * step, min((position + 1) * step, array.shape[0])
-        if array.basename == "indptr":
-            first, last = min(stop - 1, rows.shape[0] - 1), min(stop, rows.shape[0])
-        else:
-            first = int(np.searchsorted(indptr, start, side="right")) - 1
-            last = int(np.searchsorted(indptr, stop - 1, side="right"))
-        spans = [(int(indptr[r]), int(indptr[r + 1])) for r in range(max(first, 0), last)]
-        if any(np.any(np.diff(element["indices"][a:b].astype(np.int64)) <= 0) for a, b in spans):
-            return False
-    return True
 
 
 def _sum_duplicates(csr: sp.csr_matrix, name: str) -> None:
@@ -411,26 +257,6 @@ def _sum_duplicates(csr: sp.csr_matrix, name: str) -> None:
         dtype, csr.data = csr.dtype, widened(csr.data)
         csr.sum_duplicates()
         csr.data = narrowed(csr.data, dtype, name)
-
-
-def widened(values: NDArray[Any]) -> NDArray[Any]:
-    """Give values a type in which sums do not overflow."""
-    return values.astype(np.int64 if values.dtype.kind in "iu" else np.float64)
-
-
-def narrowed(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:
-    """Give sums their type back.
-
-    Raises
-    ------
-    InputError
-        If one is beyond what the type holds.
-    """
-    if dtype.kind in "iu" and len(values):
-        limits = np.iinfo(dtype)
-        if values.min() < limits.min or values.max() > limits.max:
-            raise InputError(f"{name}: entries stored twice add up to more than {dtype} holds; store a wider type")
-    return values.astype(dtype)
 
 
 def _finite_entries(csr: sp.csr_matrix, name: str) -> sp.csr_matrix:

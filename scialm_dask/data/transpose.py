@@ -18,7 +18,7 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
-from scialm_dask.data.matrix import StoredRows, narrowed, numeric, widened
+from scialm_dask.data.rows import StoredRows, narrowed, numeric, widened
 from scialm_dask.data.store import CSRWriter, open_store
 from scialm_dask.errors import InputError
 
