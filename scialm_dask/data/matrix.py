@@ -14,7 +14,7 @@ import scipy.sparse as sp
 import zarr
 
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.rows import MemoryRows, Rows, blocks_of, check_chunks, describe, narrowed, widened
+from scialm_dask.data.rows import MemoryRows, Rows, blocks_of, check_chunks, describe, sum_duplicates
 from scialm_dask.data.store import open_store
 from scialm_dask.data.stream import in_order
 from scialm_dask.errors import InputError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
-__all__ = ["ExpressionMatrix", "Observed", "check_observed", "check_values", "tree_reduce"]
+__all__ = ["ExpressionMatrix", "Observed", "check_observed", "check_values", "read_annotation", "tree_reduce"]
 
 Observed = Literal["nonzero", "finite"]
 T = TypeVar("T")
@@ -124,29 +124,12 @@ class ExpressionMatrix:
     @functools.cached_property
     def obs(self) -> pd.DataFrame:
         """Annotation of the cells, read when first asked for."""
-        return self._frame("obs", self.shape[0])
+        return read_annotation(self.annotation, "obs", self.shape[0])
 
     @functools.cached_property
     def var(self) -> pd.DataFrame:
         """Annotation of the genes, read when first asked for."""
-        return self._frame("var", self.shape[1])
-
-    def _frame(self, axis: str, length: int) -> pd.DataFrame:
-        import pandas as pd
-
-        if self.annotation is None:
-            return pd.DataFrame(index=pd.RangeIndex(length).astype(str))
-        import anndata
-
-        try:
-            frame = anndata.io.read_elem(open_store(self.annotation)[axis])
-        except Exception as error:
-            raise InputError(f"{self.annotation}: {axis} cannot be read ({error}); write the store again") from error
-        if len(frame) != length:
-            raise InputError(
-                f"{self.annotation}: {axis} has {len(frame)} rows, the matrix {length}; write the store again"
-            )
-        return frame
+        return read_annotation(self.annotation, "var", self.shape[1])
 
     def with_blocks(self, blocks: RowBlocks) -> ExpressionMatrix:
         """Return the same matrix, cut otherwise."""
@@ -179,7 +162,7 @@ class ExpressionMatrix:
             raise InputError(f"{self.name}: values are of type {csr.dtype}, not numbers; convert them first")
         dtype = csr.dtype if as_stored else np.float32
         csr = sp.csr_matrix((csr.data.astype(dtype), csr.indices, csr.indptr), shape=csr.shape)
-        _sum_duplicates(csr, self.name)
+        sum_duplicates(csr, self.name)
         if self.observed == "finite":
             return _finite_entries(csr, self.name)
         check_values(csr, self.name, start)
@@ -221,6 +204,23 @@ class ExpressionMatrix:
         return tree_reduce(parts, combine).compute()  # type: ignore[no-any-return]
 
 
+def read_annotation(path: str | None, axis: str, length: int) -> pd.DataFrame:
+    """Read ``obs`` or ``var`` of an AnnData store; number the rows if there is no store."""
+    import pandas as pd
+
+    if path is None:
+        return pd.DataFrame(index=pd.RangeIndex(length).astype(str))
+    import anndata
+
+    try:
+        frame = anndata.io.read_elem(open_store(path)[axis])
+    except Exception as error:
+        raise InputError(f"{path}: {axis} cannot be read ({error}); write the store again") from error
+    if len(frame) != length:
+        raise InputError(f"{path}: {axis} has {len(frame)} rows, the matrix {length}; write the store again")
+    return frame
+
+
 def tree_reduce(parts: list[Any], combine: Callable[[T, T], T]) -> Any:
     """Combine delayed parts pairwise, neighbours first: a fixed order, and few parts alive at a time."""
     merge = dask.delayed(combine)
@@ -249,14 +249,6 @@ def check_observed(n_observed: int, name: str) -> None:
         raise InputError(
             f"{name}: no entry is observed, all are zero; give a matrix with non-zeros, e.g. another layer"
         )
-
-
-def _sum_duplicates(csr: sp.csr_matrix, name: str) -> None:
-    """Sort the indices and sum what is stored twice, in place."""
-    if not csr.has_canonical_format:
-        dtype, csr.data = csr.dtype, widened(csr.data)
-        csr.sum_duplicates()
-        csr.data = narrowed(csr.data, dtype, name)
 
 
 def _finite_entries(csr: sp.csr_matrix, name: str) -> sp.csr_matrix:

@@ -198,6 +198,14 @@ def _zeros_by_right(rows: StoredRows, element: Any, array: zarr.Array[Any], gone
     return True
 
 
+def sum_duplicates(csr: sp.csr_matrix, name: str) -> None:
+    """Sort the indices and sum what is stored twice, in place."""
+    if not csr.has_canonical_format:
+        dtype, csr.data = csr.dtype, widened(csr.data)
+        csr.sum_duplicates()
+        csr.data = narrowed(csr.data, dtype, name)
+
+
 def widened(values: NDArray[Any]) -> NDArray[Any]:
     """Give values a type in which sums do not overflow."""
     return values.astype(np.int64 if values.dtype.kind in "iu" else np.float64)

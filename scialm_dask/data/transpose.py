@@ -22,7 +22,7 @@ from scialm_dask.data.rows import StoredRows, narrowed, numeric, widened
 from scialm_dask.data.store import CSRWriter, open_store
 from scialm_dask.errors import InputError
 
-__all__ = ["Entries", "columns_of", "rows_in_order", "spill_to_csr", "temporary_folder"]
+__all__ = ["Entries", "columns_of", "csr_of", "rows_in_order", "spill_to_csr", "temporary_folder"]
 
 _PIECE = 1 << 20  # entries handled at once
 _BUCKET = 1 << 21  # entries sorted at once
@@ -135,33 +135,37 @@ def rows_in_order(
     record = np.dtype([("row", np.int64), ("column", np.int32), ("value", dtype)])
     with temporary_folder() as folder:
         names = (folder / f"{number}" for number in count())
-        for block in _deal(pieces, (0, shape[0]), n_expected, shape[1], record, names):
-            block.data = narrowed(block.data, dtype, name)
-            yield block
+        for span, entries in _deal(pieces, (0, shape[0]), n_expected, record, names):
+            yield csr_of(entries, span, shape[1], dtype, name)
+
+
+def csr_of(entries: Entries, span: tuple[int, int], n_columns: int, dtype: np.dtype[Any], name: str) -> sp.csr_matrix:
+    """Build rows ``span[0]`` to ``span[1] - 1`` from all their entries; those at the same place are added."""
+    place = (entries.rows - span[0], entries.columns)
+    csr = sp.coo_matrix((widened(entries.values), place), shape=(span[1] - span[0], n_columns)).tocsr()
+    csr.data = narrowed(csr.data, dtype, name)
+    return csr
 
 
 def _deal(
-    pieces: Iterable[Entries],
-    span: tuple[int, int],
-    n_expected: int,
-    n_columns: int,
-    record: np.dtype[Any],
-    names: Iterator[Path],
-) -> Iterator[sp.csr_matrix]:
-    """Deal the entries of rows ``span`` out to bucket files and hand out the rows of each in turn."""
+    pieces: Iterable[Entries], span: tuple[int, int], n_expected: int, record: np.dtype[Any], names: Iterator[Path]
+) -> Iterator[tuple[tuple[int, int], Entries]]:
+    """Deal the entries of rows `span` out to bucket files and hand out each, in turn, with its rows."""
     start, stop = span
     n_buckets = min(max(1, -(-n_expected // (_BUCKET // 2))), _MOST_BUCKETS, stop - start)
     bounds = np.linspace(start, stop, n_buckets + 1).round().astype(np.int64)
     files = [next(names) for _ in range(n_buckets)]
+    for file in files:
+        file.touch()
     for piece in pieces:
         _append(piece, bounds, files, record)
     for file, first, last in zip(files, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        n_entries = file.stat().st_size // record.itemsize if file.exists() else 0
+        n_entries = file.stat().st_size // record.itemsize
         if n_entries > _BUCKET and last - first > 1:
-            yield from _deal(_read(file, record), (first, last), n_entries, n_columns, record, names)
+            yield from _deal(_read(file, record), (first, last), n_entries, record, names)
         else:
-            yield _sorted_rows(file, n_entries, (first, last), n_columns, record)
-        file.unlink(missing_ok=True)
+            yield (first, last), _entries(np.fromfile(file, record))
+        file.unlink()
 
 
 def _append(piece: Entries, bounds: NDArray[np.int64], files: list[Path], record: np.dtype[Any]) -> None:
@@ -178,12 +182,8 @@ def _append(piece: Entries, bounds: NDArray[np.int64], files: list[Path], record
 def _read(file: Path, record: np.dtype[Any]) -> Iterator[Entries]:
     with file.open("rb") as stream:
         while len(records := np.fromfile(stream, record, _PIECE)):
-            yield Entries(records["row"], records["column"], records["value"])
+            yield _entries(records)
 
 
-def _sorted_rows(
-    file: Path, n_entries: int, span: tuple[int, int], n_columns: int, record: np.dtype[Any]
-) -> sp.csr_matrix:
-    records = np.fromfile(file, record) if n_entries else np.empty(0, record)
-    place = (records["row"] - span[0], records["column"])
-    return sp.coo_matrix((widened(records["value"]), place), shape=(span[1] - span[0], n_columns)).tocsr()
+def _entries(records: NDArray[Any]) -> Entries:
+    return Entries(records["row"], records["column"], records["value"])
