@@ -134,7 +134,9 @@ def describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]
     elif encoding == "array" and hasattr(element, "shape"):
         shape, dtype = tuple(element.shape), element.dtype
     else:
-        raise InputError(f"{path}:{name}: stored as {encoding}; convert it to CSR, CSC or a dense array")
+        raise InputError(
+            f"{path}:{name}: stored as {encoding}, not as numbers in CSR, CSC or a dense array; convert it"
+        )
     if len(shape) != 2 or 0 in shape:
         raise InputError(f"{path}:{name}: shape {shape}; a matrix of at least one cell and one gene is needed")
     if dtype.kind not in "buif":

@@ -19,7 +19,7 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.rows import StoredRows, narrowed, numeric, widened
-from scialm_dask.data.store import CSRWriter, open_store
+from scialm_dask.data.store import ZARR_FORMAT, CSRWriter, open_store, output_error
 from scialm_dask.errors import InputError
 
 __all__ = ["Entries", "columns_of", "csr_of", "rows_in_order", "spill_to_csr", "temporary_folder"]
@@ -39,10 +39,18 @@ class Entries(NamedTuple):
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Give a folder for temporary files, where Dask is configured to have them, removed at the end."""
+    """Give a folder for temporary files, where Dask is configured to have them, removed at the end.
+
+    Raises
+    ------
+    OutputError
+        If the disk is full.
+    """
     folder = _new_folder()
     try:
         yield folder
+    except OSError as error:
+        raise output_error(folder, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -59,11 +67,15 @@ def spill_to_csr(rows: StoredRows) -> StoredRows:
     """
     folder = _new_folder()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    root = zarr.open_group(os.fspath(folder / "rows.zarr"), mode="w-")
-    dtype = numeric(open_store(rows.path)[rows.element]["data"].dtype)
-    with CSRWriter(root, "X", n_columns=rows.shape[1], dtype=dtype) as writer:
-        for block in rows_in_order(columns_of(rows), rows.shape, dtype, _n_stored(rows), rows.name):
-            writer.append(block)
+    data = open_store(rows.path)[rows.element]["data"]
+    dtype, n_stored = numeric(data.dtype), int(data.shape[0])
+    try:
+        root = zarr.open_group(os.fspath(folder / "rows.zarr"), mode="w-", zarr_format=ZARR_FORMAT)
+        with CSRWriter(root, "X", n_columns=rows.shape[1], dtype=dtype) as writer:
+            for block in rows_in_order(columns_of(rows), rows.shape, dtype, n_stored, rows.name):
+                writer.append(block)
+    except OSError as error:
+        raise output_error(folder, error) from error
     return StoredRows(os.fspath(folder / "rows.zarr"), "X", "csr_matrix", rows.shape, label=rows.name)
 
 
@@ -100,10 +112,6 @@ def columns_of(rows: StoredRows) -> Iterator[Entries]:
                 f"{rows.name}: cell index {bad} is outside 0 to {rows.shape[0] - 1}; write the store again"
             )
         yield Entries(cells, columns, np.asarray(data[start:stop]))
-
-
-def _n_stored(rows: StoredRows) -> int:
-    return int(open_store(rows.path)[rows.element]["data"].shape[0])
 
 
 def rows_in_order(

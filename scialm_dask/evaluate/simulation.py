@@ -180,7 +180,11 @@ def _write(path: Any, programs: Programs, n_cells: int, density: float, seed: in
     root = new_anndata(path, obs=pd.DataFrame(), var=genes)
     anndata.io.write_elem(root, "varm/true_right", programs.expression)
     left = root.create_array(
-        "obsm/true_left", shape=(n_cells, rank), chunks=(step, rank), dtype=np.float32, config={"write_empty_chunks": True}
+        "obsm/true_left",
+        shape=(n_cells, rank),
+        chunks=(step, rank),
+        dtype=np.float32,
+        config={"write_empty_chunks": True},
     )
     set_encoding(left, "array", "0.2.0")
     with CSRWriter(root, "X", n_columns=n_genes, dtype=np.int32) as writer:
