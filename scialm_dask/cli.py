@@ -20,9 +20,9 @@ _INTERRUPTED = 130
 class _Commands(click.Group):
     """Turns the package's errors into one line on standard error and an exit code."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+    def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().main(*args, standalone_mode=standalone_mode, **kwargs)
+            return super().invoke(ctx)
         except ScialmError as error:
             click.echo(f"scialm-dask: error: {' '.join(str(error).split())}", err=True)
             sys.exit(error.exit_code)

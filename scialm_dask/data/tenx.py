@@ -124,27 +124,31 @@ class MatrixMarket:
         import pandas as pd
 
         n_read = 0
+        kind = np.int64 if self.dtype.kind == "i" else np.float32
+        types = {"row": np.int64, "column": np.int64, "value": kind}
+        how = {"sep": r"\s+", "header": None, "names": list(types), "dtype": types, "comment": "%", "chunksize": _PIECE}
         try:
             with _stream(self.matrix) as stream:
                 _header(stream, self.matrix)
-                types = {"row": np.int64, "column": np.int64, "value": self.dtype}
-                for part in pd.read_csv(
-                    stream, sep=r"\s+", header=None, names=list(types), dtype=types, comment="%", chunksize=_PIECE
-                ):
-                    n_read += len(part)
-                    yield self._checked(part)
+                with pd.read_csv(stream, **how) as parts:
+                    for part in parts:
+                        n_read += len(part)
+                        if len(part):
+                            yield self._checked(part)
+        except pd.errors.EmptyDataError:
+            pass
+        except InputError:
+            raise
         except (ValueError, OverflowError, EOFError, OSError, zlib.error) as error:
-            if isinstance(error, InputError):
-                raise
-            if n_read < self.n_entries or not isinstance(error, pd.errors.EmptyDataError):
-                raise InputError(
-                    f"{self.matrix}: cannot be read after entry {n_read} ({error}); fetch it again"
-                ) from error
+            raise InputError(f"{self.matrix}: cannot be read after entry {n_read} ({error}); fetch it again") from error
         if n_read != self.n_entries:
             raise InputError(f"{self.matrix}: {n_read} entries, {self.n_entries} announced; fetch it again")
 
     def _checked(self, part: pd.DataFrame) -> Entries:
-        entries = Entries(part["column"].to_numpy() - 1, part["row"].to_numpy() - 1, part["value"].to_numpy())
+        values = part["value"].to_numpy()
+        if self.dtype.kind == "i" and values.max() > np.iinfo(self.dtype).max:
+            raise InputError(f"{self.matrix}: count {values.max()} is too large for {self.dtype}; fetch it again")
+        entries = Entries(part["column"].to_numpy() - 1, part["row"].to_numpy() - 1, values.astype(self.dtype))
         for what, index, size in (("cell", entries.rows, self.shape[0]), ("gene", entries.columns, self.shape[1])):
             wrong = (index < 0) | (index >= size)
             if wrong.any():

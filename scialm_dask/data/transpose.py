@@ -184,7 +184,7 @@ def _append(piece: Entries, bounds: NDArray[np.int64], files: list[Path], record
     cuts = np.searchsorted(bucket[order], np.arange(len(files) + 1))
     for b in np.flatnonzero(np.diff(cuts)):
         with files[b].open("ab") as file:
-            records[cuts[b] : cuts[b + 1]].tofile(file)
+            file.write(records[cuts[b] : cuts[b + 1]].data)  # tofile hides why it fails
 
 
 def _read(file: Path, record: np.dtype[Any]) -> Iterator[Entries]:
