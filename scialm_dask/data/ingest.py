@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scialm_dask.data.matrix import check_values, read_annotation
 from scialm_dask.data.rows import StoredRows, blocks_of, check_chunks, describe, numeric, sum_duplicates
 from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata, open_store
-from scialm_dask.data.stream import in_order
+from scialm_dask.data.stream import Advance, in_order
 from scialm_dask.data.tenx import MatrixMarket, h5_annotation, h5_group, h5_rows, is_10x_h5
 from scialm_dask.data.transpose import Entries, columns_of, csr_of, rows_in_order
 from scialm_dask.errors import InputError
@@ -22,9 +22,7 @@ from scialm_dask.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Advance", "convert", "unique_names"]
-
-Advance = Callable[[float], None]  # told what share of the work has been done since last time
+__all__ = ["convert", "unique_names"]
 
 _GENES = "Gene Expression"
 

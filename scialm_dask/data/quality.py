@@ -11,9 +11,9 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
-from scialm_dask.data.ingest import Advance
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata
+from scialm_dask.data.stream import Advance
 from scialm_dask.errors import InputError
 
 __all__ = ["Thresholds", "quality_control"]

@@ -11,9 +11,8 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scialm_dask.data.ingest import Advance
 from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata, set_encoding
-from scialm_dask.data.stream import in_order
+from scialm_dask.data.stream import Advance, in_order
 from scialm_dask.errors import InputError
 from scialm_dask.linalg.draws import mixed
 

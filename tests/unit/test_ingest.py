@@ -36,8 +36,8 @@ def small_pieces(monkeypatch):
     """Sizes at which a small matrix takes many blocks, pieces, buckets and chunks."""
     for module, name, value in (
         (layout, "_LEAST_NONZEROS", 100),
-        (store, "_CHUNK_VALUES", 128),
-        (store, "_CHUNK_ROWS", 32),
+        (store, "_CHUNK_VALUES", 512),
+        (store, "_CHUNK_ROWS", 50),
         (transpose, "_PIECE", 100),
         (transpose, "_BUCKET", 200),
         (tenx, "_PIECE", 100),
@@ -243,9 +243,8 @@ HEADER = "%%MatrixMarket matrix coordinate integer general\n"
         (HEADER + "40 121 1\n1 1 5\n", "120 lines, but the matrix has 121"),
     ],
 )
-@pytest.mark.parametrize("compress", [False, True])
-def test_bad_mex(cli, counts, tmp_path, text, message, compress):
-    folder = write_mex(tmp_path / "mex", counts, compress=compress, text=text)
+def test_bad_mex(cli, counts, tmp_path, text, message):
+    folder = write_mex(tmp_path / "mex", counts, compress=False, text=text)
     result = cli("convert", folder, tmp_path / "out.zarr")
     assert result.exit_code == 2
     assert message in result.stderr
