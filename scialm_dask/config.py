@@ -38,8 +38,8 @@ class Settings:
     patience
         Iterations without a lower held-out error before stopping.
     scaling
-        ``"none"``, or ``"poisson"``: genes and cells are scaled so that counting noise is even (gene mean^−½, cell
-        size^−½), and the factors scaled back.
+        Exponents (g, c): each gene is scaled by (mean of its observed entries)^−g and each cell by (size factor)^−c
+        before, and the factors scaled back after. (½, ½) makes counting noise even; (0, 0) is as published.
     svd_passes
         The most passes over the data for one SVD.
     svd_tolerance
@@ -57,7 +57,7 @@ class Settings:
     max_rank: int | None = None
     validation: float = 0.02
     patience: int = 3
-    scaling: Literal["none", "poisson"] = "poisson"
+    scaling: tuple[float, float] = (0.5, 0.5)
     svd_passes: int = 2
     svd_tolerance: float = 0.0
     seed: int = 0
@@ -78,6 +78,9 @@ class Settings:
         if not 0 < self.validation < 1:
             raise InputError(f"validation is {self.validation}; it is a share, give a number between 0 and 1")
 
+        if len(self.scaling) != 2 or not all(0 <= exponent <= 1 for exponent in self.scaling):
+            raise InputError(f"scaling is {self.scaling}; give two exponents between 0 and 1, of genes and of cells")
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and for the result's ``uns``."""
         return asdict(self)
@@ -91,14 +94,28 @@ def preset(name: str, **changes: Any) -> Settings:
     name
         ``"auto"``: stops before noise is fitted. ``"paper"``: as published (Algorithm 3, ε = 1e-4).
     **changes
-        Fields of `Settings` to set otherwise; None leaves the preset's.
+        Fields of `Settings` to set otherwise; None leaves the preset's. `scaling` may be ``"none"``,
+        ``"poisson"`` or two numbers with a comma between.
     """
     changes = {field: value for field, value in changes.items() if value is not None}
+    if isinstance(changes.get("scaling"), str):
+        changes["scaling"] = _exponents(changes["scaling"])
     if name == "paper":
-        published = {"rank_policy": "paper", "stop": "residual", "scaling": "none"}
+        published = {"rank_policy": "paper", "stop": "residual", "scaling": (0.0, 0.0)}
         return Settings(**{**published, "svd_passes": 30, "svd_tolerance": 3e-4, **changes})
     _choice("preset", name, Preset)
     return Settings(**changes)
+
+
+def _exponents(words: str) -> tuple[float, float]:
+    named = {"none": (0.0, 0.0), "poisson": (0.5, 0.5)}
+    if words in named:
+        return named[words]
+    try:
+        gene, cell = (float(word) for word in words.split(","))
+    except ValueError:
+        raise InputError(f"scaling is {words!r}; give none, poisson, or two exponents such as 0.75,0.5") from None
+    return gene, cell
 
 
 def _choice(field: str, value: Any, options: Any) -> None:

@@ -66,7 +66,13 @@ class ZarrScratch:
         folder = os.path.join(self.path, f"{name}.{version}")
         chunks = tuple(max(1, n) for n in array.shape)
         target = zarr.create_array(
-            folder, name=str(block), shape=array.shape, chunks=chunks, dtype=array.dtype, compressors=None, overwrite=True
+            folder,
+            name=str(block),
+            shape=array.shape,
+            chunks=chunks,
+            dtype=array.dtype,
+            compressors=None,
+            overwrite=True,
         )
         target[...] = array
         return folder, str(block)

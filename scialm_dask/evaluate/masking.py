@@ -15,17 +15,7 @@ from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_a
 from scialm_dask.data.stream import Advance
 from scialm_dask.errors import InputError
 
-__all__ = ["gene_counts", "mask", "n_hidden_of"]
-
-_NEVER_HIDDEN = 3  # genes with no more observed entries keep them all
-
-
-def n_hidden_of(counts: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
-    """Tell how many entries of each gene to hide: ``int(count * fraction)``, none if `count` is three or less."""
-    if not 0 < fraction < 1:
-        raise InputError(f"fraction is {fraction}; give the share to hide, between 0 and 1")
-    hidden: NDArray[np.int64] = (counts * fraction).astype(np.int64)
-    return np.where(counts > _NEVER_HIDDEN, hidden, 0)
+__all__ = ["gene_counts", "mask"]
 
 
 def gene_counts(matrix: ExpressionMatrix, advance: Advance = lambda _: None) -> NDArray[np.int64]:
@@ -83,11 +73,14 @@ def mask(
         If the destination cannot be written.
     """
     check_output(destination, overwrite=overwrite, sources=(source,))
-    n_hidden_of(np.zeros(0, np.int64), fraction)
+    if not 0 < fraction < 1:
+        raise InputError(f"fraction is {fraction}; give the share to hide, between 0 and 1")
     matrix = ExpressionMatrix.open(source, layer)
     counts = gene_counts(matrix, lambda share: advance(share / 2))
     check_observed(int(counts.sum()), matrix.name)
-    n_hidden = n_hidden_of(counts, fraction)
+    from scialm_dask.linalg.draws import n_to_hide
+
+    n_hidden = n_to_hide(counts, fraction)
     if not n_hidden.any():
         raise InputError(f"{matrix.name}: no gene has enough non-zeros to hide {fraction} of them; give a larger share")
     with atomic_output(destination, overwrite=overwrite, sources=(source,)) as partial:

@@ -7,6 +7,7 @@ marks an entry that is held out: it is scored, and otherwise treated as unknown.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -130,7 +131,7 @@ class Sums(NamedTuple):
 
 def add_sums(one: Sums, other: Sums) -> Sums:
     """Add what two blocks gave back."""
-    return Sums(*(a + b for a, b in zip(one, other, strict=True)))
+    return Sums(*map(operator.add, one, other))
 
 
 def visit(block: Block, state: BlockState, view: View) -> tuple[BlockState, Sums]:
@@ -228,7 +229,7 @@ def row_gram(blocks: tuple[Block, Block], halves: tuple[RowHalf, RowHalf], core:
 
 
 def _sparse(block: Block, state: BlockState, right: Floats) -> Floats:
-    """The sparse part of W: w − a at the observed entries."""
+    """Give the sparse part of W: w − a at the observed entries."""
     sparse = sampled_product(block, state.left, right)
     _sparse_part(state.estimate, sparse)
     return sparse

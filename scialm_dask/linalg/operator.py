@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from scialm_dask.linalg import kernels
 from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, RowHalf, Step, Sums, View, add_sums
 
-__all__ = ["BlockSource", "LowRankPlusSparse", "Product"]
+__all__ = ["BlockSource", "LowRankPlusSparse", "Observations", "Product", "Store"]
 
 
 class BlockSource(Protocol):
@@ -56,6 +56,20 @@ class Store(Protocol):
     def drop(self, name: str, version: int) -> None:
         """Forget a version."""
         ...
+
+
+class Observations(NamedTuple):
+    """What is known of the observed entries before the first iteration.
+
+    Number of entries in Ω and of those that are held out of it; ‖D‖² over either; number of rows that had observed
+    entries and of which all are held out.
+    """
+
+    n_observed: int
+    n_held_out: int
+    sum_squares: float
+    held_out_squares: float
+    n_emptied: int
 
 
 class Product(NamedTuple):
@@ -100,6 +114,8 @@ class LowRankPlusSparse:
         Rows × columns.
     bounds : tuple of int
         First row of each block, and the number of rows.
+    observations : Observations
+        Of the observed entries.
     passes : int
         How many times the blocks were visited so far.
     """
@@ -118,10 +134,13 @@ class LowRankPlusSparse:
         if resident:
             load = dask.delayed(_load)
             self._blocks = _run([load(self._source, b) for b in range(self.n_blocks)])
-        begin = dask.delayed(_begin)
-        self._state: tuple[Delayed, ...] = _run(
-            [begin(self._store, self._source, b, self._blocks[b]) for b in range(self.n_blocks)]
-        )
+        begin = dask.delayed(_begin, pure=False, nout=2)
+        parts = [begin(self._store, self._source, b, self._blocks[b]) for b in self._each()]
+        total = _tree([counted for _, counted in parts], dask.delayed(_add))
+        *state, total = _run([refs for refs, _ in parts] + [total])
+        self._state: tuple[Delayed, ...] = tuple(state)
+        self.observations = Observations(*total.compute())
+        self.passes = 1
 
     @property
     def size(self) -> float:
@@ -174,7 +193,12 @@ class LowRankPlusSparse:
         prepare, pair = dask.delayed(_row_half), dask.delayed(_row_gram)
         halves = [prepare(self._store, self._source, b, self._blocks[b], self._state[b], view) for b in self._each()]
         corners = [(i, j) for i in self._each() for j in range(i, self.n_blocks)]
-        tiles = _run([pair(self._source, (i, j), self._blocks[i], self._blocks[j], halves[i], halves[j], core) for i, j in corners])
+        tiles = _run(
+            [
+                pair(self._source, (i, j), self._blocks[i], self._blocks[j], halves[i], halves[j], core)
+                for i, j in corners
+            ]
+        )
         self.passes += 1
         gram = np.empty((self.shape[0], self.shape[0]))
         for (i, j), tile in zip(corners, dask.compute(*tiles), strict=True):
@@ -226,7 +250,7 @@ class LowRankPlusSparse:
         return Product(cross, sums.gram, sums.misfit, sums.held_out)
 
     def _carry(self, view: View) -> Delayed:
-        """What every task of a pass needs, as one task that is sent to each worker once."""
+        """Wrap what every task of a pass needs as one task, which is sent to each worker once."""
         return dask.delayed(view, name=f"view-{self._id}-{uuid.uuid4().hex[:8]}", traverse=False)
 
     def _each(self) -> range:
@@ -254,16 +278,36 @@ def _load(source: BlockSource, block: int) -> Block:
     return source.load(block)
 
 
-def _begin(store: Store, source: BlockSource, block: int, loaded: Block | None) -> _References:
+def _begin(
+    store: Store, source: BlockSource, block: int, loaded: Block | None
+) -> tuple[_References, tuple[float, ...]]:
     data = loaded or source.load(block)
     hidden = source.held_out(block, data)
-    estimate = data.observed if hidden is None else np.where(hidden, np.float32(np.nan), data.observed)
+    estimate, n_hidden, held_out_squares, n_emptied = data.observed, 0, 0.0, 0
+    if hidden is not None:
+        estimate = np.where(hidden, np.float32(np.nan), data.observed)
+        n_hidden, held_out_squares = int(hidden.sum()), _squares(data.observed[hidden])
+        n_left = np.diff(np.concatenate([[0], np.cumsum(~hidden)])[data.indptr])
+        n_emptied = int(np.count_nonzero((n_left == 0) & (np.diff(data.indptr) > 0)))
     empty = np.zeros((data.n_rows, 0), np.float32)
-    return _References(*(store.put(n, 0, block, a) for n, a in zip(_NAMES, (estimate, empty, empty), strict=True)))
+    refs = _References(*(store.put(n, 0, block, a) for n, a in zip(_NAMES, (estimate, empty, empty), strict=True)))
+    squares = _squares(data.observed) - held_out_squares
+    return refs, (len(data.observed) - n_hidden, n_hidden, squares, held_out_squares, n_emptied)
+
+
+def _squares(values: Floats) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
 
 
 def _visit(
-    store: Store, source: BlockSource, block: int, loaded: Block | None, at: _References, view: View, number: int, _: None
+    store: Store,
+    source: BlockSource,
+    block: int,
+    loaded: Block | None,
+    at: _References,
+    view: View,
+    number: int,
+    _: None,
 ) -> tuple[_References, Sums]:
     # A step makes a new left factor of the sketch; without one the old left factor is in force and the sketch is not.
     unneeded = np.zeros((0, 0), np.float32)
@@ -274,11 +318,18 @@ def _visit(
 
 
 def _project(
-    store: Store, source: BlockSource, block: int, loaded: Block | None, at: _References, view: View, number: int, y: Floats
+    store: Store,
+    source: BlockSource,
+    block: int,
+    loaded: Block | None,
+    at: _References,
+    view: View,
+    number: int,
+    vectors: Floats,
 ) -> tuple[_References, Sums]:
-    state = BlockState(store.get(at.estimate), store.get(at.left), y)
+    state = BlockState(store.get(at.estimate), store.get(at.left), vectors)
     sums = kernels.project(loaded or source.load(block), state, view.right)
-    return replace(at, sketch=store.put("sketch", number, block, y)), sums
+    return replace(at, sketch=store.put("sketch", number, block, vectors)), sums
 
 
 def _column_gram(
@@ -323,5 +374,5 @@ def _get(store: Store, reference: Any) -> Floats:
     return store.get(reference)
 
 
-def _add(one: tuple[Doubles, ...], other: tuple[Doubles, ...]) -> tuple[Doubles, ...]:
+def _add(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a + b for a, b in zip(one, other, strict=True))

@@ -28,27 +28,7 @@ from scialm_dask.solve.stopping import stop_rule
 _FIRST_PASSES = 20
 _FIRST_TOLERANCE = 1e-6  # σ₁ sets every threshold that follows
 
-__all__ = ["Completion", "Iteration", "Observations", "complete"]
-
-
-@dataclass(frozen=True)
-class Observations:
-    """What is known of the observed entries before the first iteration.
-
-    Parameters
-    ----------
-    n_observed, n_held_out
-        Number of entries in Ω, and of those that are held out of it.
-    sum_squares
-        ‖D‖² over Ω.
-    held_out_squares
-        ‖D‖² over the held-out entries.
-    """
-
-    n_observed: int
-    n_held_out: int
-    sum_squares: float
-    held_out_squares: float
+__all__ = ["Completion", "Iteration", "complete"]
 
 
 @dataclass(frozen=True)
@@ -137,7 +117,6 @@ class _LowRank:
 
 def complete(
     operator: LowRankPlusSparse,
-    observations: Observations,
     settings: Settings,
     on_iteration: Callable[[Iteration], None] = lambda _: None,
 ) -> Completion:
@@ -147,8 +126,6 @@ def complete(
     ----------
     operator
         Starts at W = D, and ends holding the factors of the result.
-    observations
-        Of the same matrix.
     settings
         What to do.
     on_iteration
@@ -157,7 +134,7 @@ def complete(
     rank = rank_rule(settings, min(operator.shape))
     stop = stop_rule(settings)
     svd = first_svd(operator, settings)
-    penalty = first_penalty(float(svd.values[0]), observations.n_observed / operator.size)
+    penalty = first_penalty(float(svd.values[0]), operator.observations.n_observed / operator.size)
     history, growth = zero_iterations(float(svd.values[0]), penalty, operator.passes)
     for iteration in history:
         on_iteration(iteration)
@@ -175,7 +152,7 @@ def complete(
         basis = None if short_side else extended_basis(svd.right, width, settings.seed)
         step = Step(low_rank.rotation, 1 / penalty.rho, growth)
         product = operator.multiply(basis, step, low_rank.right)
-        latest = _iteration(len(history) + 1, low_rank, penalty, product, observations, operator.passes)
+        latest = _iteration(len(history) + 1, low_rank, penalty, product, operator)
         history.append(latest)
         on_iteration(latest)
         verdict = stop.judge(latest)
@@ -221,7 +198,8 @@ def zero_iterations(largest: float, penalty: Penalty, passes: int) -> tuple[list
 
     Returns the iterations, and the factor by which W has grown.
     """
-    iterations, growth = [], 1.0
+    iterations: list[Iteration] = []
+    growth = 1.0
     while growth * largest <= penalty.threshold:
         iterations.append(Iteration(len(iterations) + 1, 0, penalty.threshold, 1.0, 1.0, passes))
         growth = 1 + growth / penalty.rho
@@ -238,8 +216,9 @@ def singular_value_thresholding(svd: PartialSVD, threshold: float, limit: int) -
 
 
 def _iteration(
-    number: int, low_rank: _LowRank, penalty: Penalty, product: Product, observations: Observations, passes: int
+    number: int, low_rank: _LowRank, penalty: Penalty, product: Product, operator: LowRankPlusSparse
 ) -> Iteration:
+    observations = operator.observations
     held_out = np.sqrt(product.held_out / observations.held_out_squares) if observations.n_held_out else np.nan
     residual = np.sqrt(product.misfit / observations.sum_squares)
-    return Iteration(number, low_rank.rank, penalty.threshold, float(residual), float(held_out), passes)
+    return Iteration(number, low_rank.rank, penalty.threshold, float(residual), float(held_out), operator.passes)

@@ -15,11 +15,11 @@ class Measured(Protocol):
     """What a stop rule looks at."""
 
     @property
-    def iteration(self) -> int: ...  # noqa: D102
+    def iteration(self) -> int: ...
     @property
-    def residual(self) -> float: ...  # noqa: D102
+    def residual(self) -> float: ...
     @property
-    def held_out(self) -> float: ...  # noqa: D102
+    def held_out(self) -> float: ...
 
 
 @dataclass(frozen=True)
