@@ -44,6 +44,7 @@ def mask(
     fraction: float = 0.1,
     seed: int = 0,
     layer: str | None = None,
+    missing_chunks_are_zeros: bool = False,
     overwrite: bool = False,
     advance: Advance = lambda _: None,
 ) -> dict[str, Any]:
@@ -58,13 +59,15 @@ def mask(
         Whatever `ExpressionMatrix.open` reads.
     destination
         AnnData Zarr store to write: X without the hidden entries, ``layers["held_out"]`` with nothing else,
-        ``obs`` and ``var`` as they were.
+        ``obs`` and ``var`` as they were. Other layers are left out.
     fraction
         Share to hide, between 0 and 1.
     seed
         Any integer.
     layer
         Read this layer instead of X.
+    missing_chunks_are_zeros
+        See `ExpressionMatrix.open`.
     overwrite
         Replace `destination` if it exists.
     advance
@@ -84,7 +87,7 @@ def mask(
     """
     check_output(destination, overwrite=overwrite, sources=(source,))
     n_hidden_of(np.zeros(0, np.int64), fraction)
-    matrix = ExpressionMatrix.open(source, layer)
+    matrix = ExpressionMatrix.open(source, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
     counts = gene_counts(matrix, lambda share: advance(share / 2))
     check_observed(int(counts.sum()), matrix.name)
     n_hidden = n_hidden_of(counts, fraction)
