@@ -184,3 +184,100 @@ def simulate(
             overwrite=overwrite,
             advance=advance,
         )
+
+
+@main.command()
+@click.argument("src", metavar="SRC")
+@click.argument("dst", metavar="DST.zarr")
+@click.option("--preset", type=click.Choice(["auto", "paper"]), default="auto", help="paper: as published.")
+@click.option("--observed", type=click.Choice(["nonzero", "finite"]), default="nonzero", help="finite: all but NaN.")
+@click.option("--stop", type=click.Choice(["residual", "held-out"]), default=None, help="When to stop.")
+@click.option("--epsilon", type=float, default=None, help="Residual to stop at.")
+@click.option("--validation", type=float, default=None, help="Share of the entries hidden to know when to stop.")
+@click.option("--max-iterations", type=int, default=None)
+@click.option("--rank-policy", type=click.Choice(["paper", "adaptive"]), default=None)
+@click.option("--increment", type=int, default=None, help="R of the paper's rank policy.")
+@click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
+@click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5.")
+@click.option("--seed", type=int, default=None)
+@click.option("--scratch", default="memory", help="Where the working state is: memory, or zarr:PATH.")
+@click.option("--write", type=click.Choice(["factors", "dense"]), default="factors", help="dense: the matrix as X too.")
+@click.option("--keep-observed", is_flag=True, help="With --write dense: leave observed entries as they were.")
+@layer_option
+@missing_chunks_option
+@overwrite_option
+@quiet_option
+@reports
+def impute(
+    src: str,
+    dst: str,
+    preset: str,
+    observed: Any,
+    scratch: str,
+    write: str,
+    keep_observed: bool,
+    layer: str | None,
+    missing_chunks_are_zeros: bool,
+    overwrite: bool,
+    quiet: bool,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Complete the matrix SRC by low-rank matrix completion and write its factors to DST.zarr."""
+    from scialm_dask.api import impute
+    from scialm_dask.config import preset as settings_of
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.data.store import check_output
+
+    if keep_observed and write != "dense":
+        raise click.UsageError("--keep-observed goes with --write dense")
+    settings_of(preset, **settings)
+    check_output(dst, overwrite=overwrite, sources=(src,))
+    matrix = ExpressionMatrix.open(src, layer, observed=observed, missing_chunks_are_zeros=missing_chunks_are_zeros)
+    with iterations(quiet) as show:
+        result = impute(matrix, preset=preset, scratch=scratch, on_iteration=show, **settings)
+    result.to_zarr(
+        dst,
+        dense=write == "dense",
+        keep_observed=matrix if keep_observed else None,
+        overwrite=overwrite,
+        sources=(src,),
+    )
+    hidden = ("settings", "singular_values")
+    return {"destination": dst} | {key: value for key, value in result.summary.items() if key not in hidden}
+
+
+@main.command()
+@click.argument("result", metavar="RESULT.zarr")
+@click.option("--held-out", "masked", required=True, metavar="MASKED", help="What `mask` has written.")
+@reports
+def score(result: str, masked: str) -> dict[str, Any]:
+    """Score a result on the hidden entries of MASKED, beside the prediction of each gene's mean."""
+    from scialm_dask.data.factors import Imputation
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.evaluate.metrics import score_held_out
+
+    held_out = ExpressionMatrix.open(masked, "held_out")
+    return score_held_out(Imputation.open(result), held_out, ExpressionMatrix.open(masked))
+
+
+@contextlib.contextmanager
+def iterations(quiet: bool) -> Iterator[Callable[[Any], None]]:
+    """Show iterations as they are made: one changing line on a terminal, else a line each; nothing when quiet."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    with tqdm(desc="imputing", unit=" iterations", disable=quiet or not terminal, leave=False) as bar:
+
+        def show(latest: Any) -> None:
+            if quiet:
+                return
+            words = f"rank {latest.rank}, residual {latest.residual:.3g}"
+            if latest.held_out == latest.held_out:
+                words += f", held-out error {latest.held_out:.4g}"
+            if terminal:
+                bar.update()
+                bar.set_postfix_str(words)
+            else:
+                click.echo(f"iteration {latest.iteration}: {words}", err=True)
+
+        yield show

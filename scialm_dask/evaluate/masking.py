@@ -14,18 +14,9 @@ from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata
 from scialm_dask.data.stream import Advance
 from scialm_dask.errors import InputError
+from scialm_dask.linalg.draws import hidden_entries, n_to_hide
 
-__all__ = ["gene_counts", "mask", "n_hidden_of"]
-
-_NEVER_HIDDEN = 3  # genes with no more observed entries keep them all
-
-
-def n_hidden_of(counts: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
-    """Tell how many entries of each gene to hide: ``int(count * fraction)``, none if `count` is three or less."""
-    if not 0 < fraction < 1:
-        raise InputError(f"fraction is {fraction}; give the share to hide, between 0 and 1")
-    hidden: NDArray[np.int64] = (counts * fraction).astype(np.int64)
-    return np.where(counts > _NEVER_HIDDEN, hidden, 0)
+__all__ = ["gene_counts", "mask"]
 
 
 def gene_counts(matrix: ExpressionMatrix, advance: Advance = lambda _: None) -> NDArray[np.int64]:
@@ -86,11 +77,12 @@ def mask(
         If the destination cannot be written.
     """
     check_output(destination, overwrite=overwrite, sources=(source,))
-    n_hidden_of(np.zeros(0, np.int64), fraction)
+    if not 0 < fraction < 1:
+        raise InputError(f"fraction is {fraction}; give the share to hide, between 0 and 1")
     matrix = ExpressionMatrix.open(source, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
     counts = gene_counts(matrix, lambda share: advance(share / 2))
     check_observed(int(counts.sum()), matrix.name)
-    n_hidden = n_hidden_of(counts, fraction)
+    n_hidden = n_to_hide(counts, fraction)
     if not n_hidden.any():
         raise InputError(f"{matrix.name}: no gene has enough non-zeros to hide {fraction} of them; give a larger share")
     with atomic_output(destination, overwrite=overwrite, sources=(source,)) as partial:
@@ -116,8 +108,6 @@ def _split(
     seed: int,
     advance: Advance,
 ) -> None:
-    from scialm_dask.linalg.draws import hidden_entries
-
     n_genes, before = matrix.shape[1], np.zeros_like(counts)
     dtype = matrix.rows.read(0, 1).dtype
     with (

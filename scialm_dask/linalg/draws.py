@@ -8,7 +8,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["hidden_entries", "mixed"]
+__all__ = ["hidden_entries", "mixed", "n_to_hide"]
+
+_NEVER_HIDDEN = 3  # columns with no more entries keep them all
 
 # Two rounds leave about n**-0.5 of any bias in pairs of entries, so small n need more of them.
 _SMALL = np.uint64(256)
@@ -121,6 +123,12 @@ def hidden_entries(
         raise ValueError("a column has more entries than its count")
     _hide(indices, seen, counts, _as_int64(n_hidden), np.uint64(seed & _MASK), hidden)
     return hidden
+
+
+def n_to_hide(counts: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
+    """Tell how many entries of each column to hide: ``int(count * fraction)``, none if `count` is three or less."""
+    hidden: NDArray[np.int64] = (counts * fraction).astype(np.int64)
+    return np.where(counts > _NEVER_HIDDEN, hidden, 0)
 
 
 def _as_int64(values: Any) -> NDArray[np.int64]:
