@@ -281,3 +281,17 @@ def iterations(quiet: bool) -> Iterator[Callable[[Any], None]]:
                 click.echo(f"iteration {latest.iteration}: {words}", err=True)
 
         yield show
+
+
+@main.command()
+@click.argument("folder", default="scialm-demo")
+@overwrite_option
+@quiet_option
+@reports
+def demo(folder: str, overwrite: bool, quiet: bool) -> dict[str, Any]:
+    """Impute 700 real blood cells, offline, and score the result. Makes FOLDER."""
+    from scialm_dask.config import Settings
+    from scialm_dask.run.demo import demo
+
+    with iterations(quiet) as show:
+        return demo(folder, Settings(), overwrite=overwrite, on_iteration=show)
