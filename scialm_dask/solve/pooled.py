@@ -7,7 +7,7 @@ of D, a few thousand cells at a time, and keeps sums of the size of genes and po
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,16 +120,20 @@ class Measurements:
         parts = [visit(block, start, *shared) for block, start in zip(self.blocks(), self.starts, strict=True)]
         return tree_reduce(parts, add_sums).compute()  # type: ignore[no-any-return]
 
-    def map(self, function: Callable[..., Float], width: int, *settings: Any) -> da.Array:
-        """Lazily apply `function(block, start, *settings)`; the result is cells × width."""
+    def map(
+        self, function: Callable[..., Float], width: int, *settings: Any, states: Sequence[Any] | None = None
+    ) -> da.Array:
+        """Lazily apply `function([state,] block, start, *settings)` to each block; gives cells × width."""
         import dask.array as da
 
         shared = [dask.delayed(setting, traverse=False) for setting in settings]
         function = dask.delayed(function, pure=True)
-        rows = zip(self.blocks(), self.starts, self.array.chunks[0], strict=True)
+        rows: Any = zip(self.blocks(), self.starts, strict=True)
+        if states is not None:
+            rows = zip(states, self.blocks(), self.starts, strict=True)
         chunks = [
-            da.from_delayed(function(block, start, *shared), (size, width), meta=np.empty((0, 0)))
-            for block, start, size in rows
+            da.from_delayed(function(*row, *shared), (size, width), meta=np.empty((0, 0)))
+            for row, size in zip(rows, self.array.chunks[0], strict=True)
         ]
         return da.concatenate(chunks, axis=0)
 

@@ -16,6 +16,7 @@ from scialm_dask.solve.pools import check_pools
 __all__ = ["PooledALS", "nearest_loadings"]
 
 PROXIMITY = 1e-8  # weight of staying near the last V, relative to the curvature
+SPREAD = 0.03  # of the first V around 1; wider starts recover genes measured through few pools worse
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class PooledALS:
     rank
         Number of components.
     random_state
-        Seed of the start. V starts near 1, that is, with all genes alike: what the pools do not tell apart stays so.
+        Seed of the start. V starts near 1, that is, with all genes nearly alike: what the pools do not tell apart stays so.
     ridge
         Weight of the penalty, in squared units of D over cells; 0 for none.
     restarts
@@ -167,8 +168,8 @@ class PooledALS:
 
 
 def start_loadings(genes: int, rank: int, seed: int, restart: int) -> Float:
-    """Draw a first V: 1 ± 0.1 for every gene and component."""
-    draws = [np.random.default_rng([seed, restart, gene]).normal(1.0, 0.1, rank) for gene in range(genes)]
+    """Draw a first V: 1 ± SPREAD for every gene and component."""
+    draws = [np.random.default_rng([seed, restart, gene]).normal(1.0, SPREAD, rank) for gene in range(genes)]
     return np.maximum(np.array(draws), 0.0)
 
 
