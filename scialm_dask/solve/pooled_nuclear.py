@@ -31,7 +31,12 @@ __all__ = ["PooledNuclearNorm"]
 
 EQUAL = 1e-10  # ‖XP − D‖ / ‖D‖ that counts as equality in float64
 SLACK = 1e-5  # share of δ kept free for rounding and for dropping negligible components
-FINAL_WEIGHTS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # of the slack when the last iterate is moved into the feasible set
+# How to move the last iterate into the feasible set, from gently to surely: weight of the equation's slack, and the
+# share of the slack R that is left to the cells.
+MOVES = (
+    *((weight, 1 - SLACK) for weight in (1e-2, 1e-4, 1e-6)),
+    *((1e-6, share) for share in (0.9999, 0.999, 0.99, 0.9, 0.0)),
+)
 
 
 class PooledNuclearNorm:
@@ -134,8 +139,11 @@ class PooledNuclearNorm:
             return sums
 
         found = loop.run(visit, inverse.T @ gram @ inverse)
-        X, *_ = move_in(state, D, found, loop.projection(FINAL_WEIGHTS[-1]))
+        X, *_ = move_in(state, D, found, loop.projection(1e-6), 1 - SLACK)
         return Linear(basis / values @ X, found.bound)
+
+
+Move = tuple[Solution, Projection, float]
 
 
 @dataclass(frozen=True)
@@ -166,15 +174,15 @@ class _Iterate:
         """Iterate, move the last iterate into the feasible set, and factor it."""
         loop = Admm(self.P, self.delta, tol, max_iterations)
         unmoved = Solution(np.eye(len(self.P)), 1.0, 0.0, (), False)
-        first = self._judge((unmoved, loop.projection(1e-5)))
+        first = self._judge((unmoved, loop.projection(1e-5), 0.0))
         if np.sqrt(first["misfit"]) > self.delta * (1 + SLACK) + 1e-5:
             raise InputError(
                 f"delta {self.delta * self.scale:.6g}: no non-negative expression comes nearer to D than about "
                 f"{np.sqrt(first['misfit']) * self.scale:.6g}; raise delta above that"
             )
         found = loop.run(self._advance, first["XX"])
-        for weight in FINAL_WEIGHTS:
-            settings = found, loop.projection(weight)
+        for weight, share in MOVES:
+            settings = found, loop.projection(weight), share
             sums = self._judge(settings)
             if np.sqrt(sums["misfit"]) <= self.delta * (1 - SLACK / 2):
                 break
@@ -188,7 +196,7 @@ class _Iterate:
         *self.states, total = dask.persist(*(state for state, _ in parts), total)
         return total.compute()  # type: ignore[no-any-return]
 
-    def _judge(self, settings: tuple[Solution, Projection]) -> Sums:
+    def _judge(self, settings: Move) -> Sums:
         shared = dask.delayed(settings, traverse=False)
         task = dask.delayed(judge_block, pure=False)
         return tree_reduce([task(*each, self.scale, shared) for each in self._rows()], add_sums).compute()  # type: ignore[no-any-return]
@@ -196,7 +204,7 @@ class _Iterate:
     def _rows(self) -> Iterator[tuple[Any, Any, int]]:
         return zip(self.states, self.measured.blocks(), self.measured.starts, strict=True)
 
-    def _result(self, settings: tuple[Solution, Projection], sums: Sums) -> PooledResult:
+    def _result(self, settings: Move, sums: Sums) -> PooledResult:
         found, scale, misfit = settings[0], self.scale, float(np.sqrt(sums["misfit"]))
         values, vectors = np.linalg.eigh(sums["XX"])
         objective = float(np.sqrt(np.maximum(values, 0)).sum())
@@ -249,15 +257,15 @@ def advance_block(state: State, block: Any, start: int, scale: float, iteration:
     return advance(state, dense_block(block, start) / scale, iteration)
 
 
-def move_in(state: State, D: Float, found: Solution, projection: Projection) -> tuple[Float, ...]:
-    """Project the thresholded iterate onto X ≥ 0 and XP + R = D, with R a little inside the ball."""
+def move_in(state: State, D: Float, found: Solution, projection: Projection, share: float) -> tuple[Float, ...]:
+    """Project the thresholded iterate onto X ≥ 0 and XP + R = D, with a share of R."""
     Z = state[0].astype(np.float64) @ found.shrink
-    R = (1 - SLACK) * found.slack * state[1].astype(np.float64)
+    R = share * found.slack * state[1].astype(np.float64)
     return project(Z, np.zeros_like(R), D - R, projection)
 
 
 def judge_block(
-    state: State, block: Any, start: int, scale: float, settings: tuple[Solution, Projection]
+    state: State, block: Any, start: int, scale: float, settings: Move
 ) -> Sums:
     """Give the Gram and the misfit of the final X of a block."""
     D = dense_block(block, start) / scale
@@ -271,7 +279,7 @@ def judge_block(
 
 
 def final_factors(
-    state: State, block: Any, start: int, scale: float, settings: tuple[Solution, Projection], right: Float
+    state: State, block: Any, start: int, scale: float, settings: Move, right: Float
 ) -> Float:
     """Give the left factor of a block, in units of D."""
     D = dense_block(block, start) / scale
