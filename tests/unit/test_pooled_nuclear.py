@@ -37,7 +37,7 @@ def test_recovers_the_seed_simulation(seed):
     assert np.median(gene_scores(M, result).pearson) >= 0.98
 
 
-@pytest.mark.parametrize(("seed", "share"), [(0, 1e-4), (1, 0.05), (2, 1e-3), (3, 0.01), (5, 0.0), (4, 0.3)])
+@pytest.mark.parametrize(("seed", "share"), [(0, 1e-4), (1, 0.05), (2, 1e-3), (3, 0.01), (4, 0.3)])
 def test_agrees_with_cvxpy(seed, share):
     M, P = sparse_simulation(seed)
     D = M @ P
@@ -64,6 +64,17 @@ def test_non_negativity_binds_and_the_closed_form_is_not_the_answer():
     assert result.objective == pytest.approx(optimum, rel=2e-5)
     assert np.linalg.norm(X - theirs) <= 0.02 * np.linalg.norm(theirs)
     assert len(result.history) > 1
+
+
+@pytest.mark.parametrize("seed", [3, 5])
+def test_equality_is_certified_optimal(seed):
+    """CVXPY's solvers do not converge on these; the dual bound stands in for them."""
+    M, P = sparse_simulation(seed)
+    result = PooledNuclearNorm(0.0).fit(M @ P, P)
+    checked(result, M @ P, P, 0.0)
+    assert result.converged
+    assert len(result.history) > 1
+    assert 0 <= result.certificate <= 3e-4 * result.objective
 
 
 def test_closed_form_takes_two_passes_where_it_is_the_answer():
