@@ -75,9 +75,18 @@ class RowBlocks:
         return cls(tuple(_split_long(bounds.tolist())))
 
     @classmethod
-    def by_width(cls, n_rows: int, row_values: int) -> RowBlocks:
-        """Cut a dense matrix, each row of which holds ``row_values`` values."""
-        return cls.by_nonzeros(np.arange(n_rows + 1, dtype=np.int64) * row_values)
+    def by_width(cls, n_rows: int, row_values: int, chunk_rows: int = 1) -> RowBlocks:
+        """Cut a dense matrix, each row of which holds `row_values` values, stored in chunks of `chunk_rows` rows.
+
+        Blocks are whole chunks where that is not far too much for one task, so that no chunk is read twice.
+        """
+        blocks = cls.by_nonzeros(np.arange(n_rows + 1, dtype=np.int64) * row_values)
+        rows = blocks.sizes[0]
+        if chunk_rows <= rows:
+            rows -= rows % chunk_rows
+        elif chunk_rows * row_values <= 4 * _MOST_NONZEROS:
+            rows = chunk_rows
+        return cls((*range(0, n_rows, rows), n_rows))
 
 
 def _split_long(bounds: list[int]) -> Iterator[int]:

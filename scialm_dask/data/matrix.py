@@ -4,105 +4,29 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import dask
 import numpy as np
 import scipy.sparse as sp
 import zarr
-from numpy.typing import NDArray
 
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.store import missing_chunks, open_store
+from scialm_dask.data.rows import MemoryRows, Rows, blocks_of, check_chunks, describe, sum_duplicates
+from scialm_dask.data.store import open_store
+from scialm_dask.data.stream import in_order
 from scialm_dask.errors import InputError
 
 if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
-__all__ = ["ExpressionMatrix", "Observed", "tree_reduce"]
+__all__ = ["ExpressionMatrix", "Observed", "check_observed", "check_values", "read_annotation", "tree_reduce"]
 
 Observed = Literal["nonzero", "finite"]
 T = TypeVar("T")
-
-
-class Rows(Protocol):
-    """Whatever can hand out consecutive rows as CSR; shipped to tasks, so small or shared."""
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Cells × genes."""
-        ...
-
-    def read(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows `start` to `stop` as stored."""
-        ...
-
-
-@dataclass(frozen=True)
-class StoredRows:
-    """Rows of one element of a store on disk, opened anew wherever it is read."""
-
-    path: str
-    element: str
-    encoding: str
-    shape: tuple[int, int]
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages."""
-        return f"{self.path}:{self.element}" if self.element else self.path
-
-    def read(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows `start` to `stop` as stored."""
-        store = open_store(self.path)
-        element = store[self.element] if self.element else store
-        try:
-            if self.encoding == "array":
-                return sp.csr_matrix(np.asarray(element[start:stop]))
-            indptr = np.asarray(element["indptr"][start : stop + 1], dtype=np.int64)
-            span = slice(int(indptr[0]), int(indptr[-1]))
-            data, indices = element["data"][span], element["indices"][span]
-        except Exception as error:
-            raise InputError(
-                f"{self.name}: rows {start} to {stop} cannot be read ({error}); the store is damaged, write it again"
-            ) from error
-        return _assemble(self, data, indices, indptr - indptr[0], start)
-
-
-@dataclass(frozen=True)
-class MemoryRows:
-    """Rows of a matrix that is in memory already."""
-
-    matrix: sp.csr_matrix
-    name: str = "matrix"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Cells × genes."""
-        return self.matrix.shape  # type: ignore[no-any-return]
-
-    def read(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows `start` to `stop`."""
-        return self.matrix[start:stop]
-
-
-def _assemble(
-    rows: StoredRows, data: NDArray[Any], indices: NDArray[Any], indptr: NDArray[np.int64], start: int
-) -> sp.csr_matrix:
-    if indptr[0] != 0 or np.any(np.diff(indptr) < 0) or len(data) != len(indices) or len(data) != indptr[-1]:
-        raise InputError(f"{rows.name}: indptr does not fit data and indices from row {start}; write the store again")
-    if len(indices) and (indices.min() < 0 or indices.max() >= rows.shape[1]):
-        bad = indices[(indices < 0) | (indices >= rows.shape[1])][0]
-        raise InputError(f"{rows.name}: gene index {bad} is outside 0 to {rows.shape[1] - 1}; write the store again")
-    return sp.csr_matrix((data, indices.astype(np.int32, copy=False), indptr), shape=(len(indptr) - 1, rows.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -162,14 +86,14 @@ class ExpressionMatrix:
         """
         path = os.fspath(path)
         store = open_store(path)
-        rows, element = _describe(path, store, layer)
+        rows, element = describe(path, store, layer)
+        check_chunks(rows, element, missing_chunks_are_zeros)
         if rows.encoding == "csc_matrix":
             from scialm_dask.data.transpose import spill_to_csr
 
             rows = spill_to_csr(rows)
             element = open_store(rows.path)[rows.element]
-        cuts = _blocks_of(rows, element, blocks)
-        _check_chunks(rows, element, missing_chunks_are_zeros)
+        cuts = blocks_of(rows, element, blocks)
         return cls(rows, cuts, observed, path if not isinstance(store, zarr.Array) else None)
 
     @classmethod
@@ -200,42 +124,32 @@ class ExpressionMatrix:
     @functools.cached_property
     def obs(self) -> pd.DataFrame:
         """Annotation of the cells, read when first asked for."""
-        return self._frame("obs", self.shape[0])
+        return read_annotation(self.annotation, "obs", self.shape[0])
 
     @functools.cached_property
     def var(self) -> pd.DataFrame:
         """Annotation of the genes, read when first asked for."""
-        return self._frame("var", self.shape[1])
-
-    def _frame(self, axis: str, length: int) -> pd.DataFrame:
-        import pandas as pd
-
-        if self.annotation is None:
-            return pd.DataFrame(index=pd.RangeIndex(length).astype(str))
-        import anndata
-
-        try:
-            frame = anndata.io.read_elem(open_store(self.annotation)[axis])
-        except Exception as error:
-            raise InputError(f"{self.annotation}: {axis} cannot be read ({error}); write the store again") from error
-        if len(frame) != length:
-            raise InputError(
-                f"{self.annotation}: {axis} has {len(frame)} rows, the matrix {length}; write the store again"
-            )
-        return frame
+        return read_annotation(self.annotation, "var", self.shape[1])
 
     def with_blocks(self, blocks: RowBlocks) -> ExpressionMatrix:
         """Return the same matrix, cut otherwise."""
         return replace(self, blocks=blocks)
 
-    def read_block(self, block: int) -> sp.csr_matrix:
+    def read_block(self, block: int, *, as_stored: bool = False) -> sp.csr_matrix:
         """Read one block.
+
+        Parameters
+        ----------
+        block
+            Its number.
+        as_stored
+            Keep the type of the values instead of turning them into float32.
 
         Returns
         -------
         scipy.sparse.csr_matrix
-            Float32, indices sorted and unique (duplicates summed). What it stores is what is observed: no zeros
-            if ``observed == "nonzero"``; explicit zeros, and no NaN, if ``"finite"``.
+            Indices sorted and unique (duplicates summed). What it stores is what is observed: no zeros if
+            ``observed == "nonzero"``; explicit zeros, and no NaN, if ``"finite"``.
 
         Raises
         ------
@@ -246,25 +160,15 @@ class ExpressionMatrix:
         csr = self.rows.read(start, stop)
         if csr.dtype.kind not in "buif":
             raise InputError(f"{self.name}: values are of type {csr.dtype}, not numbers; convert them first")
-        csr = sp.csr_matrix((csr.data.astype(np.float32), csr.indices, csr.indptr), shape=csr.shape)
-        csr.sum_duplicates()
+        dtype = csr.dtype if as_stored else np.float32
+        csr = sp.csr_matrix((csr.data.astype(dtype), csr.indices, csr.indptr), shape=csr.shape)
+        sum_duplicates(csr, self.name)
         if self.observed == "finite":
             return _finite_entries(csr, self.name)
-        self._check_values(csr, start)
+        check_values(csr, self.name, start)
         if not csr.data.all():
             csr.eliminate_zeros()
         return csr
-
-    def _check_values(self, csr: sp.csr_matrix, start: int) -> None:
-        smallest, largest = (csr.data.min(), csr.data.max()) if csr.nnz else (0.0, 0.0)
-        if smallest >= 0 and largest < np.inf:  # false for NaN too
-            return
-        at = int(np.flatnonzero(~((csr.data >= 0) & (csr.data < np.inf)))[0])
-        row = int(np.searchsorted(csr.indptr, at, side="right")) - 1
-        raise InputError(
-            f"{self.name}: value {csr.data[at]} at cell {start + row}, gene {csr.indices[at]}; expression must be "
-            "finite and not negative: give counts or normalised counts, not scaled or centred data"
-        )
 
     def to_dask(self) -> da.Array:
         """Give the matrix as a Dask array of float32 CSR chunks, one for each block."""
@@ -277,6 +181,10 @@ class ExpressionMatrix:
             for block, (start, stop) in enumerate(self.blocks)
         ]
         return da.concatenate(chunks, axis=0)
+
+    def stream(self, *, as_stored: bool = False) -> Iterator[sp.csr_matrix]:
+        """Read all blocks in order, a few ahead of the one handed out; see `read_block`."""
+        return in_order(functools.partial(self.read_block, as_stored=as_stored), range(len(self.blocks)))
 
     def reduce(self, visit: Callable[[sp.csr_matrix, int], T], combine: Callable[[T, T], T]) -> T:
         """Visit every block once and combine what the visits return, pairwise, in a fixed order.
@@ -296,6 +204,23 @@ class ExpressionMatrix:
         return tree_reduce(parts, combine).compute()  # type: ignore[no-any-return]
 
 
+def read_annotation(path: str | None, axis: str, length: int) -> pd.DataFrame:
+    """Read ``obs`` or ``var`` of an AnnData store; number the rows if there is no store."""
+    import pandas as pd
+
+    if path is None:
+        return pd.DataFrame(index=pd.RangeIndex(length).astype(str))
+    import anndata
+
+    try:
+        frame = anndata.io.read_elem(open_store(path)[axis])
+    except Exception as error:
+        raise InputError(f"{path}: {axis} cannot be read ({error}); write the store again") from error
+    if len(frame) != length:
+        raise InputError(f"{path}: {axis} has {len(frame)} rows, the matrix {length}; write the store again")
+    return frame
+
+
 def tree_reduce(parts: list[Any], combine: Callable[[T, T], T]) -> Any:
     """Combine delayed parts pairwise, neighbours first: a fixed order, and few parts alive at a time."""
     merge = dask.delayed(combine)
@@ -305,85 +230,25 @@ def tree_reduce(parts: list[Any], combine: Callable[[T, T], T]) -> Any:
     return parts[0]
 
 
-def _describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]:
-    """Find the element and how it is stored."""
-    element: Any
-    if isinstance(store, zarr.Array):
-        if layer is not None:
-            raise InputError(f"{path}: a bare array has no layer {layer!r}; leave the layer out")
-        element, name = store, ""
-    else:
-        name = f"layers/{layer}" if layer else "X"
-        if name not in store:
-            layers = sorted(store["layers"]) if "layers" in store else []
-            raise InputError(f"{path}: has no {name}; its layers are: {', '.join(layers) or 'none'}")
-        element = store[name]
-    encoding = str(element.attrs.get("encoding-type", "array")).replace("-", "_")
-    if encoding in ("csr_matrix", "csc_matrix"):
-        shape = tuple(int(n) for n in element.attrs["shape"])
-        dtype = element["data"].dtype
-    elif encoding == "array" and hasattr(element, "shape"):
-        shape, dtype = tuple(element.shape), element.dtype
-    else:
-        raise InputError(f"{path}:{name}: stored as {encoding}; convert it to CSR, CSC or a dense array")
-    if len(shape) != 2 or 0 in shape:
-        raise InputError(f"{path}:{name}: shape {shape}; a matrix of at least one cell and one gene is needed")
-    if dtype.kind not in "buif":
-        raise InputError(f"{path}:{name}: values are of type {dtype}, not numbers; convert them first")
-    return StoredRows(path, name, encoding, (shape[0], shape[1])), element
+def check_values(csr: sp.csr_matrix, name: str, first_row: int) -> None:
+    """Raise `InputError` if a value is negative, NaN or infinite."""
+    smallest, largest = (csr.data.min(), csr.data.max()) if csr.nnz else (0, 0)
+    if smallest >= 0 and largest < np.inf:  # false for NaN too
+        return
+    at = int(np.flatnonzero(~((csr.data >= 0) & (csr.data < np.inf)))[0])
+    row = int(np.searchsorted(csr.indptr, at, side="right")) - 1
+    raise InputError(
+        f"{name}: value {csr.data[at]} at cell {first_row + row}, gene {csr.indices[at]}; expression must be "
+        "finite and not negative: give counts or normalised counts, not scaled or centred data"
+    )
 
 
-def _blocks_of(rows: StoredRows, element: Any, blocks: int | None) -> RowBlocks:
-    n_cells, n_genes = rows.shape
-    if rows.encoding == "array":
-        return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_width(n_cells, n_genes)
-    indptr = np.asarray(element["indptr"][:], dtype=np.int64)
-    stored, indexed = element["data"].shape[0], element["indices"].shape[0]
-    fits = len(indptr) == n_cells + 1 and indptr[0] == 0 and indptr[-1] == stored == indexed
-    if not fits or np.any(np.diff(indptr) < 0):
+def check_observed(n_observed: int, name: str) -> None:
+    """Raise `InputError` if a matrix turned out to have no observed entry."""
+    if n_observed == 0:
         raise InputError(
-            f"{rows.name}: indptr does not fit {n_cells} cells and {stored} values; the store is damaged, write it again"
+            f"{name}: no entry is observed, all are zero; give a matrix with non-zeros, e.g. another layer"
         )
-    return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_nonzeros(indptr)
-
-
-def _check_chunks(rows: StoredRows, element: Any, missing_are_zeros: bool) -> None:
-    """Refuse a Zarr element of which chunks are gone, since Zarr would read them as zeros."""
-    arrays = [element] if rows.encoding == "array" else [element[name] for name in ("data", "indices", "indptr")]
-    for array in arrays:
-        if not isinstance(array, zarr.Array) or (missing_are_zeros and rows.encoding == "array"):
-            continue
-        gone = missing_chunks(array)
-        if gone and not _zeros_by_right(rows, element, array, gone):
-            what = (
-                f"{rows.name}: {len(gone)} of {array.nchunks} chunks of {array.basename} are missing, first {gone[0]}"
-            )
-            if rows.encoding == "array":
-                raise InputError(f"{what}; restore them, or pass --missing-chunks-are-zeros if they were all zeros")
-            raise InputError(f"{what}; the store is damaged, write it again")
-
-
-def _zeros_by_right(rows: StoredRows, element: Any, array: zarr.Array[Any], gone: list[tuple[int, ...]]) -> bool:
-    """Tell whether the absent chunks of a sparse element may be chunks of zeros that Zarr chose not to write.
-
-    So it is with `indptr` before the first value, and with `indices` where each row has gene 0 alone. Rows that
-    lie over a lost chunk come out with repeated or falling indices.
-    """
-    if array.basename == "data" or rows.encoding == "array":
-        return False
-    indptr = np.asarray(element["indptr"][:], dtype=np.int64)
-    step = (array.shards or array.chunks)[0]
-    for (position,) in gone:
-        start, stop = position * step, min((position + 1) * step, array.shape[0])
-        if array.basename == "indptr":
-            first, last = min(stop - 1, rows.shape[0] - 1), min(stop, rows.shape[0])
-        else:
-            first = int(np.searchsorted(indptr, start, side="right")) - 1
-            last = int(np.searchsorted(indptr, stop - 1, side="right"))
-        spans = [(int(indptr[r]), int(indptr[r + 1])) for r in range(max(first, 0), last)]
-        if any(np.any(np.diff(element["indices"][a:b].astype(np.int64)) <= 0) for a, b in spans):
-            return False
-    return True
 
 
 def _finite_entries(csr: sp.csr_matrix, name: str) -> sp.csr_matrix:

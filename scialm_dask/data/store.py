@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import zarr
@@ -21,9 +21,9 @@ from scialm_dask.errors import InputError, OutputError
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-__all__ = ["CSRWriter", "atomic_output", "missing_chunks", "new_anndata", "open_store", "set_encoding"]
+__all__ = ["CSRWriter", "atomic_output", "missing_chunks", "new_anndata", "open_store", "output_error", "set_encoding"]
 
-ZARR_FORMAT = 2  # what AnnData writes by default: the widest choice of readers
+ZARR_FORMAT: Literal[2] = 2  # what AnnData writes by default: the widest choice of readers
 _CHUNK_VALUES = 1 << 18  # values in one chunk of `data` or `indices`; a block reads few values it does not want
 _CHUNK_ROWS = 1 << 16
 
@@ -113,7 +113,7 @@ def atomic_output(
         yield partial
         _replace(partial, final)
     except OSError as error:
-        raise _output_error(final, error) from error
+        raise output_error(final, error) from error
     finally:
         _remove(partial)
 
@@ -158,7 +158,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _output_error(final: Path, error: OSError) -> OSError:
+def output_error(path: str | os.PathLike[str], error: OSError) -> OSError:
+    """Turn an error of the operating system while writing `path` into an `OutputError`, if space is the cause."""
     if isinstance(error, OutputError | InputError):
         return error
     reason = {
@@ -169,7 +170,7 @@ def _output_error(final: Path, error: OSError) -> OSError:
     cause = reason.get(error.errno or 0)
     if cause is None:
         return error
-    return OutputError(f"{final}: could not be written, {cause}; free some space or choose another disk")
+    return OutputError(f"{os.fspath(path)}: could not be written, {cause}; free some space or choose another disk")
 
 
 def set_encoding(node: Any, kind: str, version: str, **attributes: Any) -> None:

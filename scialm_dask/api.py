@@ -1,0 +1,65 @@
+"""What users call from Python."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from scialm_dask.config import preset as settings_of
+from scialm_dask.data.factors import Imputation
+from scialm_dask.data.matrix import ExpressionMatrix, Observed
+from scialm_dask.solve.ialm import Iteration
+
+__all__ = ["impute"]
+
+
+def impute(
+    matrix: ExpressionMatrix | str | os.PathLike[str] | Any,
+    *,
+    preset: str = "auto",
+    layer: str | None = None,
+    observed: Observed = "nonzero",
+    scratch: str = "memory",
+    on_iteration: Callable[[Iteration], None] = lambda _: None,
+    **settings: Any,
+) -> Imputation:
+    """Complete an expression matrix by low-rank matrix completion (scIALM).
+
+    Parameters
+    ----------
+    matrix
+        An `ExpressionMatrix`; a path to an AnnData store (.zarr or .h5ad) or a bare 2-D Zarr array; or a NumPy or
+        SciPy sparse matrix. Cells × genes, counts or normalised counts, without logarithm.
+    preset
+        ``"auto"`` stops before noise is fitted; ``"paper"`` is the published method.
+    layer
+        Layer of the store to read instead of X.
+    observed
+        ``"nonzero"``: zeros are unknown, as in the paper. ``"finite"``: NaN is unknown and zeros are observed, for
+        general matrices.
+    scratch
+        Where the working state is kept: ``"memory"``, or ``"zarr:PATH"`` for a folder on a local disk.
+    on_iteration
+        Called with an `Iteration` after each iteration.
+    **settings
+        Fields of `Settings` that are to differ from the preset's, such as ``max_rank=50`` or ``seed=1``.
+
+    Returns
+    -------
+    Imputation
+        The factors of the completed matrix; entries are computed when asked for.
+
+    Raises
+    ------
+    InputError
+        If the matrix or a setting cannot be used.
+    """
+    from scialm_dask.run.job import complete_matrix
+
+    chosen = settings_of(preset, **settings)
+    if isinstance(matrix, str | os.PathLike):
+        matrix = ExpressionMatrix.open(matrix, layer, observed=observed)
+    elif not isinstance(matrix, ExpressionMatrix):
+        matrix = ExpressionMatrix.of(matrix, observed=observed)
+    return complete_matrix(matrix, chosen, scratch=scratch, on_iteration=on_iteration)

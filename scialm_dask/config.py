@@ -1,0 +1,128 @@
+"""Settings, validated once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from scialm_dask.errors import InputError
+
+__all__ = ["Preset", "Settings", "preset"]
+
+RankPolicy = Literal["paper", "adaptive"]
+Stop = Literal["residual", "held-out"]
+Preset = Literal["auto", "paper"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a matrix is completed. The symbols are the paper's.
+
+    Parameters
+    ----------
+    rank_policy
+        ``"paper"``: equation 13. ``"adaptive"``: every singular value over the threshold.
+    stop
+        ``"residual"``: when ‖P_Ω(D − A)‖ / ‖D‖ < ε, as published. ``"held-out"``: when the error on a small
+        hidden share of the observed entries has not fallen for `patience` iterations; the best iterate is returned.
+    epsilon
+        ε, the residual to stop at.
+    max_iterations
+        The most iterations.
+    first_rank, increment
+        sv₀ and R of equation 13.
+    max_rank
+        The most singular values to keep in any iteration; None for no limit.
+    validation
+        Share of each gene's observed entries to hide, for the held-out stop.
+    patience
+        Iterations without a lower held-out error before stopping.
+    scaling
+        Exponents (g, c): each gene is scaled by (mean of its observed entries)^−g and each cell by (size factor)^−c
+        before, and the factors scaled back after. (½, ½) makes counting noise even; (0, 0) is as published.
+    svd_passes
+        The most passes over the data for one SVD.
+    svd_tolerance
+        An SVD stops early once its thresholded values have moved by less than this; 0 makes all passes.
+    seed
+        Fixes every random draw.
+    """
+
+    rank_policy: RankPolicy = "adaptive"
+    stop: Stop = "held-out"
+    epsilon: float = 1e-4
+    max_iterations: int = 1000
+    first_rank: int = 5
+    increment: int = 200
+    max_rank: int | None = None
+    validation: float = 0.02
+    patience: int = 3
+    scaling: tuple[float, float] = (0.5, 0.5)
+    svd_passes: int = 2
+    svd_tolerance: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _choice("rank_policy", self.rank_policy, RankPolicy)
+        _choice("stop", self.stop, Stop)
+        _at_least("max_iterations", self.max_iterations, 1)
+        _at_least("first_rank", self.first_rank, 1)
+        _at_least("increment", self.increment, 1)
+        _at_least("patience", self.patience, 1)
+        _at_least("svd_passes", self.svd_passes, 1)
+        _at_least("seed", self.seed, 0)
+        if self.max_rank is not None:
+            _at_least("max_rank", self.max_rank, 1)
+        if not 0 < self.epsilon < 1:
+            raise InputError(f"epsilon is {self.epsilon}; it must lie between 0 and 1, the paper takes 1e-4")
+        if not 0 < self.validation < 1:
+            raise InputError(f"validation is {self.validation}; it is a share, give a number between 0 and 1")
+
+        if len(self.scaling) != 2 or not all(0 <= exponent <= 1 for exponent in self.scaling):
+            raise InputError(f"scaling is {self.scaling}; give two exponents between 0 and 1, of genes and of cells")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and for the result's ``uns``."""
+        return asdict(self)
+
+
+def preset(name: str, **changes: Any) -> Settings:
+    """Give a named set of settings, with changes.
+
+    Parameters
+    ----------
+    name
+        ``"auto"``: stops before noise is fitted. ``"paper"``: as published (Algorithm 3, ε = 1e-4).
+    **changes
+        Fields of `Settings` to set otherwise; None leaves the preset's. `scaling` may be ``"none"``,
+        ``"poisson"`` or two numbers with a comma between.
+    """
+    changes = {field: value for field, value in changes.items() if value is not None}
+    if isinstance(changes.get("scaling"), str):
+        changes["scaling"] = _exponents(changes["scaling"])
+    if name == "paper":
+        published = {"rank_policy": "paper", "stop": "residual", "scaling": (0.0, 0.0)}
+        return Settings(**{**published, "svd_passes": 30, "svd_tolerance": 3e-4, **changes})
+    _choice("preset", name, Preset)
+    return Settings(**changes)
+
+
+def _exponents(words: str) -> tuple[float, float]:
+    named = {"none": (0.0, 0.0), "poisson": (0.5, 0.5)}
+    if words in named:
+        return named[words]
+    try:
+        gene, cell = (float(word) for word in words.split(","))
+    except ValueError:
+        raise InputError(f"scaling is {words!r}; give none, poisson, or two exponents such as 0.75,0.5") from None
+    return gene, cell
+
+
+def _choice(field: str, value: Any, options: Any) -> None:
+    if value not in get_args(options):
+        raise InputError(f"{field} is {value!r}; choose one of {', '.join(get_args(options))}")
+
+
+def _at_least(field: str, value: int, limit: int) -> None:
+    if value < limit:
+        raise InputError(f"{field} is {value}; it must be {limit} at least")

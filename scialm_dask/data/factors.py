@@ -1,0 +1,241 @@
+"""The result: two factors whose product is the completed matrix, multiplied only where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.store import atomic_output, new_anndata, open_store, set_encoding
+from scialm_dask.errors import InputError
+
+if TYPE_CHECKING:
+    import dask.array as da
+    import pandas as pd
+
+__all__ = ["Imputation"]
+
+_KEY = "scialm"
+_CHUNK_BYTES = 8 << 20
+_DENSE_CHUNK_ROWS = 1024
+
+
+class Imputation:
+    """A completed matrix, in factors.
+
+    The imputed matrix is ``max(left @ right.T, 0)``, cells × genes, on the scale of the input. It is never stored;
+    ask for entries by ``imputation[cells, genes]``, or for all of it, lazily, by `to_dask`.
+
+    Parameters
+    ----------
+    left
+        Dask array, float32, shape ``(m, r)``.
+    right
+        Float32, shape ``(n, r)``.
+    obs, var
+        Annotation of cells and genes.
+    summary
+        What was done and found; see `summary`.
+    history
+        Columns of equal length, a value for each iteration.
+    clip
+        Whether negative entries are set to zero.
+    """
+
+    def __init__(
+        self,
+        left: da.Array,
+        right: NDArray[np.float32],
+        *,
+        obs: pd.DataFrame,
+        var: pd.DataFrame,
+        summary: dict[str, Any],
+        history: dict[str, list[float]],
+        clip: bool = True,
+    ) -> None:
+        self.left = left
+        self.right = right
+        self.obs = obs
+        self.var = var
+        self.summary = summary
+        self._history = history
+        self._clip = clip
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Imputation:
+        """Open what `to_zarr` or ``scialm-dask impute`` has written.
+
+        Raises
+        ------
+        InputError
+            If there is no such result at `path`.
+        """
+        import anndata
+        import dask.array as da
+
+        root: Any = open_store(path)
+        held = {"obsm": f"X_{_KEY}", "varm": _KEY, "uns": _KEY}
+        if isinstance(root, zarr.Array) or any(axis not in root or k not in root[axis] for axis, k in held.items()):
+            raise InputError(f"{path}: not a result of this package; make one with `scialm-dask impute`")
+        uns = anndata.io.read_elem(root["uns"][_KEY])
+        summary = json.loads(str(uns["summary"]))
+        return cls(
+            da.from_zarr(os.fspath(path), component=f"obsm/X_{_KEY}"),
+            np.asarray(root[f"varm/{_KEY}"][...]),
+            obs=anndata.io.read_elem(root["obs"]),
+            var=anndata.io.read_elem(root["var"]),
+            summary=summary,
+            history={name: np.asarray(column).tolist() for name, column in uns["history"].items()},
+            clip=bool(uns["clip"]),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells × genes."""
+        return self.left.shape[0], self.right.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Number of factors, r."""
+        return int(self.right.shape[1])
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row for each iteration: rank, threshold, residual, held-out error, passes."""
+        import pandas as pd
+
+        return pd.DataFrame(self._history)
+
+    def __repr__(self) -> str:
+        return f"Imputation of {self.shape[0]} cells × {self.shape[1]} genes, rank {self.rank}"
+
+    def to_dask(self) -> da.Array:
+        """Give the imputed matrix as a dense Dask array, float32, computed block by block when asked for."""
+        import dask.array as da
+
+        rows = max(1, _CHUNK_BYTES // (4 * self.shape[1]))
+        left = self.left.rechunk((rows, self.rank)) if self.rank else self.left.rechunk((rows, -1))
+        return da.map_blocks(
+            self.product, left, dtype=np.float32, chunks=(left.chunks[0], (self.shape[1],)), meta=np.empty((0, 0), "f4")
+        )
+
+    def product(self, left: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Impute the cells whose left factors are given, ``(k, r)``: float32, ``(k, n)``."""
+        dense: NDArray[np.float32] = left @ self.right.T
+        return np.maximum(dense, 0, out=dense) if self._clip else dense
+
+    def __getitem__(self, key: Any) -> NDArray[np.float32]:
+        """Impute some cells and genes, given as numbers, names, slices, masks, or lists of these.
+
+        Returns
+        -------
+        ndarray
+            Float32, cells × genes; an axis that is picked by one name or number is dropped.
+        """
+        cells, genes = key if isinstance(key, tuple) else (key, slice(None))
+        rows, one_cell = _positions(cells, self.obs.index, "cell")
+        columns, one_gene = _positions(genes, self.var.index, "gene")
+        left = np.atleast_2d(self.left[rows].compute())
+        dense = left @ self.right[columns].T
+        values: NDArray[np.float32] = np.maximum(dense, 0) if self._clip else dense
+        return values[0 if one_cell else slice(None), 0 if one_gene else slice(None)]
+
+    def to_zarr(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dense: bool = False,
+        keep_observed: ExpressionMatrix | None = None,
+        overwrite: bool = False,
+        sources: tuple[str | os.PathLike[str], ...] = (),
+    ) -> None:
+        """Write an AnnData Zarr store: the factors in ``obsm["X_scialm"]`` and ``varm["scialm"]``.
+
+        Parameters
+        ----------
+        path
+            Where; appears only when it is complete.
+        dense
+            Write the imputed matrix too, as chunked X.
+        keep_observed
+            In that X, leave the observed entries of this matrix as they were.
+        overwrite
+            Replace what is at `path`.
+        sources
+            Stores that are read meanwhile.
+
+        Raises
+        ------
+        OutputError
+            If `path` cannot be written.
+        """
+        import anndata
+
+        with atomic_output(path, overwrite=overwrite, sources=sources) as partial:
+            root = new_anndata(partial, obs=self.obs, var=self.var)
+            self._write_left(root)
+            anndata.io.write_elem(root["varm"], _KEY, self.right)
+            notes = {"summary": json.dumps(self.summary), "history": _columns(self._history), "clip": self._clip}
+            anndata.io.write_elem(root["uns"], _KEY, notes)
+            if dense:
+                self._write_dense(root, keep_observed)
+            zarr.consolidate_metadata(root.store)
+
+    def _write_left(self, root: zarr.Group) -> None:
+        rows = max(1, min(self.shape[0], _CHUNK_BYTES // (4 * max(1, self.rank))))
+        chunks = (rows, max(1, self.rank))
+        array = root.require_group("obsm").create_array(
+            f"X_{_KEY}", shape=self.left.shape, chunks=chunks, dtype=np.float32
+        )
+        set_encoding(array, "array", "0.2.0")
+        for start, block in _blocks_of(self.left):
+            array[start : start + len(block)] = block
+
+    def _write_dense(self, root: zarr.Group, keep_observed: ExpressionMatrix | None) -> None:
+        rows = max(1, min(self.shape[0], _DENSE_CHUNK_ROWS, _CHUNK_BYTES // (4 * self.shape[1])))
+        array = root.create_array(
+            "X", shape=self.shape, chunks=(rows, self.shape[1]), dtype=np.float32, config={"write_empty_chunks": True}
+        )
+        set_encoding(array, "array", "0.2.0")
+        bounds = (*range(0, self.shape[0], rows), self.shape[0])
+        observed = keep_observed.with_blocks(RowBlocks(bounds)) if keep_observed else None
+        for number, (start, stop) in enumerate(RowBlocks(bounds)):
+            values = self.product(self.left[start:stop].compute())
+            if observed is not None:
+                csr = observed.read_block(number)
+                values[np.repeat(np.arange(stop - start), np.diff(csr.indptr)), csr.indices] = csr.data
+            array[start:stop] = values
+
+
+def _blocks_of(array: da.Array) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    start = 0
+    for block in range(array.numblocks[0]):
+        values = array.blocks[block].compute()
+        yield start, values
+        start += len(values)
+
+
+def _columns(history: dict[str, list[float]]) -> dict[str, NDArray[Any]]:
+    return {name: np.asarray(column) for name, column in history.items()}
+
+
+def _positions(wanted: Any, names: pd.Index, what: str) -> tuple[Any, bool]:
+    """Turn names, or whatever NumPy indexes with, into positions; tell whether it was a single one."""
+    if isinstance(wanted, slice):
+        return wanted, False
+    single = isinstance(wanted, str | int | np.integer)
+    items = np.atleast_1d(np.asarray(wanted))
+    if items.dtype.kind in "US" or items.dtype == object:
+        positions = names.get_indexer_for(items)
+        if (positions < 0).any():
+            absent = items[np.flatnonzero(positions < 0)[0]]
+            raise InputError(f"no {what} is named {absent!r}; the first ones are {', '.join(map(str, names[:3]))}")
+        return positions, single
+    return np.arange(len(names))[items], single

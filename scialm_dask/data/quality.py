@@ -1,0 +1,212 @@
+"""Quality control: cells and genes worth keeping, every cell normalised to the same total. Out of core."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+import zarr
+from numpy.typing import NDArray
+
+from scialm_dask.data.matrix import ExpressionMatrix, check_observed
+from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata
+from scialm_dask.data.stream import Advance
+from scialm_dask.errors import InputError
+
+__all__ = ["Thresholds", "quality_control"]
+
+_PASSES = 4
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What to keep; None means no limit. All limits are inclusive.
+
+    Parameters
+    ----------
+    min_genes, max_genes
+        Genes with counts, of a cell.
+    max_mito
+        Share of the counts of a cell that lies on mitochondrial genes, in percent.
+    mito_prefix
+        How the names of mitochondrial genes begin, in capitals or not.
+    min_cells
+        Cells with counts, of a gene, among the cells that are kept.
+    """
+
+    min_genes: int | None = None
+    max_genes: int | None = None
+    max_mito: float | None = None
+    mito_prefix: str = "MT-"
+    min_cells: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("min_genes", "max_genes", "max_mito", "min_cells"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise InputError(f"{name} is {value}; give a number of 0 or more")
+        if self.max_mito is not None and self.max_mito > 100:
+            raise InputError(f"max_mito is {self.max_mito}; give percent, 0 to 100")
+
+
+class _Cells(NamedTuple):
+    """Per cell: genes with counts, total counts, counts on mitochondrial genes."""
+
+    n_genes: NDArray[np.int64]
+    totals: NDArray[np.float64]
+    mito: NDArray[np.float64]
+
+    @property
+    def pct_mito(self) -> NDArray[np.float64]:
+        return 100 * np.divide(self.mito, self.totals, out=np.zeros_like(self.mito), where=self.totals > 0)
+
+
+def quality_control(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    thresholds: Thresholds | None = None,
+    *,
+    layer: str | None = None,
+    overwrite: bool = False,
+    advance: Advance = lambda _: None,
+) -> dict[str, Any]:
+    """Drop poor cells and rare genes, then scale every cell to the median total. No logarithm is taken.
+
+    First the cells are chosen, by all their genes, then the genes, by the cells chosen; then each cell is divided by
+    its total over the chosen genes and multiplied by the median of these totals over cells that have any count.
+
+    Parameters
+    ----------
+    source
+        Counts: whatever `ExpressionMatrix.open` reads.
+    destination
+        AnnData Zarr store to write: X (float32), ``var``, and ``obs`` with ``total_counts`` (raw, over the chosen
+        genes: multiply row i by ``total_counts[i]`` / median to have the counts back), ``n_genes`` and ``pct_mito``
+        (over all genes, as compared with the thresholds).
+    thresholds
+        What to keep; all by default.
+    layer
+        Read this layer instead of X.
+    overwrite
+        Replace `destination` if it exists.
+    advance
+        Called again and again with the share of the work that has been done since the last call.
+
+    Returns
+    -------
+    dict
+        ``destination``, ``n_cells``, ``n_genes``, ``n_observed``, ``cells_dropped``, ``genes_dropped``,
+        ``mito_genes``, ``empty_cells`` (kept without any count left) and ``median_total``.
+
+    Raises
+    ------
+    InputError
+        If the source cannot be used or nothing would be left.
+    OutputError
+        If the destination cannot be written.
+    """
+    thresholds = thresholds or Thresholds()
+    check_output(destination, overwrite=overwrite, sources=(source,))
+    matrix = ExpressionMatrix.open(source, layer)
+    is_mito = matrix.var.index.str.upper().str.startswith(thresholds.mito_prefix.upper())
+    step = 1 / _PASSES / len(matrix.blocks)
+
+    cells = _measure_cells(matrix, np.asarray(is_mito, np.float64), lambda: advance(step))
+    check_observed(int(cells.n_genes.sum()), matrix.name)
+    keep_cells = _chosen_cells(cells, thresholds)
+    n_cells_of = _cells_of_genes(matrix, keep_cells, lambda: advance(step))
+    keep_genes = n_cells_of >= (thresholds.min_cells or 0)
+    if not keep_cells.any() or not keep_genes.any():
+        what = "cell" if not keep_cells.any() else "gene"
+        raise InputError(f"{matrix.name}: no {what} passes the thresholds ({thresholds}); loosen them")
+    totals = _totals(matrix, keep_genes, lambda: advance(step))[keep_cells]
+    if not totals.any():
+        raise InputError(f"{matrix.name}: no counts are left after the thresholds ({thresholds}); loosen them")
+    median = float(np.median(totals[totals > 0]))
+
+    obs = matrix.obs[keep_cells].assign(
+        total_counts=totals.astype(np.float32), n_genes=cells.n_genes[keep_cells], pct_mito=cells.pct_mito[keep_cells]
+    )
+    scale = np.zeros(len(keep_cells))
+    scale[keep_cells] = np.divide(median, totals, out=np.zeros_like(totals), where=totals > 0)
+    with atomic_output(destination, overwrite=overwrite, sources=(source,)) as partial:
+        root = new_anndata(partial, obs=obs, var=matrix.var[keep_genes])
+        n_observed = _write_scaled(root, matrix, keep_cells, keep_genes, scale, lambda: advance(step))
+        zarr.consolidate_metadata(root.store)
+    return {
+        "destination": os.fspath(destination),
+        "n_cells": int(keep_cells.sum()),
+        "n_genes": int(keep_genes.sum()),
+        "n_observed": n_observed,
+        "cells_dropped": int((~keep_cells).sum()),
+        "genes_dropped": int((~keep_genes).sum()),
+        "mito_genes": int(is_mito.sum()),
+        "empty_cells": int((totals == 0).sum()),
+        "median_total": median,
+    }
+
+
+def _measure_cells(matrix: ExpressionMatrix, is_mito: NDArray[np.float64], tick: Any) -> _Cells:
+    n_cells = matrix.shape[0]
+    cells = _Cells(np.zeros(n_cells, np.int64), np.zeros(n_cells), np.zeros(n_cells))
+    for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
+        cells.n_genes[start:stop] = np.diff(block.indptr)
+        cells.totals[start:stop] = block.sum(axis=1, dtype=np.float64).A1
+        cells.mito[start:stop] = block @ is_mito
+        tick()
+    return cells
+
+
+def _chosen_cells(cells: _Cells, thresholds: Thresholds) -> NDArray[np.bool_]:
+    keep = np.ones(len(cells.totals), bool)
+    if thresholds.min_genes is not None:
+        keep &= cells.n_genes >= thresholds.min_genes
+    if thresholds.max_genes is not None:
+        keep &= cells.n_genes <= thresholds.max_genes
+    if thresholds.max_mito is not None:
+        keep &= cells.pct_mito <= thresholds.max_mito
+    return keep
+
+
+def _cells_of_genes(matrix: ExpressionMatrix, keep_cells: NDArray[np.bool_], tick: Any) -> NDArray[np.int64]:
+    """For each gene, the number of kept cells that have counts of it."""
+    n_cells_of = np.zeros(matrix.shape[1], np.int64)
+    for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
+        n_cells_of += np.bincount(block[keep_cells[start:stop]].indices, minlength=matrix.shape[1])
+        tick()
+    return n_cells_of
+
+
+def _totals(matrix: ExpressionMatrix, keep_genes: NDArray[np.bool_], tick: Any) -> NDArray[np.float64]:
+    """For each cell, its total over the kept genes."""
+    totals = np.zeros(matrix.shape[0])
+    weights = keep_genes.astype(np.float64)
+    for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
+        totals[start:stop] = block @ weights
+        tick()
+    return totals
+
+
+def _write_scaled(
+    root: zarr.Group,
+    matrix: ExpressionMatrix,
+    keep_cells: NDArray[np.bool_],
+    keep_genes: NDArray[np.bool_],
+    scale: NDArray[np.float64],
+    tick: Any,
+) -> int:
+    columns = np.flatnonzero(keep_genes)
+    n_observed = 0
+    with CSRWriter(root, "X", n_columns=len(columns)) as writer:
+        for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
+            rows = np.flatnonzero(keep_cells[start:stop])
+            kept = block[rows][:, columns]
+            factors = np.repeat(scale[start:stop][rows], np.diff(kept.indptr))
+            values = (kept.data * factors).astype(np.float32)
+            writer.append(sp.csr_matrix((values, kept.indices, kept.indptr), shape=kept.shape))
+            n_observed += kept.nnz
+            tick()
+    return n_observed

@@ -1,0 +1,197 @@
+"""Bringing entries that come in any order into row order on disk, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import dask
+import numpy as np
+import scipy.sparse as sp
+import zarr
+from numpy.typing import NDArray
+
+from scialm_dask.data.rows import StoredRows, narrowed, numeric, widened
+from scialm_dask.data.store import ZARR_FORMAT, CSRWriter, open_store, output_error
+from scialm_dask.errors import InputError
+
+__all__ = ["Entries", "columns_of", "csr_of", "rows_in_order", "spill_to_csr", "temporary_folder"]
+
+_PIECE = 1 << 20  # entries handled at once
+_BUCKET = 1 << 21  # entries sorted at once
+_MOST_BUCKETS = 512
+
+
+class Entries(NamedTuple):
+    """Some entries of a matrix, in any order: arrays of the same length."""
+
+    rows: NDArray[np.integer]
+    columns: NDArray[np.integer]
+    values: NDArray[Any]
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Give a folder for temporary files, where Dask is configured to have them, removed at the end.
+
+    Raises
+    ------
+    OutputError
+        If the disk is full.
+    """
+    folder = _new_folder()
+    try:
+        yield folder
+    except OSError as error:
+        raise output_error(folder, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _new_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="scialm-", dir=dask.config.get("temporary-directory", None)))
+
+
+def spill_to_csr(rows: StoredRows) -> StoredRows:
+    """Write a CSC element as CSR to a temporary store, which is removed when the process ends.
+
+    It lies in the configuration's ``temporary-directory`` of Dask, else in the system's. Workers on other machines
+    see it only if that is a shared folder.
+    """
+    folder = _new_folder()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    data = open_store(rows.path)[rows.element]["data"]
+    dtype, n_stored = numeric(data.dtype), int(data.shape[0])
+    try:
+        root = zarr.open_group(os.fspath(folder / "rows.zarr"), mode="w-", zarr_format=ZARR_FORMAT)
+        with CSRWriter(root, "X", n_columns=rows.shape[1], dtype=dtype) as writer:
+            for block in rows_in_order(columns_of(rows), rows.shape, dtype, n_stored, rows.name):
+                writer.append(block)
+    except OSError as error:
+        raise output_error(folder, error) from error
+    return StoredRows(os.fspath(folder / "rows.zarr"), "X", "csr_matrix", rows.shape, label=rows.name)
+
+
+def columns_of(rows: StoredRows) -> Iterator[Entries]:
+    """Read the entries of a CSC element in the order in which they are stored, some at a time.
+
+    Raises
+    ------
+    InputError
+        If indptr or indices do not fit the shape.
+    """
+    element = open_store(rows.path)[rows.element]
+    indptr = np.asarray(element["indptr"][:], dtype=np.int64)
+    data, indices = element["data"], element["indices"]
+    if (
+        len(indptr) != rows.shape[1] + 1
+        or indptr[0] != 0
+        or np.any(np.diff(indptr) < 0)
+        or not indptr[-1] == data.shape[0] == indices.shape[0]
+    ):
+        raise InputError(
+            f"{rows.name}: indptr does not fit {rows.shape[1]} genes and {data.shape[0]} values; "
+            "the store is damaged, write it again"
+        )
+    for start in range(0, data.shape[0], _PIECE):
+        stop = min(start + _PIECE, data.shape[0])
+        first, last = np.searchsorted(indptr, [start, stop - 1], side="right") - 1
+        edges = np.clip(indptr[first : last + 2], start, stop)
+        columns = np.repeat(np.arange(first, last + 1, dtype=np.int32), edges[1:] - edges[:-1])
+        cells = np.asarray(indices[start:stop])
+        if cells.min() < 0 or cells.max() >= rows.shape[0]:
+            bad = cells[(cells < 0) | (cells >= rows.shape[0])][0]
+            raise InputError(
+                f"{rows.name}: cell index {bad} is outside 0 to {rows.shape[0] - 1}; write the store again"
+            )
+        yield Entries(cells, columns, np.asarray(data[start:stop]))
+
+
+def rows_in_order(
+    pieces: Iterable[Entries], shape: tuple[int, int], dtype: np.dtype[Any], n_expected: int, name: str
+) -> Iterator[sp.csr_matrix]:
+    """Sort entries by row and column on disk and hand out the rows, block after block.
+
+    The entries are first dealt out to bucket files, each of a range of rows, then each file is sorted in memory;
+    one that is too big for that is dealt out once more.
+
+    Parameters
+    ----------
+    pieces
+        The entries in any order, indices within `shape`. Those at the same place are added.
+    shape
+        Rows × columns.
+    dtype
+        Of the values handed out.
+    n_expected
+        About how many entries there are.
+    name
+        What to call the matrix in messages.
+
+    Yields
+    ------
+    scipy.sparse.csr_matrix
+        The next rows, all of them in the end, also those without entries.
+    """
+    record = np.dtype([("row", np.int64), ("column", np.int32), ("value", dtype)])
+    with temporary_folder() as folder:
+        names = (folder / f"{number}" for number in count())
+        for span, entries in _deal(pieces, (0, shape[0]), n_expected, record, names):
+            yield csr_of(entries, span, shape[1], dtype, name)
+
+
+def csr_of(entries: Entries, span: tuple[int, int], n_columns: int, dtype: np.dtype[Any], name: str) -> sp.csr_matrix:
+    """Build rows ``span[0]`` to ``span[1] - 1`` from all their entries; those at the same place are added."""
+    place = (entries.rows - span[0], entries.columns)
+    csr = sp.coo_matrix((widened(entries.values), place), shape=(span[1] - span[0], n_columns)).tocsr()
+    csr.data = narrowed(csr.data, dtype, name)
+    return csr
+
+
+def _deal(
+    pieces: Iterable[Entries], span: tuple[int, int], n_expected: int, record: np.dtype[Any], names: Iterator[Path]
+) -> Iterator[tuple[tuple[int, int], Entries]]:
+    """Deal the entries of rows `span` out to bucket files and hand out each, in turn, with its rows."""
+    start, stop = span
+    n_buckets = min(max(1, -(-n_expected // (_BUCKET // 2))), _MOST_BUCKETS, stop - start)
+    bounds = np.linspace(start, stop, n_buckets + 1).round().astype(np.int64)
+    files = [next(names) for _ in range(n_buckets)]
+    for file in files:
+        file.touch()
+    for piece in pieces:
+        _append(piece, bounds, files, record)
+    for file, first, last in zip(files, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        n_entries = file.stat().st_size // record.itemsize
+        if n_entries > _BUCKET and last - first > 1:
+            yield from _deal(_read(file, record), (first, last), n_entries, record, names)
+        else:
+            yield (first, last), _entries(np.fromfile(file, record))
+        file.unlink()
+
+
+def _append(piece: Entries, bounds: NDArray[np.int64], files: list[Path], record: np.dtype[Any]) -> None:
+    bucket = np.searchsorted(bounds, piece.rows, side="right") - 1
+    order = np.argsort(bucket, kind="stable")
+    records = np.empty(len(order), record)
+    records["row"], records["column"], records["value"] = (part[order] for part in piece)
+    cuts = np.searchsorted(bucket[order], np.arange(len(files) + 1))
+    for b in np.flatnonzero(np.diff(cuts)):
+        with files[b].open("ab") as file:
+            file.write(records[cuts[b] : cuts[b + 1]].data)  # tofile hides why it fails
+
+
+def _read(file: Path, record: np.dtype[Any]) -> Iterator[Entries]:
+    with file.open("rb") as stream:
+        while len(records := np.fromfile(stream, record, _PIECE)):
+            yield _entries(records)
+
+
+def _entries(records: NDArray[Any]) -> Entries:
+    return Entries(records["row"], records["column"], records["value"])

@@ -1,0 +1,135 @@
+"""Random choices that are keyed by column and ordinal: the same whatever the blocks, threads and workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["hidden_entries", "mixed", "n_to_hide"]
+
+_NEVER_HIDDEN = 3  # columns with no more entries keep them all
+
+# Two rounds leave about n**-0.5 of any bias in pairs of entries, so small n need more of them.
+_SMALL = np.uint64(256)
+_ROUND_PAIRS, _ROUND_PAIRS_SMALL = 4, 12
+_MASK = (1 << 64) - 1
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_S27, _S30, _S31, _S32 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32)
+_ZERO, _ONE = np.uint64(0), np.uint64(1)
+
+
+@numba.njit(nogil=True, cache=True)
+def mixed(x: np.uint64) -> np.uint64:
+    """Scramble 64 bits one to one (the output function of SplitMix64)."""
+    x = (x ^ (x >> _S30)) * _MIX_1
+    x = (x ^ (x >> _S27)) * _MIX_2
+    return x ^ (x >> _S31)
+
+
+@numba.njit(nogil=True, cache=True)
+def _permuted(x: np.uint64, n: np.uint64, n_left: np.uint64, n_right: np.uint64, key: np.uint64) -> np.uint64:
+    """Where a pseudo-random permutation of 0 … n - 1 sends `x`.
+
+    A Feistel network on pairs (left, right) below (n_left, n_right), whose product is n or little more; a result
+    of n or more is sent on until it falls below n (cycle walking), which keeps it a permutation.
+    """
+    while True:
+        left, right, k = x // n_right, x % n_right, key
+        for _ in range(_ROUND_PAIRS_SMALL if n < _SMALL else _ROUND_PAIRS):
+            k += _GOLDEN
+            left += ((mixed(k ^ right) >> _S32) * n_left) >> _S32
+            left -= n_left if left >= n_left else _ZERO
+            k += _GOLDEN
+            right += ((mixed(k ^ left) >> _S32) * n_right) >> _S32
+            right -= n_right if right >= n_right else _ZERO
+        x = left * n_right + right
+        if x < n:
+            return x
+
+
+@numba.njit(nogil=True, cache=True)
+def _hide(
+    indices: NDArray[np.int32],
+    seen: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    n_hidden: NDArray[np.int64],
+    seed: np.uint64,
+    hidden: NDArray[np.bool_],
+) -> None:
+    n_columns = len(counts)
+    keys, lefts, rights = (
+        np.empty(n_columns, np.uint64),
+        np.empty(n_columns, np.uint64),
+        np.empty(n_columns, np.uint64),
+    )
+    for j in range(n_columns):
+        keys[j] = mixed(mixed(seed) + np.uint64(j) * _GOLDEN + _ONE)
+        n_left = max(np.int64(1), np.int64(np.ceil(np.sqrt(counts[j]))))
+        lefts[j], rights[j] = n_left, max(np.int64(1), (counts[j] + n_left - 1) // n_left)
+    for p in range(len(indices)):
+        j = indices[p]
+        ordinal = seen[j]
+        seen[j] += 1
+        if n_hidden[j] > 0:
+            x = _permuted(np.uint64(ordinal), np.uint64(counts[j]), lefts[j], rights[j], keys[j])
+            hidden[p] = x < np.uint64(n_hidden[j])
+
+
+def hidden_entries(
+    indices: NDArray[np.int32],
+    first_ordinal: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    n_hidden: NDArray[np.int64],
+    seed: int,
+) -> NDArray[np.bool_]:
+    """Choose entries of a sparse matrix, column by column, uniformly and without replacement.
+
+    The entry that is number `o` of its column, in row order, is chosen if a pseudo-random permutation keyed by
+    the seed and the column sends `o` below ``n_hidden``. So exactly ``n_hidden[j]`` entries of column `j` are
+    chosen in all, and a block can tell which ones from the counts before it alone.
+
+    Parameters
+    ----------
+    indices
+        Column of each entry of a block of rows, row by row, as in CSR.
+    first_ordinal
+        Number of entries of each column in the blocks before, shape ``(n_columns,)``.
+    counts
+        Number of entries of each column in the whole matrix, shape ``(n_columns,)``, below 2**62.
+    n_hidden
+        How many of them to choose, shape ``(n_columns,)``.
+    seed
+        Any integer; its low 64 bits count. Other seeds give independent choices.
+
+    Returns
+    -------
+    ndarray of bool
+        Which entries of the block are chosen, shape of `indices`.
+
+    Raises
+    ------
+    ValueError
+        If the block holds more entries of a column than `counts` leaves after `first_ordinal`.
+    """
+    hidden = np.zeros(len(indices), dtype=np.bool_)
+    seen = np.array(first_ordinal, dtype=np.int64)
+    counts = _as_int64(counts)
+    if len(indices) and np.any(seen + np.bincount(indices, minlength=len(counts)) > counts):
+        raise ValueError("a column has more entries than its count")
+    _hide(indices, seen, counts, _as_int64(n_hidden), np.uint64(seed & _MASK), hidden)
+    return hidden
+
+
+def n_to_hide(counts: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
+    """Tell how many entries of each column to hide: ``int(count * fraction)``, none if `count` is three or less."""
+    hidden: NDArray[np.int64] = (counts * fraction).astype(np.int64)
+    return np.where(counts > _NEVER_HIDDEN, hidden, 0)
+
+
+def _as_int64(values: Any) -> NDArray[np.int64]:
+    return np.ascontiguousarray(values, dtype=np.int64)

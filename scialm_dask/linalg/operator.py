@@ -1,0 +1,378 @@
+"""W = A + P_Ω(w − a), low rank plus sparse, over all row blocks. The one numeric file that builds Dask graphs."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import dask
+import numpy as np
+from dask.delayed import Delayed
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from scialm_dask.linalg import kernels
+from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, RowHalf, Step, Sums, View, add_sums
+
+__all__ = ["BlockSource", "LowRankPlusSparse", "Observations", "Product", "Store"]
+
+
+class BlockSource(Protocol):
+    """Hands out row blocks, in whichever process asks."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows × columns."""
+        ...
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """First row of each block, and the number of rows."""
+        ...
+
+    def load(self, block: int) -> Block:
+        """Read a block."""
+        ...
+
+    def held_out(self, block: int, loaded: Block) -> NDArray[np.bool_] | None:
+        """Tell which of the block's observed entries are held out; None for none."""
+        ...
+
+
+class Store(Protocol):
+    """Keeps a block's working arrays between passes; see `scialm_dask.data.scratch`."""
+
+    def put(self, name: str, version: int, block: int, array: NDArray[Any]) -> Any:
+        """Keep an array and return what to refer to it by."""
+        ...
+
+    def get(self, reference: Any) -> NDArray[Any]:
+        """Give an array back."""
+        ...
+
+    def drop(self, name: str, version: int) -> None:
+        """Forget a version."""
+        ...
+
+
+class Observations(NamedTuple):
+    """What is known of the observed entries before the first iteration.
+
+    Number of entries in Ω and of those that are held out of it; ‖D‖² over either; number of rows that had observed
+    entries and of which all are held out.
+    """
+
+    n_observed: int
+    n_held_out: int
+    sum_squares: float
+    held_out_squares: float
+    n_emptied: int
+
+
+class Product(NamedTuple):
+    """What one pass gives: WᵀWQ (n × l) and its Gram (WQ)ᵀWQ (l × l), float64; sums over entries as in `Sums`."""
+
+    cross: Doubles
+    gram: Doubles
+    misfit: float
+    held_out: float
+
+
+_NAMES = ("estimate", "left", "sketch")
+
+
+@dataclass(frozen=True)
+class _References:
+    """Where the arrays of a `BlockState` are."""
+
+    estimate: Any
+    left: Any
+    sketch: Any
+
+
+class LowRankPlusSparse:
+    """The matrix whose SVD each iteration takes, never formed: A = U Vᵀ plus what A misses on the observed entries.
+
+    Every method that reads the blocks makes one *pass*: one task for each block, and a tree that adds up what they
+    give back. Works with whatever scheduler Dask has: threads in this process, or a `distributed.Client`.
+
+    Parameters
+    ----------
+    source
+        Hands out the blocks.
+    store
+        Keeps the working state of the blocks.
+    resident
+        Keep the blocks themselves in memory too, rather than read them in every pass.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Rows × columns.
+    bounds : tuple of int
+        First row of each block, and the number of rows.
+    observations : Observations
+        Of the observed entries.
+    passes : int
+        How many times the blocks were visited so far.
+    """
+
+    def __init__(self, source: BlockSource, store: Store, *, resident: bool) -> None:
+        self.shape = source.shape
+        self.bounds = source.bounds
+        self.passes = 0
+        self._id = uuid.uuid4().hex[:12]
+        self._source = dask.delayed(source, name=f"source-{self._id}", traverse=False)
+        self._store = store
+        self._right = np.zeros((self.shape[1], 0), np.float32)
+        self._versions: dict[str, int] = dict.fromkeys(("estimate", "left", "sketch"), 0)
+        self._best: tuple[tuple[Delayed, ...], Floats, int] | None = None
+        self._blocks: tuple[Delayed | None, ...] = (None,) * self.n_blocks
+        if resident:
+            load = dask.delayed(_load)
+            self._blocks = _run([load(self._source, b) for b in range(self.n_blocks)])
+        begin = dask.delayed(_begin, pure=False, nout=2)
+        parts = [begin(self._store, self._source, b, self._blocks[b]) for b in self._each()]
+        total = _tree([counted for _, counted in parts], dask.delayed(_add))
+        *state, total = _run([refs for refs, _ in parts] + [total])
+        self._state: tuple[Delayed, ...] = tuple(state)
+        self.observations = Observations(*total.compute())
+        self.passes = 1
+
+    @property
+    def size(self) -> float:
+        """Number of entries, mn."""
+        return float(self.shape[0]) * self.shape[1]
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of row blocks."""
+        return len(self.bounds) - 1
+
+    def multiply(self, basis: Floats | None, step: Step | None = None, right: Floats | None = None) -> Product:
+        """Take a step, if given, then compute WᵀWQ. One pass.
+
+        Parameters
+        ----------
+        basis
+            Q, shape ``(n, l)``; None to take the step only.
+        step, right
+            The new A, as its left factor in terms of the last pass's W Q, and its right factor, ``(n, r)``.
+        """
+        if step is not None and right is not None:
+            self._right = right
+        changed = {"sketch"} if basis is not None else set()
+        if step is not None:
+            changed |= {"estimate", "left"}
+        return self._pass(_visit, View(self._right, basis, step), [None] * self.n_blocks, changed)
+
+    def project(self, vectors: Floats) -> Product:
+        """Compute Wᵀ times orthonormal left vectors, shape ``(m, l)``, which become the sketch. One pass."""
+        rows = [dask.delayed(vectors[a:b]) for a, b in pairwise(self.bounds)]
+        return self._pass(_project, View(self._right, None), rows, {"sketch"})
+
+    def column_gram(self) -> Doubles:
+        """WᵀW, shape ``(n, n)``, when columns are the short side. One pass."""
+        view = self._carry(View(self._right, None))
+        visit = dask.delayed(_column_gram)
+        parts = [visit(self._store, self._source, b, self._blocks[b], self._state[b], view) for b in self._each()]
+        (total,) = _run([_tree(parts, dask.delayed(_add))])
+        self.passes += 1
+        left_gram, cross, sparse_gram = total.compute()
+        right = self._right.astype(np.float64)
+        mixed = right @ cross
+        return sparse_gram + mixed + mixed.T + right @ left_gram @ right.T  # type: ignore[no-any-return]
+
+    def row_gram(self) -> Doubles:
+        """WWᵀ, shape ``(m, m)``, when rows are the short side: a task for each pair of blocks. One pass."""
+        view = self._carry(View(self._right, None))
+        core = self._right.T.astype(np.float64) @ self._right
+        prepare, pair = dask.delayed(_row_half), dask.delayed(_row_gram)
+        halves = [prepare(self._store, self._source, b, self._blocks[b], self._state[b], view) for b in self._each()]
+        corners = [(i, j) for i in self._each() for j in range(i, self.n_blocks)]
+        tiles = _run(
+            [
+                pair(self._source, (i, j), self._blocks[i], self._blocks[j], halves[i], halves[j], core)
+                for i, j in corners
+            ]
+        )
+        self.passes += 1
+        gram = np.empty((self.shape[0], self.shape[0]))
+        for (i, j), tile in zip(corners, dask.compute(*tiles), strict=True):
+            rows, columns = slice(*self.bounds[i : i + 2]), slice(*self.bounds[j : j + 2])
+            gram[rows, columns] = tile
+            gram[columns, rows] = tile.T
+        return gram
+
+    def keep(self) -> None:
+        """Remember the A in force as the best so far; `factors` gives it back."""
+        pick = dask.delayed(_left_of)
+        forgotten, version = self._best, self._versions["left"]
+        self._best = _run([pick(state) for state in self._state]), self._right, version
+        if forgotten is not None and forgotten[2] != version:
+            self._store.drop("left", forgotten[2])
+
+    def factors(self) -> tuple[list[Delayed], Floats]:
+        """Left factor, a delayed float32 array of shape ``(rows of the block, r)`` for each block, and right factor.
+
+        Those of the A last kept, else of the one in force.
+        """
+        if self._best is None:
+            self.keep()
+        assert self._best is not None
+        lefts, right, _ = self._best
+        get = dask.delayed(_get)
+        return [get(self._store, left) for left in lefts], right
+
+    def _pass(self, function: Callable[..., Any], view: View, extra: list[Any], changed: set[str]) -> Product:
+        """Run `function` once for each block and add up the sums that it returns beside the block's new state."""
+        number = self.passes + 1
+        carried = self._carry(view)
+        visit = dask.delayed(function, pure=False, nout=2)
+        parts = [
+            visit(self._store, self._source, b, self._blocks[b], self._state[b], carried, number, extra[b])
+            for b in self._each()
+        ]
+        total = _tree([sums for _, sums in parts], dask.delayed(add_sums))
+        *state, total = _run([state for state, _ in parts] + [total])
+        sums: Sums = total.compute()
+        self._state, self.passes = tuple(state), number
+        for name in changed:
+            if not (name == "left" and self._best is not None and self._best[2] == self._versions["left"]):
+                self._store.drop(name, self._versions[name])
+            self._versions[name] = number
+        cross = sums.sparse_cross.astype(np.float64)
+        if cross.size:
+            cross += self._right.astype(np.float64) @ sums.left_cross
+        return Product(cross, sums.gram, sums.misfit, sums.held_out)
+
+    def _carry(self, view: View) -> Delayed:
+        """Wrap what every task of a pass needs as one task, which is sent to each worker once."""
+        return dask.delayed(view, name=f"view-{self._id}-{uuid.uuid4().hex[:8]}", traverse=False)
+
+    def _each(self) -> range:
+        return range(self.n_blocks)
+
+
+def _run(values: list[Any]) -> tuple[Any, ...]:
+    """Compute and hold on the scheduler in force, where threads of this process leave BLAS one thread each."""
+    with threadpool_limits(1, user_api="blas"):
+        return dask.persist(*values)  # type: ignore[no-any-return]
+
+
+def _tree(parts: list[Delayed], add: Any) -> Delayed:
+    """Add up, neighbours first, in a fixed order."""
+    while len(parts) > 1:
+        pairs = [add(*parts[i : i + 2]) for i in range(0, len(parts) - 1, 2)]
+        parts = pairs + parts[2 * len(pairs) :]
+    return parts[0]
+
+
+# The tasks. Each loads what it needs of a block, calls a kernel, and stores what has changed.
+
+
+def _load(source: BlockSource, block: int) -> Block:
+    return source.load(block)
+
+
+def _begin(
+    store: Store, source: BlockSource, block: int, loaded: Block | None
+) -> tuple[_References, tuple[float, ...]]:
+    data = loaded or source.load(block)
+    hidden = source.held_out(block, data)
+    estimate, n_hidden, held_out_squares, n_emptied = data.observed, 0, 0.0, 0
+    if hidden is not None:
+        estimate = np.where(hidden, np.float32(np.nan), data.observed)
+        n_hidden, held_out_squares = int(hidden.sum()), _squares(data.observed[hidden])
+        n_left = np.diff(np.concatenate([[0], np.cumsum(~hidden)])[data.indptr])
+        n_emptied = int(np.count_nonzero((n_left == 0) & (np.diff(data.indptr) > 0)))
+    empty = np.zeros((data.n_rows, 0), np.float32)
+    refs = _References(*(store.put(n, 0, block, a) for n, a in zip(_NAMES, (estimate, empty, empty), strict=True)))
+    squares = _squares(data.observed) - held_out_squares
+    return refs, (len(data.observed) - n_hidden, n_hidden, squares, held_out_squares, n_emptied)
+
+
+def _squares(values: Floats) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
+
+
+def _visit(
+    store: Store,
+    source: BlockSource,
+    block: int,
+    loaded: Block | None,
+    at: _References,
+    view: View,
+    number: int,
+    _: None,
+) -> tuple[_References, Sums]:
+    # A step makes a new left factor of the sketch; without one the old left factor is in force and the sketch is not.
+    unneeded = np.zeros((0, 0), np.float32)
+    left, sketch = (unneeded, store.get(at.sketch)) if view.step else (store.get(at.left), unneeded)
+    state = BlockState(store.get(at.estimate), left, sketch)
+    new, sums = kernels.visit(loaded or source.load(block), state, view)
+    return _put_changes(store, block, number, at, state, new), sums
+
+
+def _project(
+    store: Store,
+    source: BlockSource,
+    block: int,
+    loaded: Block | None,
+    at: _References,
+    view: View,
+    number: int,
+    vectors: Floats,
+) -> tuple[_References, Sums]:
+    state = BlockState(store.get(at.estimate), store.get(at.left), vectors)
+    sums = kernels.project(loaded or source.load(block), state, view.right)
+    return replace(at, sketch=store.put("sketch", number, block, vectors)), sums
+
+
+def _column_gram(
+    store: Store, source: BlockSource, block: int, loaded: Block | None, at: _References, view: View
+) -> tuple[Doubles, Doubles, Doubles]:
+    state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
+    return kernels.column_gram(loaded or source.load(block), state, view.right)
+
+
+def _row_half(
+    store: Store, source: BlockSource, block: int, loaded: Block | None, at: _References, view: View
+) -> RowHalf:
+    state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
+    return kernels.row_half(loaded or source.load(block), state, view.right)
+
+
+def _row_gram(
+    source: BlockSource,
+    pair: tuple[int, int],
+    one: Block | None,
+    other: Block | None,
+    half: RowHalf,
+    other_half: RowHalf,
+    core: Doubles,
+) -> Doubles:
+    blocks = one or source.load(pair[0]), other or source.load(pair[1])
+    return kernels.row_gram(blocks, (half, other_half), core)
+
+
+def _put_changes(
+    store: Store, block: int, number: int, at: _References, old: BlockState, new: BlockState
+) -> _References:
+    changed = {name: getattr(new, name) for name in _NAMES if getattr(new, name) is not getattr(old, name)}
+    return replace(at, **{name: store.put(name, number, block, array) for name, array in changed.items()})
+
+
+def _left_of(at: _References) -> Any:
+    return at.left
+
+
+def _get(store: Store, reference: Any) -> Floats:
+    return store.get(reference)
+
+
+def _add(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a + b for a, b in zip(one, other, strict=True))

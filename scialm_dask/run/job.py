@@ -1,0 +1,181 @@
+"""One run: survey the matrix, complete it, hand out the result."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+
+from scialm_dask.config import Settings
+from scialm_dask.data.factors import Imputation
+from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.scratch import MemoryScratch, Scratch, ZarrScratch
+from scialm_dask.errors import InputError
+from scialm_dask.linalg.kernels import Doubles, Floats
+from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.solve.ialm import Completion, Iteration, complete
+from scialm_dask.solve.scaling import PreparedBlocks, Survey, prepare, survey
+
+__all__ = ["complete_matrix"]
+
+
+def complete_matrix(
+    matrix: ExpressionMatrix,
+    settings: Settings,
+    *,
+    scratch: str = "memory",
+    on_iteration: Callable[[Iteration], None] = lambda _: None,
+) -> Imputation:
+    """Complete a matrix, on whatever scheduler Dask has.
+
+    Parameters
+    ----------
+    matrix
+        Cells × genes.
+    settings
+        How.
+    scratch
+        ``"memory"``: the working state, and the matrix, are held by the workers. ``"zarr:PATH"``: the state is kept
+        in a new folder under PATH, on a disk that all workers see, and the matrix is read anew in every pass.
+    on_iteration
+        Called after each iteration.
+
+    Raises
+    ------
+    InputError
+        If the matrix or the settings cannot be used.
+    """
+    began = time.perf_counter()
+    found = survey(matrix)
+    blocks = prepare(matrix, found, settings)
+    store, folder = _open_scratch(scratch)
+    try:
+        operator = LowRankPlusSparse(blocks, store, resident=folder is None)
+        _check_validation(operator, settings)
+        completion = complete(operator, settings, on_iteration)
+        result = _result(matrix, blocks, operator, _report(matrix, found, blocks, operator, completion, settings))
+        result.summary["seconds"] = time.perf_counter() - began
+        result.summary["peak_memory_bytes"] = _peak_memory()
+    except BaseException:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if folder is not None:  # the result reads its left factor from there
+        weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
+    return result
+
+
+def _open_scratch(scratch: str) -> tuple[Scratch, str | None]:
+    if scratch == "memory":
+        return MemoryScratch(), None
+    kind, _, path = scratch.partition(":")
+    if kind != "zarr" or not path:
+        raise InputError(f"scratch is {scratch!r}; give memory, or zarr:PATH with a folder on a local disk")
+    if not Path(path).is_dir():
+        raise InputError(f"{path}: no such folder for scratch; create it first")
+    folder = tempfile.mkdtemp(prefix="scialm-", dir=path)
+    return ZarrScratch(folder), folder
+
+
+def _check_validation(operator: LowRankPlusSparse, settings: Settings) -> None:
+    if settings.stop != "held-out":
+        return
+    seen = operator.observations
+    if seen.n_held_out == 0:
+        raise InputError(
+            f"validation is {settings.validation}, which hides none of {seen.n_observed} observed entries, gene by "
+            "gene; give a larger share, or stop by the residual"
+        )
+    if seen.n_emptied:
+        raise InputError(
+            f"validation is {settings.validation}, which leaves {seen.n_emptied} cells without an observed entry; "
+            "give a smaller share, or drop cells with few genes by `scialm-dask qc --min-genes`"
+        )
+
+
+def _report(
+    matrix: ExpressionMatrix,
+    found: Survey,
+    blocks: PreparedBlocks,
+    operator: LowRankPlusSparse,
+    completion: Completion,
+    settings: Settings,
+) -> dict[str, Any]:
+    last = completion.history[completion.chosen - 1]
+    return {
+        "n_cells": matrix.shape[0],
+        "n_genes": matrix.shape[1],
+        "n_observed": found.n_observed,
+        "n_empty_cells": int(np.count_nonzero(found.cell_counts == 0)),
+        "n_empty_genes": int(np.count_nonzero(found.gene_counts == 0)),
+        "n_blocks": operator.n_blocks,
+        "iterations": len(completion.history),
+        "chosen_iteration": completion.chosen,
+        "passes": operator.passes + 1,  # the survey is one
+        "rank": last.rank,
+        "residual": last.residual,
+        "held_out_error": None if np.isnan(last.held_out) else last.held_out,
+        "converged": completion.converged,
+        "stop_reason": completion.reason,
+        "scaling": blocks.scales.note,
+        "source": matrix.name,
+        "settings": settings.as_dict(),
+        "singular_values": list(completion.values),
+        "history": {name: [getattr(i, name) for i in completion.history] for name in asdict(completion.history[0])},
+        "mean_observed": float(found.gene_sums.sum()) / (matrix.shape[0] * matrix.shape[1]),
+    }
+
+
+def _result(
+    matrix: ExpressionMatrix, blocks: PreparedBlocks, operator: LowRankPlusSparse, report: dict[str, Any]
+) -> Imputation:
+    """Put the factors back on the scale of the input, lazily."""
+    import dask.array as da
+
+    lefts, right = operator.factors()
+    unscaled = dask.delayed(_unscaled)
+    scale = blocks.scales
+    rank, bounds = right.shape[1], operator.bounds
+    pieces = []
+    for b, left in enumerate(lefts):
+        rows = slice(bounds[b], bounds[b + 1])
+        piece = unscaled(left, None if scale.cell is None else scale.cell[rows])
+        pieces.append(da.from_delayed(piece, shape=(rows.stop - rows.start, rank), dtype=np.float32))
+    history = report.pop("history")
+    result = Imputation(
+        da.concatenate(pieces, axis=0),
+        right if scale.gene is None else right / scale.gene[:, None],
+        obs=matrix.obs,
+        var=matrix.var,
+        summary=report,
+        history=history,
+        clip=matrix.observed == "nonzero",
+    )
+    result.summary["mean_imputed_over_observed"] = _mean(result) / report.pop("mean_observed")
+    return result
+
+
+def _unscaled(left: Floats, scale: Floats | None) -> Floats:
+    return left if scale is None else left / scale[:, None]
+
+
+def _mean(result: Imputation) -> float:
+    """Mean of the imputed matrix before clipping, from sums of the factors."""
+    sums: Doubles = result.left.sum(axis=0, dtype=np.float64).compute()
+    return float(sums @ result.right.sum(axis=0, dtype=np.float64)) / (result.shape[0] * result.shape[1])
+
+
+def _peak_memory() -> int:
+    """Most memory this process has held, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

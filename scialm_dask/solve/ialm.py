@@ -1,0 +1,224 @@
+"""scIALM, the paper's Algorithm 3, on the low-rank-plus-sparse form of its matrices.
+
+Off the observed entries Ω the multiplier stays zero, so with ``w`` the entries of W = D − E + Y/μ on Ω and ``d``,
+``a`` those of D and A,
+
+    W = A + P_Ω(w − a)            lines 5 and 8: what the SVD is taken of, never formed
+    A = SVT(W, 1/μ)               line 6: singular value thresholding
+    w = d + (w − a)/ρ             line 9: the multiplier update, on Ω alone; w = d at first
+    μ = ρμ                        line 10
+
+where the update of w takes place in the first pass of the next SVD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from scialm_dask.config import Settings
+from scialm_dask.linalg.kernels import Floats, Step
+from scialm_dask.linalg.operator import LowRankPlusSparse, Product
+from scialm_dask.linalg.svd import PartialSVD, extended_basis, leading_triplets, short_side_svd
+from scialm_dask.solve.rank import basis_width, prefers_short_side, rank_rule
+from scialm_dask.solve.stopping import stop_rule
+
+_FIRST_PASSES = 20
+_FIRST_TOLERANCE = 1e-6  # σ₁ sets every threshold that follows
+
+__all__ = ["Completion", "Iteration", "complete"]
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One line of the history.
+
+    Parameters
+    ----------
+    iteration
+        From 1, as in the paper.
+    rank
+        svp, the number of singular values over the threshold that were kept.
+    threshold
+        1/μ.
+    residual
+        ‖P_Ω(D − A)‖ / ‖D‖.
+    held_out
+        The same over the held-out entries; NaN if there are none.
+    passes
+        Passes over the data so far.
+    """
+
+    iteration: int
+    rank: int
+    threshold: float
+    residual: float
+    held_out: float
+    passes: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """How the loop ended. The factors are in the operator.
+
+    Parameters
+    ----------
+    history
+        One entry for each iteration.
+    chosen
+        The iteration whose A was kept.
+    values
+        Its singular values, after thresholding.
+    converged
+        Whether the stop rule ended it, rather than `max_iterations`.
+    reason
+        In words.
+    """
+
+    history: tuple[Iteration, ...]
+    chosen: int
+    values: tuple[float, ...]
+    converged: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """μ, and the factor ρ by which it grows."""
+
+    mu: float
+    rho: float
+
+    @property
+    def threshold(self) -> float:
+        """1/μ, under which singular values are dropped."""
+        return 1 / self.mu
+
+    def next(self) -> Penalty:
+        """Line 10."""
+        return replace(self, mu=self.rho * self.mu)
+
+
+@dataclass(frozen=True)
+class _LowRank:
+    """A = U Vᵀ by way of the last sketch: U = sketch @ rotation."""
+
+    rotation: Floats
+    right: Floats
+    values: tuple[float, ...]
+
+    @property
+    def rank(self) -> int:
+        """Number of singular values."""
+        return len(self.values)
+
+
+def complete(
+    operator: LowRankPlusSparse,
+    settings: Settings,
+    on_iteration: Callable[[Iteration], None] = lambda _: None,
+) -> Completion:
+    """Run Algorithm 3 until the stop rule ends it.
+
+    Parameters
+    ----------
+    operator
+        Starts at W = D, and ends holding the factors of the result.
+    settings
+        What to do.
+    on_iteration
+        Called after each iteration.
+    """
+    rank = rank_rule(settings, min(operator.shape))
+    stop = stop_rule(settings)
+    svd = first_svd(operator, settings)
+    penalty = first_penalty(float(svd.values[0]), operator.observations.n_observed / operator.size)
+    history, growth = zero_iterations(float(svd.values[0]), penalty, operator.passes)
+    for iteration in history:
+        on_iteration(iteration)
+        rank.update(0)
+        penalty = penalty.next()
+    svd = replace(svd, values=svd.values * growth)
+    values: tuple[float, ...] = ()
+    chosen = 0
+    while True:
+        low_rank = singular_value_thresholding(svd, penalty.threshold, rank.limit)
+        rank.update(low_rank.rank)
+        following = penalty.next()
+        width = basis_width(svd.values, following.threshold, rank.limit)
+        short_side = prefers_short_side(width, operator.shape)
+        basis = None if short_side else extended_basis(svd.right, width, settings.seed)
+        step = Step(low_rank.rotation, 1 / penalty.rho, growth)
+        product = operator.multiply(basis, step, low_rank.right)
+        latest = _iteration(len(history) + 1, low_rank, penalty, product, operator)
+        history.append(latest)
+        on_iteration(latest)
+        verdict = stop.judge(latest)
+        if verdict.best_so_far:
+            operator.keep()
+            chosen, values = latest.iteration, low_rank.values
+        if verdict.reason or len(history) >= settings.max_iterations:
+            break
+        penalty, growth = following, 1.0
+        if short_side:
+            svd = short_side_svd(operator, rank.limit, penalty.threshold)
+        else:
+            svd = leading_triplets(
+                operator,
+                product,
+                limit=rank.limit,
+                threshold=penalty.threshold,
+                passes=settings.svd_passes,
+                tolerance=settings.svd_tolerance,
+                seed=settings.seed,
+            )
+    reason = verdict.reason or f"{settings.max_iterations} iterations made, the most allowed"
+    return Completion(tuple(history), chosen, values, bool(verdict.reason), reason)
+
+
+def first_svd(operator: LowRankPlusSparse, settings: Settings) -> PartialSVD:
+    """Leading triplets of D: σ₁ sets the penalty, and the vectors start the first SVD."""
+    width = basis_width(np.zeros(settings.first_rank), 0.0, settings.first_rank)
+    nothing = np.zeros((operator.shape[1], 0), np.float32)
+    product = operator.multiply(extended_basis(nothing, min(width, *operator.shape), settings.seed))
+    return leading_triplets(
+        operator, product, limit=1, threshold=0.0, passes=_FIRST_PASSES, tolerance=_FIRST_TOLERANCE, seed=settings.seed
+    )
+
+
+def first_penalty(largest: float, density: float) -> Penalty:
+    """μ₀ = 0.3/σ₁(D) and ρ = 1.1 + 2.5 |Ω|/(mn)."""
+    return Penalty(mu=0.3 / largest, rho=1.1 + 2.5 * density)
+
+
+def zero_iterations(largest: float, penalty: Penalty, passes: int) -> tuple[list[Iteration], float]:
+    """Make the iterations whose threshold is over σ₁(W) in closed form: A is zero and W only grows, by a scalar.
+
+    Returns the iterations, and the factor by which W has grown.
+    """
+    iterations: list[Iteration] = []
+    growth = 1.0
+    while growth * largest <= penalty.threshold:
+        iterations.append(Iteration(len(iterations) + 1, 0, penalty.threshold, 1.0, 1.0, passes))
+        growth = 1 + growth / penalty.rho
+        penalty = penalty.next()
+    return iterations, growth
+
+
+def singular_value_thresholding(svd: PartialSVD, threshold: float, limit: int) -> _LowRank:
+    """Line 6: A = U max(Σ − 1/μ, 0) Vᵀ, of `limit` triplets at most."""
+    rank = min(limit, int(np.count_nonzero(svd.values > threshold)))
+    shrunk = svd.values[:rank] - threshold
+    rotation = (svd.to_left[:, :rank] * shrunk).astype(np.float32)
+    return _LowRank(rotation, np.ascontiguousarray(svd.right[:, :rank]), tuple(shrunk.tolist()))
+
+
+def _iteration(
+    number: int, low_rank: _LowRank, penalty: Penalty, product: Product, operator: LowRankPlusSparse
+) -> Iteration:
+    observations = operator.observations
+    held_out = np.sqrt(product.held_out / observations.held_out_squares) if observations.n_held_out else np.nan
+    residual = np.sqrt(product.misfit / observations.sum_squares)
+    return Iteration(number, low_rank.rank, penalty.threshold, float(residual), float(held_out), operator.passes)

@@ -1,0 +1,84 @@
+"""How many singular values to keep, and how many to compute."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from scialm_dask.config import Settings
+from scialm_dask.linalg.kernels import Doubles
+
+__all__ = ["RankRule", "basis_width", "prefers_short_side", "rank_rule"]
+
+_LANES = 16  # columns are computed this many at a time anyhow
+_SHORT_SIDE_SHARE = 0.1  # a wider basis takes many passes to settle, as singular values lie close together there
+_SHORT_SIDE_MOST = 6000  # rows of the Gram: 290 MB of float64, and as much again to work in
+
+
+class RankRule(Protocol):
+    """Says how many singular values may be kept next."""
+
+    limit: int
+
+    def update(self, rank: int) -> None:
+        """Learn how many were over the threshold (svp), of those looked at."""
+        ...
+
+
+class PaperRank:
+    """Equation 13: one more than the last rank, or R more if the rank met the limit (sv)."""
+
+    def __init__(self, settings: Settings, most: int) -> None:
+        self.limit = min(settings.first_rank, most)
+        self._increment, self._most = settings.increment, most
+
+    def update(self, rank: int) -> None:
+        """Sv ← svp + 1, or min(svp + R, d)."""
+        self.limit = rank + 1 if rank < self.limit else min(rank + self._increment, self._most)
+
+
+class AdaptiveRank:
+    """Every singular value over the threshold, whatever their number."""
+
+    def __init__(self, most: int) -> None:
+        self.limit = most
+
+    def update(self, rank: int) -> None:
+        """Nothing to learn."""
+
+
+def rank_rule(settings: Settings, short_side: int) -> RankRule:
+    """Make the rule that the settings ask for."""
+    most = min(short_side, settings.max_rank or short_side)
+    return PaperRank(settings, most) if settings.rank_policy == "paper" else AdaptiveRank(most)
+
+
+def basis_width(values: Doubles, threshold: float, limit: int) -> int:
+    """Columns to compute so that all values over the next threshold are found, and one under it.
+
+    Parameters
+    ----------
+    values
+        Of the last SVD, falling. The next ones are a little larger; where all of them may be over the threshold,
+        the fall of the last half of them is taken to go on.
+    threshold, limit
+        The next ones.
+    """
+    expected = int(np.count_nonzero(values > threshold / _GROWTH))
+    if expected == len(values) > 1 and values[-1] > 0:
+        half = len(values) // 2
+        fall = np.log(values[half] / values[-1]) / (len(values) - 1 - half) if len(values) - 1 > half else 0.0
+        missing = np.log(values[-1] * _GROWTH / threshold) / max(fall, 1e-3) if threshold > 0 else np.inf
+        expected += int(min(missing, 2 * len(values)))
+    wanted = min(expected, limit)
+    return -(-(wanted + max(8, wanted // 8)) // _LANES) * _LANES
+
+
+_GROWTH = 1.1  # of a singular value from one iteration to the next, near the threshold
+
+
+def prefers_short_side(width: int, shape: tuple[int, int]) -> bool:
+    """Whether the exact eigenvectors of the short side are cheaper than iterating on `width` columns."""
+    short = min(shape)
+    return short <= _SHORT_SIDE_MOST and width >= _SHORT_SIDE_SHARE * short

@@ -1,0 +1,192 @@
+"""The matrix as the loop sees it: surveyed, scaled so that noise is even, with a share of its entries held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import dask
+import numpy as np
+from numpy.typing import NDArray
+
+from scialm_dask.config import Settings
+from scialm_dask.data.matrix import ExpressionMatrix, check_observed
+from scialm_dask.linalg.draws import hidden_entries, n_to_hide
+from scialm_dask.linalg.kernels import Block, Doubles, Floats
+
+__all__ = ["PreparedBlocks", "Scales", "Survey", "prepare", "survey"]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over a matrix tells.
+
+    Parameters
+    ----------
+    block_gene_counts
+        Observed entries of each gene in each block, int32, shape ``(blocks, n)``.
+    gene_sums, cell_sums
+        Sums of the observed entries, float64, shapes ``(n,)`` and ``(m,)``.
+    cell_counts
+        Observed entries of each cell, shape ``(m,)``.
+    integer
+        Whether all values are whole numbers.
+    """
+
+    block_gene_counts: NDArray[np.int32]
+    gene_sums: Doubles
+    cell_sums: Doubles
+    cell_counts: NDArray[np.int64]
+    integer: bool
+
+    @property
+    def gene_counts(self) -> NDArray[np.int64]:
+        """Observed entries of each gene, shape ``(n,)``."""
+        return self.block_gene_counts.sum(axis=0, dtype=np.int64)  # type: ignore[no-any-return]
+
+    @property
+    def n_observed(self) -> int:
+        """Number of observed entries."""
+        return int(self.cell_counts.sum())
+
+
+class _BlockSurvey(NamedTuple):
+    gene_counts: NDArray[np.int32]
+    gene_sums: Doubles
+    cell_sums: Doubles
+    cell_counts: NDArray[np.int64]
+    integer: bool
+
+
+def survey(matrix: ExpressionMatrix) -> Survey:
+    """Read the matrix once. Raises `InputError` for values that cannot be used, and if nothing is observed."""
+    parts = dask.compute(*(dask.delayed(_survey_block)(matrix, b) for b in range(len(matrix.blocks))))
+    counts, gene_sums, cell_sums, cell_counts, integer = zip(*parts, strict=True)
+    found = Survey(
+        np.stack(counts),
+        np.sum(gene_sums, axis=0),
+        np.concatenate(cell_sums),
+        np.concatenate(cell_counts),
+        all(integer),
+    )
+    check_observed(found.n_observed, matrix.name)
+    return found
+
+
+def _survey_block(matrix: ExpressionMatrix, block: int) -> _BlockSurvey:
+    csr = matrix.read_block(block)
+    n_genes = matrix.shape[1]
+    values = csr.data.astype(np.float64)
+    return _BlockSurvey(
+        np.bincount(csr.indices, minlength=n_genes).astype(np.int32),
+        np.bincount(csr.indices, weights=values, minlength=n_genes).astype(np.float64),
+        np.asarray(csr.sum(axis=1, dtype=np.float64)).ravel(),
+        np.diff(csr.indptr).astype(np.int64),
+        not np.any(csr.data % 1),
+    )
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What entries are multiplied with before the loop; factors are divided by it after.
+
+    Parameters
+    ----------
+    cell, gene
+        Positive, float32, shapes ``(m,)`` and ``(n,)``; None for ones.
+    note
+        What was done, in words.
+    """
+
+    cell: Floats | None
+    gene: Floats | None
+    note: str
+
+
+def scales_of(matrix: ExpressionMatrix, found: Survey, exponents: tuple[float, float]) -> Scales:
+    """Scale genes by mean^−g and cells by (size factor)^−c.
+
+    The variance of a normalised count is its mean times the cell's size factor: the number that normalisation
+    multiplied the cell with. It is known from the raw totals in ``obs["total_counts"]``. Raw counts were multiplied
+    with nothing, and their variance goes with the cell's own total instead.
+    """
+    gene_exponent, cell_exponent = exponents
+    if matrix.observed == "finite" or exponents == (0.0, 0.0):
+        return Scales(None, None, "not scaled")
+    counts = found.gene_counts
+    means = np.divide(found.gene_sums, counts, out=np.ones_like(found.gene_sums), where=counts > 0)
+    gene = means**-gene_exponent
+    if cell_exponent == 0:
+        return Scales(None, gene.astype(np.float32), "genes scaled")
+    if found.integer:
+        factor, note = found.cell_sums, "genes and cells scaled; cells by their totals, as these are raw counts"
+    elif "total_counts" in matrix.obs:
+        totals = matrix.obs["total_counts"].to_numpy(np.float64)
+        factor = np.divide(1.0, totals, out=np.zeros_like(totals), where=totals > 0)
+        note = "genes and cells scaled; cells by obs['total_counts']"
+    else:
+        return Scales(None, gene.astype(np.float32), "genes scaled; cells not, as obs has no total_counts")
+    used = factor > 0
+    factor = np.where(used, factor / np.exp(np.log(factor[used]).mean()), 1.0)
+    return Scales((factor**-cell_exponent).astype(np.float32), gene.astype(np.float32), note)
+
+
+@dataclass(frozen=True)
+class PreparedBlocks:
+    """Row blocks, scaled, for `LowRankPlusSparse`.
+
+    Parameters
+    ----------
+    matrix
+        Read anew for each block.
+    scales
+        To multiply with.
+    validation
+        Share of each gene's entries to hold out, 0 for none.
+    seed
+        Which entries.
+    block_gene_counts
+        See `Survey`.
+    """
+
+    matrix: ExpressionMatrix
+    scales: Scales
+    validation: float
+    seed: int
+    block_gene_counts: NDArray[np.int32]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells × genes."""
+        return self.matrix.shape
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """First cell of each block, and the number of cells."""
+        return self.matrix.blocks.bounds
+
+    def load(self, block: int) -> Block:
+        """Read and scale a block."""
+        csr = self.matrix.read_block(block)
+        values = csr.data
+        if self.scales.gene is not None:
+            values = values * self.scales.gene[csr.indices]
+        if self.scales.cell is not None:
+            start, stop = self.matrix.blocks[block]
+            values = values * np.repeat(self.scales.cell[start:stop], np.diff(csr.indptr))
+        return Block(csr.indptr, csr.indices, values, csr.shape[1])
+
+    def held_out(self, block: int, loaded: Block) -> NDArray[np.bool_] | None:
+        """Tell which of its observed entries are held out."""
+        if self.validation == 0:
+            return None
+        counts = self.block_gene_counts.sum(axis=0, dtype=np.int64)
+        before = self.block_gene_counts[:block].sum(axis=0, dtype=np.int64)
+        return hidden_entries(loaded.indices, before, counts, n_to_hide(counts, self.validation), self.seed)
+
+
+def prepare(matrix: ExpressionMatrix, found: Survey, settings: Settings) -> PreparedBlocks:
+    """Scale the matrix, and hold out a share of it if the stop rule needs that."""
+    scales = scales_of(matrix, found, settings.scaling)
+    validation = settings.validation if settings.stop == "held-out" else 0.0
+    return PreparedBlocks(matrix, scales, validation, settings.seed, found.block_gene_counts)
