@@ -20,6 +20,9 @@ from scialm_dask.errors import InputError
 
 if TYPE_CHECKING:
     import dask.array as da
+    import pandas as pd
+
+    from scialm_dask.data.factors import Imputation
 
 __all__ = ["Measurements", "PooledResult", "Sums", "add_sums", "batches", "dense_block"]
 
@@ -68,8 +71,41 @@ class PooledResult:
     def to_dask(self) -> da.Array:
         """Give the recovered matrix: cells × genes, float64, non-negative, one chunk for each row block."""
         left = self.left
-        return left.map_blocks(
-            _expand, self.right, chunks=(left.chunks[0], (len(self.right),)), meta=np.empty((0, 0))
+        return left.map_blocks(_expand, self.right, chunks=(left.chunks[0], (len(self.right),)), meta=np.empty((0, 0)))
+
+    def to_imputation(self, obs: pd.DataFrame | None = None, var: pd.DataFrame | None = None) -> Imputation:
+        """Give the same result as an `Imputation`, which can be written and indexed by names.
+
+        Its factors are float32, so that constraints hold to about 1e-7 of ‖D‖_F.
+
+        Parameters
+        ----------
+        obs, var
+            Annotation of cells and genes; numbered if None.
+        """
+        import pandas as pd
+
+        from scialm_dask.data.factors import Imputation
+
+        cells, genes = self.shape
+        summary = {
+            "cells": cells,
+            "genes": genes,
+            "rank": self.right.shape[1],
+            "iterations": len(self.history),
+            "converged": self.converged,
+            "objective": self.objective,
+            "feasibility": self.feasibility,
+        }
+        if self.certificate is not None:
+            summary["certificate"] = self.certificate
+        return Imputation(
+            self.left.astype(np.float32),
+            self.right.astype(np.float32),
+            obs=pd.DataFrame(index=pd.RangeIndex(cells).astype(str)) if obs is None else obs,
+            var=pd.DataFrame(index=pd.RangeIndex(genes).astype(str)) if var is None else var,
+            summary=summary,
+            history={name: [record[name] for record in self.history] for name in (self.history or ({},))[0]},
         )
 
 
@@ -110,7 +146,7 @@ class Measurements:
         return [0, *np.cumsum(self.array.chunks[0])[:-1].tolist()]
 
     def blocks(self) -> list[Any]:
-        """The blocks, as delayed objects."""
+        """Give the blocks as delayed objects."""
         return list(self.array.to_delayed()[:, 0])
 
     def total(self, visit: Callable[..., Sums], *settings: Any) -> Sums:

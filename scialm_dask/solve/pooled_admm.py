@@ -91,7 +91,7 @@ class Admm:
 
     def projection(self, weight: float) -> Projection:
         """Prepare the projection of cells, with weight w of the slack."""
-        inner = np.linalg.inv(self.P.T @ self.P + weight**2 * np.eye(self.P.shape[1]))
+        inner = np.asarray(np.linalg.inv(self.P.T @ self.P + weight**2 * np.eye(self.P.shape[1])), np.float64)
         return Projection(self.P, weight, inner, self.non_negative)
 
     def run(self, visit: Callable[[Iteration], Sums], start: Float) -> Solution:
@@ -127,7 +127,7 @@ class Admm:
     def _converged(self, record: dict[str, float], bound: float) -> bool:
         worst = max(record["primal"], record["dual"])
         gap = record["objective"] - bound
-        return worst <= 0.1 * self.tol or (worst <= self.tol and abs(gap) <= self.tol * record["objective"])
+        return worst <= 0.1 * self.tol or (worst <= self.tol and abs(gap) <= 0.5 * self.tol * record["objective"])
 
     def dual_value(self, sums: Sums) -> float:
         """Give ⟨D, Y⟩ − δ‖Y‖_F of the multipliers, scaled to ‖Y Pᵀ + S‖₂ ≤ 1: a lower bound of the objective."""

@@ -46,7 +46,8 @@ class PooledALS:
     rank
         Number of components.
     random_state
-        Seed of the start. V starts near 1, that is, with all genes nearly alike: what the pools do not tell apart stays so.
+        Seed of the start. V starts near 1, that is, with all genes nearly alike; what the pools do not tell apart
+        stays so.
     ridge
         Weight of the penalty, in squared units of D over cells; 0 for none.
     restarts
@@ -231,7 +232,7 @@ def nearest_loadings(
     V, target = last, target + curvature.tau * last
     for _ in range(NEWTON_STEPS):
         slope = curvature.times(V) - target
-        bound = (slope > 0) & (V <= 1e-9 * V.max())
+        bound = (slope > 0) & np.less_equal(V, 1e-9 * V.max())
         free_slope = np.where(bound, 0.0, slope)
         direction = curvature.solve(free_slope, np.flatnonzero(bound))
         step = 1.0

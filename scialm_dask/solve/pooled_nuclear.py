@@ -55,8 +55,8 @@ class PooledNuclearNorm:
     delta
         δ ≥ 0, in units of D over all cells. 0 stands for equality to rounding (1e-10 ‖D‖_F).
     tol
-        Stop when the duality gap is below this fraction of the objective, or when the primal and dual residuals are
-        below a tenth of it relative to ‖X‖_F.
+        Accuracy of the objective. Stop when the duality gap is below half this fraction of it, or when the primal and
+        dual residuals are below a tenth of it relative to ‖X‖_F.
     max_iterations
         Most iterations; each is one pass over D.
 
@@ -118,7 +118,7 @@ class PooledNuclearNorm:
 
     def _unconstrained(self, gram: Float, P: Float, delta: float) -> Linear:
         """Solve without X ≥ 0, from DᵀD alone: X = D C."""
-        inverse = np.linalg.pinv(P)
+        inverse = np.asarray(np.linalg.pinv(P), np.float64)
         root, inverse_root = square_root(inverse.T @ gram @ inverse)
         dual = inverse @ inverse_root @ inverse.T  # Y = D P⁺ (XᵀX)^−½ P⁺ᵀ is dual feasible
         objective = float(np.trace(root))
@@ -264,9 +264,7 @@ def move_in(state: State, D: Float, found: Solution, projection: Projection, sha
     return project(Z, np.zeros_like(R), D - R, projection)
 
 
-def judge_block(
-    state: State, block: Any, start: int, scale: float, settings: Move
-) -> Sums:
+def judge_block(state: State, block: Any, start: int, scale: float, settings: Move) -> Sums:
     """Give the Gram and the misfit of the final X of a block."""
     D = dense_block(block, start) / scale
     P = settings[1].P
@@ -278,9 +276,7 @@ def judge_block(
     return sums
 
 
-def final_factors(
-    state: State, block: Any, start: int, scale: float, settings: Move, right: Float
-) -> Float:
+def final_factors(state: State, block: Any, start: int, scale: float, settings: Move, right: Float) -> Float:
     """Give the left factor of a block, in units of D."""
     D = dense_block(block, start) / scale
     left = np.empty((len(D), right.shape[1]))

@@ -63,7 +63,8 @@ def compare_sweeps(cells: int = 500) -> dict[str, Any]:
         U, new = sweep(D, P, V)
         seconds[name] = time.perf_counter() - begin
         misfit[name] = float(np.linalg.norm(U @ new.T @ P - D) / np.linalg.norm(D))
-    return {"what": "sweep", "cells": cells, "seconds": seconds, "misfit": misfit, "ratio": seconds["own"] / seconds["notebook"]}
+    ratio = seconds["own"] / seconds["notebook"]
+    return {"what": "sweep", "cells": cells, "seconds": seconds, "misfit": misfit, "ratio": ratio}
 
 
 def simulate_block(rows: np.ndarray, V: np.ndarray) -> np.ndarray:
