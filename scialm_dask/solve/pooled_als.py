@@ -15,7 +15,7 @@ from scialm_dask.solve.pools import check_pools
 
 __all__ = ["PooledALS", "nearest_loadings"]
 
-NEWTON_STEPS = 50
+NEWTON_STEPS = 10
 PROXIMITY = 1e-8  # weight of staying near the last V, relative to the curvature
 SPREAD = 0.03  # of the first V around 1; wider starts recover genes measured through few pools worse
 
