@@ -114,7 +114,7 @@ class PooledNuclearNorm:
         seen = measured.total(visit_linear, closed.matrix, P, scale)
         if not seen["negative"]:
             return _linear_result(measured, closed, seen, scale)
-        return _Iterate(measured, P, delta, scale, closed.matrix, start).solve(self.tol, self.max_iterations)
+        return BlockIterate(measured, P, delta, scale, closed.matrix, start).solve(self.tol, self.max_iterations)
 
     def _unconstrained(self, gram: Float, P: Float, delta: float) -> Linear:
         """Solve without X ≥ 0, from DᵀD alone: X = D C."""
@@ -154,7 +154,7 @@ class Linear:
     bound: float
 
 
-class _Iterate:
+class BlockIterate:
     """ADMM over the row blocks: `states` holds a and b of each."""
 
     def __init__(
@@ -180,7 +180,7 @@ class _Iterate:
                 f"delta {self.delta * self.scale:.6g}: no non-negative expression comes nearer to D than about "
                 f"{np.sqrt(first['misfit']) * self.scale:.6g}; raise delta above that"
             )
-        found = loop.run(self._advance, first["XX"])
+        found = loop.run(self.advance, first["XX"])
         for weight, share in MOVES:
             settings = found, loop.projection(weight), share
             sums = self._judge(settings)
@@ -188,7 +188,8 @@ class _Iterate:
                 break
         return self._result(settings, sums)
 
-    def _advance(self, iteration: Iteration) -> Sums:
+    def advance(self, iteration: Iteration) -> Sums:
+        """Do one iteration on all cells: one pass over D."""
         shared = dask.delayed(iteration, traverse=False)
         task = dask.delayed(advance_block, nout=2, pure=False)
         parts = [task(*each, self.scale, shared) for each in self._rows()]

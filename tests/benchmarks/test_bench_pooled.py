@@ -16,7 +16,7 @@ def test_both_sweeps_fit_alike():
 @pytest.mark.parametrize("method", ["als", "nuclear"])
 def test_passes_run(method):
     with dask.config.set(scheduler="threads"):
-        assert one_pass(method, cells=400, block=150)["iterations"] == 4
+        assert one_pass(method, cells=400, block=150)["passes"] == 4
 
 
 def test_cells_do_not_depend_on_blocks():
