@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -87,14 +88,13 @@ def progress(label: str, quiet: bool) -> Iterator[Callable[[float], None]]:
 @main.command()
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
+@click.option("--layer", default=None, help="Take this layer alone, as X.")
 @click.option("--genome", default=None, help="Take this genome of a 10x .h5 file that holds several.")
 @missing_chunks_option
 @overwrite_option
 @quiet_option
 @reports
-def convert(
-    src: str, dst: str, genome: str | None, missing_chunks_are_zeros: bool, overwrite: bool, quiet: bool
-) -> dict[str, Any]:
+def convert(src: str, dst: str, quiet: bool, **options: Any) -> dict[str, Any]:
     """Turn .h5ad, 10x .h5, a 10x MEX folder or Zarr into chunked AnnData Zarr.
 
     Memory does not grow with the size of the matrix. X and all layers are taken, with obs and var.
@@ -102,14 +102,7 @@ def convert(
     from scialm_dask.data.ingest import convert
 
     with progress("converting", quiet) as advance:
-        result = convert(
-            src,
-            dst,
-            genome=genome,
-            missing_chunks_are_zeros=missing_chunks_are_zeros,
-            overwrite=overwrite,
-            advance=advance,
-        )
+        result = convert(src, dst, **options, advance=advance)
     for note in result["notes"]:
         click.echo(f"scialm-dask: note: {note}", err=True)
     return result
@@ -124,18 +117,27 @@ def convert(
 @click.option("--mito-prefix", default="MT-", help="How their names begin, in capitals or not.")
 @click.option("--min-cells", type=int, default=None, help="Least number of kept cells with counts, of a gene.")
 @layer_option
+@missing_chunks_option
 @overwrite_option
 @quiet_option
 @reports
 def qc(
-    src: str, dst: str, layer: str | None, overwrite: bool, quiet: bool, mito_prefix: str, **limits: Any
+    src: str,
+    dst: str,
+    quiet: bool,
+    min_genes: int | None,
+    max_genes: int | None,
+    max_mito: float | None,
+    mito_prefix: str,
+    min_cells: int | None,
+    **source: Any,
 ) -> dict[str, Any]:
     """Drop poor cells, then rare genes; scale every cell to the median total. No logarithm."""
     from scialm_dask.data.quality import Thresholds, quality_control
 
-    thresholds = Thresholds(mito_prefix=mito_prefix, **limits)
+    thresholds = Thresholds(min_genes, max_genes, max_mito, mito_prefix, min_cells)
     with progress("quality control", quiet) as advance:
-        return quality_control(src, dst, thresholds, layer=layer, overwrite=overwrite, advance=advance)
+        return quality_control(src, dst, thresholds, **source, advance=advance)
 
 
 @main.command()
@@ -144,17 +146,16 @@ def qc(
 @click.option("--fraction", type=float, default=0.1, help="Share of the non-zeros of each gene to hide.")
 @click.option("--seed", type=int, default=0, help="Which ones.")
 @layer_option
+@missing_chunks_option
 @overwrite_option
 @quiet_option
 @reports
-def mask(
-    src: str, dst: str, fraction: float, seed: int, layer: str | None, overwrite: bool, quiet: bool
-) -> dict[str, Any]:
+def mask(src: str, dst: str, fraction: float, seed: int, quiet: bool, **source: Any) -> dict[str, Any]:
     """Hide non-zeros, gene by gene, in layer held_out, to score their recovery."""
     from scialm_dask.evaluate.masking import mask
 
     with progress("masking", quiet) as advance:
-        return mask(src, dst, fraction=fraction, seed=seed, layer=layer, overwrite=overwrite, advance=advance)
+        return mask(src, dst, fraction=fraction, seed=seed, **source, advance=advance)
 
 
 @main.command()
@@ -200,7 +201,9 @@ def simulate(
 @click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
 @click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5.")
 @click.option("--seed", type=int, default=None)
-@click.option("--scratch", default="memory", help="Where the working state is: memory, or zarr:PATH.")
+@click.option("--scratch", default="auto", help="Where the working state is kept: auto, memory, or zarr:PATH.")
+@click.option("--memory-limit", default=None, help="Most memory to use, such as 8GB.  [default: what is free]")
+@click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @click.option("--write", type=click.Choice(["factors", "dense"]), default="factors", help="dense: the matrix as X too.")
 @click.option("--keep-observed", is_flag=True, help="With --write dense: leave observed entries as they were.")
 @layer_option
@@ -214,6 +217,8 @@ def impute(
     preset: str,
     observed: Any,
     scratch: str,
+    memory_limit: str | None,
+    blocks: int | None,
     write: str,
     keep_observed: bool,
     layer: str | None,
@@ -232,9 +237,19 @@ def impute(
         raise click.UsageError("--keep-observed goes with --write dense")
     settings_of(preset, **settings)
     check_output(dst, overwrite=overwrite, sources=(src,))
-    matrix = ExpressionMatrix.open(src, layer, observed=observed, missing_chunks_are_zeros=missing_chunks_are_zeros)
+    matrix = ExpressionMatrix.open(
+        src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
+    )
     with iterations(quiet) as show:
-        result = impute(matrix, preset=preset, scratch=scratch, on_iteration=show, **settings)
+        result = impute(
+            matrix,
+            preset=preset,
+            scratch=scratch,
+            memory_limit=memory_limit,
+            scratch_folder=os.path.dirname(os.path.abspath(dst)),
+            on_iteration=show,
+            **settings,
+        )
     result.to_zarr(
         dst,
         dense=write == "dense",
@@ -244,6 +259,22 @@ def impute(
     )
     hidden = ("settings", "singular_values")
     return {"destination": dst} | {key: value for key, value in result.summary.items() if key not in hidden}
+
+
+@main.command()
+@click.argument("src", metavar="SRC")
+@click.option("--preset", type=click.Choice(["auto", "paper"]), default="auto", help="paper: as published.")
+@click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
+@click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
+@layer_option
+@reports
+def plan(src: str, preset: str, max_rank: int | None, blocks: int | None, layer: str | None) -> dict[str, Any]:
+    """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time. Computes nothing."""
+    from scialm_dask.config import preset as settings_of
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.run.plan import plan
+
+    return plan(ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank))
 
 
 @main.command()
@@ -281,3 +312,17 @@ def iterations(quiet: bool) -> Iterator[Callable[[Any], None]]:
                 click.echo(f"iteration {latest.iteration}: {words}", err=True)
 
         yield show
+
+
+@main.command()
+@click.argument("folder", default="scialm-demo")
+@overwrite_option
+@quiet_option
+@reports
+def demo(folder: str, overwrite: bool, quiet: bool) -> dict[str, Any]:
+    """Impute 700 real blood cells, offline, and score the result. Makes FOLDER."""
+    from scialm_dask.config import Settings
+    from scialm_dask.run.demo import demo
+
+    with iterations(quiet) as show:
+        return demo(folder, Settings(), overwrite=overwrite, on_iteration=show)
