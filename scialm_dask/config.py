@@ -32,7 +32,7 @@ class Settings:
     first_rank, increment
         sv₀ and R of equation 13.
     max_rank
-        The most singular values to keep in any iteration; None for no limit.
+        The most singular values to keep in any iteration, which bounds memory and time; None for no limit.
     validation
         Share of each gene's observed entries to hide, for the held-out stop.
     patience
@@ -54,7 +54,7 @@ class Settings:
     max_iterations: int = 1000
     first_rank: int = 5
     increment: int = 200
-    max_rank: int | None = None
+    max_rank: int | None = 128
     validation: float = 0.02
     patience: int = 2
     scaling: tuple[float, float] = (0.5, 0.5)
@@ -101,7 +101,7 @@ def preset(name: str, **changes: Any) -> Settings:
     if isinstance(changes.get("scaling"), str):
         changes["scaling"] = _exponents(changes["scaling"])
     if name == "paper":
-        published = {"rank_policy": "paper", "stop": "residual", "scaling": (0.0, 0.0)}
+        published = {"rank_policy": "paper", "stop": "residual", "scaling": (0.0, 0.0), "max_rank": None}
         return Settings(**{**published, "svd_passes": 30, "svd_tolerance": 3e-4, **changes})
     _choice("preset", name, Preset)
     return Settings(**changes)
