@@ -190,9 +190,15 @@ def simulate(
 @main.command()
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
-@click.option("--preset", type=click.Choice(["auto", "paper"]), default="auto", help="paper: as published.")
+@click.option(
+    "--preset",
+    type=click.Choice(["auto", "paper", "denoise"]),
+    default="auto",
+    help="paper: as published. denoise: trust zeros.",
+)
 @click.option("--observed", type=click.Choice(["nonzero", "finite"]), default="nonzero", help="finite: all but NaN.")
-@click.option("--stop", type=click.Choice(["residual", "held-out"]), default=None, help="When to stop.")
+@click.option("--stop", type=click.Choice(["residual", "held-out", "count-split"]), default=None, help="When to stop.")
+@click.option("--zeros", default=None, help="Confidence in zeros: 0 (unknown, as published) to 1, or auto.")
 @click.option("--epsilon", type=float, default=None, help="Residual to stop at.")
 @click.option("--validation", type=float, default=None, help="Share of the entries hidden to know when to stop.")
 @click.option("--max-iterations", type=int, default=None)
