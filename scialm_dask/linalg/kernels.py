@@ -268,7 +268,7 @@ def _sparse(block: Block, state: BlockState, view: View) -> Floats:
 
 
 def quadratic(block: Block, left: Floats, view: View) -> tuple[Doubles, Doubles, Doubles]:
-    """What a least-squares fit of A's singular values to the block needs.
+    """Sum up what a least-squares fit of A's singular values needs.
 
     With p_i the column i of `left` times column i of V, at the observed entries: Σ d p_i; Σ (1 − ω) p_i p_j; and
     Σ α left_i left_j over the rows, for the sum of ω p_i p_j over all entries.

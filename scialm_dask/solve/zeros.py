@@ -113,8 +113,7 @@ def refit(operator: LowRankPlusSparse) -> Doubles:
     On observed entries the multiplier does that; on zeros that are trusted nothing else does.
     """
     linear, square = operator.quadratic()
-    coefficients: Doubles = np.linalg.lstsq(square, linear, rcond=1e-10)[0]
-    return coefficients
+    return np.linalg.lstsq(square, linear, rcond=1e-10)[0].astype(np.float64)
 
 
 def _ratio(one: Floats | None, other: Floats | None) -> Floats | None:
