@@ -87,14 +87,13 @@ def progress(label: str, quiet: bool) -> Iterator[Callable[[float], None]]:
 @main.command()
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
+@click.option("--layer", default=None, help="Take this layer alone, as X.")
 @click.option("--genome", default=None, help="Take this genome of a 10x .h5 file that holds several.")
 @missing_chunks_option
 @overwrite_option
 @quiet_option
 @reports
-def convert(
-    src: str, dst: str, genome: str | None, missing_chunks_are_zeros: bool, overwrite: bool, quiet: bool
-) -> dict[str, Any]:
+def convert(src: str, dst: str, quiet: bool, **options: Any) -> dict[str, Any]:
     """Turn .h5ad, 10x .h5, a 10x MEX folder or Zarr into chunked AnnData Zarr.
 
     Memory does not grow with the size of the matrix. X and all layers are taken, with obs and var.
@@ -102,14 +101,7 @@ def convert(
     from scialm_dask.data.ingest import convert
 
     with progress("converting", quiet) as advance:
-        result = convert(
-            src,
-            dst,
-            genome=genome,
-            missing_chunks_are_zeros=missing_chunks_are_zeros,
-            overwrite=overwrite,
-            advance=advance,
-        )
+        result = convert(src, dst, **options, advance=advance)
     for note in result["notes"]:
         click.echo(f"scialm-dask: note: {note}", err=True)
     return result
@@ -124,18 +116,27 @@ def convert(
 @click.option("--mito-prefix", default="MT-", help="How their names begin, in capitals or not.")
 @click.option("--min-cells", type=int, default=None, help="Least number of kept cells with counts, of a gene.")
 @layer_option
+@missing_chunks_option
 @overwrite_option
 @quiet_option
 @reports
 def qc(
-    src: str, dst: str, layer: str | None, overwrite: bool, quiet: bool, mito_prefix: str, **limits: Any
+    src: str,
+    dst: str,
+    quiet: bool,
+    min_genes: int | None,
+    max_genes: int | None,
+    max_mito: float | None,
+    mito_prefix: str,
+    min_cells: int | None,
+    **source: Any,
 ) -> dict[str, Any]:
     """Drop poor cells, then rare genes; scale every cell to the median total. No logarithm."""
     from scialm_dask.data.quality import Thresholds, quality_control
 
-    thresholds = Thresholds(mito_prefix=mito_prefix, **limits)
+    thresholds = Thresholds(min_genes, max_genes, max_mito, mito_prefix, min_cells)
     with progress("quality control", quiet) as advance:
-        return quality_control(src, dst, thresholds, layer=layer, overwrite=overwrite, advance=advance)
+        return quality_control(src, dst, thresholds, **source, advance=advance)
 
 
 @main.command()
@@ -144,17 +145,16 @@ def qc(
 @click.option("--fraction", type=float, default=0.1, help="Share of the non-zeros of each gene to hide.")
 @click.option("--seed", type=int, default=0, help="Which ones.")
 @layer_option
+@missing_chunks_option
 @overwrite_option
 @quiet_option
 @reports
-def mask(
-    src: str, dst: str, fraction: float, seed: int, layer: str | None, overwrite: bool, quiet: bool
-) -> dict[str, Any]:
+def mask(src: str, dst: str, fraction: float, seed: int, quiet: bool, **source: Any) -> dict[str, Any]:
     """Hide non-zeros, gene by gene, in layer held_out, to score their recovery."""
     from scialm_dask.evaluate.masking import mask
 
     with progress("masking", quiet) as advance:
-        return mask(src, dst, fraction=fraction, seed=seed, layer=layer, overwrite=overwrite, advance=advance)
+        return mask(src, dst, fraction=fraction, seed=seed, **source, advance=advance)
 
 
 @main.command()
@@ -281,3 +281,17 @@ def iterations(quiet: bool) -> Iterator[Callable[[Any], None]]:
                 click.echo(f"iteration {latest.iteration}: {words}", err=True)
 
         yield show
+
+
+@main.command()
+@click.argument("folder", default="scialm-demo")
+@overwrite_option
+@quiet_option
+@reports
+def demo(folder: str, overwrite: bool, quiet: bool) -> dict[str, Any]:
+    """Impute 700 real blood cells, offline, and score the result. Makes FOLDER."""
+    from scialm_dask.config import Settings
+    from scialm_dask.run.demo import demo
+
+    with iterations(quiet) as show:
+        return demo(folder, Settings(), overwrite=overwrite, on_iteration=show)

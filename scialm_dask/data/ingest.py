@@ -57,6 +57,7 @@ def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
+    layer: str | None = None,
     genome: str | None = None,
     missing_chunks_are_zeros: bool = False,
     overwrite: bool = False,
@@ -75,6 +76,8 @@ def convert(
         data with other features too, only ``Gene Expression`` is taken.
     destination
         The store to write.
+    layer
+        Take this layer alone, as X, for instance counts beside an X that has been scaled.
     genome
         Which genome of a 10x file to take, where it holds several.
     missing_chunks_are_zeros
@@ -98,7 +101,7 @@ def convert(
     """
     source = os.fspath(source)
     check_output(destination, overwrite=overwrite, sources=(source,))
-    found = _open(source, genome, missing_chunks_are_zeros)
+    found = _open(source, layer, genome, missing_chunks_are_zeros)
     with atomic_output(destination, overwrite=overwrite, sources=(source,)) as partial:
         root = new_anndata(partial, obs=found.obs, var=found.var)
         n_stored = {
@@ -152,21 +155,22 @@ def _write_blocks(root: zarr.Group, name: str, matrix: _Matrix, blocks: Iterator
     return n_stored
 
 
-def _open(source: str, genome: str | None, missing_chunks_are_zeros: bool) -> _Source:
+def _open(source: str, layer: str | None, genome: str | None, missing_chunks_are_zeros: bool) -> _Source:
     if os.path.isdir(source) and not any(
         os.path.exists(os.path.join(source, name)) for name in (".zgroup", ".zarray", "zarr.json")
     ):
-        return _open_folder(source)
+        return _open_folder(source, layer)
     store = open_store(source)
     if not isinstance(store, zarr.Group | zarr.Array) and is_10x_h5(store):
-        return _open_10x_h5(source, genome)
-    return _open_anndata(source, store, missing_chunks_are_zeros)
+        return _open_10x_h5(source, layer, genome)
+    return _open_anndata(source, store, layer, missing_chunks_are_zeros)
 
 
-def _open_anndata(source: str, store: Any, missing_chunks_are_zeros: bool) -> _Source:
+def _open_anndata(source: str, store: Any, layer: str | None, missing_chunks_are_zeros: bool) -> _Source:
     bare = isinstance(store, zarr.Array)
-    layers = sorted(store["layers"]) if not bare and "layers" in store else []
-    found = {name: describe(source, store, layer) for name, layer in {"X": None, **_named(layers)}.items()}
+    more = sorted(store["layers"]) if layer is None and not bare and "layers" in store else []
+    wanted = {"X": layer, **{f"layers/{name}": name for name in more}}
+    found = {name: describe(source, store, which) for name, which in wanted.items()}
     n_cells, n_genes = found["X"][0].shape
     for rows, element in found.values():
         if rows.shape != (n_cells, n_genes):
@@ -179,17 +183,14 @@ def _open_anndata(source: str, store: Any, missing_chunks_are_zeros: bool) -> _S
     return _source({name: _stored(*element) for name, element in found.items()}, obs, var, notes)
 
 
-def _named(layers: list[str]) -> dict[str, str]:
-    return {f"layers/{layer}": layer for layer in layers}
-
-
 def _left_behind(store: Any) -> list[str]:
     names = [name for name in ("obsm", "varm", "obsp", "varp", "uns") if name in store and len(store[name])]
     names += ["raw"] if "raw" in store and getattr(store["raw"], "shape", ()) != () else []
     return [f"not carried over: {', '.join(names)}"] if names else []
 
 
-def _open_10x_h5(source: str, genome: str | None) -> _Source:
+def _open_10x_h5(source: str, layer: str | None, genome: str | None) -> _Source:
+    _refuse_layer(source, layer)
     group = h5_group(source, genome)
     rows = h5_rows(source, group)
     obs, var = h5_annotation(source, group)
@@ -203,7 +204,13 @@ def _open_10x_h5(source: str, genome: str | None) -> _Source:
     return _genes_only({"X": matrix}, obs, var, keep)
 
 
-def _open_folder(source: str) -> _Source:
+def _refuse_layer(source: str, layer: str | None) -> None:
+    if layer is not None:
+        raise InputError(f"{source}: 10x data have no layer {layer!r}; leave the layer out")
+
+
+def _open_folder(source: str, layer: str | None) -> _Source:
+    _refuse_layer(source, layer)
     market = MatrixMarket.open(source)
     obs, var = market.annotation()
     matrix = _Matrix(

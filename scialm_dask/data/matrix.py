@@ -17,6 +17,7 @@ from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, Rows, blocks_of, check_chunks, describe, sum_duplicates
 from scialm_dask.data.store import open_store
 from scialm_dask.data.stream import in_order
+from scialm_dask.data.transpose import spill_to_csr
 from scialm_dask.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,8 +90,6 @@ class ExpressionMatrix:
         rows, element = describe(path, store, layer)
         check_chunks(rows, element, missing_chunks_are_zeros)
         if rows.encoding == "csc_matrix":
-            from scialm_dask.data.transpose import spill_to_csr
-
             rows = spill_to_csr(rows)
             element = open_store(rows.path)[rows.element]
         cuts = blocks_of(rows, element, blocks)

@@ -70,6 +70,7 @@ def quality_control(
     thresholds: Thresholds | None = None,
     *,
     layer: str | None = None,
+    missing_chunks_are_zeros: bool = False,
     overwrite: bool = False,
     advance: Advance = lambda _: None,
 ) -> dict[str, Any]:
@@ -85,11 +86,13 @@ def quality_control(
     destination
         AnnData Zarr store to write: X (float32), ``var``, and ``obs`` with ``total_counts`` (raw, over the chosen
         genes: multiply row i by ``total_counts[i]`` / median to have the counts back), ``n_genes`` and ``pct_mito``
-        (over all genes, as compared with the thresholds).
+        (over all genes, as compared with the thresholds). Other layers are left out.
     thresholds
         What to keep; all by default.
     layer
         Read this layer instead of X.
+    missing_chunks_are_zeros
+        See `ExpressionMatrix.open`.
     overwrite
         Replace `destination` if it exists.
     advance
@@ -110,7 +113,7 @@ def quality_control(
     """
     thresholds = thresholds or Thresholds()
     check_output(destination, overwrite=overwrite, sources=(source,))
-    matrix = ExpressionMatrix.open(source, layer)
+    matrix = ExpressionMatrix.open(source, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
     is_mito = matrix.var.index.str.upper().str.startswith(thresholds.mito_prefix.upper())
     step = 1 / _PASSES / len(matrix.blocks)
 

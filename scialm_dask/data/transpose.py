@@ -56,7 +56,10 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def _new_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="scialm-", dir=dask.config.get("temporary-directory", None)))
+    parent = dask.config.get("temporary-directory", None)
+    if parent is not None:
+        os.makedirs(parent, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="scialm-", dir=parent))
 
 
 def spill_to_csr(rows: StoredRows) -> StoredRows:

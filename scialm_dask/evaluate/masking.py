@@ -14,6 +14,7 @@ from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata
 from scialm_dask.data.stream import Advance
 from scialm_dask.errors import InputError
+from scialm_dask.linalg.draws import hidden_entries, n_to_hide
 
 __all__ = ["gene_counts", "mask"]
 
@@ -34,6 +35,7 @@ def mask(
     fraction: float = 0.1,
     seed: int = 0,
     layer: str | None = None,
+    missing_chunks_are_zeros: bool = False,
     overwrite: bool = False,
     advance: Advance = lambda _: None,
 ) -> dict[str, Any]:
@@ -48,13 +50,15 @@ def mask(
         Whatever `ExpressionMatrix.open` reads.
     destination
         AnnData Zarr store to write: X without the hidden entries, ``layers["held_out"]`` with nothing else,
-        ``obs`` and ``var`` as they were.
+        ``obs`` and ``var`` as they were. Other layers are left out.
     fraction
         Share to hide, between 0 and 1.
     seed
         Any integer.
     layer
         Read this layer instead of X.
+    missing_chunks_are_zeros
+        See `ExpressionMatrix.open`.
     overwrite
         Replace `destination` if it exists.
     advance
@@ -75,11 +79,9 @@ def mask(
     check_output(destination, overwrite=overwrite, sources=(source,))
     if not 0 < fraction < 1:
         raise InputError(f"fraction is {fraction}; give the share to hide, between 0 and 1")
-    matrix = ExpressionMatrix.open(source, layer)
+    matrix = ExpressionMatrix.open(source, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
     counts = gene_counts(matrix, lambda share: advance(share / 2))
     check_observed(int(counts.sum()), matrix.name)
-    from scialm_dask.linalg.draws import n_to_hide
-
     n_hidden = n_to_hide(counts, fraction)
     if not n_hidden.any():
         raise InputError(f"{matrix.name}: no gene has enough non-zeros to hide {fraction} of them; give a larger share")
@@ -106,8 +108,6 @@ def _split(
     seed: int,
     advance: Advance,
 ) -> None:
-    from scialm_dask.linalg.draws import hidden_entries
-
     n_genes, before = matrix.shape[1], np.zeros_like(counts)
     dtype = matrix.rows.read(0, 1).dtype
     with (

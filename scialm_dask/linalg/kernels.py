@@ -106,12 +106,15 @@ class View:
         V, float32, shape ``(n, r)``, of the A that is in force in this pass (after `step`).
     basis
         Q, float32, shape ``(n, l)``, or None when only the step is to be taken.
+    overlap
+        VᵀQ, float32, shape ``(r, l)``, or None.
     step
         Taken before the products, or None.
     """
 
     right: Floats
-    basis: Floats | None
+    basis: Floats | None = None
+    overlap: Floats | None = None
     step: Step | None = None
 
 
@@ -150,9 +153,9 @@ def visit(block: Block, state: BlockState, view: View) -> tuple[BlockState, Sums
         state = replace(state, estimate=estimate)
     else:
         _sparse_part(state.estimate, sparse)
-    if view.basis is None:
+    if view.basis is None or view.overlap is None:
         return state, Sums(np.zeros((0, 0), np.float32), np.zeros((0, 0)), np.zeros((0, 0)), misfit, held_out)
-    sketch = state.left @ (view.right.T @ view.basis)
+    sketch = state.left @ view.overlap
     cross = np.zeros_like(view.basis)
     if block.is_dense:
         _dense_products(block, sparse, view.basis, sketch, cross)

@@ -167,16 +167,17 @@ class LowRankPlusSparse:
         changed = {"sketch"} if basis is not None else set()
         if step is not None:
             changed |= {"estimate", "left"}
-        return self._pass(_visit, View(self._right, basis, step), [None] * self.n_blocks, changed)
+        overlap = None if basis is None else self._right.T @ basis
+        return self._pass(_visit, View(self._right, basis, overlap, step), [None] * self.n_blocks, changed)
 
     def project(self, vectors: Floats) -> Product:
         """Compute Wᵀ times orthonormal left vectors, shape ``(m, l)``, which become the sketch. One pass."""
         rows = [dask.delayed(vectors[a:b]) for a, b in pairwise(self.bounds)]
-        return self._pass(_project, View(self._right, None), rows, {"sketch"})
+        return self._pass(_project, View(self._right), rows, {"sketch"})
 
     def column_gram(self) -> Doubles:
         """WᵀW, shape ``(n, n)``, when columns are the short side. One pass."""
-        view = self._carry(View(self._right, None))
+        view = self._carry(View(self._right))
         visit = dask.delayed(_column_gram)
         parts = [visit(self._store, self._source, b, self._blocks[b], self._state[b], view) for b in self._each()]
         (total,) = _run([_tree(parts, dask.delayed(_add))])
@@ -188,7 +189,7 @@ class LowRankPlusSparse:
 
     def row_gram(self) -> Doubles:
         """WWᵀ, shape ``(m, m)``, when rows are the short side: a task for each pair of blocks. One pass."""
-        view = self._carry(View(self._right, None))
+        view = self._carry(View(self._right))
         core = self._right.T.astype(np.float64) @ self._right
         prepare, pair = dask.delayed(_row_half), dask.delayed(_row_gram)
         halves = [prepare(self._store, self._source, b, self._blocks[b], self._state[b], view) for b in self._each()]

@@ -1,12 +1,14 @@
 """Conversion: every format gives the same store; bad ones, full disks and Ctrl-C leave nothing."""
 
 import gzip
+import io
 import json
 import os
 import resource
 import subprocess
 import sys
 import tracemalloc
+import warnings
 
 import anndata
 import h5py
@@ -17,10 +19,13 @@ import scanpy as sc
 import scipy.sparse as sp
 import zarr
 
+from scialm_dask.cli import progress
 from scialm_dask.data import layout, store, tenx, transpose
 from scialm_dask.data.ingest import convert
 from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.quality import quality_control
 from scialm_dask.errors import InputError
+from scialm_dask.evaluate.masking import mask
 
 
 def read(path):
@@ -92,6 +97,19 @@ def test_what_is_left_behind_is_said(cli, counts, tmp_path):
     assert list(read(tmp_path / "out.zarr").var_names) == list(adata.var_names)
 
 
+def test_a_layer_alone_where_x_is_scaled(cli, counts, store_of, tmp_path):
+    path = store_of(counts - 1 * (counts > 2).astype(np.int32) * 5, raw=counts.tocsc(), other=counts)
+    assert cli("convert", path, tmp_path / "out.zarr").exit_code == 2
+    assert cli("convert", path, tmp_path / "out.zarr", "--layer", "raw").exit_code == 0
+    got = read(tmp_path / "out.zarr")
+    assert same(got.X, counts)
+    assert not got.layers
+    mex = write_mex(tmp_path / "mex", counts, compress=True)
+    result = cli("convert", mex, tmp_path / "mex.zarr", "--layer", "raw")
+    assert result.exit_code == 2
+    assert "have no layer 'raw'" in result.stderr
+
+
 # 10x .h5
 
 
@@ -131,10 +149,7 @@ def test_10x_h5(counts, tmp_path, small_pieces, legacy):
     assert legacy or any("left out 2 features" in note for note in notes)
 
 
-@pytest.mark.filterwarnings("ignore:Variable names are not unique")
 def read_10x_h5_by_scanpy(path):
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adata = sc.read_10x_h5(path)
@@ -343,6 +358,7 @@ def test_a_full_disk(store_of, tmp_path, form, command):
 INTERRUPT = """
 import os, signal, sys
 from scialm_dask.cli import main
+from scialm_dask.cli import progress
 from scialm_dask.data import layout, store
 layout._LEAST_NONZEROS = 100
 append, calls = store.CSRWriter.append, []
@@ -367,6 +383,40 @@ def test_ctrl_c(counts, store_of, tmp_path, form, command):
     assert result.stderr == "scialm-dask: interrupted; nothing was written\n"
     assert sorted(os.listdir(tmp_path)) == ["source.zarr", "tmp"]
     assert os.listdir(tmp_path / "tmp") == []
+
+
+@pytest.mark.parametrize("source", ["csr", "csc", "dense", "mex", "mixed mex"])
+def test_progress_adds_up(counts, store_of, tmp_path, small_pieces, source):
+    shares = []
+    if "mex" in source:
+        order = (lambda coo: np.lexsort((coo.col, coo.row))) if source == "mixed mex" else None
+        path = write_mex(tmp_path / "mex", counts, compress=True, order=order)
+    else:
+        path = store_of(FORMS[source](counts), again=FORMS[source](counts))
+    convert(path, tmp_path / "out.zarr", advance=shares.append)
+    assert len(shares) > 1
+    assert sum(shares) == pytest.approx(1)
+    if source == "csr":
+        for command in (quality_control, mask):
+            shares.clear()
+            command(path, tmp_path / f"{command.__name__}.zarr", advance=shares.append)
+            assert sum(shares) == pytest.approx(1)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "quiet", "shown"), [(Terminal, False, True), (Terminal, True, False), (io.StringIO, False, False)]
+)
+def test_a_bar_is_shown_on_a_terminal_unless_quiet(monkeypatch, stream, quiet, shown):
+    monkeypatch.setattr(sys, "stderr", stream())
+    with progress("working", quiet) as advance:
+        advance(0.5)
+        advance(0.7)  # rounding must not overrun the bar
+    assert ("working:   0%" in sys.stderr.getvalue()) == shown
 
 
 # Memory

@@ -5,7 +5,8 @@ import scipy.sparse as sp
 
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.errors import InputError
-from scialm_dask.evaluate.masking import mask, n_hidden_of
+from scialm_dask.evaluate.masking import mask
+from scialm_dask.linalg.draws import n_to_hide
 
 
 def gene_nonzeros(X):
@@ -27,7 +28,7 @@ def test_hides_the_right_number_of_each_gene_and_loses_nothing(counts, store_of,
 
 
 def test_genes_with_at_most_three_nonzeros_keep_them():
-    np.testing.assert_array_equal(n_hidden_of(np.arange(7), 0.9), [0, 0, 0, 0, 3, 4, 5])
+    np.testing.assert_array_equal(n_to_hide(np.arange(7), 0.9), [0, 0, 0, 0, 3, 4, 5])
 
 
 def test_depends_on_the_seed_alone(counts, store_of, tmp_path, monkeypatch):
@@ -70,4 +71,4 @@ def test_as_many_as_in_the_reference(shared, tmp_path):
     """The masked matrices that the published program was run on hide the same number of each gene."""
     reference = anndata.read_h5ad(shared / "reference" / "pbmc_donor_a_mask10.h5ad")
     n_hidden = gene_nonzeros(reference.layers["held_out"])
-    np.testing.assert_array_equal(n_hidden_of(gene_nonzeros(reference.X) + n_hidden, 0.1), n_hidden)
+    np.testing.assert_array_equal(n_to_hide(gene_nonzeros(reference.X) + n_hidden, 0.1), n_hidden)

@@ -1,0 +1,73 @@
+"""The whole of it on 700 blood cells that come with scanpy: hide, impute, score."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import scipy.sparse as sp
+
+from scialm_dask.config import Settings
+from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.store import atomic_output, check_output, new_anndata
+from scialm_dask.evaluate.masking import mask
+from scialm_dask.evaluate.metrics import score_held_out
+from scialm_dask.run.job import complete_matrix
+from scialm_dask.solve.ialm import Iteration
+
+__all__ = ["demo"]
+
+
+def demo(
+    folder: str | os.PathLike[str], settings: Settings, *, overwrite: bool, on_iteration: Callable[[Iteration], None]
+) -> dict[str, Any]:
+    """Hide a tenth of the entries of real cells, impute, and score beside each gene's mean. Needs no network.
+
+    Parameters
+    ----------
+    folder
+        To make, with ``cells.zarr``, ``masked.zarr`` and ``imputed.zarr``.
+    settings
+        How to impute.
+    overwrite
+        Replace `folder` if it exists.
+    on_iteration
+        Called after each iteration.
+
+    Returns
+    -------
+    dict
+        The scores, and ``result``, the path of the imputed cells.
+    """
+    check_output(folder, overwrite=overwrite)
+    with atomic_output(folder, overwrite=overwrite) as partial:
+        partial.mkdir()
+        _write_cells(partial / "cells.zarr")
+        mask(partial / "cells.zarr", partial / "masked.zarr", fraction=0.1, seed=settings.seed)
+        masked = ExpressionMatrix.open(partial / "masked.zarr")
+        result = complete_matrix(masked, settings, on_iteration=on_iteration)
+        result.to_zarr(partial / "imputed.zarr")
+        scores = score_held_out(result, ExpressionMatrix.open(partial / "masked.zarr", "held_out"), masked)
+    return {
+        "cells": result.shape[0],
+        "genes": result.shape[1],
+        "rank": result.rank,
+        **scores,
+        "seconds": result.summary["seconds"],
+        "result": str(Path(folder) / "imputed.zarr"),
+    }
+
+
+def _write_cells(path: Path) -> None:
+    import anndata
+    import scanpy as sc
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the file is older than the AnnData that reads it
+        cells = sc.datasets.pbmc68k_reduced()
+    expression = sp.csr_matrix(cells.raw.X).expm1()  # undo the logarithm
+    root = new_anndata(path, obs=cells.obs[["bulk_labels"]], var=cells.raw.var[[]])
+    anndata.io.write_elem(root, "X", expression.astype("float32"))
