@@ -135,11 +135,14 @@ def complete(
     stop = stop_rule(settings)
     svd = first_svd(operator, settings)
     penalty = first_penalty(float(svd.values[0]), operator.observations.n_observed / operator.size)
-    history, growth = zero_iterations(float(svd.values[0]), penalty, operator.passes)
+    history, growth = zero_iterations(float(svd.values[0]), penalty, operator.passes, settings.max_iterations)
     for iteration in history:
         on_iteration(iteration)
         rank.update(0)
         penalty = penalty.next()
+    too_many = f"{settings.max_iterations} iterations made, the most allowed"
+    if len(history) == settings.max_iterations:
+        return Completion(tuple(history), len(history), (), False, too_many)
     svd = replace(svd, values=svd.values * growth)
     values: tuple[float, ...] = ()
     chosen = 0
@@ -174,8 +177,7 @@ def complete(
                 tolerance=settings.svd_tolerance,
                 seed=settings.seed,
             )
-    reason = verdict.reason or f"{settings.max_iterations} iterations made, the most allowed"
-    return Completion(tuple(history), chosen, values, bool(verdict.reason), reason)
+    return Completion(tuple(history), chosen, values, bool(verdict.reason), verdict.reason or too_many)
 
 
 def first_svd(operator: LowRankPlusSparse, settings: Settings) -> PartialSVD:
@@ -193,14 +195,16 @@ def first_penalty(largest: float, density: float) -> Penalty:
     return Penalty(mu=0.3 / largest, rho=1.1 + 2.5 * density)
 
 
-def zero_iterations(largest: float, penalty: Penalty, passes: int) -> tuple[list[Iteration], float]:
+def zero_iterations(largest: float, penalty: Penalty, passes: int, most: int) -> tuple[list[Iteration], float]:
     """Make the iterations whose threshold is over σ₁(W) in closed form: A is zero and W only grows, by a scalar.
+
+    `most` is how many iterations may be made.
 
     Returns the iterations, and the factor by which W has grown.
     """
     iterations: list[Iteration] = []
     growth = 1.0
-    while growth * largest <= penalty.threshold:
+    while growth * largest <= penalty.threshold and len(iterations) < most:
         iterations.append(Iteration(len(iterations) + 1, 0, penalty.threshold, 1.0, 1.0, passes))
         growth = 1 + growth / penalty.rho
         penalty = penalty.next()
