@@ -9,6 +9,7 @@ from typing import Any
 from scialm_dask.config import preset as settings_of
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
+from scialm_dask.errors import InputError
 from scialm_dask.solve.ialm import Iteration
 
 __all__ = ["impute"]
@@ -20,7 +21,9 @@ def impute(
     preset: str = "auto",
     layer: str | None = None,
     observed: Observed = "nonzero",
-    scratch: str = "memory",
+    scratch: str = "auto",
+    memory_limit: int | str | None = None,
+    scratch_folder: str | os.PathLike[str] | None = None,
     on_iteration: Callable[[Iteration], None] = lambda _: None,
     **settings: Any,
 ) -> Imputation:
@@ -39,7 +42,12 @@ def impute(
         ``"nonzero"``: zeros are unknown, as in the paper. ``"finite"``: NaN is unknown and zeros are observed, for
         general matrices.
     scratch
-        Where the working state is kept: ``"memory"``, or ``"zarr:PATH"`` for a folder on a local disk.
+        Where the working state is kept: ``"memory"``, ``"zarr:PATH"`` for a folder on a local disk, or ``"auto"``:
+        in memory if the forecast fits there.
+    memory_limit
+        Bytes that each process may take in all, or words such as ``"8 GB"``; what is free by default.
+    scratch_folder
+        Folder for Zarr scratch that ``"auto"`` chooses; Dask's ``temporary-directory`` by default.
     on_iteration
         Called with an `Iteration` after each iteration.
     **settings
@@ -54,6 +62,8 @@ def impute(
     ------
     InputError
         If the matrix or a setting cannot be used.
+    DoesNotFitError
+        If the forecast does not fit memory or disk.
     """
     from scialm_dask.run.job import complete_matrix
 
@@ -62,4 +72,21 @@ def impute(
         matrix = ExpressionMatrix.open(matrix, layer, observed=observed)
     elif not isinstance(matrix, ExpressionMatrix):
         matrix = ExpressionMatrix.of(matrix, observed=observed)
-    return complete_matrix(matrix, chosen, scratch=scratch, on_iteration=on_iteration)
+    return complete_matrix(
+        matrix,
+        chosen,
+        scratch=scratch,
+        memory_limit=parse_limit(memory_limit),
+        scratch_folder=scratch_folder,
+        on_iteration=on_iteration,
+    )
+
+
+def parse_limit(limit: int | str | None) -> int | None:
+    """Turn words such as ``"8 GB"`` into bytes."""
+    from dask.utils import parse_bytes
+
+    try:
+        return None if limit is None else int(parse_bytes(limit))
+    except ValueError:
+        raise InputError(f"memory limit is {limit!r}; give bytes, or a number with a unit such as 8GB") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -200,7 +201,9 @@ def simulate(
 @click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
 @click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5.")
 @click.option("--seed", type=int, default=None)
-@click.option("--scratch", default="memory", help="Where the working state is: memory, or zarr:PATH.")
+@click.option("--scratch", default="auto", help="Where the working state is kept: auto, memory, or zarr:PATH.")
+@click.option("--memory-limit", default=None, help="Most memory to use, such as 8GB.  [default: what is free]")
+@click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @click.option("--write", type=click.Choice(["factors", "dense"]), default="factors", help="dense: the matrix as X too.")
 @click.option("--keep-observed", is_flag=True, help="With --write dense: leave observed entries as they were.")
 @layer_option
@@ -214,6 +217,8 @@ def impute(
     preset: str,
     observed: Any,
     scratch: str,
+    memory_limit: str | None,
+    blocks: int | None,
     write: str,
     keep_observed: bool,
     layer: str | None,
@@ -232,9 +237,19 @@ def impute(
         raise click.UsageError("--keep-observed goes with --write dense")
     settings_of(preset, **settings)
     check_output(dst, overwrite=overwrite, sources=(src,))
-    matrix = ExpressionMatrix.open(src, layer, observed=observed, missing_chunks_are_zeros=missing_chunks_are_zeros)
+    matrix = ExpressionMatrix.open(
+        src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
+    )
     with iterations(quiet) as show:
-        result = impute(matrix, preset=preset, scratch=scratch, on_iteration=show, **settings)
+        result = impute(
+            matrix,
+            preset=preset,
+            scratch=scratch,
+            memory_limit=memory_limit,
+            scratch_folder=os.path.dirname(os.path.abspath(dst)),
+            on_iteration=show,
+            **settings,
+        )
     result.to_zarr(
         dst,
         dense=write == "dense",
@@ -244,6 +259,22 @@ def impute(
     )
     hidden = ("settings", "singular_values")
     return {"destination": dst} | {key: value for key, value in result.summary.items() if key not in hidden}
+
+
+@main.command()
+@click.argument("src", metavar="SRC")
+@click.option("--preset", type=click.Choice(["auto", "paper"]), default="auto", help="paper: as published.")
+@click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
+@click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
+@layer_option
+@reports
+def plan(src: str, preset: str, max_rank: int | None, blocks: int | None, layer: str | None) -> dict[str, Any]:
+    """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time. Computes nothing."""
+    from scialm_dask.config import preset as settings_of
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.run.plan import plan
+
+    return plan(ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank))
 
 
 @main.command()

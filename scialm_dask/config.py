@@ -56,7 +56,7 @@ class Settings:
     increment: int = 200
     max_rank: int | None = None
     validation: float = 0.02
-    patience: int = 3
+    patience: int = 2
     scaling: tuple[float, float] = (0.5, 0.5)
     svd_passes: int = 2
     svd_tolerance: float = 0.0

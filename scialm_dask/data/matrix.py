@@ -120,6 +120,11 @@ class ExpressionMatrix:
         """Cells × genes."""
         return self.rows.shape
 
+    @property
+    def n_stored(self) -> int:
+        """Number of stored values, the most that can be observed; reads no values."""
+        return self.rows.n_stored if self.observed == "nonzero" else self.shape[0] * self.shape[1]
+
     @functools.cached_property
     def obs(self) -> pd.DataFrame:
         """Annotation of the cells, read when first asked for."""

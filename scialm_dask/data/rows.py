@@ -40,6 +40,11 @@ class Rows(Protocol):
         """Cells × genes."""
         ...
 
+    @property
+    def n_stored(self) -> int:
+        """Number of stored values."""
+        ...
+
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Rows `start` to `stop` as stored."""
         ...
@@ -61,6 +66,13 @@ class StoredRows:
         if self.label is not None:
             return self.label
         return f"{self.path}:{self.element}" if self.element else self.path
+
+    @property
+    def n_stored(self) -> int:
+        """Number of stored values; all entries of a dense element."""
+        if self.encoding == "array":
+            return self.shape[0] * self.shape[1]
+        return int(open_store(self.path)[self.element]["data"].shape[0])
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Rows `start` to `stop` as stored."""
@@ -91,6 +103,11 @@ class MemoryRows:
     def shape(self) -> tuple[int, int]:
         """Cells × genes."""
         return self.matrix.shape  # type: ignore[no-any-return]
+
+    @property
+    def n_stored(self) -> int:
+        """Number of stored values."""
+        return int(self.matrix.nnz)
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Rows `start` to `stop`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import sys
@@ -23,6 +24,7 @@ from scialm_dask.data.scratch import MemoryScratch, Scratch, ZarrScratch
 from scialm_dask.errors import InputError
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.run.plan import forecast, place_scratch
 from scialm_dask.solve.ialm import Completion, Iteration, complete
 from scialm_dask.solve.scaling import PreparedBlocks, Survey, prepare, survey
 
@@ -33,7 +35,9 @@ def complete_matrix(
     matrix: ExpressionMatrix,
     settings: Settings,
     *,
-    scratch: str = "memory",
+    scratch: str = "auto",
+    memory_limit: int | None = None,
+    scratch_folder: str | os.PathLike[str] | None = None,
     on_iteration: Callable[[Iteration], None] = lambda _: None,
 ) -> Imputation:
     """Complete a matrix, on whatever scheduler Dask has.
@@ -47,6 +51,11 @@ def complete_matrix(
     scratch
         ``"memory"``: the working state, and the matrix, are held by the workers. ``"zarr:PATH"``: the state is kept
         in a new folder under PATH, on a disk that all workers see, and the matrix is read anew in every pass.
+        ``"auto"``: in memory if the forecast fits `memory_limit`, else in Zarr under `scratch_folder`.
+    memory_limit
+        Bytes that each process may take in all; what is free by default.
+    scratch_folder
+        Dask's ``temporary-directory`` by default, else the system's.
     on_iteration
         Called after each iteration.
 
@@ -54,8 +63,13 @@ def complete_matrix(
     ------
     InputError
         If the matrix or the settings cannot be used.
+    DoesNotFitError
+        If the forecast does not fit memory or disk.
     """
     began = time.perf_counter()
+    need = forecast(matrix, settings)
+    folder_for_scratch = scratch_folder or dask.config.get("temporary-directory", None) or tempfile.gettempdir()
+    scratch = place_scratch(scratch, need, memory_limit=memory_limit, folder=folder_for_scratch)
     found = survey(matrix)
     blocks = prepare(matrix, found, settings)
     store, folder = _open_scratch(scratch)
@@ -66,6 +80,8 @@ def complete_matrix(
         result = _result(matrix, blocks, operator, _report(matrix, found, blocks, operator, completion, settings))
         result.summary["seconds"] = time.perf_counter() - began
         result.summary["peak_memory_bytes"] = _peak_memory()
+        result.summary["forecast_memory_bytes"] = (need.memory if folder is None else need.zarr).memory
+        result.summary["scratch"] = "memory" if folder is None else "zarr"
     except BaseException:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

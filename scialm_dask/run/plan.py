@@ -1,0 +1,229 @@
+"""What a run will take, said beforehand: memory, disk, passes, tasks, bytes, time. Go or refuse."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import dask
+import numpy as np
+import psutil
+from dask.system import CPU_COUNT
+from dask.utils import format_bytes
+
+from scialm_dask.config import Settings
+from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.errors import DoesNotFitError
+from scialm_dask.linalg.kernels import Block, BlockState, View, visit
+from scialm_dask.solve.rank import basis_width
+
+__all__ = ["Forecast", "Need", "forecast", "place_scratch", "plan", "usable_memory"]
+
+_FLOAT = 4
+_TASK_VALUES = 10  # arrays as long as a block's entries that a task holds: as read, scaled, old and new estimate, …
+_TASK_ROWS = 7  # arrays as large as a block's sketch
+_DRIVER_PANELS = 9  # float64 arrays of n × l that the small algebra of an SVD holds
+_LIKELY_RANK = {"auto": 96, "share": 1 / 3}
+_STARTED = 120 << 20  # what compiling, reading and scheduling add to a process that has imported everything
+_STOP_AT = 0.03  # threshold, relative to the first, at which held-out stops were seen
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one way to run.
+
+    Parameters
+    ----------
+    memory
+        Peak memory of each process, the imported libraries included.
+    disk
+        Of the scratch folder.
+    """
+
+    memory: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take.
+
+    Parameters
+    ----------
+    memory, zarr
+        With the working state in memory, and in Zarr on disk.
+    basis_width
+        Columns that the SVD is expected to compute at most.
+    iterations, passes_per_iteration
+        Expected.
+    tasks_per_pass
+        One for each block, and those that add up.
+    bytes_per_pass
+        Of values and indices, before compression, that a pass reads if the matrix is not held in memory.
+    """
+
+    memory: Need
+    zarr: Need
+    basis_width: int
+    iterations: int
+    passes_per_iteration: int
+    tasks_per_pass: int
+    bytes_per_pass: int
+
+    @property
+    def passes(self) -> int:
+        """Passes over the data in all, the first ones included."""
+        return 5 + self.iterations * self.passes_per_iteration
+
+
+def forecast(matrix: ExpressionMatrix, settings: Settings, threads: int | None = None) -> Forecast:
+    """Foresee what a run will take; reads nothing.
+
+    Parameters
+    ----------
+    matrix
+        Cells × genes, cut into blocks.
+    settings
+        How it is to be completed.
+    threads
+        Tasks that one process runs at once.
+    """
+    threads = threads or int(dask.config.get("num_workers", None) or CPU_COUNT)
+    (m, n), n_observed = matrix.shape, matrix.n_stored
+    n_blocks = len(matrix.blocks)
+    threads = min(threads, n_blocks)
+    rank = _likely_rank(settings, min(m, n))
+    width = basis_width(np.ones(rank), 0.5, rank)
+    rows = max(matrix.blocks.sizes)
+    values = min(n_observed, int(1.3 * n_observed / n_blocks))  # rows differ in length
+    panel = n * width
+    task = _FLOAT * (_TASK_VALUES * values + _TASK_ROWS * rows * width + 2 * panel)
+    tree = _FLOAT * panel * math.ceil(math.log2(n_blocks) + 1)
+    driver = 2 * _FLOAT * panel * _DRIVER_PANELS + 2 * _FLOAT * n * n_blocks
+    working = _base_memory() + threads * task + tree + driver
+    state = _FLOAT * (2 * n_observed + m * (2 * width + 2 * rank))
+    resident = 2 * _FLOAT * n_observed
+    log_rho = math.log(1.1 + 2.5 * n_observed / (m * n))
+    return Forecast(
+        memory=Need(int(working + state + resident), 0),
+        zarr=Need(int(working), int(state + _FLOAT * m * rank)),
+        basis_width=width,
+        iterations=min(settings.max_iterations, round(math.log(_shrinkage(settings)) / log_rho)),
+        passes_per_iteration=settings.svd_passes if settings.svd_tolerance == 0 else 3,
+        tasks_per_pass=2 * n_blocks - 1,
+        bytes_per_pass=2 * _FLOAT * n_observed,
+    )
+
+
+def _shrinkage(settings: Settings) -> float:
+    """How far the threshold falls until a run stops."""
+    return 1 / (0.3 * _STOP_AT) if settings.stop == "held-out" else 2.5 / settings.epsilon
+
+
+def _likely_rank(settings: Settings, short_side: int) -> int:
+    likely = _LIKELY_RANK["auto"] if settings.stop == "held-out" else _LIKELY_RANK["share"] * short_side
+    return max(1, int(min(likely, settings.max_rank or short_side, short_side)))
+
+
+def _base_memory() -> int:
+    return int(psutil.Process().memory_info().rss) + _STARTED
+
+
+def usable_memory() -> int:
+    """Bytes that this process may still take: what the cgroup or the machine leaves."""
+    from distributed.system import MEMORY_LIMIT
+
+    return int(min(MEMORY_LIMIT, psutil.virtual_memory().available + psutil.Process().memory_info().rss))
+
+
+def place_scratch(scratch: str, need: Forecast, *, memory_limit: int | None, folder: str | os.PathLike[str]) -> str:
+    """Choose where the working state is kept, or refuse.
+
+    Parameters
+    ----------
+    scratch
+        ``"auto"``, ``"memory"`` or ``"zarr:PATH"``.
+    need
+        The forecast.
+    memory_limit
+        Bytes for each process; None for what is left here.
+    folder
+        Where Zarr scratch goes if it is chosen here.
+
+    Returns
+    -------
+    str
+        ``"memory"`` or ``"zarr:PATH"``.
+
+    Raises
+    ------
+    DoesNotFitError
+        If the forecast is over the limit, or over the free disk.
+    """
+    limit = memory_limit or usable_memory()
+    kind: Literal["memory", "zarr"] = "memory"
+    if scratch.startswith("zarr:") or (scratch == "auto" and need.memory.memory > limit):
+        kind = "zarr"
+    wanted: Need = getattr(need, kind)
+    if wanted.memory > limit:
+        remedy = (
+            "pass --scratch auto"
+            if kind == "memory" and need.zarr.memory <= limit
+            else "pass more --blocks or --max-rank"
+        )
+        raise DoesNotFitError(
+            f"the forecast is {format_bytes(wanted.memory)} of memory and the limit {format_bytes(limit)}; {remedy}, "
+            "or raise --memory-limit"
+        )
+    if kind == "memory":
+        return "memory"
+    path = scratch.removeprefix("zarr:") if scratch.startswith("zarr:") else os.fspath(folder)
+    free = shutil.disk_usage(path).free if os.path.isdir(path) else 0
+    if os.path.isdir(path) and wanted.disk > free:
+        raise DoesNotFitError(
+            f"the forecast is {format_bytes(wanted.disk)} of scratch and {path} has {format_bytes(free)} free; pass "
+            "--scratch zarr:PATH with a folder on another disk"
+        )
+    return f"zarr:{path}"
+
+
+def time_of_pass(matrix: ExpressionMatrix, width: int, threads: int | None = None) -> float:
+    """Seconds that one pass will take, from reading and multiplying one block, twice, the second time measured."""
+    threads = threads or CPU_COUNT
+    rank = max(1, width // 2)
+    right, basis = np.ones((matrix.shape[1], rank), np.float32), np.ones((matrix.shape[1], width), np.float32)
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        csr = matrix.read_block(0)
+        state = BlockState(csr.data, np.ones((csr.shape[0], rank), np.float32), np.zeros((0, 0), np.float32))
+        visit(Block(csr.indptr, csr.indices, csr.data, csr.shape[1]), state, View(right, basis, right.T @ basis))
+        seconds = time.perf_counter() - began
+    return seconds * len(matrix.blocks) / min(threads, len(matrix.blocks))
+
+
+def plan(matrix: ExpressionMatrix, settings: Settings) -> dict[str, Any]:
+    """Say what a run will take, for people: the forecast and an estimate of the time after timing one block."""
+    need = forecast(matrix, settings)
+    seconds = time_of_pass(matrix, need.basis_width)
+    return {
+        "n_cells": matrix.shape[0],
+        "n_genes": matrix.shape[1],
+        "n_observed": matrix.n_stored,
+        "n_blocks": len(matrix.blocks),
+        "peak_memory_bytes": need.memory.memory,
+        "peak_memory_bytes_with_zarr_scratch": need.zarr.memory,
+        "zarr_scratch_bytes": need.zarr.disk,
+        "memory_limit_bytes": usable_memory(),
+        "basis_width": need.basis_width,
+        "iterations": need.iterations,
+        "passes": need.passes,
+        "tasks_per_iteration": need.tasks_per_pass * need.passes_per_iteration,
+        "bytes_read_per_pass": need.bytes_per_pass,
+        "seconds_per_pass": seconds,
+        "seconds": seconds * need.passes,
+    }
