@@ -7,7 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["ExpressionMatrix", "Imputation", "InputError", "ScialmError", "Settings", "__version__", "impute"]
+__all__ = [
+    "ExpressionMatrix",
+    "Imputation",
+    "InputError",
+    "PooledALS",
+    "PooledNuclearNorm",
+    "ScialmError",
+    "Settings",
+    "__version__",
+    "balanced_pools",
+    "gene_scores",
+    "impute",
+    "measure",
+    "pool_report",
+    "random_pools",
+]
 
 if TYPE_CHECKING:
     from scialm_dask.api import impute
@@ -15,14 +30,25 @@ if TYPE_CHECKING:
     from scialm_dask.data.factors import Imputation
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.errors import InputError, ScialmError
+    from scialm_dask.evaluate.gene_scores import gene_scores
+    from scialm_dask.solve.pooled_als import PooledALS
+    from scialm_dask.solve.pooled_nuclear import PooledNuclearNorm
+    from scialm_dask.solve.pools import balanced_pools, measure, pool_report, random_pools
 
 _HOME = {
-    "ExpressionMatrix": "scialm_dask.data.matrix",
-    "Imputation": "scialm_dask.data.factors",
-    "InputError": "scialm_dask.errors",
-    "ScialmError": "scialm_dask.errors",
-    "Settings": "scialm_dask.config",
-    "impute": "scialm_dask.api",
+    "ExpressionMatrix": "data.matrix",
+    "Imputation": "data.factors",
+    "InputError": "errors",
+    "PooledALS": "solve.pooled_als",
+    "PooledNuclearNorm": "solve.pooled_nuclear",
+    "ScialmError": "errors",
+    "Settings": "config",
+    "balanced_pools": "solve.pools",
+    "gene_scores": "evaluate.gene_scores",
+    "impute": "api",
+    "measure": "solve.pools",
+    "pool_report": "solve.pools",
+    "random_pools": "solve.pools",
 }
 
 
@@ -30,4 +56,4 @@ def __getattr__(name: str) -> Any:
     # Imported when first used, so that `import scialm_dask` is quick.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -70,6 +70,12 @@ def _readable(value: Any) -> str:
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
 layer_option = click.option("--layer", default=None, help="Read this layer instead of X.")
 quiet_option = click.option("--quiet", is_flag=True, help="Show no progress.")
+preset_option = click.option(
+    "--preset",
+    type=click.Choice(["auto", "paper", "denoise"]),
+    default="auto",
+    help="paper: as published. denoise: zeros count too.",
+)
 missing_chunks_option = click.option(
     "--missing-chunks-are-zeros", is_flag=True, help="Read absent chunks of a dense Zarr as zeros; else refuse."
 )
@@ -190,9 +196,10 @@ def simulate(
 @main.command()
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
-@click.option("--preset", type=click.Choice(["auto", "paper"]), default="auto", help="paper: as published.")
+@preset_option
 @click.option("--observed", type=click.Choice(["nonzero", "finite"]), default="nonzero", help="finite: all but NaN.")
-@click.option("--stop", type=click.Choice(["residual", "held-out"]), default=None, help="When to stop.")
+@click.option("--stop", type=click.Choice(["residual", "held-out", "count-split"]), default=None, help="When to stop.")
+@click.option("--zeros", default=None, help="Confidence in zeros: 0 (unknown, as published) to 1, or auto.")
 @click.option("--epsilon", type=float, default=None, help="Residual to stop at.")
 @click.option("--validation", type=float, default=None, help="Share of the entries hidden to know when to stop.")
 @click.option("--max-iterations", type=int, default=None)
@@ -263,7 +270,7 @@ def impute(
 
 @main.command()
 @click.argument("src", metavar="SRC")
-@click.option("--preset", type=click.Choice(["auto", "paper"]), default="auto", help="paper: as published.")
+@preset_option
 @click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @layer_option
@@ -326,3 +333,6 @@ def demo(folder: str, overwrite: bool, quiet: bool) -> dict[str, Any]:
 
     with iterations(quiet) as show:
         return demo(folder, Settings(), overwrite=overwrite, on_iteration=show)
+
+
+from scialm_dask import cli_pooled  # noqa: E402, F401  adds its commands to `main`

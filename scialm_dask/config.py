@@ -10,8 +10,8 @@ from scialm_dask.errors import InputError
 __all__ = ["Preset", "Settings", "preset"]
 
 RankPolicy = Literal["paper", "adaptive"]
-Stop = Literal["residual", "held-out"]
-Preset = Literal["auto", "paper"]
+Stop = Literal["residual", "held-out", "count-split"]
+Preset = Literal["auto", "paper", "denoise"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Settings:
     stop
         ``"residual"``: when ‖P_Ω(D − A)‖ / ‖D‖ < ε, as published. ``"held-out"``: when the error on a small
         hidden share of the observed entries has not fallen for `patience` iterations; the best iterate is returned.
+        ``"count-split"``: at the threshold that is best on a test share of the molecules, zeros included.
     epsilon
         ε, the residual to stop at.
     max_iterations
@@ -32,7 +33,7 @@ class Settings:
     first_rank, increment
         sv₀ and R of equation 13.
     max_rank
-        The most singular values to keep in any iteration; None for no limit.
+        The most singular values to keep in any iteration, which bounds memory and time; None for no limit.
     validation
         Share of each gene's observed entries to hide, for the held-out stop.
     patience
@@ -40,6 +41,9 @@ class Settings:
     scaling
         Exponents (g, c): each gene is scaled by (mean of its observed entries)^−g and each cell by (size factor)^−c
         before, and the factors scaled back after. (½, ½) makes counting noise even; (0, 0) is as published.
+    zeros
+        Confidence ω in zeros. 0: unknown, as in the paper. 1: measured like all else. ``"auto"``: chosen by count
+        splitting, for which raw counts are needed.
     svd_passes
         The most passes over the data for one SVD.
     svd_tolerance
@@ -54,10 +58,11 @@ class Settings:
     max_iterations: int = 1000
     first_rank: int = 5
     increment: int = 200
-    max_rank: int | None = None
+    max_rank: int | None = 128
     validation: float = 0.02
     patience: int = 2
     scaling: tuple[float, float] = (0.5, 0.5)
+    zeros: float | Literal["auto"] = 0.0
     svd_passes: int = 2
     svd_tolerance: float = 0.0
     seed: int = 0
@@ -79,6 +84,8 @@ class Settings:
             raise InputError(f"validation is {self.validation}; it is a share, give a number between 0 and 1")
         if not 0 <= self.svd_tolerance < 1:
             raise InputError(f"svd_tolerance is {self.svd_tolerance}; give a number from 0 to 1, or 0 for all passes")
+        if self.zeros != "auto" and not 0 <= self.zeros <= 1:
+            raise InputError(f"zeros is {self.zeros}; the confidence in zeros lies between 0 and 1, or is auto")
         if len(self.scaling) != 2 or not all(0 <= exponent <= 1 for exponent in self.scaling):
             raise InputError(f"scaling is {self.scaling}; give two exponents between 0 and 1, of genes and of cells")
 
@@ -93,7 +100,8 @@ def preset(name: str, **changes: Any) -> Settings:
     Parameters
     ----------
     name
-        ``"auto"``: stops before noise is fitted. ``"paper"``: as published (Algorithm 3, ε = 1e-4).
+        ``"auto"``: stops before noise is fitted. ``"paper"``: as published (Algorithm 3, ε = 1e-4). ``"denoise"``:
+        zeros count too, as far as count splitting finds best.
     **changes
         Fields of `Settings` to set otherwise; None leaves the preset's. `scaling` may be ``"none"``,
         ``"poisson"`` or two numbers with a comma between.
@@ -101,11 +109,22 @@ def preset(name: str, **changes: Any) -> Settings:
     changes = {field: value for field, value in changes.items() if value is not None}
     if isinstance(changes.get("scaling"), str):
         changes["scaling"] = _exponents(changes["scaling"])
+    if isinstance(changes.get("zeros"), str) and changes["zeros"] != "auto":
+        changes["zeros"] = _number("zeros", changes["zeros"])
     if name == "paper":
-        published = {"rank_policy": "paper", "stop": "residual", "scaling": (0.0, 0.0)}
+        published = {"rank_policy": "paper", "stop": "residual", "scaling": (0.0, 0.0), "max_rank": None}
         return Settings(**{**published, "svd_passes": 30, "svd_tolerance": 3e-4, **changes})
+    if name == "denoise":
+        return Settings(**{"stop": "count-split", "zeros": "auto", **changes})
     _choice("preset", name, Preset)
     return Settings(**changes)
+
+
+def _number(field: str, word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise InputError(f"{field} is {word!r}; give a number or auto") from None
 
 
 def _exponents(words: str) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["hidden_entries", "mixed", "n_to_hide"]
+__all__ = ["hidden_entries", "mixed", "n_to_hide", "thinned"]
 
 _NEVER_HIDDEN = 3  # columns with no more entries keep them all
 
@@ -129,6 +129,52 @@ def n_to_hide(counts: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
     """Tell how many entries of each column to hide: ``int(count * fraction)``, none if `count` is three or less."""
     hidden: NDArray[np.int64] = (counts * fraction).astype(np.int64)
     return np.where(counts > _NEVER_HIDDEN, hidden, 0)
+
+
+@numba.njit(nogil=True, cache=True)
+def _thin(
+    indptr: Any, indices: Any, counts: Any, first_row: np.uint64, limit: np.uint64, seed: np.uint64, kept: Any
+) -> None:
+    for i in range(len(indptr) - 1):
+        row = mixed(mixed(seed) + (first_row + np.uint64(i)) * _GOLDEN + _ONE)
+        for k in range(indptr[i], indptr[i + 1]):
+            key = mixed(row + np.uint64(indices[k]) * _GOLDEN)
+            n = 0
+            for molecule in range(np.int64(counts[k])):
+                n += (mixed(key + np.uint64(molecule + 1) * _GOLDEN) >> _S31 >> _ONE) < limit
+            kept[k] = n
+
+
+def thinned(
+    indptr: NDArray[np.integer],
+    indices: NDArray[np.int32],
+    counts: NDArray[np.float32],
+    *,
+    first_row: int,
+    share: float,
+    seed: int,
+) -> NDArray[np.float32]:
+    """Keep each molecule of a count matrix with probability `share`: binomial thinning, keyed by row and column.
+
+    Parameters
+    ----------
+    indptr, indices, counts
+        A block of rows in CSR, with whole numbers.
+    first_row
+        Number of its first row in the whole matrix.
+    share
+        Between 0 and 1.
+    seed
+        Any integer; its low 64 bits count.
+
+    Returns
+    -------
+    ndarray
+        The counts that are kept, float32, shape of `counts`.
+    """
+    kept = np.empty_like(counts)
+    _thin(indptr, indices, counts, np.uint64(first_row), np.uint64(share * 2**32), np.uint64(seed & _MASK), kept)
+    return kept
 
 
 def _as_int64(values: Any) -> NDArray[np.int64]:

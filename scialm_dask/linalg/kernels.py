@@ -16,7 +16,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Block", "BlockState", "Step", "Sums", "View", "add_sums", "sampled_product", "visit"]
+__all__ = ["Block", "BlockState", "Step", "Sums", "View", "add_sums", "quadratic", "sampled_product", "visit"]
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -40,12 +40,15 @@ class Block:
         Their values d, float32, shape ``(N,)``.
     n_columns
         Number of columns (n).
+    confidence
+        α of the rows, float32, shape ``(m,)``, where zeros are trusted with ω = αβᵀ; None for ones.
     """
 
     indptr: NDArray[np.integer]
     indices: NDArray[np.int32]
     observed: Floats
     n_columns: int
+    confidence: Floats | None = None
 
     @property
     def n_rows(self) -> int:
@@ -100,19 +103,28 @@ class Step:
 class View:
     """What a pass carries to every block.
 
+    Off the observed entries W is (1 − ω) A, with ω = αβᵀ the confidence in zeros: still of low rank, L Rᵀ, with
+    R = (1 − β) V if all α are one, else L = [U, αU] and R = [V, −βV]. Without confidence L = U and R = V.
+
     Parameters
     ----------
     right
         V, float32, shape ``(n, r)``, of the A that is in force in this pass (after `step`).
+    spread
+        R, float32, shape ``(n, r)`` or ``(n, 2r)``.
+    confidence
+        β of the columns, float32, shape ``(n,)``; None where zeros are not trusted.
     basis
         Q, float32, shape ``(n, l)``, or None when only the step is to be taken.
     overlap
-        VᵀQ, float32, shape ``(r, l)``, or None.
+        RᵀQ, float32, or None.
     step
         Taken before the products, or None.
     """
 
     right: Floats
+    spread: Floats
+    confidence: Floats | None = None
     basis: Floats | None = None
     overlap: Floats | None = None
     step: Step | None = None
@@ -121,7 +133,7 @@ class View:
 class Sums(NamedTuple):
     """What blocks give back, to be added up.
 
-    ``sparse_cross`` is Sᵀ W Q (n × l), ``left_cross`` Uᵀ W Q (r × l), ``gram`` (W Q)ᵀ W Q (l × l); then sums over the
+    ``sparse_cross`` is Sᵀ W Q (n × l), ``left_cross`` Lᵀ W Q, ``gram`` (W Q)ᵀ W Q (l × l); then sums over the
     entries, after the step: (d − a)² over the observed ones, (d − a)² over the held-out ones.
     """
 
@@ -138,24 +150,25 @@ def add_sums(one: Sums, other: Sums) -> Sums:
 
 
 def visit(block: Block, state: BlockState, view: View) -> tuple[BlockState, Sums]:
-    """Do all that a pass asks of one block: take the step, then multiply W = A + P_Ω(w − a) with the basis.
+    """Do all that a pass asks of one block: take the step, then multiply W = L Rᵀ + S with the basis.
 
     Returns the new state and the sums. Neither argument is changed, so that a task can be run again.
     """
     misfit = held_out = 0.0
     if view.step is not None:
         state = replace(state, left=state.sketch @ view.step.rotation)
-    sparse = sampled_product(block, state.left, view.right)
+    sparse, trust = sampled_product(block, state.left, view.right), _trust(block, view)
     if view.step is not None:
         estimate = np.empty_like(state.estimate)
         growth, ratio = np.float32(view.step.growth), np.float32(view.step.ratio)
-        misfit, held_out = _advance(block.observed, state.estimate, growth, ratio, sparse, estimate)
+        misfit, held_out = _advance(block.observed, state.estimate, growth, ratio, trust, sparse, estimate)
         state = replace(state, estimate=estimate)
     else:
-        _sparse_part(state.estimate, sparse)
+        _sparse_part(state.estimate, trust, sparse)
     if view.basis is None or view.overlap is None:
         return state, Sums(np.zeros((0, 0), np.float32), np.zeros((0, 0)), np.zeros((0, 0)), misfit, held_out)
-    sketch = state.left @ view.overlap
+    left = _spread_left(block, state.left, view)
+    sketch = left @ view.overlap
     cross = np.zeros_like(view.basis)
     if block.is_dense:
         _dense_products(block, sparse, view.basis, sketch, cross)
@@ -163,7 +176,7 @@ def visit(block: Block, state: BlockState, view: View) -> tuple[BlockState, Sums
         _gather(block.indptr, block.indices, sparse, view.basis, sketch)
         _scatter(block.indptr, block.indices, sparse, sketch, cross)
     wide = sketch.astype(np.float64)
-    sums = Sums(cross, state.left.T.astype(np.float64) @ wide, wide.T @ wide, misfit, held_out)
+    sums = Sums(cross, left.T.astype(np.float64) @ wide, wide.T @ wide, misfit, held_out)
     return replace(state, sketch=sketch), sums
 
 
@@ -180,46 +193,62 @@ def sampled_product(block: Block, left: Floats, right: Floats) -> Floats:
     return values
 
 
-def project(block: Block, state: BlockState, right: Floats) -> Sums:
+def _trust(block: Block, view: View) -> Floats:
+    """1 − ω at the observed entries: how far W may leave zero there."""
+    if view.confidence is None:
+        return np.broadcast_to(np.float32(1), block.observed.shape)
+    omega = view.confidence[block.indices]
+    if block.confidence is not None:
+        omega *= np.repeat(block.confidence, np.diff(block.indptr))
+    return np.subtract(1, omega, dtype=np.float32)
+
+
+def _spread_left(block: Block, left: Floats, view: View) -> Floats:
+    """L, of which and R the low-rank part of W is made."""
+    if view.confidence is None or block.confidence is None:
+        return left
+    return np.hstack([left, block.confidence[:, None] * left])
+
+
+def project(block: Block, state: BlockState, view: View) -> Sums:
     """Compute what Wᵀ Y needs of the block, for given rows Y of orthonormal left vectors in ``state.sketch``."""
-    sparse = _sparse(block, state, right)
+    sparse, left = _sparse(block, state, view), _spread_left(block, state.left, view)
     cross = np.zeros((block.n_columns, state.sketch.shape[1]), np.float32)
     _scatter(block.indptr, block.indices, sparse, state.sketch, cross)
     wide = state.sketch.astype(np.float64)
-    return Sums(cross, state.left.T.astype(np.float64) @ wide, wide.T @ wide, 0.0, 0.0)
+    return Sums(cross, left.T.astype(np.float64) @ wide, wide.T @ wide, 0.0, 0.0)
 
 
-def column_gram(block: Block, state: BlockState, right: Floats) -> tuple[Doubles, Doubles, Doubles]:
-    """UᵀU (r × r), UᵀS (r × n) and SᵀS (n × n), float64, of which WᵀW is made."""
-    sparse = _sparse(block, state, right)
-    left_gram = state.left.T.astype(np.float64) @ state.left
-    cross = np.zeros((block.n_columns, state.left.shape[1]), np.float32)
-    _scatter(block.indptr, block.indices, sparse, state.left, cross)
+def column_gram(block: Block, state: BlockState, view: View) -> tuple[Doubles, Doubles, Doubles]:
+    """LᵀL, LᵀS and SᵀS (n × n), float64, of which WᵀW is made."""
+    sparse, left = _sparse(block, state, view), _spread_left(block, state.left, view)
+    cross = np.zeros((block.n_columns, left.shape[1]), np.float32)
+    _scatter(block.indptr, block.indices, sparse, left, cross)
     gram = np.zeros((block.n_columns, block.n_columns))
     for rows, entries in _panels(block):
         panel = _dense_panel(block, sparse, rows, entries)
         gram += panel.T @ panel
-    return left_gram, cross.T.astype(np.float64), gram
+    return left.T.astype(np.float64) @ left, cross.T.astype(np.float64), gram
 
 
 class RowHalf(NamedTuple):
-    """What a row block brings to WWᵀ: U (m × r), S V (m × r), and the values of S at the observed entries."""
+    """What a row block brings to WWᵀ: L, S R, both with m rows, and the values of S at the observed entries."""
 
     left: Floats
     sparse_right: Floats
     sparse: Floats
 
 
-def row_half(block: Block, state: BlockState, right: Floats) -> RowHalf:
+def row_half(block: Block, state: BlockState, view: View) -> RowHalf:
     """Prepare a block for `row_gram`."""
-    sparse = _sparse(block, state, right)
-    sparse_right = np.zeros((block.n_rows, right.shape[1]), np.float32)
-    _gather(block.indptr, block.indices, sparse, right, sparse_right)
-    return RowHalf(state.left, sparse_right, sparse)
+    sparse = _sparse(block, state, view)
+    sparse_right = np.zeros((block.n_rows, view.spread.shape[1]), np.float32)
+    _gather(block.indptr, block.indices, sparse, view.spread, sparse_right)
+    return RowHalf(_spread_left(block, state.left, view), sparse_right, sparse)
 
 
 def row_gram(blocks: tuple[Block, Block], halves: tuple[RowHalf, RowHalf], core: Doubles) -> Doubles:
-    """W₁W₂ᵀ of two row blocks, float64; `core` is VᵀV (r × r)."""
+    """W₁W₂ᵀ of two row blocks, float64; `core` is RᵀR."""
     left, other = (half.left.astype(np.float64) for half in halves)
     gram = (left @ core + halves[0].sparse_right) @ other.T
     gram += left @ halves[1].sparse_right.T.astype(np.float64)
@@ -231,11 +260,30 @@ def row_gram(blocks: tuple[Block, Block], halves: tuple[RowHalf, RowHalf], core:
     return gram
 
 
-def _sparse(block: Block, state: BlockState, right: Floats) -> Floats:
-    """Give the sparse part of W: w − a at the observed entries."""
-    sparse = sampled_product(block, state.left, right)
-    _sparse_part(state.estimate, sparse)
+def _sparse(block: Block, state: BlockState, view: View) -> Floats:
+    """Give S, the sparse part of W, at the observed entries."""
+    sparse = sampled_product(block, state.left, view.right)
+    _sparse_part(state.estimate, _trust(block, view), sparse)
     return sparse
+
+
+def quadratic(block: Block, left: Floats, view: View) -> tuple[Doubles, Doubles, Doubles]:
+    """Sum up what a least-squares fit of A's singular values needs.
+
+    With p_i the column i of `left` times column i of V, at the observed entries: Σ d p_i; Σ (1 − ω) p_i p_j; and
+    Σ α left_i left_j over the rows, for the sum of ω p_i p_j over all entries.
+    """
+    trust, rank = _trust(block, view), left.shape[1]
+    linear, square = np.zeros(rank), np.zeros((rank, rank))
+    rows = np.repeat(np.arange(block.n_rows), np.diff(block.indptr))
+    step = max(1, _PANEL_VALUES // max(1, rank))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        terms = (left[rows[part]] * view.right[block.indices[part]]).astype(np.float64)
+        linear += block.observed[part] @ terms
+        square += terms.T @ (trust[part, None] * terms)
+    weighted = left if block.confidence is None else block.confidence[:, None] * left
+    return linear, square, left.T.astype(np.float64) @ weighted
 
 
 def _dense_panel(block: Block, sparse: Floats, rows: slice, entries: slice) -> Floats:
@@ -286,29 +334,32 @@ def _sampled(indptr, indices, left, right, values):  # type: ignore[no-untyped-d
 
 
 @_jit
-def _advance(observed, estimate, growth, ratio, a, new):  # type: ignore[no-untyped-def]
-    """Take w ← d + (w − a)/ρ; `a` becomes the sparse part w − a. Returns the sums of (d − a)²."""
+def _advance(observed, estimate, growth, ratio, trust, a, new):  # type: ignore[no-untyped-def]
+    """Take w ← d + (1 − ω)(w − a)/ρ; `a` becomes the sparse part of W. Returns the sums of (d − a)².
+
+    An entry that is held out belongs to A alone, whatever zeros are trusted with.
+    """
     misfit = held_out = 0.0
     for k in range(len(observed)):
         gap = observed[k] - a[k]
         w = growth * estimate[k]
         if w == w:
             misfit += np.float64(gap) * np.float64(gap)
-            w = observed[k] + (w - a[k]) * ratio
+            w = observed[k] + trust[k] * (w - a[k]) * ratio
             new[k] = w
-            a[k] = w - a[k]
+            a[k] = w - trust[k] * a[k]
         else:
             held_out += np.float64(gap) * np.float64(gap)
             new[k] = w
-            a[k] = 0
+            a[k] -= trust[k] * a[k]
     return misfit, held_out
 
 
 @_jit
-def _sparse_part(estimate, a):  # type: ignore[no-untyped-def]
+def _sparse_part(estimate, trust, a):  # type: ignore[no-untyped-def]
     for k in range(len(estimate)):
         w = estimate[k]
-        a[k] = w - a[k] if w == w else np.float32(0)
+        a[k] = (w if w == w else a[k]) - trust[k] * a[k]
 
 
 @_jit

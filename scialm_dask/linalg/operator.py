@@ -1,4 +1,4 @@
-"""W = A + P_Ω(w − a), low rank plus sparse, over all row blocks. The one numeric file that builds Dask graphs."""
+"""W, low rank plus sparse, over all row blocks. The one numeric file that builds Dask graphs."""
 
 from __future__ import annotations
 
@@ -35,6 +35,16 @@ class BlockSource(Protocol):
 
     def load(self, block: int) -> Block:
         """Read a block."""
+        ...
+
+    @property
+    def column_confidence(self) -> Floats | None:
+        """β, where zeros are trusted with ω = αβᵀ (α in the blocks); None where they are unknown."""
+        ...
+
+    @property
+    def has_row_confidence(self) -> bool:
+        """Whether blocks carry α, rather than ones."""
         ...
 
     def held_out(self, block: int, loaded: Block) -> NDArray[np.bool_] | None:
@@ -128,6 +138,8 @@ class LowRankPlusSparse:
         self._id = uuid.uuid4().hex[:12]
         self._source = dask.delayed(source, name=f"source-{self._id}", traverse=False)
         self._store = store
+        self._confidence = source.column_confidence
+        self._row_confidence = source.has_row_confidence
         self._right = np.zeros((self.shape[1], 0), np.float32)
         self._versions: dict[str, int] = dict.fromkeys(("estimate", "left", "sketch"), 0)
         self._best: tuple[tuple[Delayed, ...], Floats, int] | None = None
@@ -149,6 +161,11 @@ class LowRankPlusSparse:
         return float(self.shape[0]) * self.shape[1]
 
     @property
+    def zeros_unknown(self) -> bool:
+        """Whether entries that are not observed are free."""
+        return self._confidence is None
+
+    @property
     def n_blocks(self) -> int:
         """Number of row blocks."""
         return len(self.bounds) - 1
@@ -168,35 +185,37 @@ class LowRankPlusSparse:
         changed = {"sketch"} if basis is not None else set()
         if step is not None:
             changed |= {"estimate", "left"}
-        overlap = None if basis is None else self._right.T @ basis
-        return self._pass(_visit, View(self._right, basis, overlap, step), [None] * self.n_blocks, changed)
+        view = self._view()
+        overlap = None if basis is None else view.spread.T @ basis
+        view = replace(view, basis=basis, overlap=overlap, step=step)
+        return self._pass(_visit, view, [None] * self.n_blocks, changed)
 
     def project(self, vectors: Floats) -> Product:
         """Compute Wᵀ times orthonormal left vectors, shape ``(m, l)``, which become the sketch. One pass."""
         rows = [dask.delayed(vectors[a:b]) for a, b in pairwise(self.bounds)]
-        return self._pass(_project, View(self._right), rows, {"sketch"})
+        return self._pass(_project, self._view(), rows, {"sketch"})
 
     def column_gram(self) -> Doubles:
         """WᵀW, shape ``(n, n)``, when columns are the short side. One pass."""
-        view = self._carry(View(self._right))
-        visit = dask.delayed(_column_gram)
-        parts = [visit(self._store, self._source, b, self._blocks[b], self._state[b], view) for b in self._each()]
+        view = self._view()
+        carried, visit = self._carry(view), dask.delayed(_column_gram)
+        parts = [visit(self._store, self._source, b, self._blocks[b], self._state[b], carried) for b in self._each()]
         (total,) = _run([_tree(parts, dask.delayed(_add))])
         self.passes += 1
         left_gram, cross, sparse_gram = total.compute()
-        right = self._right.astype(np.float64)
+        right = view.spread.astype(np.float64)
         gram = right @ cross
         gram += gram.T
         gram += sparse_gram
-        _add_product(gram, self._right, left_gram @ right.T)
+        _add_product(gram, view.spread, left_gram @ right.T)
         return gram  # type: ignore[no-any-return]
 
     def row_gram(self) -> Doubles:
         """WWᵀ, shape ``(m, m)``, when rows are the short side: a task for each pair of blocks. One pass."""
-        view = self._carry(View(self._right))
-        core = self._right.T.astype(np.float64) @ self._right
+        view = self._view()
+        core, carried = view.spread.T.astype(np.float64) @ view.spread, self._carry(view)
         prepare, pair = dask.delayed(_row_half), dask.delayed(_row_gram)
-        halves = [prepare(self._store, self._source, b, self._blocks[b], self._state[b], view) for b in self._each()]
+        halves = [prepare(self._store, self._source, b, self._blocks[b], self._state[b], carried) for b in self._each()]
         corners = [(i, j) for i in self._each() for j in range(i, self.n_blocks)]
         tiles = _run(
             [
@@ -212,6 +231,35 @@ class LowRankPlusSparse:
             gram[columns, rows] = tile.T
         return gram
 
+    def quadratic(self, other: BlockSource | None = None, columns: Floats | None = None) -> tuple[Doubles, Doubles]:
+        """Give g and H, shapes ``(r,)`` and ``(r, r)``, of the fit of A diag-scaled by c: minimise cᵀHc − 2gᵀc.
+
+        That is Σ_Ω (d − a)² + Σ_rest ω a², up to a constant, with A = U diag(c) Vᵀ in force. One pass.
+
+        Parameters
+        ----------
+        other
+            Take d, Ω and ω of these blocks instead, cut as these are.
+        columns
+            Multiply the columns of A by these numbers first, shape ``(n,)``.
+        """
+        source, blocks, right = self._source, self._blocks, self._right
+        if columns is not None:
+            right = columns[:, None] * right
+        view = replace(self._view(), right=right)
+        if other is not None:
+            source = dask.delayed(other, name=f"source-{uuid.uuid4().hex[:12]}", traverse=False)
+            blocks = (None,) * self.n_blocks
+            view = replace(view, confidence=other.column_confidence)
+        carried, visit = self._carry(view), dask.delayed(_quadratic)
+        parts = [visit(self._store, source, b, blocks[b], self._state[b], carried) for b in self._each()]
+        (total,) = _run([_tree(parts, dask.delayed(_add))])
+        self.passes += 1
+        linear, square, rows = total.compute()
+        if view.confidence is not None:
+            square = square + rows * (right.T.astype(np.float64) @ (view.confidence[:, None] * right))
+        return linear, square
+
     def keep(self) -> None:
         """Remember the A in force as the best so far; `factors` gives it back."""
         pick = dask.delayed(_left_of)
@@ -219,6 +267,13 @@ class LowRankPlusSparse:
         self._best = _run([pick(state) for state in self._state]), self._right, version
         if forgotten is not None and forgotten[2] != version:
             self._store.drop("left", forgotten[2])
+
+    def restore(self) -> None:
+        """Put the A last kept in force again. What follows may look at it, but the loop cannot go on from it."""
+        if self._best is not None:
+            put = dask.delayed(_with_left)
+            self._state = _run([put(at, left) for at, left in zip(self._state, self._best[0], strict=True)])
+            self._right = self._best[1]
 
     def factors(self) -> tuple[list[Delayed], Floats]:
         """Left factor, a delayed float32 array of shape ``(rows of the block, r)`` for each block, and right factor.
@@ -251,8 +306,17 @@ class LowRankPlusSparse:
             self._versions[name] = number
         cross = sums.sparse_cross.astype(np.float64)
         if cross.size:
-            _add_product(cross, self._right, sums.left_cross)
+            _add_product(cross, view.spread, sums.left_cross)
         return Product(cross, sums.gram, sums.misfit, sums.held_out)
+
+    def _view(self) -> View:
+        """Make what a pass carries, without a basis."""
+        right, beta = self._right, self._confidence
+        if beta is None:
+            return View(right, right)
+        if self._row_confidence:
+            return View(right, np.hstack([right, -beta[:, None] * right]), beta)
+        return View(right, (1 - beta)[:, None] * right, beta)
 
     def _carry(self, view: View) -> Delayed:
         """Wrap what every task of a pass needs as one task, which is sent to each worker once."""
@@ -340,7 +404,7 @@ def _project(
     vectors: Floats,
 ) -> tuple[_References, Sums]:
     state = BlockState(store.get(at.estimate), store.get(at.left), vectors)
-    sums = kernels.project(loaded or source.load(block), state, view.right)
+    sums = kernels.project(loaded or source.load(block), state, view)
     return replace(at, sketch=store.put("sketch", number, block, vectors)), sums
 
 
@@ -348,14 +412,14 @@ def _column_gram(
     store: Store, source: BlockSource, block: int, loaded: Block | None, at: _References, view: View
 ) -> tuple[Doubles, Doubles, Doubles]:
     state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
-    return kernels.column_gram(loaded or source.load(block), state, view.right)
+    return kernels.column_gram(loaded or source.load(block), state, view)
 
 
 def _row_half(
     store: Store, source: BlockSource, block: int, loaded: Block | None, at: _References, view: View
 ) -> RowHalf:
     state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
-    return kernels.row_half(loaded or source.load(block), state, view.right)
+    return kernels.row_half(loaded or source.load(block), state, view)
 
 
 def _row_gram(
@@ -371,6 +435,12 @@ def _row_gram(
     return kernels.row_gram(blocks, (half, other_half), core)
 
 
+def _quadratic(
+    store: Store, source: BlockSource, block: int, loaded: Block | None, at: _References, view: View
+) -> tuple[Doubles, Doubles, Doubles]:
+    return kernels.quadratic(loaded or source.load(block), store.get(at.left), view)
+
+
 def _put_changes(
     store: Store, block: int, number: int, at: _References, old: BlockState, new: BlockState
 ) -> _References:
@@ -380,6 +450,10 @@ def _put_changes(
 
 def _left_of(at: _References) -> Any:
     return at.left
+
+
+def _with_left(at: _References, left: Any) -> _References:
+    return replace(at, left=left)
 
 
 def _get(store: Store, reference: Any) -> Floats:

@@ -10,7 +10,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.run.plan import forecast, place_scratch
 from scialm_dask.solve.ialm import Completion, Iteration, complete
-from scialm_dask.solve.scaling import PreparedBlocks, Survey, prepare, survey
+from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepare, survey
+from scialm_dask.solve.stopping import ThresholdStop
+from scialm_dask.solve.zeros import choose_zeros, refit
 
 __all__ = ["complete_matrix"]
 
@@ -38,6 +40,7 @@ def complete_matrix(
     scratch: str = "auto",
     memory_limit: int | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
+    confidence: Confidence | None = None,
     on_iteration: Callable[[Iteration], None] = lambda _: None,
 ) -> Imputation:
     """Complete a matrix, on whatever scheduler Dask has.
@@ -56,6 +59,8 @@ def complete_matrix(
         Bytes that each process may take in all; what is free by default.
     scratch_folder
         Dask's ``temporary-directory`` by default, else the system's.
+    confidence
+        In zeros, where it is not the same for all; see `Confidence`.
     on_iteration
         Called after each iteration.
 
@@ -71,13 +76,26 @@ def complete_matrix(
     folder_for_scratch = scratch_folder or dask.config.get("temporary-directory", None) or tempfile.gettempdir()
     scratch = place_scratch(scratch, need, memory_limit=memory_limit, folder=folder_for_scratch)
     found = survey(matrix)
-    blocks = prepare(matrix, found, settings)
     store, folder = _open_scratch(scratch)
+
+    def operator_of(blocks: PreparedBlocks) -> LowRankPlusSparse:
+        return LowRankPlusSparse(blocks, store, resident=folder is None)
+
     try:
-        operator = LowRankPlusSparse(blocks, store, resident=folder is None)
+        stop = None
+        if settings.stop == "count-split" or settings.zeros == "auto":
+            choice = choose_zeros(matrix, found, settings, operator_of, on_iteration)
+            exponents = choice.gene_exponent, settings.scaling[1]
+            settings = replace(settings, zeros=choice.omega, scaling=exponents)
+            stop = ThresholdStop(choice.threshold) if settings.stop == "count-split" else None
+        if confidence is None:
+            confidence = Confidence.uniform(float(settings.zeros), matrix.shape[1])
+        blocks = prepare(matrix, found, settings, confidence=confidence)
+        operator = operator_of(blocks)
         _check_validation(operator, settings)
-        completion = complete(operator, settings, on_iteration)
-        result = _result(matrix, blocks, operator, _report(matrix, found, blocks, operator, completion, settings))
+        completion = complete(operator, settings, on_iteration, stop)
+        report = _report(matrix, found, blocks, operator, completion, settings)
+        result = _result(matrix, blocks, operator, report, None if confidence is None else refit_kept(operator))
         result.summary["seconds"] = time.perf_counter() - began
         result.summary["peak_memory_bytes"] = _peak_memory()
         result.summary["forecast_memory_bytes"] = (need.memory if folder is None else need.zarr).memory
@@ -89,6 +107,12 @@ def complete_matrix(
     if folder is not None:  # the result reads its left factor from there
         weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
     return result
+
+
+def refit_kept(operator: LowRankPlusSparse) -> Floats:
+    """Refit the singular values of the A that was kept."""
+    operator.restore()
+    return refit(operator).astype(np.float32)
 
 
 def _open_scratch(scratch: str) -> tuple[Scratch, str | None]:
@@ -144,6 +168,7 @@ def _report(
         "converged": completion.converged,
         "stop_reason": completion.reason,
         "scaling": blocks.scales.note,
+        "zeros": settings.zeros,
         "source": matrix.name,
         "settings": settings.as_dict(),
         "singular_values": list(completion.values),
@@ -153,7 +178,11 @@ def _report(
 
 
 def _result(
-    matrix: ExpressionMatrix, blocks: PreparedBlocks, operator: LowRankPlusSparse, report: dict[str, Any]
+    matrix: ExpressionMatrix,
+    blocks: PreparedBlocks,
+    operator: LowRankPlusSparse,
+    report: dict[str, Any],
+    factors: Floats | None,
 ) -> Imputation:
     """Put the factors back on the scale of the input, lazily."""
     import dask.array as da
@@ -161,6 +190,8 @@ def _result(
     lefts, right = operator.factors()
     unscaled = dask.delayed(_unscaled)
     scale = blocks.scales
+    if factors is not None:
+        right = right * factors
     rank, bounds = right.shape[1], operator.bounds
     pieces = []
     for b, left in enumerate(lefts):

@@ -27,7 +27,7 @@ _FLOAT = 4
 _TASK_VALUES = 10  # arrays as long as a block's entries that a task holds: as read, scaled, old and new estimate, …
 _TASK_ROWS = 7  # arrays as large as a block's sketch
 _DRIVER_PANELS = 9  # float64 arrays of n × l that the small algebra of an SVD holds
-_LIKELY_RANK = {"auto": 96, "share": 1 / 3}
+_LIKELY_SHARE = 1 / 3  # of the short side: the rank at which the paper's runs end
 _STARTED = 120 << 20  # what compiling, reading and scheduling add to a process that has imported everything
 _STOP_AT = 0.03  # threshold, relative to the first, at which held-out stops were seen
 
@@ -125,8 +125,9 @@ def _shrinkage(settings: Settings) -> float:
 
 
 def _likely_rank(settings: Settings, short_side: int) -> int:
-    likely = _LIKELY_RANK["auto"] if settings.stop == "held-out" else _LIKELY_RANK["share"] * short_side
-    return max(1, int(min(likely, settings.max_rank or short_side, short_side)))
+    if settings.max_rank is not None:
+        return min(settings.max_rank, short_side)
+    return max(1, int(_LIKELY_SHARE * short_side))
 
 
 def _base_memory() -> int:

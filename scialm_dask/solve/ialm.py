@@ -23,7 +23,7 @@ from scialm_dask.linalg.kernels import Floats, Step
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
 from scialm_dask.linalg.svd import PartialSVD, extended_basis, leading_triplets, short_side_svd
 from scialm_dask.solve.rank import basis_width, prefers_short_side, rank_rule
-from scialm_dask.solve.stopping import stop_rule
+from scialm_dask.solve.stopping import StopRule, stop_rule
 
 _FIRST_PASSES = 20
 _FIRST_TOLERANCE = 1e-6  # σ₁ sets every threshold that follows
@@ -119,6 +119,7 @@ def complete(
     operator: LowRankPlusSparse,
     settings: Settings,
     on_iteration: Callable[[Iteration], None] = lambda _: None,
+    stop: StopRule | None = None,
 ) -> Completion:
     """Run Algorithm 3 until the stop rule ends it.
 
@@ -130,12 +131,14 @@ def complete(
         What to do.
     on_iteration
         Called after each iteration.
+    stop
+        Instead of the rule that the settings name.
     """
     rank = rank_rule(settings, min(operator.shape))
-    stop = stop_rule(settings)
+    stop = stop or stop_rule(settings)
     svd = first_svd(operator, settings)
     penalty = first_penalty(float(svd.values[0]), operator.observations.n_observed / operator.size)
-    history, growth = zero_iterations(float(svd.values[0]), penalty, operator.passes, settings.max_iterations)
+    history, growth = zero_iterations(float(svd.values[0]), penalty, operator, settings.max_iterations)
     for iteration in history:
         on_iteration(iteration)
         rank.update(0)
@@ -195,18 +198,19 @@ def first_penalty(largest: float, density: float) -> Penalty:
     return Penalty(mu=0.3 / largest, rho=1.1 + 2.5 * density)
 
 
-def zero_iterations(largest: float, penalty: Penalty, passes: int, most: int) -> tuple[list[Iteration], float]:
-    """Make the iterations whose threshold is over σ₁(W) in closed form: A is zero and W only grows, by a scalar.
+def zero_iterations(
+    largest: float, penalty: Penalty, operator: LowRankPlusSparse, most: int
+) -> tuple[list[Iteration], float]:
+    """Make the iterations, `most` at most, whose threshold is over σ₁(W): A is zero and W only grows, by a scalar.
 
-    `most` is how many iterations may be made.
-
-    Returns the iterations, and the factor by which W has grown.
+    Returns the iterations, and the factor by which W has grown. Where zeros are trusted it does not: the multiplier
+    is not to make up for shrinkage on the observed entries alone.
     """
     iterations: list[Iteration] = []
     growth = 1.0
     while growth * largest <= penalty.threshold and len(iterations) < most:
-        iterations.append(Iteration(len(iterations) + 1, 0, penalty.threshold, 1.0, 1.0, passes))
-        growth = 1 + growth / penalty.rho
+        iterations.append(Iteration(len(iterations) + 1, 0, penalty.threshold, 1.0, 1.0, operator.passes))
+        growth = 1 + growth / penalty.rho if operator.zeros_unknown else 1.0
         penalty = penalty.next()
     return iterations, growth
 

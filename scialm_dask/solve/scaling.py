@@ -7,14 +7,16 @@ from typing import NamedTuple
 
 import dask
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
-from scialm_dask.linalg.draws import hidden_entries, n_to_hide
+from scialm_dask.errors import InputError
+from scialm_dask.linalg.draws import hidden_entries, n_to_hide, thinned
 from scialm_dask.linalg.kernels import Block, Doubles, Floats
 
-__all__ = ["PreparedBlocks", "Scales", "Survey", "prepare", "survey"]
+__all__ = ["Confidence", "Molecules", "PreparedBlocks", "Scales", "Survey", "prepare", "survey"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,58 @@ def scales_of(matrix: ExpressionMatrix, found: Survey, exponents: tuple[float, f
 
 
 @dataclass(frozen=True)
+class Confidence:
+    """How far zeros are trusted: ω = αβᵀ, between 0 (unknown) and 1 (measured as well as the rest).
+
+    Parameters
+    ----------
+    gene
+        β, float32, shape ``(n,)``.
+    cell
+        α, float32, shape ``(m,)``; None for ones.
+    """
+
+    gene: Floats
+    cell: Floats | None = None
+
+    def __post_init__(self) -> None:
+        for part in (self.gene, self.cell):
+            if part is not None and not (np.all(part >= 0) and np.all(part <= 1)):
+                raise InputError(f"confidence in zeros reaches from {part.min()} to {part.max()}; give 0 to 1")
+
+    @classmethod
+    def uniform(cls, omega: float, n_genes: int) -> Confidence | None:
+        """Trust all zeros alike; None for not at all."""
+        return cls(np.full(n_genes, omega, np.float32)) if omega else None
+
+
+@dataclass(frozen=True)
+class Molecules:
+    """A share of the molecules of a count matrix, or what that leaves: count splitting.
+
+    Parameters
+    ----------
+    share
+        Probability of a molecule to be in the first part.
+    rest
+        Take the other part.
+    seed
+        Which molecules.
+    """
+
+    share: float
+    rest: bool
+    seed: int
+
+    def of(self, csr: sp.csr_matrix, first_row: int) -> sp.csr_matrix:
+        """Take this part of a block of rows."""
+        kept = thinned(csr.indptr, csr.indices, csr.data, first_row=first_row, share=self.share, seed=self.seed)
+        part = sp.csr_matrix((csr.data - kept if self.rest else kept, csr.indices, csr.indptr), shape=csr.shape)
+        part.eliminate_zeros()
+        return part
+
+
+@dataclass(frozen=True)
 class PreparedBlocks:
     """Row blocks, scaled, for `LowRankPlusSparse`.
 
@@ -147,6 +201,10 @@ class PreparedBlocks:
         Which entries.
     block_gene_counts
         See `Survey`.
+    confidence
+        In zeros; None where they are unknown.
+    molecules
+        Take only these; None for all.
     """
 
     matrix: ExpressionMatrix
@@ -154,6 +212,8 @@ class PreparedBlocks:
     validation: float
     seed: int
     block_gene_counts: NDArray[np.int32]
+    confidence: Confidence | None = None
+    molecules: Molecules | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -165,16 +225,29 @@ class PreparedBlocks:
         """First cell of each block, and the number of cells."""
         return self.matrix.blocks.bounds
 
+    @property
+    def column_confidence(self) -> Floats | None:
+        """β."""
+        return None if self.confidence is None else self.confidence.gene
+
+    @property
+    def has_row_confidence(self) -> bool:
+        """Whether α are not all one."""
+        return self.confidence is not None and self.confidence.cell is not None
+
     def load(self, block: int) -> Block:
         """Read and scale a block."""
+        start, stop = self.matrix.blocks[block]
         csr = self.matrix.read_block(block)
+        if self.molecules is not None:
+            csr = self.molecules.of(csr, start)
         values = csr.data
         if self.scales.gene is not None:
             values = values * self.scales.gene[csr.indices]
         if self.scales.cell is not None:
-            start, stop = self.matrix.blocks[block]
             values = values * np.repeat(self.scales.cell[start:stop], np.diff(csr.indptr))
-        return Block(csr.indptr, csr.indices, values, csr.shape[1])
+        alpha = None if self.confidence is None or self.confidence.cell is None else self.confidence.cell[start:stop]
+        return Block(csr.indptr, csr.indices, values, csr.shape[1], alpha)
 
     def held_out(self, block: int, loaded: Block) -> NDArray[np.bool_] | None:
         """Tell which of its observed entries are held out."""
@@ -185,8 +258,16 @@ class PreparedBlocks:
         return hidden_entries(loaded.indices, before, counts, n_to_hide(counts, self.validation), self.seed)
 
 
-def prepare(matrix: ExpressionMatrix, found: Survey, settings: Settings) -> PreparedBlocks:
+def prepare(
+    matrix: ExpressionMatrix,
+    found: Survey,
+    settings: Settings,
+    *,
+    confidence: Confidence | None = None,
+    molecules: Molecules | None = None,
+) -> PreparedBlocks:
     """Scale the matrix, and hold out a share of it if the stop rule needs that."""
     scales = scales_of(matrix, found, settings.scaling)
     validation = settings.validation if settings.stop == "held-out" else 0.0
-    return PreparedBlocks(matrix, scales, validation, settings.seed, found.block_gene_counts)
+    counts = found.block_gene_counts
+    return PreparedBlocks(matrix, scales, validation, settings.seed, counts, confidence, molecules)

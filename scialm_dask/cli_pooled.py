@@ -1,0 +1,115 @@
+"""The commands for pooled measurements: `pools` and `unpool`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from scialm_dask.cli import layer_option, main, overwrite_option, quiet_option, reports
+
+
+@main.command()
+@click.argument("table", metavar="P.csv")
+@click.option("--genes", type=int, default=None, help="Draw a design of this many genes and write it to P.csv.")
+@click.option("--pools", type=int, default=None, help="With --genes: number of pools.")
+@click.option("--per-gene", type=int, default=None, help="With --genes: balanced, each gene in this many pools.")
+@click.option("--density", type=float, default=0.25, help="With --genes: random, a gene is in a pool at this rate.")
+@click.option("--names-of", default=None, metavar="SRC", help="With --genes: take the names of genes from SRC.")
+@click.option("--seed", type=int, default=0)
+@overwrite_option
+@reports
+def pools(
+    table: str,
+    genes: int | None,
+    pools: int | None,
+    per_gene: int | None,
+    density: float,
+    names_of: str | None,
+    seed: int,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Describe the design P.csv, genes × pools; with --genes and --pools, draw it first."""
+    from dataclasses import asdict
+
+    from scialm_dask.data.design import read_design, write_design
+    from scialm_dask.solve.pools import balanced_pools, pool_report, random_pools
+
+    if (genes is None) != (pools is None):
+        raise click.UsageError("--genes and --pools go together")
+    if genes is not None and pools is not None:
+        import pandas as pd
+
+        if per_gene is None:
+            P = random_pools(genes, pools, density=density, random_state=seed)
+        else:
+            P = balanced_pools(genes, pools, per_gene=per_gene, random_state=seed)
+        names = _gene_names(names_of, genes)
+        columns = [f"pool{pool}" for pool in range(pools)]
+        write_design(pd.DataFrame(P, index=names, columns=columns), table, overwrite=overwrite)
+    report = asdict(pool_report(read_design(table).to_numpy()))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in report.items()}
+
+
+def _gene_names(source: str | None, genes: int) -> list[str]:
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.errors import InputError
+
+    if source is None:
+        return [f"gene{gene}" for gene in range(genes)]
+    names = [str(name) for name in ExpressionMatrix.open(source).var.index]
+    if len(names) != genes:
+        raise InputError(f"{source}: {len(names)} genes, --genes says {genes}; give the same number")
+    return names
+
+
+@main.command()
+@click.argument("src", metavar="SRC")
+@click.argument("dst", metavar="DST.zarr")
+@click.option("--pools", "design", required=True, metavar="P", help="The design, genes × pools: .csv, .tsv or .npy.")
+@click.option("--method", type=click.Choice(["als", "nuclear"]), default="als")
+@click.option("--rank", type=int, default=10, help="als: number of components.")
+@click.option("--ridge", type=float, default=0.0, help="als: weight of the penalty.")
+@click.option("--restarts", type=int, default=1, help="als: number of starts.")
+@click.option("--seed", type=int, default=0, help="als: seed of the start.")
+@click.option("--delta", type=float, default=0.0, help="nuclear: largest ‖XP − D‖ over all cells.")
+@click.option("--max-iterations", type=int, default=None, help="Most sweeps (als, 100) or iterations (nuclear, 1000).")
+@layer_option
+@overwrite_option
+@quiet_option
+@reports
+def unpool(
+    src: str,
+    dst: str,
+    design: str,
+    method: str,
+    rank: int,
+    ridge: float,
+    restarts: int,
+    seed: int,
+    delta: float,
+    max_iterations: int | None,
+    layer: str | None,
+    overwrite: bool,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Recover expression from SRC, cells × pools, measured through the pools P; write its factors to DST.zarr."""
+    from scialm_dask.data.design import read_design
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.data.store import check_output
+    from scialm_dask.solve.pooled_als import PooledALS
+    from scialm_dask.solve.pooled_nuclear import PooledNuclearNorm
+
+    check_output(dst, overwrite=overwrite, sources=(src, design))
+    table = read_design(design)
+    matrix = ExpressionMatrix.open(src, layer)
+    if method == "als":
+        als = PooledALS(rank, seed, ridge=ridge, restarts=restarts, max_sweeps=max_iterations or 100)
+        result = als.fit(matrix, table.to_numpy())
+    else:
+        result = PooledNuclearNorm(delta, max_iterations=max_iterations or 1000).fit(matrix, table.to_numpy())
+    imputation = result.to_imputation(obs=matrix.obs, var=table[[]])
+    imputation.to_zarr(dst, overwrite=overwrite, sources=(src, design))
+    if not quiet and not result.converged:
+        click.echo("scialm-dask: note: not converged; raise --max-iterations", err=True)
+    return {"destination": dst, **imputation.summary}

@@ -1,0 +1,226 @@
+"""Pools of genes: designs, what a design can tell apart, and measuring through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from scialm_dask.errors import InputError
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+__all__ = ["PoolReport", "balanced_pools", "check_pools", "measure", "pool_report", "random_pools"]
+
+
+@dataclass(frozen=True)
+class PoolReport:
+    """What a design can tell apart.
+
+    Attributes
+    ----------
+    genes, pools, rank
+        Size of P and its rank; no more than `rank` components of expression can be identified.
+    pools_per_gene, genes_per_pool
+        Smallest and largest.
+    coherence, mean_coherence
+        Largest and mean cosine between the pools of two genes; 1 means that two genes are measured alike.
+    alike
+        Number of genes whose pools are also those of another gene.
+    condition
+        Largest over smallest non-zero singular value of P: how far noise is amplified.
+    """
+
+    genes: int
+    pools: int
+    rank: int
+    pools_per_gene: tuple[int, int]
+    genes_per_pool: tuple[int, int]
+    coherence: float
+    mean_coherence: float
+    alike: int
+    condition: float
+
+    def __str__(self) -> str:
+        low, high = self.pools_per_gene
+        small, large = self.genes_per_pool
+        return (
+            f"{self.genes} genes in {self.pools} pools (rank {self.rank}): {low} to {high} pools per gene, "
+            f"{small} to {large} genes per pool; coherence {self.coherence:.3f} (mean {self.mean_coherence:.3f}), "
+            f"{self.alike} genes measured like another, condition {self.condition:.3g}"
+        )
+
+
+def check_pools(pools: ArrayLike, genes: int | None = None) -> NDArray[np.float64]:
+    """Check a design and return it as float64, genes × pools.
+
+    Parameters
+    ----------
+    pools
+        P: 1 where a gene is in a pool, else 0.
+    genes
+        Number of genes it must have, if known.
+
+    Raises
+    ------
+    InputError
+        If P is not a binary matrix, has another number of genes, an empty pool, or a gene in no pool.
+    """
+    P = np.asarray(pools)
+    if P.ndim != 2 or 0 in P.shape:
+        raise InputError(f"pools: shape {P.shape}; give a matrix of genes × pools")
+    if P.dtype.kind not in "buif" or not np.isin(P, (0, 1)).all():
+        raise InputError("pools: holds values other than 0 and 1; mark a gene in a pool by 1, else 0")
+    if genes is not None and len(P) != genes:
+        raise InputError(f"pools: {len(P)} genes, the matrix has {genes}; give one row for each gene, in its order")
+    P = P.astype(np.float64)
+    empty, lost = np.flatnonzero(P.sum(axis=0) == 0), np.flatnonzero(P.sum(axis=1) == 0)
+    if len(empty):
+        raise InputError(f"pools: {len(empty)} pools are empty, first pool {empty[0]}; leave them out")
+    if len(lost):
+        raise InputError(
+            f"pools: {len(lost)} genes are in no pool, first gene {lost[0]}; they are not measured: add them or leave "
+            "them out"
+        )
+    return P
+
+
+def random_pools(genes: int, pools: int, *, density: float = 0.25, random_state: int = 0) -> NDArray[np.int8]:
+    """Put every gene into every pool with one probability; genes that fall into no pool are drawn again.
+
+    Parameters
+    ----------
+    genes, pools
+        Size of the design.
+    density
+        Probability of a gene to be in a pool.
+    random_state
+        Seed; the draws are keyed by gene.
+
+    Returns
+    -------
+    numpy.ndarray
+        P, genes × pools, int8.
+
+    Raises
+    ------
+    InputError
+        If the design cannot exist, or leaves a pool empty.
+    """
+    _check_size(genes, pools)
+    if not 0 < density <= 1:
+        raise InputError(f"density {density} is outside (0, 1]; about a quarter is usual")
+    P = np.zeros((genes, pools), np.int8)
+    for gene in range(genes):
+        rng = np.random.default_rng([random_state, gene])
+        while not P[gene].any():
+            P[gene] = rng.random(pools) < density
+    check_pools(P)
+    return P
+
+
+def balanced_pools(genes: int, pools: int, *, per_gene: int, random_state: int = 0) -> NDArray[np.int8]:
+    """Put every gene into the same number of pools, and about as many genes into each pool.
+
+    Genes are placed one after another into the emptiest pools; of a few random ways to break ties the one that
+    overlaps least with the genes placed before is taken. Pool sizes differ by at most one.
+
+    Parameters
+    ----------
+    genes, pools
+        Size of the design.
+    per_gene
+        Number of pools of each gene.
+    random_state
+        Seed.
+
+    Returns
+    -------
+    numpy.ndarray
+        P, genes × pools, int8.
+
+    Raises
+    ------
+    InputError
+        If the design cannot exist.
+    """
+    _check_size(genes, pools)
+    if not 1 <= per_gene <= pools:
+        raise InputError(f"per_gene {per_gene} is outside 1 to {pools}, the number of pools")
+    if genes * per_gene < pools:
+        raise InputError(f"{genes} genes in {per_gene} pools each leave some of {pools} pools empty; use fewer pools")
+    rng = np.random.default_rng(random_state)
+    P = np.zeros((genes, pools), np.int8)
+    for gene in range(genes):
+        sizes = P.sum(axis=0, dtype=np.int64)
+        ways = [np.argsort(sizes + rng.random(pools))[:per_gene] for _ in range(32)]
+        overlaps = [np.sort(P[:gene, way].sum(axis=1, dtype=np.int64))[::-1] for way in ways]
+        best = min(range(len(ways)), key=lambda way: (overlaps[way] ** 4).sum())
+        P[gene, ways[best]] = 1
+    return P
+
+
+def pool_report(pools: ArrayLike) -> PoolReport:
+    """Describe a design.
+
+    Raises
+    ------
+    InputError
+        See `check_pools`.
+    """
+    P = check_pools(pools)
+    per_gene, per_pool = P.sum(axis=1), P.sum(axis=0)
+    unit = P / np.sqrt(per_gene)[:, None]
+    cosine = (unit @ unit.T)[np.triu_indices(len(P), 1)]
+    singular = np.linalg.svd(P, compute_uv=False)
+    rank = int(np.sum(singular > singular[0] * max(P.shape) * np.finfo(float).eps))
+    _, copies = np.unique(P, axis=0, return_counts=True)
+    return PoolReport(
+        P.shape[0],
+        P.shape[1],
+        rank,
+        (int(per_gene.min()), int(per_gene.max())),
+        (int(per_pool.min()), int(per_pool.max())),
+        float(cosine.max(initial=0.0)),
+        float(cosine.mean()) if len(cosine) else 0.0,
+        int(copies[copies > 1].sum()),
+        float(singular[0] / singular[rank - 1]),
+    )
+
+
+def measure(expression: Any, pools: ArrayLike) -> da.Array:
+    """Measure expression through pools, D = M P.
+
+    Parameters
+    ----------
+    expression
+        M, cells × genes: a Dask array of dense or sparse chunks, or anything with `to_dask()`.
+    pools
+        P, genes × pools.
+
+    Returns
+    -------
+    dask.array.Array
+        D, cells × pools, float64, in the row blocks of M.
+
+    Raises
+    ------
+    InputError
+        If the shapes do not fit, or see `check_pools`.
+    """
+    array = expression.to_dask() if hasattr(expression, "to_dask") else expression
+    P = check_pools(pools, array.shape[1])
+    array = array.rechunk({1: -1})
+    return array.map_blocks(_product, P, chunks=(array.chunks[0], (P.shape[1],)), meta=np.empty((0, 0)))
+
+
+def _product(block: Any, P: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(block.astype(np.float64) @ P)
+
+
+def _check_size(genes: int, pools: int) -> None:
+    if genes < 1 or pools < 1:
+        raise InputError(f"{genes} genes × {pools} pools; at least one of each is needed")

@@ -1,0 +1,143 @@
+"""How far to trust zeros, and where to stop then: count splitting.
+
+Masking hides only non-zeros and cannot see what becomes of zeros. Splitting the molecules of every count binomially
+into a train and a test part can: both measure the same expression, their errors are independent, and all entries of
+the test part, zeros too, can be predicted. In factor form the squared error over all entries costs one sampled pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from scialm_dask.config import Settings
+from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.errors import InputError
+from scialm_dask.linalg.kernels import Doubles, Floats
+from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.solve.ialm import Iteration, complete
+from scialm_dask.solve.scaling import Confidence, Molecules, PreparedBlocks, Survey, prepare
+from scialm_dask.solve.stopping import Measured, Verdict
+
+__all__ = ["Choice", "choose_zeros", "refit"]
+
+TRAIN_SHARE = 0.8  # of the molecules; the rest test
+_OMEGAS = (1.0, 0.6, 0.3, 0.1, 0.0)
+_GENE_EXPONENTS = (0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What count splitting found best.
+
+    Parameters
+    ----------
+    omega
+        Confidence in zeros.
+    gene_exponent
+        Of the scaling.
+    threshold
+        Of the singular values, for the whole counts.
+    score
+        Squared error on the test molecules less that of predicting nothing; lower is better.
+    """
+
+    omega: float
+    gene_exponent: float
+    threshold: float
+    score: float
+
+
+def choose_zeros(
+    matrix: ExpressionMatrix,
+    found: Survey,
+    settings: Settings,
+    operator_of: Callable[[PreparedBlocks], LowRankPlusSparse],
+    on_iteration: Callable[[Iteration], None],
+) -> Choice:
+    """Fit a share of the molecules along paths of falling threshold and keep what predicts the others best.
+
+    Where ``settings.zeros`` is a number, only the threshold is chosen; where it is ``"auto"``, ω too (from 1 down,
+    until the error rises) and then the exponent of the genes.
+
+    Raises
+    ------
+    InputError
+        If the matrix does not hold raw counts.
+    """
+    if not found.integer or matrix.observed == "finite":
+        raise InputError(
+            f"{matrix.name}: not whole numbers; count splitting needs raw counts: give those, or use preset auto"
+        )
+    reference = prepare(
+        matrix,
+        found,
+        settings,
+        confidence=Confidence.uniform(1.0, matrix.shape[1]),
+        molecules=Molecules(TRAIN_SHARE, True, settings.seed),
+    )
+
+    def try_out(omega: float, gene_exponent: float) -> Choice:
+        scaled = replace(settings, scaling=(gene_exponent, settings.scaling[1]), stop="count-split")
+        train = prepare(
+            matrix,
+            found,
+            scaled,
+            confidence=Confidence.uniform(omega, matrix.shape[1]),
+            molecules=Molecules(TRAIN_SHARE, False, settings.seed),
+        )
+        operator = operator_of(train)
+        stop = _SplitStop(operator, reference, _ratio(reference.scales.gene, train.scales.gene), settings.patience)
+        complete(operator, scaled, on_iteration, stop)
+        return Choice(omega, gene_exponent, stop.threshold / math.sqrt(TRAIN_SHARE), stop.lowest)
+
+    own = settings.scaling[0]
+    if settings.zeros != "auto":
+        return try_out(float(settings.zeros), own)
+    best = try_out(_OMEGAS[0], own)
+    for omega in _OMEGAS[1:]:
+        latest = try_out(omega, own)
+        if latest.score >= best.score:
+            break
+        best = latest
+    others = [try_out(best.omega, exponent) for exponent in _GENE_EXPONENTS if exponent != own]
+    return min([best, *others], key=lambda choice: choice.score)
+
+
+def refit(operator: LowRankPlusSparse) -> Doubles:
+    """Least-squares factors for the columns of A in force, which undo the shrinkage of its singular values. One pass.
+
+    On observed entries the multiplier does that; on zeros that are trusted nothing else does.
+    """
+    linear, square = operator.quadratic()
+    return np.linalg.lstsq(square, linear, rcond=1e-10)[0].astype(np.float64)
+
+
+def _ratio(one: Floats | None, other: Floats | None) -> Floats | None:
+    return None if one is None or other is None else one / other
+
+
+class _SplitStop:
+    """Stop when the refitted A has not predicted the test molecules better for some iterations."""
+
+    def __init__(
+        self, operator: LowRankPlusSparse, test: PreparedBlocks, columns: Floats | None, patience: int
+    ) -> None:
+        self._operator, self._test, self._columns, self._patience = operator, test, columns, patience
+        self._since = 0
+        self.lowest, self.threshold = math.inf, math.inf
+
+    def judge(self, latest: Measured) -> Verdict:
+        """Refit, predict, compare."""
+        coefficients = (1 - TRAIN_SHARE) / TRAIN_SHARE * refit(self._operator)
+        linear, square = self._operator.quadratic(self._test, self._columns)
+        score = float(coefficients @ square @ coefficients - 2 * linear @ coefficients)
+        best = score < self.lowest
+        self._since = 0 if best else self._since + 1
+        if best:
+            self.lowest, self.threshold = score, latest.threshold
+        done = self._since >= self._patience
+        return Verdict(best, f"error on test molecules lowest at threshold {self.threshold:.4g}" if done else "")

@@ -1,0 +1,82 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from pooled_twins import sparse_simulation
+
+import scialm_dask.cli_pooled
+from scialm_dask import Imputation
+from scialm_dask.data.design import read_design
+from scialm_dask.solve.pooled_als import PooledALS
+
+assert scialm_dask.cli_pooled
+
+
+@pytest.fixture
+def experiment(tmp_path, store_of):
+    """A store of measurements and the table of its design."""
+    M, P = sparse_simulation(1)
+    D = (M @ P).astype(np.float32)
+    table = tmp_path / "P.csv"
+    pd.DataFrame(P, index=[f"G{gene}" for gene in range(len(P))]).to_csv(table)
+    return store_of(D), table, D, P
+
+
+def test_unpool_writes_a_result_like_every_other(cli, tmp_path, experiment):
+    source, table, D, P = experiment
+    done = cli("unpool", source, tmp_path / "out.zarr", "--pools", table, "--rank", 4, "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.output.splitlines()[-1])
+    result = Imputation.open(tmp_path / "out.zarr")
+    expected = PooledALS(4).fit(D, P).to_dask().compute(scheduler="threads")
+    assert report["rank"] == result.rank == 4
+    assert result.obs.index[0] == "cell0"
+    np.testing.assert_allclose(result[:, "G3"], expected[:, 3], rtol=1e-3, atol=1e-4)
+    assert result.history["objective"].is_monotonic_decreasing
+
+
+def test_unpool_by_nuclear_norm(cli, tmp_path, experiment):
+    source, table, D, P = experiment
+    delta = 0.05 * np.linalg.norm(D)
+    words = ["--pools", table, "--method", "nuclear", "--delta", delta, "--json"]
+    done = cli("unpool", source, tmp_path / "out.zarr", *words)
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.output.splitlines()[-1])
+    X = Imputation.open(tmp_path / "out.zarr").to_dask().compute(scheduler="threads")
+    assert X.min() >= 0
+    assert np.linalg.norm(X @ P - D) <= delta * (1 + 1e-4)
+    assert report["certificate"] <= 1e-3 * report["objective"]
+
+
+def test_bad_input_is_one_line(cli, tmp_path, experiment):
+    source, table, _, P = experiment
+    np.save(tmp_path / "P.npy", P[:, :9])
+    for words, said in [
+        (["--pools", tmp_path / "P.npy"], "10 columns, the design has 9 pools"),
+        (["--pools", tmp_path / "none.csv"], "cannot be read as a design"),
+        (["--pools", source], "unknown kind of file"),
+        (["--pools", table, "--method", "nuclear", "--delta", "-1"], "negative"),
+        (["--pools", table, "--rank", "0"], "rank 0 is below 1"),
+    ]:
+        done = cli("unpool", source, tmp_path / "out.zarr", *words)
+        assert done.exit_code == 2
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_pools_draws_and_describes(cli, tmp_path):
+    words = ["--genes", 40, "--pools", 12, "--per-gene", 3, "--json"]
+    done = cli("pools", tmp_path / "P.csv", *words)
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.output.splitlines()[-1])
+    assert report["pools_per_gene"] == [3, 3]
+    assert report["genes_per_pool"] == [10, 10]
+    assert read_design(tmp_path / "P.csv").shape == (40, 12)
+    again = cli("pools", tmp_path / "P.csv", "--json")
+    assert json.loads(again.output.splitlines()[-1]) == report
+    refused = cli("pools", tmp_path / "P.csv", *words)
+    assert refused.exit_code == 2
+    assert "exists already" in refused.stderr
+    assert cli("pools", tmp_path / "Q.csv", "--genes", 40).exit_code == 2
