@@ -207,9 +207,7 @@ def first_penalty(largest: float, density: float) -> Penalty:
 def zero_iterations(
     largest: float, penalty: Penalty, operator: LowRankPlusSparse, most: int
 ) -> tuple[list[Iteration], float]:
-    """Make the iterations whose threshold is over σ₁(W) in closed form: A is zero and W only grows, by a scalar.
-
-    `most` is how many iterations may be made.
+    """Make the iterations, `most` at most, whose threshold is over σ₁(W): A is zero and W only grows, by a scalar.
 
     Returns the iterations, and the factor by which W has grown. Where zeros are trusted it does not: the multiplier
     is not to make up for shrinkage on the observed entries alone.
