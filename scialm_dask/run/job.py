@@ -118,11 +118,9 @@ def refit_kept(operator: LowRankPlusSparse) -> Floats:
 def _open_scratch(scratch: str) -> tuple[Scratch, str | None]:
     if scratch == "memory":
         return MemoryScratch(), None
-    kind, _, path = scratch.partition(":")
-    if kind != "zarr" or not path:
-        raise InputError(f"scratch is {scratch!r}; give memory, or zarr:PATH with a folder on a local disk")
+    path = scratch.removeprefix("zarr:")
     if not Path(path).is_dir():
-        raise InputError(f"{path}: no such folder for scratch; create it first")
+        raise InputError(f"{path or scratch}: no such folder for scratch; create it first")
     folder = tempfile.mkdtemp(prefix="scialm-", dir=path)
     return ZarrScratch(folder), folder
 
