@@ -24,7 +24,9 @@ def wide():
     nnz = DENSE // 200
     rows, columns = rng.integers(0, M, nnz), rng.integers(0, N, nnz)
     counts = sp.csr_matrix((rng.poisson(3 + 20 * rng.random(M)[rows]) + 1.0, (rows, columns)), shape=(M, N))
-    impute(counts[:50, :50] + sp.eye_array(50), preset="paper", max_iterations=3)  # so that all is imported and compiled
+    impute(
+        counts[:50, :50] + sp.eye_array(50), preset="paper", max_iterations=3
+    )  # so that all is imported and compiled
     return counts[counts.getnnz(axis=1) > 3]
 
 

@@ -85,7 +85,9 @@ CELLS = [3, -1, "cell7", np.int64(9), slice(2, 30, 7), [5, 1, 5], ["cell9", "cel
 
 
 @pytest.mark.parametrize("cells", CELLS, ids=str)
-@pytest.mark.parametrize("genes", [4, "gene4", slice(None, 5), [0, 39], ["gene1", "gene0"], np.arange(40) % 3 == 0], ids=str)
+@pytest.mark.parametrize(
+    "genes", [4, "gene4", slice(None, 5), [0, 39], ["gene1", "gene0"], np.arange(40) % 3 == 0], ids=str
+)
 def test_indexing_by_name_position_slice_and_mask(result, dense, cells, genes):
     def positions(key, stem):
         number = lambda name: int(name.removeprefix(stem))  # noqa: E731
