@@ -28,7 +28,7 @@ _TASK_VALUES = 10  # arrays as long as a block's entries that a task holds: as r
 _TASK_ROWS = 7  # arrays as large as a block's sketch
 _DRIVER_PANELS = 9  # float64 arrays of n × l that the small algebra of an SVD holds
 _LIKELY_SHARE = 1 / 3  # of the short side: the rank at which the paper's runs end
-_STARTED = 120 << 20  # what compiling, reading and scheduling add to a process that has imported everything
+_STARTED = 200 << 20  # what compiling, reading and scheduling add to a process that has imported everything
 _STOP_AT = 0.03  # threshold, relative to the first, at which held-out stops were seen
 
 

@@ -168,18 +168,7 @@ def complete(
         if verdict.reason or len(history) >= settings.max_iterations:
             break
         penalty, growth = following, 1.0
-        if short_side:
-            svd = short_side_svd(operator, rank.limit, penalty.threshold)
-        else:
-            svd = leading_triplets(
-                operator,
-                product,
-                limit=rank.limit,
-                threshold=penalty.threshold,
-                passes=settings.svd_passes,
-                tolerance=settings.svd_tolerance,
-                seed=settings.seed,
-            )
+        svd = next_svd(operator, None if short_side else product, rank.limit, penalty.threshold, settings)
     return Completion(tuple(history), chosen, values, bool(verdict.reason), verdict.reason or too_many)
 
 
@@ -190,6 +179,23 @@ def first_svd(operator: LowRankPlusSparse, settings: Settings) -> PartialSVD:
     product = operator.multiply(extended_basis(nothing, min(width, *operator.shape), settings.seed))
     return leading_triplets(
         operator, product, limit=1, threshold=0.0, passes=_FIRST_PASSES, tolerance=_FIRST_TOLERANCE, seed=settings.seed
+    )
+
+
+def next_svd(
+    operator: LowRankPlusSparse, product: Product | None, limit: int, threshold: float, settings: Settings
+) -> PartialSVD:
+    """Line 5, from the pass that has updated W; without its product, exactly, by the short side."""
+    if product is None:
+        return short_side_svd(operator, limit, threshold)
+    return leading_triplets(
+        operator,
+        product,
+        limit=limit,
+        threshold=threshold,
+        passes=settings.svd_passes,
+        tolerance=settings.svd_tolerance,
+        seed=settings.seed,
     )
 
 

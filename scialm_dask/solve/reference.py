@@ -57,7 +57,7 @@ def ialm_dense(D: Doubles, observed: Mask, settings: Settings, held_out: Mask | 
     for k in range(1, settings.max_iterations + 1):
         W = D - E + Y / mu
         U, S, Vt = np.linalg.svd(W, full_matrices=False)
-        svp = min(sv, int(np.count_nonzero(1 / mu < S)))
+        svp = min(sv, int(np.sum(S * mu > 1)))
         A = (U[:, :svp] * (S[:svp] - 1 / mu)) @ Vt[:svp]
         E = np.where(omega, 0.0, D - A + Y / mu)
         Y = Y + mu * (D - A - E)

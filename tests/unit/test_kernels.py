@@ -40,11 +40,6 @@ def state_of(block, rank, width=3, n_hidden=7, seed=0):
     return BlockState(estimate, rough(rng, block.n_rows, rank), rough(rng, block.n_rows, width))
 
 
-def view_of(right, basis=None, step=None):
-    """Without confidence in zeros: W = U Vᵀ + S."""
-    return View(right, right, basis=basis, overlap=None if basis is None else right.T @ basis, step=step)
-
-
 def dense_of(block, values):
     rows = np.repeat(np.arange(block.n_rows), np.diff(block.indptr))
     return sp.csr_matrix((values, (rows, block.indices)), shape=(block.n_rows, block.n_columns)).toarray()
@@ -56,6 +51,10 @@ def sparse_part(block, state, right):
     known = np.isfinite(state.estimate)
     S = dense_of(block, np.where(known, state.estimate, 0).astype(np.float64))
     return np.where(dense_of(block, known), S - A, 0), A
+
+
+def view_of(right, basis=None, step=None):
+    return View(right, right, basis=basis, overlap=None if basis is None else right.T @ basis, step=step)
 
 
 def close(got, expected):
