@@ -333,6 +333,3 @@ def demo(folder: str, overwrite: bool, quiet: bool) -> dict[str, Any]:
 
     with iterations(quiet) as show:
         return demo(folder, Settings(), overwrite=overwrite, on_iteration=show)
-
-
-from scialm_dask import cli_pooled  # noqa: E402, F401  adds its commands to `main`

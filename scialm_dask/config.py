@@ -82,9 +82,10 @@ class Settings:
             raise InputError(f"epsilon is {self.epsilon}; it must lie between 0 and 1, the paper takes 1e-4")
         if not 0 < self.validation < 1:
             raise InputError(f"validation is {self.validation}; it is a share, give a number between 0 and 1")
-
         if self.zeros != "auto" and not 0 <= self.zeros <= 1:
             raise InputError(f"zeros is {self.zeros}; the confidence in zeros lies between 0 and 1, or is auto")
+        if not 0 <= self.svd_tolerance < 1:
+            raise InputError(f"svd_tolerance is {self.svd_tolerance}; give a number from 0 to 1, or 0 for all passes")
         if len(self.scaling) != 2 or not all(0 <= exponent <= 1 for exponent in self.scaling):
             raise InputError(f"scaling is {self.scaling}; give two exponents between 0 and 1, of genes and of cells")
 

@@ -91,6 +91,7 @@ class Product(NamedTuple):
     held_out: float
 
 
+_PANEL_ROWS = 1024
 _NAMES = ("estimate", "left", "sketch")
 
 
@@ -203,8 +204,11 @@ class LowRankPlusSparse:
         self.passes += 1
         left_gram, cross, sparse_gram = total.compute()
         right = view.spread.astype(np.float64)
-        mixed = right @ cross
-        return sparse_gram + mixed + mixed.T + right @ left_gram @ right.T  # type: ignore[no-any-return]
+        gram = right @ cross
+        gram += gram.T
+        gram += sparse_gram
+        _add_product(gram, view.spread, left_gram @ right.T)
+        return gram  # type: ignore[no-any-return]
 
     def row_gram(self) -> Doubles:
         """WWᵀ, shape ``(m, m)``, when rows are the short side: a task for each pair of blocks. One pass."""
@@ -302,7 +306,7 @@ class LowRankPlusSparse:
             self._versions[name] = number
         cross = sums.sparse_cross.astype(np.float64)
         if cross.size:
-            cross += view.spread.astype(np.float64) @ sums.left_cross
+            _add_product(cross, view.spread, sums.left_cross)
         return Product(cross, sums.gram, sums.misfit, sums.held_out)
 
     def _view(self) -> View:
@@ -326,6 +330,13 @@ def _run(values: list[Any]) -> tuple[Any, ...]:
     """Compute and hold on the scheduler in force, where threads of this process leave BLAS one thread each."""
     with threadpool_limits(1, user_api="blas"):
         return dask.persist(*values)  # type: ignore[no-any-return]
+
+
+def _add_product(total: Doubles, tall: Floats, wide: Doubles) -> None:
+    """Add a product to `total`, some rows at a time: on large matrices a temporary of its size is too much."""
+    for start in range(0, len(tall), _PANEL_ROWS):
+        rows = slice(start, start + _PANEL_ROWS)
+        total[rows] += tall[rows].astype(np.float64) @ wide
 
 
 def _tree(parts: list[Delayed], add: Any) -> Delayed:

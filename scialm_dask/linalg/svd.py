@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import eigh
 
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
@@ -58,11 +59,12 @@ def rayleigh_ritz(product: Product) -> PartialSVD:
     return _with_signs(values, right, to_left)
 
 
-def _with_signs(values: Doubles, right: Doubles, to_left: Doubles) -> PartialSVD:
+def _with_signs(values: Doubles, right: Doubles | Floats, to_left: Doubles) -> PartialSVD:
     """Make the largest entry of each right vector positive."""
-    largest = np.abs(right).argmax(axis=0)
-    signs = np.where(right[largest, np.arange(right.shape[1])] < 0, -1.0, 1.0)
-    return PartialSVD(values, (right * signs).astype(np.float32), to_left * signs)
+    signs = np.where(-right.min(axis=0) > right.max(axis=0), -1.0, 1.0)
+    signed = np.empty(right.shape, np.float32)
+    np.multiply(right, signs, out=signed, casting="same_kind")
+    return PartialSVD(values, signed, to_left * signs)
 
 
 def extended_basis(known: Floats, width: int, seed: int) -> Floats:
@@ -138,18 +140,22 @@ def short_side_svd(operator: LowRankPlusSparse, limit: int, threshold: float) ->
     """All triplets over `threshold`, `limit` at most, by the eigenvectors of the short side's Gram. Two passes."""
     m, n = operator.shape
     gram = operator.row_gram() if m <= n else operator.column_gram()
-    squares, vectors = _leading_eigenpairs(gram, limit, threshold**2)
-    values = np.sqrt(np.maximum(squares, 0))
+    values, vectors = _leading_eigenpairs(gram, limit, threshold**2)
     if m > n:
-        right = vectors.astype(np.float32)
-        operator.multiply(right)  # the sketch is W V = U Σ
-        return _with_signs(values, right.astype(np.float64), np.diag(1 / values))
-    product = operator.project(vectors.astype(np.float32))
-    return _with_signs(values, product.cross / values, np.eye(len(values)))
+        operator.multiply(vectors)  # the sketch is W V = U Σ
+        return _with_signs(values, vectors, np.diag(1 / values))
+    cross = operator.project(vectors).cross
+    cross /= values
+    return _with_signs(values, cross, np.eye(len(values)))
 
 
-def _leading_eigenpairs(gram: Doubles, limit: int, smallest: float) -> tuple[Doubles, Doubles]:
-    """Eigenpairs over `smallest`, `limit` at most and one at least, falling."""
-    values, vectors = np.linalg.eigh(gram)  # all of them: LAPACK takes longer to find a third
-    count = min(limit, max(1, int(np.count_nonzero(values > smallest))))
-    return values[::-1][:count], vectors[:, ::-1][:, :count]
+def _leading_eigenpairs(gram: Doubles, limit: int, smallest: float) -> tuple[Doubles, Floats]:
+    """Square roots of the eigenvalues over `smallest`, `limit` at most and one at least, falling, and the vectors.
+
+    Overwrites `gram`: its eigenvectors are as large as it is, and there is no room for a third such matrix.
+    """
+    # All of them: LAPACK takes longer to find a third.
+    squares, vectors = eigh(gram.T, overwrite_a=True, check_finite=False, driver="evr")
+    count = min(limit, max(1, int(np.count_nonzero(squares > smallest))))
+    values = np.sqrt(np.maximum(squares[::-1][:count], 0))
+    return values, vectors[:, ::-1][:, :count].astype(np.float32)

@@ -138,11 +138,14 @@ def complete(
     stop = stop or stop_rule(settings)
     svd = first_svd(operator, settings)
     penalty = first_penalty(float(svd.values[0]), operator.observations.n_observed / operator.size)
-    history, growth = zero_iterations(float(svd.values[0]), penalty, operator)
+    history, growth = zero_iterations(float(svd.values[0]), penalty, operator, settings.max_iterations)
     for iteration in history:
         on_iteration(iteration)
         rank.update(0)
         penalty = penalty.next()
+    too_many = f"{settings.max_iterations} iterations made, the most allowed"
+    if len(history) == settings.max_iterations:
+        return Completion(tuple(history), len(history), (), False, too_many)
     svd = replace(svd, values=svd.values * growth)
     values: tuple[float, ...] = ()
     chosen = 0
@@ -165,20 +168,8 @@ def complete(
         if verdict.reason or len(history) >= settings.max_iterations:
             break
         penalty, growth = following, 1.0
-        if short_side:
-            svd = short_side_svd(operator, rank.limit, penalty.threshold)
-        else:
-            svd = leading_triplets(
-                operator,
-                product,
-                limit=rank.limit,
-                threshold=penalty.threshold,
-                passes=settings.svd_passes,
-                tolerance=settings.svd_tolerance,
-                seed=settings.seed,
-            )
-    reason = verdict.reason or f"{settings.max_iterations} iterations made, the most allowed"
-    return Completion(tuple(history), chosen, values, bool(verdict.reason), reason)
+        svd = next_svd(operator, None if short_side else product, rank.limit, penalty.threshold, settings)
+    return Completion(tuple(history), chosen, values, bool(verdict.reason), verdict.reason or too_many)
 
 
 def first_svd(operator: LowRankPlusSparse, settings: Settings) -> PartialSVD:
@@ -191,20 +182,41 @@ def first_svd(operator: LowRankPlusSparse, settings: Settings) -> PartialSVD:
     )
 
 
+def next_svd(
+    operator: LowRankPlusSparse, product: Product | None, limit: int, threshold: float, settings: Settings
+) -> PartialSVD:
+    """Line 5, from the pass that has updated W; without its product, exactly, by the short side."""
+    if product is None:
+        return short_side_svd(operator, limit, threshold)
+    return leading_triplets(
+        operator,
+        product,
+        limit=limit,
+        threshold=threshold,
+        passes=settings.svd_passes,
+        tolerance=settings.svd_tolerance,
+        seed=settings.seed,
+    )
+
+
 def first_penalty(largest: float, density: float) -> Penalty:
     """μ₀ = 0.3/σ₁(D) and ρ = 1.1 + 2.5 |Ω|/(mn)."""
     return Penalty(mu=0.3 / largest, rho=1.1 + 2.5 * density)
 
 
-def zero_iterations(largest: float, penalty: Penalty, operator: LowRankPlusSparse) -> tuple[list[Iteration], float]:
+def zero_iterations(
+    largest: float, penalty: Penalty, operator: LowRankPlusSparse, most: int
+) -> tuple[list[Iteration], float]:
     """Make the iterations whose threshold is over σ₁(W) in closed form: A is zero and W only grows, by a scalar.
+
+    `most` is how many iterations may be made.
 
     Returns the iterations, and the factor by which W has grown. Where zeros are trusted it does not: the multiplier
     is not to make up for shrinkage on the observed entries alone.
     """
     iterations: list[Iteration] = []
     growth = 1.0
-    while growth * largest <= penalty.threshold:
+    while growth * largest <= penalty.threshold and len(iterations) < most:
         iterations.append(Iteration(len(iterations) + 1, 0, penalty.threshold, 1.0, 1.0, operator.passes))
         growth = 1 + growth / penalty.rho if operator.zeros_unknown else 1.0
         penalty = penalty.next()

@@ -1,0 +1,115 @@
+"""No dense cells × genes array at any moment, and no more memory for the whole process than was promised."""
+
+import json
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from scialm_dask import ExpressionMatrix, Imputation, impute
+from scialm_dask.evaluate.metrics import score_held_out
+
+M, N = 2000, 16_000
+DENSE = M * N  # bytes of the smallest possible one, of booleans
+SMALL = {"max_rank": 5, "max_iterations": 6, "svd_passes": 3, "validation": 0.2}
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Counts of rank one in 0.5 % of 2000 × 16000 entries."""
+    rng = np.random.default_rng(0)
+    nnz = DENSE // 200
+    rows, columns = rng.integers(0, M, nnz), rng.integers(0, N, nnz)
+    counts = sp.csr_matrix((rng.poisson(3 + 20 * rng.random(M)[rows]) + 1.0, (rows, columns)), shape=(M, N))
+    impute(
+        counts[:50, :50] + sp.eye_array(50), preset="paper", max_iterations=3
+    )  # so that all is imported and compiled
+    return counts[counts.getnnz(axis=1) > 3]
+
+
+def peak_of(work):
+    """Most bytes that were held at once by Python and NumPy while some work was done."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("preset", ["auto", "paper"])
+@pytest.mark.parametrize("scratch", ["memory", "zarr"])
+def test_completing_allocates_no_dense_matrix(wide, tmp_path, preset, scratch):
+    """All that is held at once is less than a dense matrix of a byte each, so none of it is one."""
+    where = "memory" if scratch == "memory" else f"zarr:{tmp_path}"
+
+    def work():
+        result = impute(wide, preset=preset, scratch=where, **SMALL)
+        assert result.rank > 0
+        result.to_zarr(tmp_path / "result.zarr")
+
+    assert peak_of(work) < DENSE
+
+
+def test_using_the_result_allocates_no_dense_matrix(wide, tmp_path):
+    impute(wide, **SMALL).to_zarr(tmp_path / "result.zarr")
+
+    def work():
+        result = Imputation.open(tmp_path / "result.zarr")
+        assert result.to_dask()[:50, :7].compute().shape == (50, 7)
+        assert result[:10, ["5", "77"]].shape == (10, 2)
+        matrix = ExpressionMatrix.of(wide)
+        assert score_held_out(result, matrix, matrix)["n"] == wide.nnz
+
+    assert peak_of(work) < DENSE
+
+
+def test_writing_the_dense_matrix_goes_by_rows(wide, tmp_path):
+    result = impute(wide, **SMALL)
+    kept = ExpressionMatrix.of(wide)
+    assert peak_of(lambda: result.to_zarr(tmp_path / "r.zarr", dense=True, keep_observed=kept)) < DENSE
+
+
+def test_the_measure_sees_a_dense_allocation(wide, monkeypatch):
+    from scialm_dask.linalg import kernels
+
+    honest = kernels.visit
+
+    def wasteful(block, state, view):
+        np.ones((M, N), np.bool_)
+        return honest(block, state, view)
+
+    monkeypatch.setattr(kernels, "visit", wasteful)
+    assert peak_of(lambda: impute(wide, **SMALL)) > DENSE
+
+
+MEASURED = """
+import sys
+import anndata, dask.array, distributed, h5py, numba, pandas, scipy.sparse.linalg, tqdm, zarr
+import scialm_dask.run.job
+def peak():  # of this process alone; what getrusage tells includes the parent's
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+from scialm_dask.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_published_run_stays_under_700_megabytes(shared, tmp_path):
+    source = shared / "reference" / "pbmc_donor_a_mask10.h5ad"
+    words = ["impute", source, tmp_path / "r.zarr", "--preset", "paper", "--json", "--quiet"]
+    done = subprocess.run([sys.executable, "-c", MEASURED, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, summary, used = done.stdout.splitlines()
+    assert int(used) < 700e6
+    assert json.loads(summary)["peak_memory_bytes"] > int(used)

@@ -1,0 +1,169 @@
+"""The operator over blocks: the same whatever the blocks, the store and the residence; passes and versions counted."""
+
+from pathlib import Path
+
+import dask
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import InMemory, low_rank_counts, operator_of, product_of
+
+from scialm_dask.data.scratch import MemoryScratch, ZarrScratch
+from scialm_dask.linalg.kernels import Step
+from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.linalg.svd import extended_basis, rayleigh_ritz
+
+M, N = 70, 41
+COUNTS = low_rank_counts(M, N, seed=8)
+START = extended_basis(np.zeros((N, 0), np.float32), 8, 0)
+
+
+def take_steps(operator, n_steps=3, rank=3):
+    """A few steps of the loop, without its rules."""
+    basis, products = START, []
+    for _ in range(n_steps):
+        product = operator.multiply(basis)
+        svd = rayleigh_ritz(product)
+        rotation = (svd.to_left[:, :rank] * svd.values[:rank]).astype(np.float32)
+        operator.multiply(None, Step(rotation, 0.7), svd.right[:, :rank].copy())
+        basis = svd.right
+        products.append(product)
+    return products
+
+
+@pytest.fixture(scope="module")
+def whole():
+    operator = operator_of(COUNTS, 1)
+    return take_steps(operator), operator.factors()
+
+
+@pytest.mark.parametrize(
+    ("kind", "resident", "n_blocks"),
+    [(k, r, b) for k in ("memory", "zarr") for r in (True, False) for b in (1, 3, 7)] + [("memory", True, M)],
+)
+def test_blocks_stores_and_residence_do_not_change_the_factors(whole, tmp_path, kind, resident, n_blocks):
+    store = MemoryScratch() if kind == "memory" else ZarrScratch(str(tmp_path))
+    operator = operator_of(COUNTS, n_blocks, store=store, resident=resident)
+    take_steps(operator)
+    lefts, right = operator.factors()
+    assert len(lefts) == n_blocks
+    left, expected_left = (np.vstack([part.compute() for part in parts]) for parts in (lefts, whole[1][0]))
+    assert np.linalg.norm(left - expected_left) < 1e-4 * np.linalg.norm(expected_left)
+    assert np.linalg.norm(right - whole[1][1]) < 1e-4 * np.linalg.norm(right)
+
+
+def test_disk_and_memory_give_the_same_bits(tmp_path):
+    results = []
+    for store, resident in [(MemoryScratch(), True), (MemoryScratch(), False), (ZarrScratch(str(tmp_path)), False)]:
+        operator = operator_of(COUNTS, 3, store=store, resident=resident)
+        products = take_steps(operator)
+        results.append([*products[-1], product_of(*operator.factors())])
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
+def test_a_run_repeats_to_the_bit(scheduler):
+    with dask.config.set(scheduler=scheduler):
+        first, second = (take_steps(operator_of(COUNTS, 7))[-1] for _ in range(2))
+    for one, two in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@given(st.lists(st.integers(1, M - 1), unique=True, max_size=8))
+@settings(max_examples=20, deadline=None)
+def test_any_cut_gives_the_same_product(cuts):
+    source = InMemory(COUNTS)
+    source.bounds = (0, *sorted(cuts), M)
+    with dask.config.set(scheduler="synchronous"):
+        product = LowRankPlusSparse(source, MemoryScratch(), resident=True).multiply(START)
+    D = COUNTS.astype(np.float32).toarray().astype(np.float64)
+    np.testing.assert_allclose(product.cross, D.T @ (D @ START), rtol=1e-4, atol=1e-4 * np.abs(product.cross).max())
+    np.testing.assert_allclose(product.gram, (D @ START).T @ (D @ START), atol=1e-5 * product.gram.max())
+
+
+def test_what_is_observed_and_held_out_is_counted():
+    rng = np.random.default_rng(0)
+    hidden = rng.random(COUNTS.nnz) < 0.2
+    alone = slice(*COUNTS.indptr[5:7])
+    hidden[alone] = True
+    for n_blocks in (1, 4):
+        seen = operator_of(COUNTS, n_blocks, hidden=hidden).observations
+        assert (seen.n_observed, seen.n_held_out) == ((~hidden).sum(), hidden.sum())
+        assert seen.sum_squares == pytest.approx((COUNTS.data[~hidden] ** 2).sum())
+        assert seen.held_out_squares == pytest.approx((COUNTS.data[hidden] ** 2).sum())
+        assert seen.n_emptied == 1
+    everything = operator_of(COUNTS).observations
+    assert (everything.n_observed, everything.n_held_out, everything.n_emptied) == (COUNTS.nnz, 0, 0)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_every_pass_reads_each_block_once(resident):
+    source = InMemory(COUNTS, 5)
+    operator = LowRankPlusSparse(source, MemoryScratch(), resident=resident)
+    once = [0, 1, 2, 3, 4]
+    work = [
+        lambda: operator.multiply(START),
+        lambda: operator.multiply(START, Step(np.ones((8, 2), np.float32), 0.5), np.ones((N, 2), np.float32)),
+        lambda: operator.multiply(None, Step(np.ones((8, 2), np.float32), 0.5), np.ones((N, 2), np.float32)),
+        lambda: operator.project(np.ones((M, 4), np.float32)),
+        operator.column_gram,
+    ]
+    for number, one_pass in enumerate(work, start=2):
+        assert sorted(source.loads) == once
+        if not resident:
+            source.loads.clear()
+        one_pass()
+        assert operator.passes == number
+    source.loads.clear()
+    operator.row_gram()
+    assert operator.passes == number + 1
+    # a task for each pair of blocks; without residence each pair reads its own
+    assert set(source.loads) == (set() if resident else set(once))
+
+
+def on_disk(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_versions_that_nobody_needs_are_dropped_from_disk(tmp_path):
+    operator = operator_of(COUNTS, 2, store=ZarrScratch(str(tmp_path)), resident=False)
+    assert on_disk(tmp_path) == ["estimate.0", "left.0", "sketch.0"]
+    operator.multiply(START)
+    assert on_disk(tmp_path) == ["estimate.0", "left.0", "sketch.2"]
+    step, right = Step(np.eye(8, 2, dtype=np.float32), 0.5), np.ones((N, 2), np.float32)
+    operator.multiply(START, step, right)
+    assert on_disk(tmp_path) == ["estimate.3", "left.3", "sketch.3"]
+    operator.keep()
+    operator.multiply(START, step, right)
+    assert on_disk(tmp_path) == ["estimate.4", "left.3", "left.4", "sketch.4"]
+    operator.multiply(START, step, right)
+    assert on_disk(tmp_path) == ["estimate.5", "left.3", "left.5", "sketch.5"]
+    operator.keep()
+    assert on_disk(tmp_path) == ["estimate.5", "left.5", "sketch.5"]
+    operator.keep()
+    assert on_disk(tmp_path) == ["estimate.5", "left.5", "sketch.5"]
+
+
+def test_factors_are_those_that_were_kept(tmp_path):
+    for store in (MemoryScratch(), ZarrScratch(str(tmp_path))):
+        operator = operator_of(COUNTS, 3, store=store)
+        take_steps(operator, 1)
+        operator.keep()
+        kept = product_of(*operator.factors())
+        take_steps(operator, 2)
+        np.testing.assert_array_equal(product_of(*operator.factors()), kept)
+        operator.keep()
+        assert np.abs(product_of(*operator.factors()) - kept).max() > 1
+
+
+def test_the_graph_does_not_grow():
+    """The state that is held refers to results, not to the tasks of all passes before."""
+    operator = operator_of(COUNTS, 4)
+    sizes = []
+    for _ in range(4):
+        take_steps(operator, 1)
+        sizes.append(sum(len(dict(part.__dask_graph__())) for part in operator._state))
+    assert set(sizes) == {4}
