@@ -24,6 +24,7 @@ Floats = NDArray[np.float32]
 Pattern = NDArray[np.integer]
 
 _TILE_VALUES = 1 << 16  # of a tile of Q: 256 KB
+_ROW_ENTRIES = 256  # that a tile meets in a row on average, at least: each row of a tile waits for memory once
 _GATHER, _SCATTER, _SAMPLED = range(3)
 _FAST = ("reassoc", "contract", "nsz")
 
@@ -133,12 +134,13 @@ def _product(kind, indptr, indices, values, columns, rows, out):  # type: ignore
     """Tile by tile: one of the three products, into `out` (rows or columns) or `values`."""
     n, width = columns.shape
     at = np.empty(len(indptr) - 1, indptr.dtype)
+    least = _ROW_ENTRIES * n * len(at) // max(1, len(indices))
     left = 0
     while left < width:
         lanes = 64 if width - left > 32 else 32 if width - left > 16 else 16
         at[:] = indptr[:-1]
         y = _packed(rows, 0, len(rows), left, lanes)
-        height = _TILE_VALUES // lanes
+        height = max(_TILE_VALUES // lanes, least)
         for start in range(0, n, height):
             stop = min(start + height, n)
             q = _packed(columns, start, stop, left, lanes)
