@@ -92,7 +92,7 @@ class Imputation:
             obs=anndata.io.read_elem(root["obs"]),
             var=anndata.io.read_elem(root["var"]),
             summary=summary,
-            history={name: np.asarray(column).tolist() for name, column in uns["history"].items()},
+            history={name: column.tolist() for name, column in uns["history"].items()},
             clip=bool(uns["clip"]),
         )
 
@@ -182,7 +182,7 @@ class Imputation:
             root = new_anndata(partial, obs=self.obs, var=self.var)
             self._write_left(root)
             anndata.io.write_elem(root["varm"], _KEY, self.right)
-            notes = {"summary": json.dumps(self.summary), "history": _columns(self._history), "clip": self._clip}
+            notes = {"summary": json.dumps(self.summary), "history": self.history, "clip": self._clip}
             anndata.io.write_elem(root["uns"], _KEY, notes)
             if dense:
                 self._write_dense(root, keep_observed)
@@ -220,10 +220,6 @@ def _blocks_of(array: da.Array) -> Iterator[tuple[int, NDArray[np.float32]]]:
         values = array.blocks[block].compute()
         yield start, values
         start += len(values)
-
-
-def _columns(history: dict[str, list[float]]) -> dict[str, NDArray[Any]]:
-    return {name: np.asarray(column) for name, column in history.items()}
 
 
 def _positions(wanted: Any, names: pd.Index, what: str) -> tuple[Any, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import resource
 import shutil
@@ -21,6 +22,7 @@ from scialm_dask.config import Settings
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.scratch import MemoryScratch, Scratch, ZarrScratch
+from scialm_dask.data.store import output_error
 from scialm_dask.errors import InputError
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
@@ -100,9 +102,13 @@ def complete_matrix(
         result.summary["peak_memory_bytes"] = _peak_memory()
         result.summary["forecast_memory_bytes"] = (need.memory if folder is None else need.zarr).memory
         result.summary["scratch"] = "memory" if folder is None else "zarr"
-    except BaseException:
+    except BaseException as error:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+            # Tasks that were under way may write once more; no thread does when the process ends.
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise output_error(folder, error) from error
         raise
     if folder is not None:  # the result reads its left factor from there
         weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
@@ -118,11 +124,9 @@ def refit_kept(operator: LowRankPlusSparse) -> Floats:
 def _open_scratch(scratch: str) -> tuple[Scratch, str | None]:
     if scratch == "memory":
         return MemoryScratch(), None
-    kind, _, path = scratch.partition(":")
-    if kind != "zarr" or not path:
-        raise InputError(f"scratch is {scratch!r}; give memory, or zarr:PATH with a folder on a local disk")
+    path = scratch.removeprefix("zarr:")
     if not Path(path).is_dir():
-        raise InputError(f"{path}: no such folder for scratch; create it first")
+        raise InputError(f"{path or scratch}: no such folder for scratch; create it first")
     folder = tempfile.mkdtemp(prefix="scialm-", dir=path)
     return ZarrScratch(folder), folder
 

@@ -17,7 +17,7 @@ from dask.utils import format_bytes
 
 from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.errors import DoesNotFitError
+from scialm_dask.errors import DoesNotFitError, InputError
 from scialm_dask.linalg.kernels import Block, BlockState, View, visit
 from scialm_dask.solve.rank import basis_width
 
@@ -28,7 +28,7 @@ _TASK_VALUES = 10  # arrays as long as a block's entries that a task holds: as r
 _TASK_ROWS = 7  # arrays as large as a block's sketch
 _DRIVER_PANELS = 9  # float64 arrays of n × l that the small algebra of an SVD holds
 _LIKELY_SHARE = 1 / 3  # of the short side: the rank at which the paper's runs end
-_STARTED = 120 << 20  # what compiling, reading and scheduling add to a process that has imported everything
+_STARTED = 200 << 20  # what compiling, reading and scheduling add to a process that has imported everything
 _STOP_AT = 0.03  # threshold, relative to the first, at which held-out stops were seen
 
 
@@ -162,9 +162,13 @@ def place_scratch(scratch: str, need: Forecast, *, memory_limit: int | None, fol
 
     Raises
     ------
+    InputError
+        If `scratch` is none of these.
     DoesNotFitError
         If the forecast is over the limit, or over the free disk.
     """
+    if scratch not in ("auto", "memory") and not scratch.startswith("zarr:"):
+        raise InputError(f"scratch is {scratch!r}; give auto, memory, or zarr:PATH with a folder on a local disk")
     limit = memory_limit or usable_memory()
     kind: Literal["memory", "zarr"] = "memory"
     if scratch.startswith("zarr:") or (scratch == "auto" and need.memory.memory > limit):

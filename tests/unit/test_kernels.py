@@ -40,6 +40,11 @@ def state_of(block, rank, width=3, n_hidden=7, seed=0):
     return BlockState(estimate, rough(rng, block.n_rows, rank), rough(rng, block.n_rows, width))
 
 
+def view_of(right, basis=None, step=None):
+    """Without confidence in zeros: W = U Vᵀ + S."""
+    return View(right, right, basis=basis, overlap=None if basis is None else right.T @ basis, step=step)
+
+
 def dense_of(block, values):
     rows = np.repeat(np.arange(block.n_rows), np.diff(block.indptr))
     return sp.csr_matrix((values, (rows, block.indices)), shape=(block.n_rows, block.n_columns)).toarray()
@@ -51,6 +56,10 @@ def sparse_part(block, state, right):
     known = np.isfinite(state.estimate)
     S = dense_of(block, np.where(known, state.estimate, 0).astype(np.float64))
     return np.where(dense_of(block, known), S - A, 0), A
+
+
+def view_of(right, basis=None, step=None):
+    return View(right, right, basis=basis, overlap=None if basis is None else right.T @ basis, step=step)
 
 
 def close(got, expected):
@@ -72,7 +81,7 @@ def test_sampled_product(block, rank):
 def test_visit_without_a_step(block, rank, width):
     rng = np.random.default_rng(1)
     state, right, basis = state_of(block, rank), rough(rng, N, rank), rough(rng, N, width)
-    new, sums = kernels.visit(block, state, View(right, basis))
+    new, sums = kernels.visit(block, state, view_of(right, basis))
     S, A = sparse_part(block, state, right)
     sketch = (A + S) @ basis
     assert new.estimate is state.estimate
@@ -94,7 +103,7 @@ def test_visit_with_a_step(block, rank, growth, with_basis):
     rng = np.random.default_rng(2)
     state, rotation, right, basis = state_of(block, 2), rough(rng, 3, rank), rough(rng, N, rank), rough(rng, N, 6)
     step = Step(rotation, 1 / 1.3, growth)
-    new, sums = kernels.visit(block, state, View(right, basis if with_basis else None, step))
+    new, sums = kernels.visit(block, state, view_of(right, basis if with_basis else None, step))
     close(new.left, state.sketch @ rotation)
     a = kernels.sampled_product(block, new.left, right).astype(np.float64)
     w = growth * state.estimate.astype(np.float64)
@@ -116,7 +125,7 @@ def test_visit_with_a_step(block, rank, growth, with_basis):
 def test_visit_leaves_its_arguments_alone(block):
     """A task that a lost worker ran half may be run again."""
     rng = np.random.default_rng(4)
-    state, view = state_of(block, 2), View(rough(rng, N, 4), rough(rng, N, 5), Step(rough(rng, 3, 4), 0.8, 1.1))
+    state, view = state_of(block, 2), view_of(rough(rng, N, 4), rough(rng, N, 5), Step(rough(rng, 3, 4), 0.8, 1.1))
     before = copy.deepcopy((block, state, view))
     first, second = (kernels.visit(block, state, view) for _ in range(2))
     for old, new in zip(before, (block, state, view), strict=True):
@@ -129,7 +138,7 @@ def test_visit_leaves_its_arguments_alone(block):
 
 def test_sums_are_added_in_float64(block):
     rng = np.random.default_rng(5)
-    _, sums = kernels.visit(block, state_of(block, 2), View(rough(rng, N, 2), rough(rng, N, 5)))
+    _, sums = kernels.visit(block, state_of(block, 2), view_of(rough(rng, N, 2), rough(rng, N, 5)))
     assert sums.gram.dtype == sums.left_cross.dtype == np.float64
     assert sums.sparse_cross.dtype == np.float32
     double = kernels.add_sums(sums, sums)
@@ -144,7 +153,7 @@ def test_small_misfits_are_not_lost_beside_large_ones():
     block = Block(np.array([0, n]), np.arange(n, dtype=np.int32), observed, 8 * n)
     assert not block.is_dense
     state = BlockState(observed, np.zeros((1, 0), np.float32), np.zeros((1, 1), np.float32))
-    view = View(np.zeros((8 * n, 1), np.float32), None, Step(np.zeros((1, 1), np.float32), 0.9))
+    view = view_of(np.zeros((8 * n, 1), np.float32), None, Step(np.zeros((1, 1), np.float32), 0.9))
     assert kernels.visit(block, state, view)[1].misfit == 4096**2 + n - 1
 
 
@@ -153,16 +162,16 @@ def test_project_and_grams(block, rank):
     rng = np.random.default_rng(6)
     state, right = state_of(block, rank), rough(rng, N, rank)
     S, A = sparse_part(block, state, right)
-    sums = kernels.project(block, state, right)
+    sums = kernels.project(block, state, view_of(right))
     close(sums.sparse_cross, S.T @ state.sketch)
     close(sums.left_cross, state.left.T @ state.sketch)
     close(sums.gram, state.sketch.T @ state.sketch)
-    left_gram, cross, gram = kernels.column_gram(block, state, right)
+    left_gram, cross, gram = kernels.column_gram(block, state, view_of(right))
     assert left_gram.dtype == cross.dtype == gram.dtype == np.float64
     close(left_gram, state.left.T @ state.left)
     close(cross, state.left.T @ S)
     close(gram, S.T @ S)
-    half = kernels.row_half(block, state, right)
+    half = kernels.row_half(block, state, view_of(right))
     got = kernels.row_gram((block, block), (half, half), right.T.astype(np.float64) @ right)
     assert got.dtype == np.float64
     close(got, (A + S) @ (A + S).T)
@@ -180,5 +189,5 @@ def test_row_gram_of_two_blocks(block, rank):
     states = tuple(state_of(b, rank, n_hidden=3, seed=k) for k, b in enumerate(blocks))
     right = rough(rng, N, rank)
     one, two = (sum(sparse_part(b, s, right)) for b, s in zip(blocks, states, strict=True))
-    halves = tuple(kernels.row_half(b, s, right) for b, s in zip(blocks, states, strict=True))
+    halves = tuple(kernels.row_half(b, s, view_of(right)) for b, s in zip(blocks, states, strict=True))
     close(kernels.row_gram(blocks, halves, right.T.astype(np.float64) @ right), one @ two.T)

@@ -1,0 +1,64 @@
+"""Two worker processes give what threads give."""
+
+import os
+
+import dask
+import numpy as np
+import pytest
+from dask.distributed import Client, LocalCluster
+from problems import low_rank_counts
+
+from scialm_dask import ExpressionMatrix, Imputation, impute
+from scialm_dask.evaluate.metrics import score_held_out
+
+
+@pytest.fixture(scope="module")
+def client():
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster,
+        Client(cluster) as connected,
+    ):
+        yield connected
+
+
+@pytest.fixture
+def path(store_of):
+    return store_of(low_rank_counts(160, 90, density=0.5, seed=3))
+
+
+SETTINGS = {"auto": {"validation": 0.05, "max_iterations": 12}, "paper": {"preset": "paper", "max_iterations": 10}}
+
+
+@pytest.mark.parametrize("preset", list(SETTINGS))
+@pytest.mark.parametrize("kind", ["memory", "zarr"])
+def test_processes_give_what_threads_give(client, path, tmp_path, preset, kind):
+    matrix = ExpressionMatrix.open(path, blocks=5)
+    (tmp_path / "scratch").mkdir()
+    scratch = kind if kind == "memory" else f"zarr:{tmp_path / 'scratch'}"
+    with client.as_current():
+        distributed = impute(matrix, scratch=scratch, **SETTINGS[preset])
+        distributed.to_zarr(tmp_path / "r.zarr")
+        scores = score_held_out(distributed, matrix, matrix)
+        left = distributed.left.compute()
+    with dask.config.set(scheduler="threads"):
+        threaded = impute(matrix, **SETTINGS[preset])
+        expected = threaded.left.compute()
+        assert score_held_out(threaded, matrix, matrix) == pytest.approx(scores, rel=1e-4)
+    assert list(distributed.history["rank"]) == list(threaded.history["rank"])
+    assert np.linalg.norm(left - expected) < 1e-4 * np.linalg.norm(expected)
+    assert np.linalg.norm(distributed.right - threaded.right) < 1e-4 * np.linalg.norm(threaded.right)
+    np.testing.assert_array_equal(Imputation.open(tmp_path / "r.zarr").right, distributed.right)
+    del distributed
+    assert os.listdir(tmp_path / "scratch") == []
+
+
+def test_the_scheduler_holds_no_more_tasks_from_iteration_to_iteration(client, path):
+    """The state is a task for each block; what is done is forgotten."""
+    held = []
+
+    def count(_):
+        held.append(client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
+
+    result = impute(ExpressionMatrix.open(path, blocks=5), preset="paper", max_iterations=20, on_iteration=count)
+    assert result.rank > 0
+    assert max(held[10:]) <= 1.5 * max(held[:10])
