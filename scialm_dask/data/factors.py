@@ -47,6 +47,9 @@ class Imputation:
         Columns of equal length, a value for each iteration.
     clip
         Whether negative entries are set to zero.
+    gene_scale
+        What genes were multiplied with in the fit, so that their noise is even; float32, shape ``(n,)``, None for
+        ones.
     """
 
     def __init__(
@@ -59,12 +62,14 @@ class Imputation:
         summary: dict[str, Any],
         history: dict[str, list[float]],
         clip: bool = True,
+        gene_scale: NDArray[np.float32] | None = None,
     ) -> None:
         self.left = left
         self.right = right
         self.obs = obs
         self.var = var
         self.summary = summary
+        self.gene_scale = gene_scale
         self._history = history
         self._clip = clip
 
@@ -94,6 +99,7 @@ class Imputation:
             summary=summary,
             history={name: np.asarray(column).tolist() for name, column in uns["history"].items()},
             clip=bool(uns["clip"]),
+            gene_scale=np.asarray(uns["gene_scale"]) if "gene_scale" in uns else None,
         )
 
     @property
@@ -130,6 +136,25 @@ class Imputation:
         """Impute the cells whose left factors are given, ``(k, r)``: float32, ``(k, n)``."""
         dense: NDArray[np.float32] = left @ self.right.T
         return np.maximum(dense, 0, out=dense) if self._clip else dense
+
+    def transform(self, matrix: Any, *, layer: str | None = None) -> Imputation:
+        """Complete cells that were not in the fit; see `scialm_dask.solve.transform.transform`."""
+        from scialm_dask.solve.transform import transform
+
+        return transform(self, matrix, layer=layer)
+
+    def of_cells(self, left: da.Array, obs: pd.DataFrame, summary: dict[str, Any]) -> Imputation:
+        """Give the imputation of other cells, whose left factor is known, by the same right factor."""
+        return Imputation(
+            left,
+            self.right,
+            obs=obs,
+            var=self.var,
+            summary=summary,
+            history={},
+            clip=self._clip,
+            gene_scale=self.gene_scale,
+        )
 
     def __getitem__(self, key: Any) -> NDArray[np.float32]:
         """Impute some cells and genes, given as numbers, names, slices, masks, or lists of these.
@@ -182,7 +207,13 @@ class Imputation:
             root = new_anndata(partial, obs=self.obs, var=self.var)
             self._write_left(root)
             anndata.io.write_elem(root["varm"], _KEY, self.right)
-            notes = {"summary": json.dumps(self.summary), "history": _columns(self._history), "clip": self._clip}
+            notes: dict[str, Any] = {
+                "summary": json.dumps(self.summary),
+                "history": _columns(self._history),
+                "clip": self._clip,
+            }
+            if self.gene_scale is not None:
+                notes["gene_scale"] = self.gene_scale
             anndata.io.write_elem(root["uns"], _KEY, notes)
             if dense:
                 self._write_dense(root, keep_observed)

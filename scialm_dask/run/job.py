@@ -168,6 +168,7 @@ def _report(
         "converged": completion.converged,
         "stop_reason": completion.reason,
         "scaling": blocks.scales.note,
+        "raw_counts": found.integer,
         "zeros": settings.zeros,
         "source": matrix.name,
         "settings": settings.as_dict(),
@@ -207,6 +208,7 @@ def _result(
         summary=report,
         history=history,
         clip=matrix.observed == "nonzero",
+        gene_scale=scale.gene,
     )
     result.summary["mean_imputed_over_observed"] = _mean(result) / report.pop("mean_observed")
     return result
