@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import zarr
@@ -13,18 +13,32 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.store import atomic_output, new_anndata, open_store, set_encoding
+from scialm_dask.data.store import CSRWriter, atomic_output, new_anndata, open_store, set_encoding
 from scialm_dask.errors import InputError
 
 if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
+    import scipy.sparse as sp
 
-__all__ = ["Imputation"]
+__all__ = ["Imputation", "ZeroRule"]
 
 _KEY = "scialm"
 _CHUNK_BYTES = 8 << 20
 _DENSE_CHUNK_ROWS = 1024
+
+
+class ZeroRule(Protocol):
+    """Tells which entries of a matrix may be other than zero; see `scialm_dask.solve.alra.BiologicalZeros`."""
+
+    @property
+    def matrix(self) -> ExpressionMatrix:
+        """Whose observed entries are never zero."""
+        ...
+
+    def expressed(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Of cells `start` to `stop`, shape ``(stop − start, n)``."""
+        ...
 
 
 class Imputation:
@@ -178,6 +192,7 @@ class Imputation:
         *,
         dense: bool = False,
         keep_observed: ExpressionMatrix | None = None,
+        preserve_zeros: ZeroRule | None = None,
         overwrite: bool = False,
         sources: tuple[str | os.PathLike[str], ...] = (),
     ) -> None:
@@ -191,6 +206,9 @@ class Imputation:
             Write the imputed matrix too, as chunked X.
         keep_observed
             In that X, leave the observed entries of this matrix as they were.
+        preserve_zeros
+            Write the imputed matrix as sparse X, without what this rule takes for biological zeros. Observed entries
+            stay, at their observed value if they were imputed as zero.
         overwrite
             Replace what is at `path`.
         sources
@@ -215,7 +233,9 @@ class Imputation:
             if self.gene_scale is not None:
                 notes["gene_scale"] = self.gene_scale
             anndata.io.write_elem(root["uns"], _KEY, notes)
-            if dense:
+            if preserve_zeros is not None:
+                self._write_sparse(root, preserve_zeros, keep_observed is not None)
+            elif dense:
                 self._write_dense(root, keep_observed)
             zarr.consolidate_metadata(root.store)
 
@@ -230,19 +250,44 @@ class Imputation:
             array[start : start + len(block)] = block
 
     def _write_dense(self, root: zarr.Group, keep_observed: ExpressionMatrix | None) -> None:
-        rows = max(1, min(self.shape[0], _DENSE_CHUNK_ROWS, _CHUNK_BYTES // (4 * self.shape[1])))
+        panels = self._panels()
+        rows = panels.sizes[0]
         array = root.create_array(
             "X", shape=self.shape, chunks=(rows, self.shape[1]), dtype=np.float32, config={"write_empty_chunks": True}
         )
         set_encoding(array, "array", "0.2.0")
-        bounds = (*range(0, self.shape[0], rows), self.shape[0])
-        observed = keep_observed.with_blocks(RowBlocks(bounds)) if keep_observed else None
-        for number, (start, stop) in enumerate(RowBlocks(bounds)):
+        observed = keep_observed.with_blocks(panels) if keep_observed else None
+        for number, (start, stop) in enumerate(panels):
             values = self.product(self.left[start:stop].compute())
             if observed is not None:
                 csr = observed.read_block(number)
-                values[np.repeat(np.arange(stop - start), np.diff(csr.indptr)), csr.indices] = csr.data
+                values[_cells_of(csr), csr.indices] = csr.data
             array[start:stop] = values
+
+    def _write_sparse(self, root: zarr.Group, zeros: ZeroRule, keep_observed: bool) -> None:
+        import scipy.sparse as sp
+
+        panels = self._panels()
+        observed = zeros.matrix.with_blocks(panels)
+        with CSRWriter(root, "X", n_columns=self.shape[1]) as writer:
+            for number, (start, stop) in enumerate(panels):
+                values = self.product(self.left[start:stop].compute())
+                csr = observed.read_block(number)
+                at = _cells_of(csr), csr.indices
+                imputed = values[at]
+                values *= zeros.expressed(start, stop)
+                values[at] = csr.data if keep_observed else np.where(imputed > 0, imputed, csr.data)
+                writer.append(sp.csr_matrix(values))
+
+    def _panels(self) -> RowBlocks:
+        """Rows of which the dense form is small."""
+        rows = max(1, min(self.shape[0], _DENSE_CHUNK_ROWS, _CHUNK_BYTES // (4 * self.shape[1])))
+        return RowBlocks((*range(0, self.shape[0], rows), self.shape[0]))
+
+
+def _cells_of(csr: sp.csr_matrix) -> NDArray[np.intp]:
+    """Row of each stored value."""
+    return np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
 
 
 def _blocks_of(array: da.Array) -> Iterator[tuple[int, NDArray[np.float32]]]:

@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 
 from scialm_dask.linalg.kernels import Doubles, Floats
 
-__all__ = ["RowProblems", "leave_one_out", "solve_rows"]
+__all__ = ["RowProblems", "column_minima", "leave_one_out", "solve_rows"]
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
+
+_PANEL_VALUES = 4_000_000  # 16 MB
 
 
 class RowProblems(NamedTuple):
@@ -60,6 +62,15 @@ def leave_one_out(rows: RowProblems, right: Floats, precision: Doubles, mean: Do
     h = w vᵀ (w V_ΩᵀV_Ω + P)⁻¹ v.
     """
     return float(_leave_one_out(*rows, right.astype(np.float64), precision, precision @ mean))
+
+
+def column_minima(left: Floats, right: Floats) -> Floats:
+    """Least entry of each column of U Vᵀ, float32, shape ``(n,)``; panels of it are formed at a time."""
+    lowest = np.full(len(right), np.inf, np.float32)
+    step = max(1, _PANEL_VALUES // max(1, len(right)))
+    for start in range(0, len(left), step):
+        np.minimum(lowest, (left[start : start + step] @ right.T).min(axis=0), out=lowest)
+    return lowest
 
 
 @_jit
