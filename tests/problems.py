@@ -36,7 +36,7 @@ class InMemory:
 
 
 def low_rank_counts(m, n, *, rank=4, density=0.3, seed=0, dispersion=20.0):
-    """Counts whose mean has low rank, CSR; about `density` of the entries are kept, some of every row and column."""
+    """Counts whose mean has low rank, CSR: about `density` of the entries, one at least in every row and column."""
     rng = np.random.default_rng(seed)
     mean = dispersion * rng.gamma(1.0, 1.0, (m, rank)) @ rng.gamma(0.5, 1.0, (rank, n)) / rank
     counts = rng.poisson(mean) + 1.0

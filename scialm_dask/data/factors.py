@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import scipy.sparse as sp
 
-__all__ = ["Imputation", "ZeroRule"]
+__all__ = ["CellModel", "Imputation", "ZeroRule"]
 
 _KEY = "scialm"
 _CHUNK_BYTES = 8 << 20
@@ -39,6 +40,42 @@ class ZeroRule(Protocol):
     def expressed(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Of cells `start` to `stop`, shape ``(stop − start, n)``."""
         ...
+
+
+@dataclass(frozen=True)
+class CellModel:
+    """What a fit has learnt of cells, on the scale on which it made their noise even.
+
+    Parameters
+    ----------
+    gene_scale
+        What genes were multiplied with, float32, shape ``(n,)``.
+    mean, covariance
+        Of the rows of the left factor there, float64, shapes ``(r,)`` and ``(r, r)``.
+    residual
+        What the fit left of the observed entries, relative to their norm.
+    raw_counts
+        Whether it was made from raw counts.
+    cell_exponent
+        Cells were multiplied with (size factor / `centre`)^−cell_exponent.
+    centre
+        Geometric mean of the size factors.
+    """
+
+    gene_scale: NDArray[np.float32]
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    residual: float
+    raw_counts: bool
+    cell_exponent: float
+    centre: float
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> CellModel:
+        """Make one from what AnnData has read."""
+        arrays = {name: np.asarray(stored[name]) for name in ("gene_scale", "mean", "covariance")}
+        numbers = {name: float(stored[name]) for name in ("residual", "cell_exponent", "centre")}
+        return cls(**arrays, **numbers, raw_counts=bool(stored["raw_counts"]))
 
 
 class Imputation:
@@ -61,9 +98,8 @@ class Imputation:
         Columns of equal length, a value for each iteration.
     clip
         Whether negative entries are set to zero.
-    gene_scale
-        What genes were multiplied with in the fit, so that their noise is even; float32, shape ``(n,)``, None for
-        ones.
+    model
+        What `transform` needs to know of the fit; None if it cannot be done.
     """
 
     def __init__(
@@ -76,14 +112,14 @@ class Imputation:
         summary: dict[str, Any],
         history: dict[str, list[float]],
         clip: bool = True,
-        gene_scale: NDArray[np.float32] | None = None,
+        model: CellModel | None = None,
     ) -> None:
         self.left = left
         self.right = right
         self.obs = obs
         self.var = var
         self.summary = summary
-        self.gene_scale = gene_scale
+        self.model = model
         self._history = history
         self._clip = clip
 
@@ -111,9 +147,9 @@ class Imputation:
             obs=anndata.io.read_elem(root["obs"]),
             var=anndata.io.read_elem(root["var"]),
             summary=summary,
-            history={name: np.asarray(column).tolist() for name, column in uns["history"].items()},
+            history={name: column.tolist() for name, column in uns["history"].items()},
             clip=bool(uns["clip"]),
-            gene_scale=np.asarray(uns["gene_scale"]) if "gene_scale" in uns else None,
+            model=CellModel.of(uns["model"]) if "model" in uns else None,
         )
 
     @property
@@ -167,7 +203,7 @@ class Imputation:
             summary=summary,
             history={},
             clip=self._clip,
-            gene_scale=self.gene_scale,
+            model=self.model,
         )
 
     def __getitem__(self, key: Any) -> NDArray[np.float32]:
@@ -227,11 +263,11 @@ class Imputation:
             anndata.io.write_elem(root["varm"], _KEY, self.right)
             notes: dict[str, Any] = {
                 "summary": json.dumps(self.summary),
-                "history": _columns(self._history),
+                "history": self.history,
                 "clip": self._clip,
             }
-            if self.gene_scale is not None:
-                notes["gene_scale"] = self.gene_scale
+            if self.model is not None:
+                notes["model"] = asdict(self.model)
             anndata.io.write_elem(root["uns"], _KEY, notes)
             if preserve_zeros is not None:
                 self._write_sparse(root, preserve_zeros, keep_observed is not None)
@@ -296,10 +332,6 @@ def _blocks_of(array: da.Array) -> Iterator[tuple[int, NDArray[np.float32]]]:
         values = array.blocks[block].compute()
         yield start, values
         start += len(values)
-
-
-def _columns(history: dict[str, list[float]]) -> dict[str, NDArray[Any]]:
-    return {name: np.asarray(column) for name, column in history.items()}
 
 
 def _positions(wanted: Any, names: pd.Index, what: str) -> tuple[Any, bool]:

@@ -242,7 +242,17 @@ class CSRWriter:
         if kind is None:
             for appender in (self._data, self._indices, self._indptr):
                 appender.close()
+            if self._stored <= np.iinfo(np.int32).max:
+                self._narrow_indptr()
             set_encoding(self._group, "csr_matrix", "0.1.0", shape=[self._rows, self._columns])
+
+    def _narrow_indptr(self) -> None:
+        """Give indptr the type of the indices: SciPy fails on a matrix that has two, as AnnData would read it."""
+        wide: Any = self._group["indptr"]
+        values = wide[...]
+        narrow = _Appender(self._group, "indptr", np.dtype(np.int32), _CHUNK_ROWS)
+        narrow.append(values)
+        narrow.close()
 
 
 class _Appender:
@@ -251,7 +261,7 @@ class _Appender:
     def __init__(self, group: zarr.Group, name: str, dtype: np.dtype[Any], chunk: int) -> None:
         # An absent chunk must mean a lost chunk, so chunks of zeros are written too.
         self._array = group.create_array(
-            name, shape=(0,), chunks=(chunk,), dtype=dtype, config={"write_empty_chunks": True}
+            name, shape=(0,), chunks=(chunk,), dtype=dtype, config={"write_empty_chunks": True}, overwrite=True
         )
         set_encoding(self._array, "array", "0.2.0")
         self._chunk = chunk

@@ -1,9 +1,9 @@
 """One small problem for each row: regularised least squares on its observed entries, with the right factor given.
 
-A row with observed values d at columns Ω, weight w, and prior mean μ and precision P (r × r) has the left factor
+A row with observed values d at columns Ω, and prior mean μ and precision P (r × r), has the left factor
 
-    u = argmin  w Σ_Ω (d − u·v)² + (u − μ)ᵀ P (u − μ)
-      = (w V_ΩᵀV_Ω + P)⁻¹ (w V_Ωᵀd + Pμ)
+    u = argmin  Σ_Ω (d − u·v)² + (u − μ)ᵀ P (u − μ)
+      = (V_ΩᵀV_Ω + P)⁻¹ (V_Ωᵀd + Pμ)
 
 Each row costs O(|Ω| r² + r³). Float64 throughout; the interpreter lock is released.
 """
@@ -26,16 +26,11 @@ _PANEL_VALUES = 4_000_000  # 16 MB
 
 
 class RowProblems(NamedTuple):
-    """The rows of a block, and the weight of each.
-
-    ``indptr`` and ``indices`` are a CSR pattern, ``values`` the d, float32, in its order; ``weights`` is float64,
-    shape ``(m,)``.
-    """
+    """The rows of a block: a CSR pattern, and the values d in its order."""
 
     indptr: NDArray[np.integer]
     indices: NDArray[np.int32]
     values: Floats
-    weights: Doubles
 
 
 def solve_rows(rows: RowProblems, right: Floats, precision: Doubles, mean: Doubles) -> Floats:
@@ -56,10 +51,10 @@ def solve_rows(rows: RowProblems, right: Floats, precision: Doubles, mean: Doubl
 
 
 def leave_one_out(rows: RowProblems, right: Floats, precision: Doubles, mean: Doubles) -> float:
-    """Sum of w (d − u·v)² over the observed entries, each predicted from the others of its row.
+    """Sum of (d − u·v)² over the observed entries, each predicted from the others of its row.
 
     Takes what `solve_rows` takes. Leaving out entry j of a row turns its misfit e into e / (1 − h), where
-    h = w vᵀ (w V_ΩᵀV_Ω + P)⁻¹ v.
+    h = vᵀ (V_ΩᵀV_Ω + P)⁻¹ v.
     """
     return float(_leave_one_out(*rows, right.astype(np.float64), precision, precision @ mean))
 
@@ -74,15 +69,15 @@ def column_minima(left: Floats, right: Floats) -> Floats:
 
 
 @_jit
-def _normal_equations(indptr, indices, values, weight, i, right, gram, linear):  # type: ignore[no-untyped-def]
-    """Add w V_ΩᵀV_Ω to the lower triangle of `gram`, and w V_Ωᵀd to `linear`."""
+def _normal_equations(indptr, indices, values, i, right, gram, linear):  # type: ignore[no-untyped-def]
+    """Add V_ΩᵀV_Ω to the lower triangle of `gram`, and V_Ωᵀd to `linear`."""
     rank = right.shape[1]
     k, end = indptr[i], indptr[i + 1]
     while k + 4 <= end:  # four at a time: the triangle is loaded and stored once for all
         v0, v1, v2, v3 = right[indices[k]], right[indices[k + 1]], right[indices[k + 2]], right[indices[k + 3]]
         d0, d1, d2, d3 = values[k], values[k + 1], values[k + 2], values[k + 3]
         for s in range(rank):
-            x0, x1, x2, x3 = weight * v0[s], weight * v1[s], weight * v2[s], weight * v3[s]
+            x0, x1, x2, x3 = v0[s], v1[s], v2[s], v3[s]
             linear[s] += x0 * d0 + x1 * d1 + x2 * d2 + x3 * d3
             row = gram[s]
             for t in range(s + 1):
@@ -91,7 +86,7 @@ def _normal_equations(indptr, indices, values, weight, i, right, gram, linear): 
     while k < end:
         v0 = right[indices[k]]
         for s in range(rank):
-            x0 = weight * v0[s]
+            x0 = v0[s]
             linear[s] += x0 * values[k]
             row = gram[s]
             for t in range(s + 1):
@@ -130,10 +125,10 @@ def _backward(lower, x):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _solve_rows(indptr, indices, values, weights, right, precision, shift, left):  # type: ignore[no-untyped-def]
+def _solve_rows(indptr, indices, values, right, precision, shift, left):  # type: ignore[no-untyped-def]
     for i in range(len(indptr) - 1):
         gram, x = precision.copy(), shift.copy()
-        _normal_equations(indptr, indices, values, weights[i], i, right, gram, x)
+        _normal_equations(indptr, indices, values, i, right, gram, x)
         _cholesky(gram)
         _forward(gram, x)
         _backward(gram, x)
@@ -141,11 +136,11 @@ def _solve_rows(indptr, indices, values, weights, right, precision, shift, left)
 
 
 @_jit
-def _leave_one_out(indptr, indices, values, weights, right, precision, shift):  # type: ignore[no-untyped-def]
+def _leave_one_out(indptr, indices, values, right, precision, shift):  # type: ignore[no-untyped-def]
     error = 0.0
     for i in range(len(indptr) - 1):
         gram, x = precision.copy(), shift.copy()
-        _normal_equations(indptr, indices, values, weights[i], i, right, gram, x)
+        _normal_equations(indptr, indices, values, i, right, gram, x)
         _cholesky(gram)
         _forward(gram, x)
         for k in range(indptr[i], indptr[i + 1]):
@@ -155,6 +150,6 @@ def _leave_one_out(indptr, indices, values, weights, right, precision, shift):  
             for t in range(len(v)):
                 predicted += x[t] * v[t]
                 leverage += v[t] * v[t]
-            gap = (values[k] - predicted) / (1 - weights[i] * leverage)
-            error += weights[i] * gap * gap
+            gap = (values[k] - predicted) / (1 - leverage)
+            error += gap * gap
     return error

@@ -154,8 +154,11 @@ def _leading_eigenpairs(gram: Doubles, limit: int, smallest: float) -> tuple[Dou
 
     Overwrites `gram`: its eigenvectors are as large as it is, and there is no room for a third such matrix.
     """
+    empty = np.diagonal(gram) == 0  # rows of zeros, which rounding must not fill
     # All of them: LAPACK takes longer to find a third.
     squares, vectors = eigh(gram.T, overwrite_a=True, check_finite=False, driver="evr")
     count = min(limit, max(1, int(np.count_nonzero(squares > smallest))))
     values = np.sqrt(np.maximum(squares[::-1][:count], 0))
-    return values, vectors[:, ::-1][:, :count].astype(np.float32)
+    leading = vectors[:, ::-1][:, :count].astype(np.float32)
+    leading[empty] = 0
+    return values, leading

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import resource
 import shutil
@@ -21,6 +22,7 @@ from scialm_dask.config import Settings
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.scratch import MemoryScratch, Scratch, ZarrScratch
+from scialm_dask.data.store import output_error
 from scialm_dask.errors import InputError
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
@@ -28,6 +30,7 @@ from scialm_dask.run.plan import forecast, place_scratch
 from scialm_dask.solve.ialm import Completion, Iteration, complete
 from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepare, survey
 from scialm_dask.solve.stopping import ThresholdStop
+from scialm_dask.solve.transform import cell_model
 from scialm_dask.solve.zeros import choose_zeros, refit
 
 __all__ = ["complete_matrix"]
@@ -100,9 +103,13 @@ def complete_matrix(
         result.summary["peak_memory_bytes"] = _peak_memory()
         result.summary["forecast_memory_bytes"] = (need.memory if folder is None else need.zarr).memory
         result.summary["scratch"] = "memory" if folder is None else "zarr"
-    except BaseException:
+    except BaseException as error:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+            # Tasks that were under way may write once more; no thread does when the process ends.
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise output_error(folder, error) from error
         raise
     if folder is not None:  # the result reads its left factor from there
         weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
@@ -118,11 +125,9 @@ def refit_kept(operator: LowRankPlusSparse) -> Floats:
 def _open_scratch(scratch: str) -> tuple[Scratch, str | None]:
     if scratch == "memory":
         return MemoryScratch(), None
-    kind, _, path = scratch.partition(":")
-    if kind != "zarr" or not path:
-        raise InputError(f"scratch is {scratch!r}; give memory, or zarr:PATH with a folder on a local disk")
+    path = scratch.removeprefix("zarr:")
     if not Path(path).is_dir():
-        raise InputError(f"{path}: no such folder for scratch; create it first")
+        raise InputError(f"{path or scratch}: no such folder for scratch; create it first")
     folder = tempfile.mkdtemp(prefix="scialm-", dir=path)
     return ZarrScratch(folder), folder
 
@@ -208,7 +213,7 @@ def _result(
         summary=report,
         history=history,
         clip=matrix.observed == "nonzero",
-        gene_scale=scale.gene,
+        model=None if blocks.confidence is not None else cell_model(lefts, blocks, report),
     )
     result.summary["mean_imputed_over_observed"] = _mean(result) / report.pop("mean_observed")
     return result

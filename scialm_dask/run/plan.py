@@ -17,7 +17,7 @@ from dask.utils import format_bytes
 
 from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.errors import DoesNotFitError
+from scialm_dask.errors import DoesNotFitError, InputError
 from scialm_dask.linalg.kernels import Block, BlockState, View, visit
 from scialm_dask.solve.rank import basis_width
 
@@ -162,9 +162,13 @@ def place_scratch(scratch: str, need: Forecast, *, memory_limit: int | None, fol
 
     Raises
     ------
+    InputError
+        If `scratch` is none of these.
     DoesNotFitError
         If the forecast is over the limit, or over the free disk.
     """
+    if scratch not in ("auto", "memory") and not scratch.startswith("zarr:"):
+        raise InputError(f"scratch is {scratch!r}; give auto, memory, or zarr:PATH with a folder on a local disk")
     limit = memory_limit or usable_memory()
     kind: Literal["memory", "zarr"] = "memory"
     if scratch.startswith("zarr:") or (scratch == "auto" and need.memory.memory > limit):

@@ -138,7 +138,9 @@ def complete(
     stop = stop or stop_rule(settings)
     svd = first_svd(operator, settings)
     penalty = first_penalty(float(svd.values[0]), operator.observations.n_observed / operator.size)
-    history, growth = zero_iterations(float(svd.values[0]), penalty, operator, settings.max_iterations)
+    history, growth = zero_iterations(
+        float(svd.values[0]), penalty, operator.passes, settings.max_iterations, grow=operator.zeros_unknown
+    )
     for iteration in history:
         on_iteration(iteration)
         rank.update(0)
@@ -205,18 +207,18 @@ def first_penalty(largest: float, density: float) -> Penalty:
 
 
 def zero_iterations(
-    largest: float, penalty: Penalty, operator: LowRankPlusSparse, most: int
+    largest: float, penalty: Penalty, passes: int, most: int, *, grow: bool = True
 ) -> tuple[list[Iteration], float]:
     """Make the iterations, `most` at most, whose threshold is over σ₁(W): A is zero and W only grows, by a scalar.
 
-    Returns the iterations, and the factor by which W has grown. Where zeros are trusted it does not: the multiplier
-    is not to make up for shrinkage on the observed entries alone.
+    Returns the iterations, and the factor by which W has grown. Where zeros are trusted it does not `grow`: the
+    multiplier is not to make up for shrinkage on the observed entries alone.
     """
     iterations: list[Iteration] = []
     growth = 1.0
     while growth * largest <= penalty.threshold and len(iterations) < most:
-        iterations.append(Iteration(len(iterations) + 1, 0, penalty.threshold, 1.0, 1.0, operator.passes))
-        growth = 1 + growth / penalty.rho if operator.zeros_unknown else 1.0
+        iterations.append(Iteration(len(iterations) + 1, 0, penalty.threshold, 1.0, 1.0, passes))
+        growth = 1 + growth / penalty.rho if grow else 1.0
         penalty = penalty.next()
     return iterations, growth
 

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dask
 import numpy as np
+from dask.delayed import Delayed
 from numpy.typing import NDArray
 
-from scialm_dask.data.factors import Imputation
+from scialm_dask.data.factors import CellModel, Imputation
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
 from scialm_dask.errors import InputError
 from scialm_dask.linalg.cellwise import RowProblems, leave_one_out, solve_rows
 from scialm_dask.linalg.kernels import Doubles, Floats
+from scialm_dask.solve.scaling import PreparedBlocks
 
 if TYPE_CHECKING:
     import pandas as pd
     import scipy.sparse as sp
 
-__all__ = ["transform"]
+__all__ = ["cell_model", "transform"]
 
 _RUNS, _RUN_CELLS = 16, 64  # cells to learn the noise from: a thousand, all over the matrix
 _MOST_STEPS = 60  # of the search: from anywhere in float32's range
@@ -61,19 +64,24 @@ def transform(
         If fewer genes match than the result has factors, names are ambiguous, or one is of counts and the other not.
     """
     matrix, obs, names = _cells_of(matrix, layer)
+    if result.model is None:
+        raise InputError(
+            "the result says nothing of other cells: zeros had weight in it, or it is not of `impute`; fit with "
+            "zeros unknown, as preset auto does"
+        )
     columns = _matching(result, names, matrix)
     sample = _sample(matrix)
-    rule, note = _noise_rule(result, sample, obs)
-    model = _model(result, columns, rule)
-    noise = model.least_noise(sample, matrix.name)
+    sizes, note = _size_factors(result.model, sample, obs)
+    solver = _Solver(result.model, columns, result.right * result.model.gene_scale[:, None], sizes)
+    noise = solver.least_noise(sample, matrix.name)
 
     import dask.array as da
 
-    solve, shared = dask.delayed(_solve_block), dask.delayed(model, traverse=False)
-    precision = model.precision(noise)
+    solve, shared = dask.delayed(_solve_block), dask.delayed(replace(solver, sizes=None), traverse=False)
+    precision = solver.precision(noise)
     pieces = [
         da.from_delayed(
-            solve(shared, matrix, b, rule.totals_of(slice(start, stop)), precision),
+            solve(shared, matrix, b, None if sizes is None else sizes[start:stop], precision),
             shape=(stop - start, result.rank),
             dtype=np.float32,
         )
@@ -91,30 +99,7 @@ def transform(
         "source": matrix.name,
         "fitted_on": result.summary.get("source"),
     }
-    summary |= {key: result.summary[key] for key in ("settings", "raw_counts", "residual") if key in result.summary}
     return result.of_cells(da.concatenate(pieces, axis=0), obs, summary)
-
-
-@dataclass(frozen=True)
-class _NoiseRule:
-    """How the noise of cells differs: its variance is total^exponent, of the cell's counts or of their inverse.
-
-    ``totals`` are those before normalisation, None for raw counts, whose totals are taken as they are read.
-    """
-
-    exponent: float
-    totals: Doubles | None
-
-    def totals_of(self, cells: slice) -> Doubles | None:
-        """Totals of some cells, where they are known beforehand."""
-        return None if self.totals is None else self.totals[cells]
-
-    def weights(self, csr: sp.csr_matrix, totals: Doubles | None) -> Doubles:
-        """One over the variance, of each cell of a block; ones for cells without counts."""
-        size = (
-            np.asarray(csr.sum(axis=1, dtype=np.float64)).ravel() if totals is None else 1 / np.maximum(totals, 1e-300)
-        )
-        return np.where(size > 0, size, 1.0) ** -self.exponent
 
 
 class _Run(NamedTuple):
@@ -125,46 +110,53 @@ class _Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Model:
-    """What the fit knows of cells: gene factors and scales, and mean and covariance of the left factor's rows.
+class _Solver:
+    """The problems of cells, on the scale of the fit.
 
-    ``columns`` gives for each gene of the new cells its place in the fit, or −1.
+    ``columns`` gives for each gene of the new cells its place in the fit, or −1; ``right`` is V, ``sizes`` are the
+    size factors of all cells, None where they are the totals of what is read.
     """
 
+    model: CellModel
     columns: NDArray[np.intp]
     right: Floats
-    gene_scale: Floats
-    mean: Doubles
-    covariance: Doubles
-    residual: float
-    rule: _NoiseRule
+    sizes: Doubles | None
 
-    def problems(self, csr: sp.csr_matrix, totals: Doubles | None) -> RowProblems:
-        """Scale what is observed of the genes of the fit."""
+    def problems(self, csr: sp.csr_matrix, sizes: Doubles | None) -> tuple[RowProblems, Doubles]:
+        """Scale what is observed of the genes of the fit; give the scales of the cells too."""
         at = self.columns[csr.indices]
         known = at >= 0
         indptr = np.concatenate([[0], np.cumsum(known)])[csr.indptr]
         indices = at[known].astype(np.int32)
-        return RowProblems(indptr, indices, csr.data[known] * self.gene_scale[indices], self.rule.weights(csr, totals))
+        values = csr.data[known]
+        rows = np.repeat(np.arange(csr.shape[0]), np.diff(indptr))
+        if sizes is None:
+            sizes = np.bincount(rows, weights=values, minlength=csr.shape[0])
+        scale = np.where(sizes > 0, sizes / self.model.centre, 1.0) ** -self.model.cell_exponent
+        values = (values * self.model.gene_scale[indices] * scale[rows]).astype(np.float32)
+        return RowProblems(indptr, indices, values), scale
 
     def precision(self, noise: float) -> Doubles:
         """Noise over covariance; what rounding has left of a direction without spread is not taken for spread."""
-        floor = np.finfo(np.float32).eps * np.trace(self.covariance) + np.finfo(np.float64).tiny
-        return noise * np.linalg.inv(self.covariance + floor * np.eye(len(self.mean)))
+        covariance = self.model.covariance
+        floor = np.finfo(np.float32).eps * np.trace(covariance) + np.finfo(np.float64).tiny
+        inverse: Doubles = np.linalg.inv(covariance + floor * np.eye(len(covariance)))
+        return noise * inverse
 
     def least_noise(self, sample: list[_Run], name: str) -> float:
-        """Search, by factors of two, for the noise at which the leave-one-out error of the sample is least."""
-        problems = [self.problems(csr, self.rule.totals_of(cells)) for csr, cells in sample]
-        squares = np.concatenate([np.repeat(p.weights, np.diff(p.indptr)) * np.square(p.values) for p in problems])
-        if not squares.any():
+        """Search, by factors of √2, for the noise at which the leave-one-out error of the sample is least."""
+        sizes = self.sizes
+        problems = [self.problems(csr, None if sizes is None else sizes[cells])[0] for csr, cells in sample]
+        values = np.concatenate([p.values for p in problems])
+        if not values.any():
             raise InputError(f"{name}: no entry of the sampled cells is of a gene of the fit; check the matrix")
 
         def error(noise: float) -> float:
-            return sum(leave_one_out(p, self.right, self.precision(noise), self.mean) for p in problems)
+            return sum(leave_one_out(p, self.right, self.precision(noise), self.model.mean) for p in problems)
 
-        noise = self.residual**2 * float(squares.mean())
+        noise = (self.model.residual or 1.0) ** 2 * float(np.square(values, dtype=np.float64).mean())
         least = error(noise)
-        for factor in (2.0, 0.5):
+        for factor in (np.sqrt(2), np.sqrt(0.5)):
             for _ in range(_MOST_STEPS):
                 latest = error(noise * factor)
                 if not latest < least:
@@ -222,40 +214,40 @@ def _sample(matrix: ExpressionMatrix) -> list[_Run]:
     return [_Run(cut.read_block(run), slice(*cut.blocks[run])) for run in runs]
 
 
-def _noise_rule(result: Imputation, sample: list[_Run], obs: pd.DataFrame) -> tuple[_NoiseRule, str]:
-    """Treat cells as the fit did: see `scialm_dask.solve.scaling`."""
+def _size_factors(model: CellModel, sample: list[_Run], obs: pd.DataFrame) -> tuple[Doubles | None, str]:
+    """Scale cells as the fit did; see `scialm_dask.solve.scaling.scales_of`."""
     counts = not any(np.any(csr.data % 1) for csr, _ in sample)
-    of_counts = result.summary.get("raw_counts", counts)
-    if counts != of_counts:
-        kinds = {True: "raw counts", False: "not raw counts"}
+    if model.cell_exponent == 0:
+        return None, "cells not scaled, as in the fit"
+    if counts != model.raw_counts:
+        kinds = {True: "raw counts", False: "no raw counts"}
         raise InputError(
-            f"new cells are {kinds[counts]}, the cells of the fit were {kinds[of_counts]}; give the same kind"
+            f"the new cells are {kinds[counts]}, those of the fit were {kinds[model.raw_counts]}; give the same kind"
         )
-    exponent = 2 * result.summary.get("settings", {}).get("scaling", (0.0, 0.0))[1]
-    if exponent == 0 or result.gene_scale is None:
-        return _NoiseRule(0.0, None), "cells weighed alike, as in the fit"
     if counts:
-        return _NoiseRule(exponent, None), "cells weighed by their totals"
+        return None, "cells scaled by their totals"
     if "total_counts" not in obs:
-        return _NoiseRule(0.0, None), "cells weighed alike, as obs has no total_counts"
-    return _NoiseRule(exponent, obs["total_counts"].to_numpy(np.float64)), "cells weighed by obs['total_counts']"
+        return np.full(len(obs), model.centre), "cells not scaled, as obs has no total_counts"
+    totals = obs["total_counts"].to_numpy(np.float64)
+    sizes = np.divide(1.0, totals, out=np.zeros_like(totals), where=totals > 0)
+    return sizes, "cells scaled by obs['total_counts']"
 
 
-def _model(result: Imputation, columns: NDArray[np.intp], rule: _NoiseRule) -> _Model:
-    """Sum up the left factor of the fit, block by block, and put the right one on the scale of even noise."""
-    parts = [dask.delayed(_moments)(block) for block in result.left.to_delayed().ravel()]
-    total, squares = tree_reduce(parts, _add).compute()
-    n_cells, n_genes = result.shape
+def cell_model(lefts: list[Delayed], blocks: PreparedBlocks, report: Mapping[str, Any]) -> CellModel:
+    """Sum up the rows of a fitted left factor, not yet scaled back, block by block."""
+    n_cells, n_genes = blocks.shape
+    moments = dask.delayed(_moments)
+    total, squares = tree_reduce([moments(left) for left in lefts], _add).compute()
     mean = total / n_cells
-    gene_scale = np.ones(n_genes, np.float32) if result.gene_scale is None else result.gene_scale
-    return _Model(
-        columns,
-        result.right * gene_scale[:, None],
-        gene_scale,
-        mean,
-        squares / n_cells - np.outer(mean, mean),
-        float(result.summary.get("residual") or 1.0),
-        rule,
+    scales = blocks.scales
+    return CellModel(
+        gene_scale=np.ones(n_genes, np.float32) if scales.gene is None else scales.gene,
+        mean=mean,
+        covariance=squares / n_cells - np.outer(mean, mean),
+        residual=float(report["residual"]),
+        raw_counts=bool(report["raw_counts"]),
+        cell_exponent=0.0 if scales.cell is None else float(report["settings"]["scaling"][1]),
+        centre=scales.centre,
     )
 
 
@@ -269,9 +261,9 @@ def _add(one: tuple[Doubles, Doubles], other: tuple[Doubles, Doubles]) -> tuple[
 
 
 def _solve_block(
-    model: _Model, matrix: ExpressionMatrix, block: int, totals: Doubles | None, precision: Doubles
+    solver: _Solver, matrix: ExpressionMatrix, block: int, sizes: Doubles | None, precision: Doubles
 ) -> Floats:
-    problems = model.problems(matrix.read_block(block), totals)
-    left = solve_rows(problems, model.right, precision, model.mean)
+    problems, scale = solver.problems(matrix.read_block(block), sizes)
+    left = solve_rows(problems, solver.right, precision, solver.model.mean) / scale[:, None]
     left[np.diff(problems.indptr) == 0] = 0
-    return left
+    return left.astype(np.float32)

@@ -89,7 +89,7 @@ def test_two_passes_come_close_to_exact_svds():
     matrix = low_rank_counts(80, 60, seed=3)
     hidden = hide(matrix, 0.1, 0)
     settings = preset("auto", scaling="none")
-    completion, A = run(matrix, settings, hidden=hidden)
+    completion, _ = run(matrix, settings, hidden=hidden)
     expected = twin(matrix, settings, hidden)
     best = min(i.held_out for i in completion.history)
     assert best < 1.01 * min(expected.held_out)
@@ -99,17 +99,18 @@ def test_two_passes_come_close_to_exact_svds():
 def test_zero_iterations_are_made_in_closed_form():
     """Against the twin, which makes them one by one."""
     matrix = low_rank_counts(40, 30, seed=4)
+    operator = operator_of(matrix)
     sigma = np.linalg.norm(matrix.toarray(), 2)
     for density in (matrix.nnz / matrix.shape[0] / matrix.shape[1], 1e-4, 1.0):
         penalty = first_penalty(sigma, density)
         assert penalty.mu == 0.3 / sigma
         assert penalty.rho == 1.1 + 2.5 * density
-        iterations, growth = zero_iterations(sigma, penalty, 7, 1000)
+        iterations, growth = zero_iterations(sigma, penalty, operator, 1000)
         w, mu = sigma, penalty.mu
         for iteration in iterations:
             assert w <= 1 / mu
             assert iteration.threshold == pytest.approx(1 / mu)
-            assert (iteration.rank, iteration.residual, iteration.passes) == (0, 1.0, 7)
+            assert (iteration.rank, iteration.residual, iteration.passes) == (0, 1.0, operator.passes)
             w, mu = sigma + w / penalty.rho, mu * penalty.rho
         assert w > 1 / mu
         assert growth == pytest.approx(w / sigma)
@@ -132,9 +133,8 @@ def test_thresholds_fall_by_rho():
 
 
 def test_thresholding_keeps_what_is_over_and_no_more_than_the_limit():
-    svd = PartialSVD(
-        np.array([5.0, 3.0, 2.0, 1.0]), np.eye(6, 4, dtype=np.float32), np.diag([1 / 5, 1 / 3, 1 / 2, 1.0])
-    )
+    values = np.array([5.0, 3.0, 2.0, 1.0])
+    svd = PartialSVD(values, np.eye(6, 4, dtype=np.float32), np.diag(1 / values))
     low_rank = singular_value_thresholding(svd, 1.5, limit=9)
     assert low_rank.values == (3.5, 1.5, 0.5)
     np.testing.assert_allclose(low_rank.rotation, np.diag([3.5 / 5, 1.5 / 3, 0.5 / 2, 0])[:, :3])

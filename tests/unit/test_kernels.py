@@ -40,6 +40,11 @@ def state_of(block, rank, width=3, n_hidden=7, seed=0):
     return BlockState(estimate, rough(rng, block.n_rows, rank), rough(rng, block.n_rows, width))
 
 
+def view_of(right, basis=None, step=None):
+    """Without confidence in zeros: W = U Vᵀ + S."""
+    return View(right, right, basis=basis, overlap=None if basis is None else right.T @ basis, step=step)
+
+
 def dense_of(block, values):
     rows = np.repeat(np.arange(block.n_rows), np.diff(block.indptr))
     return sp.csr_matrix((values, (rows, block.indices)), shape=(block.n_rows, block.n_columns)).toarray()
