@@ -1,6 +1,7 @@
 """What a run costs whatever the machine: passes per iteration, tasks and reads per pass."""
 
 from collections import Counter
+from itertools import pairwise
 
 import dask
 import numpy as np
@@ -39,10 +40,7 @@ def cost_of_iterations(folder, n_blocks, **changes):
         operator = LowRankPlusSparse(source, ZarrScratch(str(folder)), resident=False)
         complete(operator, preset("auto", **changes), note)
     costs = [cost for cost in costs if cost[0] > 0]
-    return [
-        (after[1] - before[1], after[2] - before[2], after[3] - before[3])
-        for before, after in zip(costs, costs[1:], strict=False)
-    ]
+    return [(after[1] - before[1], after[2] - before[2], after[3] - before[3]) for before, after in pairwise(costs)]
 
 
 @pytest.mark.parametrize("n_blocks", [1, 2, 7])
