@@ -131,7 +131,7 @@ class _Solver:
         values = csr.data[known]
         rows = np.repeat(np.arange(csr.shape[0]), np.diff(indptr))
         if sizes is None:
-            sizes = np.bincount(rows, weights=values, minlength=csr.shape[0])
+            sizes = np.bincount(rows, weights=values, minlength=csr.shape[0]).astype(np.float64)
         scale = np.where(sizes > 0, sizes / self.model.centre, 1.0) ** -self.model.cell_exponent
         values = (values * self.model.gene_scale[indices] * scale[rows]).astype(np.float32)
         return RowProblems(indptr, indices, values), scale
