@@ -16,6 +16,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from scialm_dask.linalg.tiles import gather, sampled, scatter
+
 __all__ = ["Block", "BlockState", "Step", "Sums", "View", "add_sums", "quadratic", "sampled_product", "visit"]
 
 Floats = NDArray[np.float32]
@@ -35,7 +37,7 @@ class Block:
     Parameters
     ----------
     indptr, indices
-        CSR pattern of the observed entries; shapes ``(m + 1,)`` and ``(N,)``.
+        CSR pattern of the observed entries, columns ascending; shapes ``(m + 1,)`` and ``(N,)``.
     observed
         Their values d, float32, shape ``(N,)``.
     n_columns
@@ -173,8 +175,8 @@ def visit(block: Block, state: BlockState, view: View) -> tuple[BlockState, Sums
     if block.is_dense:
         _dense_products(block, sparse, view.basis, sketch, cross)
     else:
-        _gather(block.indptr, block.indices, sparse, view.basis, sketch)
-        _scatter(block.indptr, block.indices, sparse, sketch, cross)
+        gather(block.indptr, block.indices, sparse, view.basis, sketch)
+        scatter(block.indptr, block.indices, sparse, sketch, cross)
     wide = sketch.astype(np.float64)
     sums = Sums(cross, left.T.astype(np.float64) @ wide, wide.T @ wide, misfit, held_out)
     return replace(state, sketch=sketch), sums
@@ -182,14 +184,11 @@ def visit(block: Block, state: BlockState, view: View) -> tuple[BlockState, Sums
 
 def sampled_product(block: Block, left: Floats, right: Floats) -> Floats:
     """(U Vᵀ) at the observed entries, float32, shape ``(N,)``."""
+    if not block.is_dense:
+        return sampled(block.indptr, block.indices, left, right)
     values = np.empty(len(block.indices), np.float32)
-    if left.shape[1] == 0:
-        values[:] = 0
-    elif block.is_dense:
-        for rows, entries in _panels(block):
-            values[entries] = (left[rows] @ right.T)[_row_of(block, rows), block.indices[entries]]
-    else:
-        _sampled(block.indptr, block.indices, left, right, values)
+    for rows, entries in _panels(block):
+        values[entries] = (left[rows] @ right.T)[_row_of(block, rows), block.indices[entries]]
     return values
 
 
@@ -214,7 +213,7 @@ def project(block: Block, state: BlockState, view: View) -> Sums:
     """Compute what Wᵀ Y needs of the block, for given rows Y of orthonormal left vectors in ``state.sketch``."""
     sparse, left = _sparse(block, state, view), _spread_left(block, state.left, view)
     cross = np.zeros((block.n_columns, state.sketch.shape[1]), np.float32)
-    _scatter(block.indptr, block.indices, sparse, state.sketch, cross)
+    scatter(block.indptr, block.indices, sparse, state.sketch, cross)
     wide = state.sketch.astype(np.float64)
     return Sums(cross, left.T.astype(np.float64) @ wide, wide.T @ wide, 0.0, 0.0)
 
@@ -223,7 +222,7 @@ def column_gram(block: Block, state: BlockState, view: View) -> tuple[Doubles, D
     """LᵀL, LᵀS and SᵀS (n × n), float64, of which WᵀW is made."""
     sparse, left = _sparse(block, state, view), _spread_left(block, state.left, view)
     cross = np.zeros((block.n_columns, left.shape[1]), np.float32)
-    _scatter(block.indptr, block.indices, sparse, left, cross)
+    scatter(block.indptr, block.indices, sparse, left, cross)
     gram = np.zeros((block.n_columns, block.n_columns))
     for rows, entries in _panels(block):
         panel = _dense_panel(block, sparse, rows, entries)
@@ -243,7 +242,7 @@ def row_half(block: Block, state: BlockState, view: View) -> RowHalf:
     """Prepare a block for `row_gram`."""
     sparse = _sparse(block, state, view)
     sparse_right = np.zeros((block.n_rows, view.spread.shape[1]), np.float32)
-    _gather(block.indptr, block.indices, sparse, view.spread, sparse_right)
+    gather(block.indptr, block.indices, sparse, view.spread, sparse_right)
     return RowHalf(_spread_left(block, state.left, view), sparse_right, sparse)
 
 
@@ -312,28 +311,6 @@ def _dense_products(block: Block, sparse: Floats, basis: Floats, sketch: Floats,
 
 
 @_jit
-def _sampled(indptr, indices, left, right, values):  # type: ignore[no-untyped-def]
-    rank = left.shape[1]
-    for i in range(len(indptr) - 1):
-        u = left[i]
-        k, end = indptr[i], indptr[i + 1]
-        while k + 2 <= end:  # two at a time: u is loaded once for both
-            v0, v1 = right[indices[k]], right[indices[k + 1]]
-            a0, a1 = np.float32(0), np.float32(0)
-            for t in range(rank):
-                a0 += u[t] * v0[t]
-                a1 += u[t] * v1[t]
-            values[k], values[k + 1] = a0, a1
-            k += 2
-        if k < end:
-            v0 = right[indices[k]]
-            a0 = np.float32(0)
-            for t in range(rank):
-                a0 += u[t] * v0[t]
-            values[k] = a0
-
-
-@_jit
 def _advance(observed, estimate, growth, ratio, trust, a, new):  # type: ignore[no-untyped-def]
     """Take w ← d + (1 − ω)(w − a)/ρ; `a` becomes the sparse part of W. Returns the sums of (d − a)².
 
@@ -360,35 +337,3 @@ def _sparse_part(estimate, trust, a):  # type: ignore[no-untyped-def]
     for k in range(len(estimate)):
         w = estimate[k]
         a[k] = (w if w == w else a[k]) - trust[k] * a[k]
-
-
-@_jit
-def _gather(indptr, indices, sparse, basis, sketch):  # type: ignore[no-untyped-def]
-    """Add S Q to the sketch."""
-    width = basis.shape[1]
-    for i in range(len(indptr) - 1):
-        y = sketch[i]
-        k, end = indptr[i], indptr[i + 1]
-        while k + 4 <= end:  # four at a time: y is loaded and stored once for all
-            q0, q1, q2, q3 = basis[indices[k]], basis[indices[k + 1]], basis[indices[k + 2]], basis[indices[k + 3]]
-            s0, s1, s2, s3 = sparse[k], sparse[k + 1], sparse[k + 2], sparse[k + 3]
-            for t in range(width):
-                y[t] += s0 * q0[t] + s1 * q1[t] + s2 * q2[t] + s3 * q3[t]
-            k += 4
-        while k < end:
-            q0, s0 = basis[indices[k]], sparse[k]
-            for t in range(width):
-                y[t] += s0 * q0[t]
-            k += 1
-
-
-@_jit
-def _scatter(indptr, indices, sparse, sketch, cross):  # type: ignore[no-untyped-def]
-    """Add Sᵀ (W Q) to the cross product."""
-    width = sketch.shape[1]
-    for i in range(len(indptr) - 1):
-        y = sketch[i]
-        for k in range(indptr[i], indptr[i + 1]):
-            z, s = cross[indices[k]], sparse[k]
-            for t in range(width):
-                z[t] += s * y[t]

@@ -105,7 +105,7 @@ def test_zero_iterations_are_made_in_closed_form():
         penalty = first_penalty(sigma, density)
         assert penalty.mu == 0.3 / sigma
         assert penalty.rho == 1.1 + 2.5 * density
-        iterations, growth = zero_iterations(sigma, penalty, operator, 1000)
+        iterations, growth = zero_iterations(sigma, penalty, operator.passes, 1000)
         w, mu = sigma, penalty.mu
         for iteration in iterations:
             assert w <= 1 / mu

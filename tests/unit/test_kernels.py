@@ -58,10 +58,6 @@ def sparse_part(block, state, right):
     return np.where(dense_of(block, known), S - A, 0), A
 
 
-def view_of(right, basis=None, step=None):
-    return View(right, right, basis=basis, overlap=None if basis is None else right.T @ basis, step=step)
-
-
 def close(got, expected):
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5 * max(1, np.abs(expected).max(initial=0)))
 
