@@ -17,6 +17,7 @@ __all__ = [
     "Settings",
     "__version__",
     "balanced_pools",
+    "biological_zeros",
     "gene_scores",
     "impute",
     "measure",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.errors import InputError, ScialmError
     from scialm_dask.evaluate.gene_scores import gene_scores
+    from scialm_dask.solve.alra import biological_zeros
     from scialm_dask.solve.pooled_als import PooledALS
     from scialm_dask.solve.pooled_nuclear import PooledNuclearNorm
     from scialm_dask.solve.pools import balanced_pools, measure, pool_report, random_pools
@@ -44,6 +46,7 @@ _HOME = {
     "ScialmError": "errors",
     "Settings": "config",
     "balanced_pools": "solve.pools",
+    "biological_zeros": "solve.alra",
     "gene_scores": "evaluate.gene_scores",
     "impute": "api",
     "measure": "solve.pools",

@@ -212,7 +212,8 @@ def simulate(
 @click.option("--memory-limit", default=None, help="Most memory to use, such as 8GB.  [default: what is free]")
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @click.option("--write", type=click.Choice(["factors", "dense"]), default="factors", help="dense: the matrix as X too.")
-@click.option("--keep-observed", is_flag=True, help="With --write dense: leave observed entries as they were.")
+@click.option("--keep-observed", is_flag=True, help="In X, leave observed entries as they were.")
+@click.option("--preserve-zeros", is_flag=True, help="Write X, sparse: biological zeros (rule of ALRA) stay zero.")
 @layer_option
 @missing_chunks_option
 @overwrite_option
@@ -228,6 +229,7 @@ def impute(
     blocks: int | None,
     write: str,
     keep_observed: bool,
+    preserve_zeros: bool,
     layer: str | None,
     missing_chunks_are_zeros: bool,
     overwrite: bool,
@@ -240,8 +242,10 @@ def impute(
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.data.store import check_output
 
-    if keep_observed and write != "dense":
-        raise click.UsageError("--keep-observed goes with --write dense")
+    if keep_observed and write != "dense" and not preserve_zeros:
+        raise click.UsageError("--keep-observed goes with --write dense or --preserve-zeros")
+    if preserve_zeros and (write == "dense" or observed == "finite"):
+        raise click.UsageError("--preserve-zeros writes a sparse X and goes neither with dense nor with finite")
     settings_of(preset, **settings)
     check_output(dst, overwrite=overwrite, sources=(src,))
     matrix = ExpressionMatrix.open(
@@ -261,11 +265,46 @@ def impute(
         dst,
         dense=write == "dense",
         keep_observed=matrix if keep_observed else None,
+        preserve_zeros=_zeros_of(matrix, result, dst) if preserve_zeros else None,
         overwrite=overwrite,
         sources=(src,),
     )
     hidden = ("settings", "singular_values")
     return {"destination": dst} | {key: value for key, value in result.summary.items() if key not in hidden}
+
+
+def _zeros_of(matrix: Any, result: Any, dst: str) -> Any:
+    """Find biological zeros, with the working state where that of the fit was."""
+    from scialm_dask.solve.alra import biological_zeros
+
+    folder = os.path.dirname(os.path.abspath(dst)) if result.summary["scratch"] == "zarr" else None
+    return biological_zeros(matrix, seed=result.summary["settings"]["seed"], scratch_folder=folder)
+
+
+@main.command()
+@click.argument("result", metavar="RESULT.zarr")
+@click.argument("src", metavar="SRC")
+@click.argument("dst", metavar="DST.zarr")
+@layer_option
+@missing_chunks_option
+@overwrite_option
+@reports
+def transform(
+    result: str, src: str, dst: str, layer: str | None, missing_chunks_are_zeros: bool, overwrite: bool
+) -> dict[str, Any]:
+    """Complete the cells of SRC, which were not in the fit, with the gene factors of RESULT.zarr.
+
+    Genes are matched by name. SRC must be on the scale of the matrix of the fit.
+    """
+    from scialm_dask.data.factors import Imputation
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.data.store import check_output
+
+    check_output(dst, overwrite=overwrite, sources=(src, result))
+    matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
+    completed = Imputation.open(result).transform(matrix)
+    completed.to_zarr(dst, overwrite=overwrite, sources=(src, result))
+    return {"destination": dst, **completed.summary}
 
 
 @main.command()

@@ -73,9 +73,15 @@ class CellModel:
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> CellModel:
         """Make one from what AnnData has read."""
-        arrays = {name: np.asarray(stored[name]) for name in ("gene_scale", "mean", "covariance")}
-        numbers = {name: float(stored[name]) for name in ("residual", "cell_exponent", "centre")}
-        return cls(**arrays, **numbers, raw_counts=bool(stored["raw_counts"]))
+        return cls(
+            np.asarray(stored["gene_scale"]),
+            np.asarray(stored["mean"]),
+            np.asarray(stored["covariance"]),
+            residual=float(stored["residual"]),
+            raw_counts=bool(stored["raw_counts"]),
+            cell_exponent=float(stored["cell_exponent"]),
+            centre=float(stored["centre"]),
+        )
 
 
 class Imputation:
@@ -188,7 +194,30 @@ class Imputation:
         return np.maximum(dense, 0, out=dense) if self._clip else dense
 
     def transform(self, matrix: Any, *, layer: str | None = None) -> Imputation:
-        """Complete cells that were not in the fit; see `scialm_dask.solve.transform.transform`."""
+        """Complete cells that were not in the fit, with its gene factors: one pass, a small problem for each cell.
+
+        Parameters
+        ----------
+        matrix
+            New cells × genes, on the scale of the matrix of the fit: raw counts if those were, else normalised to
+            the same total. An `ExpressionMatrix`, an AnnData, a path to a store, or an array, which has no names
+            and must have the genes of the fit in their order. Otherwise genes are matched by name; some may be
+            missing.
+        layer
+            Layer to read instead of X.
+
+        Returns
+        -------
+        Imputation
+            Of the new cells × the genes of the fit. Its left factor is lazy: cells are read when they are asked for.
+            A cell without an observed entry is zero.
+
+        Raises
+        ------
+        InputError
+            If too few genes match, names are ambiguous, one is of raw counts and the other not, or zeros had weight
+            in the fit.
+        """
         from scialm_dask.solve.transform import transform
 
         return transform(self, matrix, layer=layer)

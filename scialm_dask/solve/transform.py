@@ -131,7 +131,7 @@ class _Solver:
         values = csr.data[known]
         rows = np.repeat(np.arange(csr.shape[0]), np.diff(indptr))
         if sizes is None:
-            sizes = np.bincount(rows, weights=values, minlength=csr.shape[0])
+            sizes = np.bincount(rows, weights=values, minlength=csr.shape[0]).astype(np.float64)
         scale = np.where(sizes > 0, sizes / self.model.centre, 1.0) ** -self.model.cell_exponent
         values = (values * self.model.gene_scale[indices] * scale[rows]).astype(np.float32)
         return RowProblems(indptr, indices, values), scale
@@ -190,13 +190,13 @@ def _matching(result: Imputation, names: pd.Index | None, matrix: ExpressionMatr
         return np.arange(n_fitted)
     for where, index in (("the fit", result.var.index), (matrix.name, names)):
         if not index.is_unique:
-            raise InputError(f"{where}: several genes are named {index[index.duplicated()][0]!r}; make names unique")
+            raise InputError(f"{where}: several genes are named {index[index.duplicated()][0]}; make names unique")
     columns: NDArray[np.intp] = result.var.index.get_indexer(names)
     matched = int(np.count_nonzero(columns >= 0))
-    if matched <= result.rank:
+    if matched < result.rank:
         raise InputError(
-            f"{matrix.name}: {matched} of {n_given} genes are in the fit, by names such as {names[0]!r} and there "
-            f"{result.var.index[0]!r}; more than {result.rank}, the rank of the fit, are needed"
+            f"{matrix.name}: {matched} of {n_given} genes are in the fit, by names such as {names[0]} and there "
+            f"{result.var.index[0]}; {result.rank} at least, the rank of the fit, are needed"
         )
     return columns
 

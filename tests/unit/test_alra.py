@@ -1,0 +1,83 @@
+import anndata
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from scialm_dask import ExpressionMatrix, InputError, biological_zeros, impute
+from scialm_dask.data.layout import RowBlocks
+from scialm_dask.solve.alra import spectral_gap_rank
+
+M, N = 300, 120
+
+
+@pytest.fixture(scope="module")
+def two_types():
+    """Half of the cells express the first half of the genes, the others the second; the rest are true zeros."""
+    rng = np.random.default_rng(0)
+    expressed = (np.arange(M)[:, None] < M // 2) == (np.arange(N) < N // 2)
+    counts = rng.poisson(np.where(expressed, rng.uniform(1, 3, N), 0.0))
+    return sp.csr_matrix(counts.astype(np.float32)), expressed
+
+
+def test_zeros_of_the_other_type_stay(two_types):
+    X, expressed = two_types
+    allowed = biological_zeros(ExpressionMatrix.of(X)).expressed(0, M)
+    assert allowed[~expressed].mean() < 0.02
+    assert allowed[expressed].mean() > 0.9
+
+
+def test_rule_is_that_of_the_dense_matrix(two_types):
+    detected = (two_types[0].toarray() > 0).astype(np.float64)
+    left, values, right = np.linalg.svd(detected, full_matrices=False)
+    k = spectral_gap_rank(values[:100])
+    dense = (left[:, :k] * values[:k]) @ right[:k]
+    zeros = biological_zeros(ExpressionMatrix.of(two_types[0]))
+    assert zeros.rank == k
+    np.testing.assert_allclose(zeros.thresholds, np.maximum(-dense.min(axis=0), 0), atol=1e-3)
+
+
+def test_blocks_and_scratch_change_nothing_but_rounding(two_types, tmp_path):
+    matrix = ExpressionMatrix.of(two_types[0])
+    whole = biological_zeros(matrix.with_blocks(RowBlocks((0, M))))
+    cut = biological_zeros(matrix.with_blocks(RowBlocks((0, 70, 200, M))), scratch_folder=str(tmp_path))
+    np.testing.assert_allclose(whole.left.compute() @ whole.right.T, cut.left.compute() @ cut.right.T, atol=1e-3)
+    del cut
+    assert not list(tmp_path.iterdir())
+
+
+def test_spectral_gap_rank():
+    values = np.concatenate([[50.0, 40.0, 30.0], np.linspace(10, 9, 97) + 1e-3 * np.sin(np.arange(97))])
+    assert spectral_gap_rank(values) == 3
+
+
+def test_sparse_result(two_types, tmp_path):
+    X, _ = two_types
+    result = impute(X)
+    matrix = ExpressionMatrix.of(X)
+    zeros = biological_zeros(matrix)
+    result.to_zarr(tmp_path / "a.zarr", preserve_zeros=zeros)
+    written = anndata.read_zarr(tmp_path / "a.zarr").X
+    assert sp.issparse(written)
+    dense, imputed, seen = written.toarray(), result[:, :], X.toarray() > 0
+    assert not dense[~zeros.expressed(0, M) & ~seen].any()
+    assert (dense[seen] > 0).all()
+    kept = zeros.expressed(0, M) & ~seen
+    np.testing.assert_array_equal(dense[kept], imputed[kept])
+    result.to_zarr(tmp_path / "b.zarr", preserve_zeros=zeros, keep_observed=matrix)
+    np.testing.assert_array_equal(anndata.read_zarr(tmp_path / "b.zarr").X.toarray()[seen], X.toarray()[seen])
+
+
+def test_unusable_matrices_are_refused(two_types):
+    with pytest.raises(InputError, match="zeros are observed values"):
+        biological_zeros(ExpressionMatrix.of(two_types[0], observed="finite"))
+    with pytest.raises(InputError, match="at least 20 of both"):
+        biological_zeros(ExpressionMatrix.of(two_types[0][:19]))
+
+
+def test_command(cli, store_of, two_types, tmp_path):
+    source = store_of(two_types[0])
+    done = cli("impute", source, tmp_path / "out.zarr", "--preserve-zeros", "--scratch", f"zarr:{tmp_path}")
+    assert done.exit_code == 0, done.output
+    assert sp.issparse(anndata.read_zarr(tmp_path / "out.zarr").X)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.zarr", "source.zarr"]
+    assert cli("impute", source, tmp_path / "b.zarr", "--preserve-zeros", "--write", "dense").exit_code == 2

@@ -1,0 +1,108 @@
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from problems import low_rank_counts
+
+from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
+from scialm_dask.data.layout import RowBlocks
+
+N_CELLS, N_GENES = 240, 90
+NAMES = np.array([f"gene{j}" for j in range(N_GENES)])
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return low_rank_counts(N_CELLS, N_GENES, rank=3, density=0.5, seed=3)
+
+
+@pytest.fixture(scope="module")
+def fitted(cells):
+    result = impute(ExpressionMatrix.of(cells[:200]), max_rank=6)
+    result.var = pd.DataFrame(index=NAMES)
+    return result
+
+
+def annotated(X, names=NAMES):
+    return anndata.AnnData(
+        X, obs=pd.DataFrame(index=[f"c{i}" for i in range(X.shape[0])]), var=pd.DataFrame(index=names)
+    )
+
+
+def test_new_cells_resemble_what_the_fit_says_of_them(cells, fitted):
+    again = fitted.transform(cells[:200])
+    assert again.shape == fitted.shape
+    one, other = again[:, :], fitted[:, :]
+    assert np.linalg.norm(one - other) < 0.15 * np.linalg.norm(other)
+
+
+def test_blocks_change_nothing(cells, fitted):
+    matrix = ExpressionMatrix.of(cells[200:])
+    whole = fitted.transform(matrix.with_blocks(RowBlocks((0, 40))))
+    cut = fitted.transform(matrix.with_blocks(RowBlocks((0, 1, 17, 40))))
+    np.testing.assert_array_equal(whole.left.compute(), cut.left.compute())
+
+
+def test_genes_are_matched_by_name(cells, fitted):
+    new = cells[200:]
+    order = np.random.default_rng(0).permutation(N_GENES)
+    shuffled = sp.hstack([new[:, order], sp.csr_matrix(np.ones((40, 2)))]).tocsr()
+    straight = fitted.transform(annotated(new))
+    other = fitted.transform(annotated(shuffled, [*NAMES[order], "unknown1", "unknown2"]))
+    np.testing.assert_allclose(other.left.compute(), straight.left.compute(), rtol=1e-3, atol=1e-4)
+    assert other.summary["n_genes_matched"] == N_GENES
+    assert other.summary["n_genes_not_in_fit"] == 2
+
+
+def test_genes_may_be_missing(cells, fitted):
+    new = cells[200:]
+    half = fitted.transform(annotated(new[:, ::2], NAMES[::2]))
+    assert half.shape == (40, N_GENES)
+    assert half.summary["n_genes_matched"] == N_GENES // 2
+    missing = half[:, 1::2]
+    observed = new[:, 1::2].toarray()
+    assert np.corrcoef(missing[observed > 0], observed[observed > 0])[0, 1] > 0.5
+
+
+def test_a_cell_without_entries_is_zero(cells, fitted):
+    new = cells[200:].tolil()
+    new[7] = 0
+    assert not fitted.transform(new.tocsr())[7].any()
+
+
+def test_a_result_from_disk_transforms_alike(cells, fitted, tmp_path):
+    fitted.to_zarr(tmp_path / "fit.zarr")
+    opened = Imputation.open(tmp_path / "fit.zarr")
+    np.testing.assert_array_equal(
+        opened.transform(cells[200:]).left.compute(), fitted.transform(cells[200:]).left.compute()
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda X: annotated(X, [f"ENSG{j}" for j in range(N_GENES)]), "0 of 90 genes are in the fit"),
+        (lambda X: annotated(X, [*NAMES[:-1], NAMES[0]]), "several genes are named gene0"),
+        (lambda X: X[:, 1:], "89 genes without names"),
+        (lambda X: X * 0.37, "are no raw counts"),
+        (lambda X: X * 0, "no entry of the sampled cells"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_unusable_cells_are_refused(cells, fitted, change, message):
+    with pytest.raises(InputError, match=message):
+        fitted.transform(change(cells[200:]))
+
+
+def test_a_fit_that_trusts_zeros_is_refused(cells):
+    with pytest.raises(InputError, match="zeros had weight"):
+        impute(cells, zeros=0.5).transform(cells)
+
+
+def test_command(cli, store_of, cells, tmp_path):
+    train, new = store_of(cells[:200], "train.zarr"), store_of(cells[200:], "new.zarr")
+    assert cli("impute", train, tmp_path / "fit.zarr", "--max-rank", 6, "--quiet").exit_code == 0
+    done = cli("transform", tmp_path / "fit.zarr", new, tmp_path / "out.zarr")
+    assert done.exit_code == 0, done.output
+    assert Imputation.open(tmp_path / "out.zarr").shape == (40, N_GENES)
