@@ -223,7 +223,17 @@ class Imputation:
         return transform(self, matrix, layer=layer)
 
     def of_cells(self, left: da.Array, obs: pd.DataFrame, summary: dict[str, Any]) -> Imputation:
-        """Give the imputation of other cells, whose left factor is known, by the same right factor."""
+        """Give the imputation of other cells, whose left factor is known, by the same right factor.
+
+        Parameters
+        ----------
+        left
+            Dask array, float32, shape ``(cells, r)``.
+        obs
+            Annotation of these cells.
+        summary
+            Of how they were completed.
+        """
         return Imputation(
             left,
             self.right,
