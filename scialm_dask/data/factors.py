@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import zarr
@@ -13,18 +14,68 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.store import atomic_output, new_anndata, open_store, set_encoding
+from scialm_dask.data.store import CSRWriter, atomic_output, new_anndata, open_store, set_encoding
 from scialm_dask.errors import InputError
 
 if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
+    import scipy.sparse as sp
 
-__all__ = ["Imputation"]
+__all__ = ["CellModel", "Imputation", "ZeroRule"]
 
 _KEY = "scialm"
 _CHUNK_BYTES = 8 << 20
 _DENSE_CHUNK_ROWS = 1024
+
+
+class ZeroRule(Protocol):
+    """Tells which entries of a matrix may be other than zero; see `scialm_dask.solve.alra.BiologicalZeros`."""
+
+    @property
+    def matrix(self) -> ExpressionMatrix:
+        """Whose observed entries are never zero."""
+        ...
+
+    def expressed(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Of cells `start` to `stop`, shape ``(stop − start, n)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class CellModel:
+    """What a fit has learnt of cells, on the scale on which it made their noise even.
+
+    Parameters
+    ----------
+    gene_scale
+        What genes were multiplied with, float32, shape ``(n,)``.
+    mean, covariance
+        Of the rows of the left factor there, float64, shapes ``(r,)`` and ``(r, r)``.
+    residual
+        What the fit left of the observed entries, relative to their norm.
+    raw_counts
+        Whether it was made from raw counts.
+    cell_exponent
+        Cells were multiplied with (size factor / `centre`)^−cell_exponent.
+    centre
+        Geometric mean of the size factors.
+    """
+
+    gene_scale: NDArray[np.float32]
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    residual: float
+    raw_counts: bool
+    cell_exponent: float
+    centre: float
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> CellModel:
+        """Make one from what AnnData has read."""
+        arrays = {name: np.asarray(stored[name]) for name in ("gene_scale", "mean", "covariance")}
+        numbers = {name: float(stored[name]) for name in ("residual", "cell_exponent", "centre")}
+        return cls(**arrays, **numbers, raw_counts=bool(stored["raw_counts"]))
 
 
 class Imputation:
@@ -47,6 +98,8 @@ class Imputation:
         Columns of equal length, a value for each iteration.
     clip
         Whether negative entries are set to zero.
+    model
+        What `transform` needs to know of the fit; None if it cannot be done.
     """
 
     def __init__(
@@ -59,12 +112,14 @@ class Imputation:
         summary: dict[str, Any],
         history: dict[str, list[float]],
         clip: bool = True,
+        model: CellModel | None = None,
     ) -> None:
         self.left = left
         self.right = right
         self.obs = obs
         self.var = var
         self.summary = summary
+        self.model = model
         self._history = history
         self._clip = clip
 
@@ -94,6 +149,7 @@ class Imputation:
             summary=summary,
             history={name: column.tolist() for name, column in uns["history"].items()},
             clip=bool(uns["clip"]),
+            model=CellModel.of(uns["model"]) if "model" in uns else None,
         )
 
     @property
@@ -131,6 +187,25 @@ class Imputation:
         dense: NDArray[np.float32] = left @ self.right.T
         return np.maximum(dense, 0, out=dense) if self._clip else dense
 
+    def transform(self, matrix: Any, *, layer: str | None = None) -> Imputation:
+        """Complete cells that were not in the fit; see `scialm_dask.solve.transform.transform`."""
+        from scialm_dask.solve.transform import transform
+
+        return transform(self, matrix, layer=layer)
+
+    def of_cells(self, left: da.Array, obs: pd.DataFrame, summary: dict[str, Any]) -> Imputation:
+        """Give the imputation of other cells, whose left factor is known, by the same right factor."""
+        return Imputation(
+            left,
+            self.right,
+            obs=obs,
+            var=self.var,
+            summary=summary,
+            history={},
+            clip=self._clip,
+            model=self.model,
+        )
+
     def __getitem__(self, key: Any) -> NDArray[np.float32]:
         """Impute some cells and genes, given as numbers, names, slices, masks, or lists of these.
 
@@ -153,6 +228,7 @@ class Imputation:
         *,
         dense: bool = False,
         keep_observed: ExpressionMatrix | None = None,
+        preserve_zeros: ZeroRule | None = None,
         overwrite: bool = False,
         sources: tuple[str | os.PathLike[str], ...] = (),
     ) -> None:
@@ -166,6 +242,9 @@ class Imputation:
             Write the imputed matrix too, as chunked X.
         keep_observed
             In that X, leave the observed entries of this matrix as they were.
+        preserve_zeros
+            Write the imputed matrix as sparse X, without what this rule takes for biological zeros. Observed entries
+            stay, at their observed value if they were imputed as zero.
         overwrite
             Replace what is at `path`.
         sources
@@ -182,9 +261,17 @@ class Imputation:
             root = new_anndata(partial, obs=self.obs, var=self.var)
             self._write_left(root)
             anndata.io.write_elem(root["varm"], _KEY, self.right)
-            notes = {"summary": json.dumps(self.summary), "history": self.history, "clip": self._clip}
+            notes: dict[str, Any] = {
+                "summary": json.dumps(self.summary),
+                "history": self.history,
+                "clip": self._clip,
+            }
+            if self.model is not None:
+                notes["model"] = asdict(self.model)
             anndata.io.write_elem(root["uns"], _KEY, notes)
-            if dense:
+            if preserve_zeros is not None:
+                self._write_sparse(root, preserve_zeros, keep_observed is not None)
+            elif dense:
                 self._write_dense(root, keep_observed)
             zarr.consolidate_metadata(root.store)
 
@@ -199,19 +286,44 @@ class Imputation:
             array[start : start + len(block)] = block
 
     def _write_dense(self, root: zarr.Group, keep_observed: ExpressionMatrix | None) -> None:
-        rows = max(1, min(self.shape[0], _DENSE_CHUNK_ROWS, _CHUNK_BYTES // (4 * self.shape[1])))
+        panels = self._panels()
+        rows = panels.sizes[0]
         array = root.create_array(
             "X", shape=self.shape, chunks=(rows, self.shape[1]), dtype=np.float32, config={"write_empty_chunks": True}
         )
         set_encoding(array, "array", "0.2.0")
-        bounds = (*range(0, self.shape[0], rows), self.shape[0])
-        observed = keep_observed.with_blocks(RowBlocks(bounds)) if keep_observed else None
-        for number, (start, stop) in enumerate(RowBlocks(bounds)):
+        observed = keep_observed.with_blocks(panels) if keep_observed else None
+        for number, (start, stop) in enumerate(panels):
             values = self.product(self.left[start:stop].compute())
             if observed is not None:
                 csr = observed.read_block(number)
-                values[np.repeat(np.arange(stop - start), np.diff(csr.indptr)), csr.indices] = csr.data
+                values[_cells_of(csr), csr.indices] = csr.data
             array[start:stop] = values
+
+    def _write_sparse(self, root: zarr.Group, zeros: ZeroRule, keep_observed: bool) -> None:
+        import scipy.sparse as sp
+
+        panels = self._panels()
+        observed = zeros.matrix.with_blocks(panels)
+        with CSRWriter(root, "X", n_columns=self.shape[1]) as writer:
+            for number, (start, stop) in enumerate(panels):
+                values = self.product(self.left[start:stop].compute())
+                csr = observed.read_block(number)
+                at = _cells_of(csr), csr.indices
+                imputed = values[at]
+                values *= zeros.expressed(start, stop)
+                values[at] = csr.data if keep_observed else np.where(imputed > 0, imputed, csr.data)
+                writer.append(sp.csr_matrix(values))
+
+    def _panels(self) -> RowBlocks:
+        """Rows of which the dense form is small."""
+        rows = max(1, min(self.shape[0], _DENSE_CHUNK_ROWS, _CHUNK_BYTES // (4 * self.shape[1])))
+        return RowBlocks((*range(0, self.shape[0], rows), self.shape[0]))
+
+
+def _cells_of(csr: sp.csr_matrix) -> NDArray[np.intp]:
+    """Row of each stored value."""
+    return np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
 
 
 def _blocks_of(array: da.Array) -> Iterator[tuple[int, NDArray[np.float32]]]:

@@ -30,6 +30,7 @@ from scialm_dask.run.plan import forecast, place_scratch
 from scialm_dask.solve.ialm import Completion, Iteration, complete
 from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepare, survey
 from scialm_dask.solve.stopping import ThresholdStop
+from scialm_dask.solve.transform import cell_model
 from scialm_dask.solve.zeros import choose_zeros, refit
 
 __all__ = ["complete_matrix"]
@@ -172,6 +173,7 @@ def _report(
         "converged": completion.converged,
         "stop_reason": completion.reason,
         "scaling": blocks.scales.note,
+        "raw_counts": found.integer,
         "zeros": settings.zeros,
         "source": matrix.name,
         "settings": settings.as_dict(),
@@ -211,6 +213,7 @@ def _result(
         summary=report,
         history=history,
         clip=matrix.observed == "nonzero",
+        model=None if blocks.confidence is not None else cell_model(lefts, blocks, report),
     )
     result.summary["mean_imputed_over_observed"] = _mean(result) / report.pop("mean_observed")
     return result

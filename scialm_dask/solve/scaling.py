@@ -98,11 +98,14 @@ class Scales:
         Positive, float32, shapes ``(m,)`` and ``(n,)``; None for ones.
     note
         What was done, in words.
+    centre
+        Geometric mean of the size factors of cells.
     """
 
     cell: Floats | None
     gene: Floats | None
     note: str
+    centre: float = 1.0
 
 
 def scales_of(matrix: ExpressionMatrix, found: Survey, exponents: tuple[float, float]) -> Scales:
@@ -129,8 +132,9 @@ def scales_of(matrix: ExpressionMatrix, found: Survey, exponents: tuple[float, f
     else:
         return Scales(None, gene.astype(np.float32), "genes scaled; cells not, as obs has no total_counts")
     used = factor > 0
-    factor = np.where(used, factor / np.exp(np.log(factor[used]).mean()), 1.0)
-    return Scales((factor**-cell_exponent).astype(np.float32), gene.astype(np.float32), note)
+    centre = float(np.exp(np.log(factor[used]).mean()))
+    factor = np.where(used, factor / centre, 1.0)
+    return Scales((factor**-cell_exponent).astype(np.float32), gene.astype(np.float32), note, centre)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,269 @@
+"""Cells that were not in the fit, completed with its gene factors: one pass over them, a small problem for each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import dask
+import numpy as np
+from dask.delayed import Delayed
+from numpy.typing import NDArray
+
+from scialm_dask.data.factors import CellModel, Imputation
+from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
+from scialm_dask.errors import InputError
+from scialm_dask.linalg.cellwise import RowProblems, leave_one_out, solve_rows
+from scialm_dask.linalg.kernels import Doubles, Floats
+from scialm_dask.solve.scaling import PreparedBlocks
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import scipy.sparse as sp
+
+__all__ = ["cell_model", "transform"]
+
+_RUNS, _RUN_CELLS = 16, 64  # cells to learn the noise from: a thousand, all over the matrix
+_MOST_STEPS = 60  # of the search: from anywhere in float32's range
+
+
+def transform(
+    result: Imputation, matrix: ExpressionMatrix | str | os.PathLike[str] | Any, *, layer: str | None = None
+) -> Imputation:
+    """Complete cells that were not in the fit, with its gene factors.
+
+    The left factor of a cell minimises the weighted squares of what its observed entries miss, on the scale on which
+    the noise of genes is even, plus the distance from the cells of the fit: their mean, and their covariance over
+    the noise. The noise is the one at which the new cells themselves predict each of their observed entries best
+    from the others (leave-one-out, in closed form, on a thousand of them at most); the residual of the fit, which
+    the gene factors were made to lower, is only where the search begins.
+
+    Parameters
+    ----------
+    result
+        Of `impute`.
+    matrix
+        New cells × genes, on the scale of the matrix of the fit: raw counts if those were, else normalised to the
+        same total. An `ExpressionMatrix`, an AnnData, a path to a store, or an array, which has no names and must
+        have the genes of the fit in their order.
+    layer
+        Layer of the store to read instead of X.
+
+    Returns
+    -------
+    Imputation
+        Of the new cells × the genes of the fit. Its left factor is lazy: a cell is read when it is asked for. A cell
+        without an observed entry is zero.
+
+    Raises
+    ------
+    InputError
+        If fewer genes match than the result has factors, names are ambiguous, or one is of counts and the other not.
+    """
+    matrix, obs, names = _cells_of(matrix, layer)
+    if result.model is None:
+        raise InputError(
+            "the result says nothing of other cells: zeros had weight in it, or it is not of `impute`; fit with "
+            "zeros unknown, as preset auto does"
+        )
+    columns = _matching(result, names, matrix)
+    sample = _sample(matrix)
+    sizes, note = _size_factors(result.model, sample, obs)
+    solver = _Solver(result.model, columns, result.right * result.model.gene_scale[:, None], sizes)
+    noise = solver.least_noise(sample, matrix.name)
+
+    import dask.array as da
+
+    solve, shared = dask.delayed(_solve_block), dask.delayed(replace(solver, sizes=None), traverse=False)
+    precision = solver.precision(noise)
+    pieces = [
+        da.from_delayed(
+            solve(shared, matrix, b, None if sizes is None else sizes[start:stop], precision),
+            shape=(stop - start, result.rank),
+            dtype=np.float32,
+        )
+        for b, (start, stop) in enumerate(matrix.blocks)
+    ]
+    matched = int(np.count_nonzero(columns >= 0))
+    summary = {
+        "n_cells": matrix.shape[0],
+        "n_genes": result.shape[1],
+        "n_genes_matched": matched,
+        "n_genes_not_in_fit": len(columns) - matched,
+        "rank": result.rank,
+        "noise": noise,
+        "scaling": note,
+        "source": matrix.name,
+        "fitted_on": result.summary.get("source"),
+    }
+    return result.of_cells(da.concatenate(pieces, axis=0), obs, summary)
+
+
+class _Run(NamedTuple):
+    """Consecutive cells: their entries, and where they are in the matrix."""
+
+    csr: sp.csr_matrix
+    cells: slice
+
+
+@dataclass(frozen=True)
+class _Solver:
+    """The problems of cells, on the scale of the fit.
+
+    ``columns`` gives for each gene of the new cells its place in the fit, or −1; ``right`` is V, ``sizes`` are the
+    size factors of all cells, None where they are the totals of what is read.
+    """
+
+    model: CellModel
+    columns: NDArray[np.intp]
+    right: Floats
+    sizes: Doubles | None
+
+    def problems(self, csr: sp.csr_matrix, sizes: Doubles | None) -> tuple[RowProblems, Doubles]:
+        """Scale what is observed of the genes of the fit; give the scales of the cells too."""
+        at = self.columns[csr.indices]
+        known = at >= 0
+        indptr = np.concatenate([[0], np.cumsum(known)])[csr.indptr]
+        indices = at[known].astype(np.int32)
+        values = csr.data[known]
+        rows = np.repeat(np.arange(csr.shape[0]), np.diff(indptr))
+        if sizes is None:
+            sizes = np.bincount(rows, weights=values, minlength=csr.shape[0])
+        scale = np.where(sizes > 0, sizes / self.model.centre, 1.0) ** -self.model.cell_exponent
+        values = (values * self.model.gene_scale[indices] * scale[rows]).astype(np.float32)
+        return RowProblems(indptr, indices, values), scale
+
+    def precision(self, noise: float) -> Doubles:
+        """Noise over covariance; what rounding has left of a direction without spread is not taken for spread."""
+        covariance = self.model.covariance
+        floor = np.finfo(np.float32).eps * np.trace(covariance) + np.finfo(np.float64).tiny
+        inverse: Doubles = np.linalg.inv(covariance + floor * np.eye(len(covariance)))
+        return noise * inverse
+
+    def least_noise(self, sample: list[_Run], name: str) -> float:
+        """Search, by factors of √2, for the noise at which the leave-one-out error of the sample is least."""
+        sizes = self.sizes
+        problems = [self.problems(csr, None if sizes is None else sizes[cells])[0] for csr, cells in sample]
+        values = np.concatenate([p.values for p in problems])
+        if not values.any():
+            raise InputError(f"{name}: no entry of the sampled cells is of a gene of the fit; check the matrix")
+
+        def error(noise: float) -> float:
+            return sum(leave_one_out(p, self.right, self.precision(noise), self.model.mean) for p in problems)
+
+        noise = (self.model.residual or 1.0) ** 2 * float(np.square(values, dtype=np.float64).mean())
+        least = error(noise)
+        for factor in (np.sqrt(2), np.sqrt(0.5)):
+            for _ in range(_MOST_STEPS):
+                latest = error(noise * factor)
+                if not latest < least:
+                    break
+                noise, least = noise * factor, latest
+        return noise
+
+
+def _cells_of(matrix: Any, layer: str | None) -> tuple[ExpressionMatrix, pd.DataFrame, pd.Index | None]:
+    """Give the matrix, the annotation of its cells, and the names of its genes, None if it has none."""
+    if isinstance(matrix, str | os.PathLike):
+        matrix = ExpressionMatrix.open(matrix, layer)
+    if isinstance(matrix, ExpressionMatrix):
+        return matrix, matrix.obs, None if matrix.annotation is None else matrix.var.index
+    if hasattr(matrix, "var_names"):
+        values = matrix.layers[layer] if layer else matrix.X
+        return ExpressionMatrix.of(values), matrix.obs, matrix.var_names
+    plain = ExpressionMatrix.of(matrix)
+    return plain, plain.obs, None
+
+
+def _matching(result: Imputation, names: pd.Index | None, matrix: ExpressionMatrix) -> NDArray[np.intp]:
+    """For each gene of the new cells, its place in the fit, or −1."""
+    n_fitted, n_given = result.shape[1], matrix.shape[1]
+    if names is None:
+        if n_given != n_fitted:
+            raise InputError(
+                f"{matrix.name}: {n_given} genes without names, but the fit has {n_fitted}; give the same genes, "
+                "or an AnnData with gene names"
+            )
+        return np.arange(n_fitted)
+    for where, index in (("the fit", result.var.index), (matrix.name, names)):
+        if not index.is_unique:
+            raise InputError(f"{where}: several genes are named {index[index.duplicated()][0]!r}; make names unique")
+    columns: NDArray[np.intp] = result.var.index.get_indexer(names)
+    matched = int(np.count_nonzero(columns >= 0))
+    if matched <= result.rank:
+        raise InputError(
+            f"{matrix.name}: {matched} of {n_given} genes are in the fit, by names such as {names[0]!r} and there "
+            f"{result.var.index[0]!r}; more than {result.rank}, the rank of the fit, are needed"
+        )
+    return columns
+
+
+def _sample(matrix: ExpressionMatrix) -> list[_Run]:
+    """Read runs of cells from all over the matrix; which ones depends on the number of cells alone."""
+    n = matrix.shape[0]
+    if n <= _RUNS * _RUN_CELLS:
+        bounds, runs = [0, n], [0]
+    else:
+        starts = [n * run // _RUNS for run in range(_RUNS)]
+        bounds = sorted({*starts, *(start + _RUN_CELLS for start in starts), n})
+        runs = [bounds.index(start) for start in starts]
+    cut = matrix.with_blocks(RowBlocks(tuple(bounds)))
+    return [_Run(cut.read_block(run), slice(*cut.blocks[run])) for run in runs]
+
+
+def _size_factors(model: CellModel, sample: list[_Run], obs: pd.DataFrame) -> tuple[Doubles | None, str]:
+    """Scale cells as the fit did; see `scialm_dask.solve.scaling.scales_of`."""
+    counts = not any(np.any(csr.data % 1) for csr, _ in sample)
+    if model.cell_exponent == 0:
+        return None, "cells not scaled, as in the fit"
+    if counts != model.raw_counts:
+        kinds = {True: "raw counts", False: "no raw counts"}
+        raise InputError(
+            f"the new cells are {kinds[counts]}, those of the fit were {kinds[model.raw_counts]}; give the same kind"
+        )
+    if counts:
+        return None, "cells scaled by their totals"
+    if "total_counts" not in obs:
+        return np.full(len(obs), model.centre), "cells not scaled, as obs has no total_counts"
+    totals = obs["total_counts"].to_numpy(np.float64)
+    sizes = np.divide(1.0, totals, out=np.zeros_like(totals), where=totals > 0)
+    return sizes, "cells scaled by obs['total_counts']"
+
+
+def cell_model(lefts: list[Delayed], blocks: PreparedBlocks, report: Mapping[str, Any]) -> CellModel:
+    """Sum up the rows of a fitted left factor, not yet scaled back, block by block."""
+    n_cells, n_genes = blocks.shape
+    moments = dask.delayed(_moments)
+    total, squares = tree_reduce([moments(left) for left in lefts], _add).compute()
+    mean = total / n_cells
+    scales = blocks.scales
+    return CellModel(
+        gene_scale=np.ones(n_genes, np.float32) if scales.gene is None else scales.gene,
+        mean=mean,
+        covariance=squares / n_cells - np.outer(mean, mean),
+        residual=float(report["residual"]),
+        raw_counts=bool(report["raw_counts"]),
+        cell_exponent=0.0 if scales.cell is None else float(report["settings"]["scaling"][1]),
+        centre=scales.centre,
+    )
+
+
+def _moments(left: Floats) -> tuple[Doubles, Doubles]:
+    wide = left.astype(np.float64)
+    return wide.sum(axis=0), wide.T @ wide
+
+
+def _add(one: tuple[Doubles, Doubles], other: tuple[Doubles, Doubles]) -> tuple[Doubles, Doubles]:
+    return one[0] + other[0], one[1] + other[1]
+
+
+def _solve_block(
+    solver: _Solver, matrix: ExpressionMatrix, block: int, sizes: Doubles | None, precision: Doubles
+) -> Floats:
+    problems, scale = solver.problems(matrix.read_block(block), sizes)
+    left = solve_rows(problems, solver.right, precision, solver.model.mean) / scale[:, None]
+    left[np.diff(problems.indptr) == 0] = 0
+    return left.astype(np.float32)
