@@ -26,7 +26,7 @@ Doubles = NDArray[np.float64]
 # Everything that lets loops be vectorised but "no NaN": NaN is what marks the held-out entries.
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
 
-_DENSE_FROM = 0.25  # density from which BLAS on dense panels beats the sparse loops
+_DENSE_FROM = 0.4  # density from which BLAS on dense panels beats the sparse loops
 _PANEL_VALUES = 4_000_000  # of a dense panel: 16 MB
 
 
@@ -188,7 +188,7 @@ def sampled_product(block: Block, left: Floats, right: Floats) -> Floats:
         return sampled(block.indptr, block.indices, left, right)
     values = np.empty(len(block.indices), np.float32)
     for rows, entries in _panels(block):
-        values[entries] = (left[rows] @ right.T)[_row_of(block, rows), block.indices[entries]]
+        _pick(left[rows] @ right.T, block.indptr[rows.start : rows.stop + 1], block.indices[entries], values[entries])
     return values
 
 
@@ -287,12 +287,8 @@ def quadratic(block: Block, left: Floats, view: View) -> tuple[Doubles, Doubles,
 
 def _dense_panel(block: Block, sparse: Floats, rows: slice, entries: slice) -> Floats:
     panel = np.zeros((rows.stop - rows.start, block.n_columns), np.float32)
-    panel[_row_of(block, rows), block.indices[entries]] = sparse[entries]
+    _place(panel, block.indptr[rows.start : rows.stop + 1], block.indices[entries], sparse[entries])
     return panel
-
-
-def _row_of(block: Block, rows: slice) -> NDArray[np.intp]:
-    return np.repeat(np.arange(rows.stop - rows.start), np.diff(block.indptr[rows.start : rows.stop + 1]))
 
 
 def _panels(block: Block) -> Iterator[tuple[slice, slice]]:
@@ -337,3 +333,17 @@ def _sparse_part(estimate, trust, a):  # type: ignore[no-untyped-def]
     for k in range(len(estimate)):
         w = estimate[k]
         a[k] = (w if w == w else a[k]) - trust[k] * a[k]
+
+
+@_jit
+def _pick(panel, indptr, indices, values):  # type: ignore[no-untyped-def]
+    for i in range(len(panel)):
+        for k in range(indptr[i] - indptr[0], indptr[i + 1] - indptr[0]):
+            values[k] = panel[i, indices[k]]
+
+
+@_jit
+def _place(panel, indptr, indices, values):  # type: ignore[no-untyped-def]
+    for i in range(len(panel)):
+        for k in range(indptr[i] - indptr[0], indptr[i + 1] - indptr[0]):
+            panel[i, indices[k]] = values[k]

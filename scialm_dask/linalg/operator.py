@@ -4,68 +4,20 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import dask
 import numpy as np
 from dask.delayed import Delayed
-from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from scialm_dask.linalg import kernels
-from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, RowHalf, Step, Sums, View, add_sums
+from scialm_dask.linalg import tasks
+from scialm_dask.linalg.kernels import Doubles, Floats, Step, Sums, View, add_sums
+from scialm_dask.linalg.tasks import BlockSource, Store
 
-__all__ = ["BlockSource", "LowRankPlusSparse", "Observations", "Product", "Store"]
-
-
-class BlockSource(Protocol):
-    """Hands out row blocks, in whichever process asks."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows × columns."""
-        ...
-
-    @property
-    def bounds(self) -> tuple[int, ...]:
-        """First row of each block, and the number of rows."""
-        ...
-
-    def load(self, block: int) -> Block:
-        """Read a block."""
-        ...
-
-    @property
-    def column_confidence(self) -> Floats | None:
-        """β, where zeros are trusted with ω = αβᵀ (α in the blocks); None where they are unknown."""
-        ...
-
-    @property
-    def has_row_confidence(self) -> bool:
-        """Whether blocks carry α, rather than ones."""
-        ...
-
-    def held_out(self, block: int, loaded: Block) -> NDArray[np.bool_] | None:
-        """Tell which of the block's observed entries are held out; None for none."""
-        ...
-
-
-class Store(Protocol):
-    """Keeps a block's working arrays between passes; see `scialm_dask.data.scratch`."""
-
-    def put(self, name: str, version: int, block: int, array: NDArray[Any]) -> Any:
-        """Keep an array and return what to refer to it by."""
-        ...
-
-    def get(self, reference: Any) -> NDArray[Any]:
-        """Give an array back."""
-        ...
-
-    def drop(self, name: str, version: int) -> None:
-        """Forget a version."""
-        ...
+__all__ = ["LowRankPlusSparse", "Observations", "Product"]
 
 
 class Observations(NamedTuple):
@@ -92,16 +44,6 @@ class Product(NamedTuple):
 
 
 _PANEL_ROWS = 1024
-_NAMES = ("estimate", "left", "sketch")
-
-
-@dataclass(frozen=True)
-class _References:
-    """Where the arrays of a `BlockState` are."""
-
-    estimate: Any
-    left: Any
-    sketch: Any
 
 
 class LowRankPlusSparse:
@@ -145,11 +87,11 @@ class LowRankPlusSparse:
         self._best: tuple[tuple[Delayed, ...], Floats, int] | None = None
         self._blocks: tuple[Delayed | None, ...] = (None,) * self.n_blocks
         if resident:
-            load = dask.delayed(_load)
+            load = dask.delayed(tasks.load)
             self._blocks = _run([load(self._source, b) for b in range(self.n_blocks)])
-        begin = dask.delayed(_begin, pure=False, nout=2)
+        begin = dask.delayed(tasks.begin, pure=False, nout=2)
         parts = [begin(self._store, self._source, b, self._blocks[b]) for b in self._each()]
-        total = _tree([counted for _, counted in parts], dask.delayed(_add))
+        total = _tree([counted for _, counted in parts], dask.delayed(tasks.add))
         *state, total = _run([refs for refs, _ in parts] + [total])
         self._state: tuple[Delayed, ...] = tuple(state)
         self.observations = Observations(*total.compute())
@@ -188,19 +130,19 @@ class LowRankPlusSparse:
         view = self._view()
         overlap = None if basis is None else view.spread.T @ basis
         view = replace(view, basis=basis, overlap=overlap, step=step)
-        return self._pass(_visit, view, [None] * self.n_blocks, changed)
+        return self._pass(tasks.visit, view, [None] * self.n_blocks, changed)
 
     def project(self, vectors: Floats) -> Product:
         """Compute Wᵀ times orthonormal left vectors, shape ``(m, l)``, which become the sketch. One pass."""
         rows = [dask.delayed(vectors[a:b]) for a, b in pairwise(self.bounds)]
-        return self._pass(_project, self._view(), rows, {"sketch"})
+        return self._pass(tasks.project, self._view(), rows, {"sketch"})
 
     def column_gram(self) -> Doubles:
         """WᵀW, shape ``(n, n)``, when columns are the short side. One pass."""
         view = self._view()
-        carried, visit = self._carry(view), dask.delayed(_column_gram)
+        carried, visit = self._carry(view), dask.delayed(tasks.column_gram)
         parts = [visit(self._store, self._source, b, self._blocks[b], self._state[b], carried) for b in self._each()]
-        (total,) = _run([_tree(parts, dask.delayed(_add))])
+        (total,) = _run([_tree(parts, dask.delayed(tasks.add))])
         self.passes += 1
         left_gram, cross, sparse_gram = total.compute()
         right = view.spread.astype(np.float64)
@@ -214,7 +156,7 @@ class LowRankPlusSparse:
         """WWᵀ, shape ``(m, m)``, when rows are the short side: a task for each pair of blocks. One pass."""
         view = self._view()
         core, carried = view.spread.T.astype(np.float64) @ view.spread, self._carry(view)
-        prepare, pair = dask.delayed(_row_half), dask.delayed(_row_gram)
+        prepare, pair = dask.delayed(tasks.row_half), dask.delayed(tasks.row_gram)
         halves = [prepare(self._store, self._source, b, self._blocks[b], self._state[b], carried) for b in self._each()]
         corners = [(i, j) for i in self._each() for j in range(i, self.n_blocks)]
         tiles = _run(
@@ -251,9 +193,9 @@ class LowRankPlusSparse:
             source = dask.delayed(other, name=f"source-{uuid.uuid4().hex[:12]}", traverse=False)
             blocks = (None,) * self.n_blocks
             view = replace(view, confidence=other.column_confidence)
-        carried, visit = self._carry(view), dask.delayed(_quadratic)
+        carried, visit = self._carry(view), dask.delayed(tasks.quadratic)
         parts = [visit(self._store, source, b, blocks[b], self._state[b], carried) for b in self._each()]
-        (total,) = _run([_tree(parts, dask.delayed(_add))])
+        (total,) = _run([_tree(parts, dask.delayed(tasks.add))])
         self.passes += 1
         linear, square, rows = total.compute()
         if view.confidence is not None:
@@ -262,7 +204,7 @@ class LowRankPlusSparse:
 
     def keep(self) -> None:
         """Remember the A in force as the best so far; `factors` gives it back."""
-        pick = dask.delayed(_left_of)
+        pick = dask.delayed(tasks.left_of)
         forgotten, version = self._best, self._versions["left"]
         self._best = _run([pick(state) for state in self._state]), self._right, version
         if forgotten is not None and forgotten[2] != version:
@@ -271,7 +213,7 @@ class LowRankPlusSparse:
     def restore(self) -> None:
         """Put the A last kept in force again. What follows may look at it, but the loop cannot go on from it."""
         if self._best is not None:
-            put = dask.delayed(_with_left)
+            put = dask.delayed(tasks.with_left)
             self._state = _run([put(at, left) for at, left in zip(self._state, self._best[0], strict=True)])
             self._right = self._best[1]
 
@@ -284,7 +226,7 @@ class LowRankPlusSparse:
             self.keep()
         assert self._best is not None
         lefts, right, _ = self._best
-        get = dask.delayed(_get)
+        get = dask.delayed(tasks.get)
         return [get(self._store, left) for left in lefts], right
 
     def _pass(self, function: Callable[..., Any], view: View, extra: list[Any], changed: set[str]) -> Product:
@@ -345,120 +287,3 @@ def _tree(parts: list[Delayed], add: Any) -> Delayed:
         pairs = [add(*parts[i : i + 2]) for i in range(0, len(parts) - 1, 2)]
         parts = pairs + parts[2 * len(pairs) :]
     return parts[0]
-
-
-# The tasks. Each loads what it needs of a block, calls a kernel, and stores what has changed.
-
-
-def _load(source: BlockSource, block: int) -> Block:
-    return source.load(block)
-
-
-def _begin(
-    store: Store, source: BlockSource, block: int, loaded: Block | None
-) -> tuple[_References, tuple[float, ...]]:
-    data = loaded or source.load(block)
-    hidden = source.held_out(block, data)
-    estimate, n_hidden, held_out_squares, n_emptied = data.observed, 0, 0.0, 0
-    if hidden is not None:
-        estimate = np.where(hidden, np.float32(np.nan), data.observed)
-        n_hidden, held_out_squares = int(hidden.sum()), _squares(data.observed[hidden])
-        n_left = np.diff(np.concatenate([[0], np.cumsum(~hidden)])[data.indptr])
-        n_emptied = int(np.count_nonzero((n_left == 0) & (np.diff(data.indptr) > 0)))
-    empty = np.zeros((data.n_rows, 0), np.float32)
-    refs = _References(*(store.put(n, 0, block, a) for n, a in zip(_NAMES, (estimate, empty, empty), strict=True)))
-    squares = _squares(data.observed) - held_out_squares
-    return refs, (len(data.observed) - n_hidden, n_hidden, squares, held_out_squares, n_emptied)
-
-
-def _squares(values: Floats) -> float:
-    return float(np.square(values, dtype=np.float64).sum())
-
-
-def _visit(
-    store: Store,
-    source: BlockSource,
-    block: int,
-    loaded: Block | None,
-    at: _References,
-    view: View,
-    number: int,
-    _: None,
-) -> tuple[_References, Sums]:
-    # A step makes a new left factor of the sketch; without one the old left factor is in force and the sketch is not.
-    unneeded = np.zeros((0, 0), np.float32)
-    left, sketch = (unneeded, store.get(at.sketch)) if view.step else (store.get(at.left), unneeded)
-    state = BlockState(store.get(at.estimate), left, sketch)
-    new, sums = kernels.visit(loaded or source.load(block), state, view)
-    return _put_changes(store, block, number, at, state, new), sums
-
-
-def _project(
-    store: Store,
-    source: BlockSource,
-    block: int,
-    loaded: Block | None,
-    at: _References,
-    view: View,
-    number: int,
-    vectors: Floats,
-) -> tuple[_References, Sums]:
-    state = BlockState(store.get(at.estimate), store.get(at.left), vectors)
-    sums = kernels.project(loaded or source.load(block), state, view)
-    return replace(at, sketch=store.put("sketch", number, block, vectors)), sums
-
-
-def _column_gram(
-    store: Store, source: BlockSource, block: int, loaded: Block | None, at: _References, view: View
-) -> tuple[Doubles, Doubles, Doubles]:
-    state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
-    return kernels.column_gram(loaded or source.load(block), state, view)
-
-
-def _row_half(
-    store: Store, source: BlockSource, block: int, loaded: Block | None, at: _References, view: View
-) -> RowHalf:
-    state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
-    return kernels.row_half(loaded or source.load(block), state, view)
-
-
-def _row_gram(
-    source: BlockSource,
-    pair: tuple[int, int],
-    one: Block | None,
-    other: Block | None,
-    half: RowHalf,
-    other_half: RowHalf,
-    core: Doubles,
-) -> Doubles:
-    blocks = one or source.load(pair[0]), other or source.load(pair[1])
-    return kernels.row_gram(blocks, (half, other_half), core)
-
-
-def _quadratic(
-    store: Store, source: BlockSource, block: int, loaded: Block | None, at: _References, view: View
-) -> tuple[Doubles, Doubles, Doubles]:
-    return kernels.quadratic(loaded or source.load(block), store.get(at.left), view)
-
-
-def _put_changes(
-    store: Store, block: int, number: int, at: _References, old: BlockState, new: BlockState
-) -> _References:
-    changed = {name: getattr(new, name) for name in _NAMES if getattr(new, name) is not getattr(old, name)}
-    return replace(at, **{name: store.put(name, number, block, array) for name, array in changed.items()})
-
-
-def _left_of(at: _References) -> Any:
-    return at.left
-
-
-def _with_left(at: _References, left: Any) -> _References:
-    return replace(at, left=left)
-
-
-def _get(store: Store, reference: Any) -> Floats:
-    return store.get(reference)
-
-
-def _add(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a + b for a, b in zip(one, other, strict=True))

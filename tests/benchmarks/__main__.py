@@ -6,7 +6,7 @@ import argparse
 import importlib
 import json
 
-NAMES = ("kernels", "published", "dense_dask", "scaling", "atlas")
+NAMES = ("kernels", "published", "dense_dask", "scaling", "atlas", "pooled")
 
 
 def main() -> None:

@@ -88,14 +88,14 @@ def dense(source: str, iterations: int, power: int) -> Record:
     D = da.concatenate([da.from_delayed(read(a, b), (b - a, n), np.float32) for a, b in spans]).persist()
     observed = (D > 0).persist()
     density = float(observed.mean().compute())
-    _, values, _ = da.linalg.svd_compressed(D, FIRST, n_power_iter=20, seed=0)
+    _, values, _ = da.linalg.svd_compressed(D, FIRST, iterator="QR", n_power_iter=20, seed=0)
     mu, rho, sv = 0.3 / float(values[0].compute()), 1.1 + 2.5 * density, FIRST
     norm = float(da.linalg.norm(D).compute())
     E, Y = da.zeros_like(D), da.zeros_like(D)
     rank, residual = 0, 1.0
     for _ in range(iterations):
         W = (D - E + Y * np.float32(1 / mu)).persist()
-        U, values, Vt = dask.persist(*da.linalg.svd_compressed(W, sv, n_power_iter=power, seed=0))
+        U, values, Vt = dask.persist(*da.linalg.svd_compressed(W, sv, iterator="QR", n_power_iter=power, seed=0))
         shrunk = np.maximum(values.compute() - np.float32(1 / mu), 0)
         rank = int(np.count_nonzero(shrunk))
         sv = rank + 1 if rank < sv else min(rank + INCREMENT, m, n)

@@ -1,21 +1,17 @@
 """Pooled measurements: a sweep beside the notebook's way, and the cost of a pass as cells grow.
 
-    python tests/benchmarks/bench_pooled.py [--cells 50000 200000 1000000]
-
-Prints one JSON line for each measurement. Cells are simulated in the task that needs them, keyed by cell.
+Cells are simulated in the task that needs them, keyed by cell.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from harness import gigabytes, in_child, peak_memory
 
 from scialm_dask.solve.pooled import Measurements
 from scialm_dask.solve.pooled_admm import Admm
@@ -116,31 +112,24 @@ def one_pass(method: str, cells: int, block: int = BLOCK, passes: int = 4) -> di
         scale, inverse = float(np.sqrt(np.trace(measured.total(visit_gram)["DD"]))), np.linalg.pinv(P)
         iterate = BlockIterate(measured, P, 0.0, scale, inverse, None)
         Admm(P, 0.0, 1e-6, passes).run(timed(iterate.advance), inverse.T @ (inverse / POOLS))
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.split("VmHWM:")[1].split()[0]) / 2**20
     return {
         "what": method,
         "cells": cells,
         "passes": len(seconds),
         "pass_seconds": [round(each, 3) for each in seconds],
-        "peak_GB": round(peak, 3),
+        "peak_GB": gigabytes(peak_memory()),
     }
 
 
-def main() -> None:
-    """Run everything, each size in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
     parser.add_argument("--cells", type=int, nargs="*", default=[50_000, 200_000, 1_000_000])
-    parser.add_argument("--only", choices=["als", "nuclear"])
-    options = parser.parse_args()
-    if options.only:
-        print(json.dumps(one_pass(options.only, options.cells[0])), flush=True)
-        return
-    print(json.dumps(compare_sweeps()), flush=True)
+
+
+def run(choice: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield one record for the sweeps, and one for each method and size, which have processes of their own."""
+    cells = [400] if choice.small else choice.cells
+    yield {"benchmark": "pooled", **compare_sweeps(40 if choice.small else 500)}
     for method in ("als", "nuclear"):
-        for cells in options.cells:
-            subprocess.run([sys.executable, __file__, "--only", method, "--cells", str(cells)], check=True)
-
-
-if __name__ == "__main__":
-    main()
+        for count in cells:
+            yield {"benchmark": "pooled", **in_child("bench_pooled", "one_pass", method=method, cells=count)}

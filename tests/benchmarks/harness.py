@@ -58,6 +58,8 @@ def _resident(pid: int) -> int:
 
 def _child() -> None:
     module, function, arguments = sys.argv[1:]
+    for library in ("anndata", "dask.array", "numba", "scialm_dask.run.job"):
+        importlib.import_module(library)  # so that what follows is the work alone
     call = getattr(importlib.import_module(module), function)
     imports, began = peak_memory(), time.perf_counter()
     answer = call(**json.loads(arguments))

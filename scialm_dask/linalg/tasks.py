@@ -1,0 +1,184 @@
+"""What the workers run: each task loads what it needs of a block, calls a kernel, and stores what has changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scialm_dask.linalg import kernels
+from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, RowHalf, Sums, View
+
+__all__ = ["BlockSource", "References", "Store"]
+
+
+class BlockSource(Protocol):
+    """Hands out row blocks, in whichever process asks."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows × columns."""
+        ...
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """First row of each block, and the number of rows."""
+        ...
+
+    def load(self, block: int) -> Block:
+        """Read a block."""
+        ...
+
+    @property
+    def column_confidence(self) -> Floats | None:
+        """β, where zeros are trusted with ω = αβᵀ (α in the blocks); None where they are unknown."""
+        ...
+
+    @property
+    def has_row_confidence(self) -> bool:
+        """Whether blocks carry α, rather than ones."""
+        ...
+
+    def held_out(self, block: int, loaded: Block) -> NDArray[np.bool_] | None:
+        """Tell which of the block's observed entries are held out; None for none."""
+        ...
+
+
+class Store(Protocol):
+    """Keeps a block's working arrays between passes; see `scialm_dask.data.scratch`."""
+
+    def put(self, name: str, version: int, block: int, array: NDArray[Any]) -> Any:
+        """Keep an array and return what to refer to it by."""
+        ...
+
+    def get(self, reference: Any) -> NDArray[Any]:
+        """Give an array back."""
+        ...
+
+    def drop(self, name: str, version: int) -> None:
+        """Forget a version."""
+        ...
+
+
+ARRAYS = ("estimate", "left", "sketch")
+
+
+@dataclass(frozen=True)
+class References:
+    """Where the arrays of a `BlockState` are."""
+
+    estimate: Any
+    left: Any
+    sketch: Any
+
+
+def load(source: BlockSource, block: int) -> Block:
+    return source.load(block)
+
+
+def begin(store: Store, source: BlockSource, block: int, loaded: Block | None) -> tuple[References, tuple[float, ...]]:
+    data = loaded or source.load(block)
+    hidden = source.held_out(block, data)
+    estimate, n_hidden, held_out_squares, n_emptied = data.observed, 0, 0.0, 0
+    if hidden is not None:
+        estimate = np.where(hidden, np.float32(np.nan), data.observed)
+        n_hidden, held_out_squares = int(hidden.sum()), _squares(data.observed[hidden])
+        n_left = np.diff(np.concatenate([[0], np.cumsum(~hidden)])[data.indptr])
+        n_emptied = int(np.count_nonzero((n_left == 0) & (np.diff(data.indptr) > 0)))
+    empty = np.zeros((data.n_rows, 0), np.float32)
+    refs = References(*(store.put(n, 0, block, a) for n, a in zip(ARRAYS, (estimate, empty, empty), strict=True)))
+    squares = _squares(data.observed) - held_out_squares
+    return refs, (len(data.observed) - n_hidden, n_hidden, squares, held_out_squares, n_emptied)
+
+
+def _squares(values: Floats) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
+
+
+def visit(
+    store: Store,
+    source: BlockSource,
+    block: int,
+    loaded: Block | None,
+    at: References,
+    view: View,
+    number: int,
+    _: None,
+) -> tuple[References, Sums]:
+    # A step makes a new left factor of the sketch; without one the old left factor is in force and the sketch is not.
+    unneeded = np.zeros((0, 0), np.float32)
+    left, sketch = (unneeded, store.get(at.sketch)) if view.step else (store.get(at.left), unneeded)
+    state = BlockState(store.get(at.estimate), left, sketch)
+    new, sums = kernels.visit(loaded or source.load(block), state, view)
+    return _put_changes(store, block, number, at, state, new), sums
+
+
+def project(
+    store: Store,
+    source: BlockSource,
+    block: int,
+    loaded: Block | None,
+    at: References,
+    view: View,
+    number: int,
+    vectors: Floats,
+) -> tuple[References, Sums]:
+    state = BlockState(store.get(at.estimate), store.get(at.left), vectors)
+    sums = kernels.project(loaded or source.load(block), state, view)
+    return replace(at, sketch=store.put("sketch", number, block, vectors)), sums
+
+
+def column_gram(
+    store: Store, source: BlockSource, block: int, loaded: Block | None, at: References, view: View
+) -> tuple[Doubles, Doubles, Doubles]:
+    state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
+    return kernels.column_gram(loaded or source.load(block), state, view)
+
+
+def row_half(
+    store: Store, source: BlockSource, block: int, loaded: Block | None, at: References, view: View
+) -> RowHalf:
+    state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
+    return kernels.row_half(loaded or source.load(block), state, view)
+
+
+def row_gram(
+    source: BlockSource,
+    pair: tuple[int, int],
+    one: Block | None,
+    other: Block | None,
+    half: RowHalf,
+    other_half: RowHalf,
+    core: Doubles,
+) -> Doubles:
+    blocks = one or source.load(pair[0]), other or source.load(pair[1])
+    return kernels.row_gram(blocks, (half, other_half), core)
+
+
+def quadratic(
+    store: Store, source: BlockSource, block: int, loaded: Block | None, at: References, view: View
+) -> tuple[Doubles, Doubles, Doubles]:
+    return kernels.quadratic(loaded or source.load(block), store.get(at.left), view)
+
+
+def _put_changes(store: Store, block: int, number: int, at: References, old: BlockState, new: BlockState) -> References:
+    changed = {name: getattr(new, name) for name in ARRAYS if getattr(new, name) is not getattr(old, name)}
+    return replace(at, **{name: store.put(name, number, block, array) for name, array in changed.items()})
+
+
+def left_of(at: References) -> Any:
+    return at.left
+
+
+def with_left(at: References, left: Any) -> References:
+    return replace(at, left=left)
+
+
+def get(store: Store, reference: Any) -> Floats:
+    return store.get(reference)
+
+
+def add(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a + b for a, b in zip(one, other, strict=True))
