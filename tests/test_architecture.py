@@ -14,7 +14,7 @@ LINES = """
 errors config
 data.layout data.store data.stream data.rows data.transpose data.matrix data.tenx data.ingest data.quality
 data.scratch data.factors data.design
-linalg.draws linalg.nnls linalg.tiles linalg.kernels linalg.cellwise linalg.cellwise linalg.tasks linalg.operator linalg.svd
+linalg.draws linalg.nnls linalg.tiles linalg.kernels linalg.cellwise linalg.tasks linalg.operator linalg.svd
 solve.rank solve.stopping solve.scaling solve.reference solve.ialm solve.zeros solve.alra solve.transform
 solve.pools solve.pooled solve.pooled_als solve.pooled_admm solve.pooled_nuclear
 evaluate.masking evaluate.metrics evaluate.gene_scores evaluate.simulation evaluate.figures
