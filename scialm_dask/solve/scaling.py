@@ -184,7 +184,8 @@ class Molecules:
     def of(self, csr: sp.csr_matrix, first_row: int) -> sp.csr_matrix:
         """Take this part of a block of rows."""
         kept = thinned(csr.indptr, csr.indices, csr.data, first_row=first_row, share=self.share, seed=self.seed)
-        part = sp.csr_matrix((csr.data - kept if self.rest else kept, csr.indices, csr.indptr), shape=csr.shape)
+        part = csr.copy()  # what follows works in place
+        part.data = csr.data - kept if self.rest else kept
         part.eliminate_zeros()
         return part
 
