@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "Confidence",
     "ExpressionMatrix",
     "Imputation",
     "InputError",
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
     from scialm_dask.solve.pooled_als import PooledALS
     from scialm_dask.solve.pooled_nuclear import PooledNuclearNorm
     from scialm_dask.solve.pools import balanced_pools, measure, pool_report, random_pools
+    from scialm_dask.solve.scaling import Confidence
 
 _HOME = {
+    "Confidence": "solve.scaling",
     "ExpressionMatrix": "data.matrix",
     "Imputation": "data.factors",
     "InputError": "errors",

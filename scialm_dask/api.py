@@ -11,6 +11,7 @@ from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.errors import InputError
 from scialm_dask.solve.ialm import Iteration
+from scialm_dask.solve.scaling import Confidence
 
 __all__ = ["impute"]
 
@@ -24,6 +25,7 @@ def impute(
     scratch: str = "auto",
     memory_limit: int | str | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
+    confidence: Confidence | None = None,
     on_iteration: Callable[[Iteration], None] = lambda _: None,
     **settings: Any,
 ) -> Imputation:
@@ -48,6 +50,8 @@ def impute(
         Bytes that each process may take in all, or words such as ``"8 GB"``; what is free by default.
     scratch_folder
         Folder for Zarr scratch that ``"auto"`` chooses; Dask's ``temporary-directory`` by default.
+    confidence
+        In zeros, where it is not the same for all cells and genes; the setting ``zeros`` is for where it is.
     on_iteration
         Called with an `Iteration` after each iteration.
     **settings
@@ -78,6 +82,7 @@ def impute(
         scratch=scratch,
         memory_limit=parse_limit(memory_limit),
         scratch_folder=scratch_folder,
+        confidence=confidence,
         on_iteration=on_iteration,
     )
 

@@ -159,7 +159,15 @@ class Confidence:
 
     @classmethod
     def uniform(cls, omega: float, n_genes: int) -> Confidence | None:
-        """Trust all zeros alike; None for not at all."""
+        """Trust all zeros alike; None for not at all.
+
+        Parameters
+        ----------
+        omega
+            Between 0 and 1.
+        n_genes
+            Length of β.
+        """
         return cls(np.full(n_genes, omega, np.float32)) if omega else None
 
 

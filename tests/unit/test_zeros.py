@@ -141,6 +141,18 @@ def test_confidence_of_cells_and_genes_must_lie_between_0_and_1():
         Confidence(np.array([0.2, 1.2], np.float32))
 
 
+def test_confidence_may_differ_by_cell_and_gene(counts):
+    """Genes whose zeros are trusted are not filled; the others are as if no zero were."""
+    trusted = np.arange(counts.shape[1]) < 20
+    confidence = Confidence(trusted.astype(np.float32), np.ones(counts.shape[0], np.float32))
+    zero = counts.toarray() == 0
+    plain, told = (
+        impute(counts, stop="residual", max_iterations=8, max_rank=5, scaling="none", confidence=c).to_dask().compute()
+        for c in (None, confidence)
+    )
+    assert told[:, trusted][zero[:, trusted]].mean() < 0.7 * plain[:, trusted][zero[:, trusted]].mean()
+
+
 def test_count_splitting_needs_counts(counts):
     with pytest.raises(InputError, match="raw counts"):
         impute(counts / 3, preset="denoise")
