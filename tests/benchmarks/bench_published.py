@@ -1,7 +1,7 @@
 """The preset `paper` against the published program, restated with SciPy, on PBMC of donor A.
 
-The program: W as a LinearOperator, sparse plus low rank, its SVD by ``svds(solver="propack")`` asked for 10 ε of
-machine precision, the number of singular values by equation 13; float64, as published.
+The program: W as a LinearOperator, sparse plus low rank, its SVD by ``svds(solver="propack")`` asked for
+10 ε, the number of singular values by equation 13; float64, as published.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def published(
     for _ in range(iterations):
         S = sp.csr_matrix((w - a, D.indices, D.indptr), shape=(m, n))
         left, values, right = svds(
-            plus_low_rank(S, U, V), min(sv, most), solver="propack", tol=10 * np.finfo(float).eps
+            plus_low_rank(S, U, V), min(sv, most), solver="propack", tol=10 * epsilon
         )
         kept = np.argsort(-values)[: int(np.count_nonzero(values > 1 / mu))]
         U, V = left[:, kept] * (values[kept] - 1 / mu), right[kept].T
