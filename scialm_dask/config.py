@@ -40,7 +40,8 @@ class Settings:
         Iterations without a lower held-out error before stopping.
     scaling
         Exponents (g, c): each gene is scaled by (mean of its observed entries)^−g and each cell by (size factor)^−c
-        before, and the factors scaled back after. (½, ½) makes counting noise even; (0, 0) is as published.
+        before, and the factors scaled back after. (½, ½) makes counting noise even; (0, 0) is as published. None:
+        (½, ½), but cells only as far as their totals are known.
     zeros
         Confidence ω in zeros. 0: unknown, as in the paper. 1: measured like all else. ``"auto"``: chosen by count
         splitting, for which raw counts are needed.
@@ -61,7 +62,7 @@ class Settings:
     max_rank: int | None = 128
     validation: float = 0.02
     patience: int = 2
-    scaling: tuple[float, float] = (0.5, 0.5)
+    scaling: tuple[float, float] | None = None
     zeros: float | Literal["auto"] = 0.0
     svd_passes: int = 2
     svd_tolerance: float = 0.0
@@ -86,12 +87,17 @@ class Settings:
             raise InputError(f"zeros is {self.zeros}; the confidence in zeros lies between 0 and 1, or is auto")
         if not 0 <= self.svd_tolerance < 1:
             raise InputError(f"svd_tolerance is {self.svd_tolerance}; give a number from 0 to 1, or 0 for all passes")
-        if len(self.scaling) != 2 or not all(0 <= exponent <= 1 for exponent in self.scaling):
+        if len(self.exponents) != 2 or not all(0 <= exponent <= 1 for exponent in self.exponents):
             raise InputError(f"scaling is {self.scaling}; give two exponents between 0 and 1, of genes and of cells")
+
+    @property
+    def exponents(self) -> tuple[float, float]:
+        """Of genes and of cells."""
+        return (0.5, 0.5) if self.scaling is None else self.scaling
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and for the result's ``uns``."""
-        return asdict(self)
+        return asdict(self) | {"scaling": self.exponents}
 
 
 def preset(name: str, **changes: Any) -> Settings:

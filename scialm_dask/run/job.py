@@ -88,7 +88,7 @@ def complete_matrix(
         stop = None
         if settings.stop == "count-split" or settings.zeros == "auto":
             choice = choose_zeros(matrix, found, settings, operator_of, on_iteration)
-            exponents = choice.gene_exponent, settings.scaling[1]
+            exponents = choice.gene_exponent, settings.exponents[1]
             settings = replace(settings, zeros=choice.omega, scaling=exponents)
             stop = ThresholdStop(choice.threshold) if settings.stop == "count-split" else None
         if confidence is None:

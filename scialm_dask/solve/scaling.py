@@ -108,12 +108,15 @@ class Scales:
     centre: float = 1.0
 
 
-def scales_of(matrix: ExpressionMatrix, found: Survey, exponents: tuple[float, float]) -> Scales:
+def scales_of(
+    matrix: ExpressionMatrix, found: Survey, exponents: tuple[float, float], *, totals_needed: bool = False
+) -> Scales:
     """Scale genes by mean^−g and cells by (size factor)^−c.
 
     The variance of a normalised count is its mean times the cell's size factor: the number that normalisation
     multiplied the cell with. It is known from the raw totals in ``obs["total_counts"]``. Raw counts were multiplied
-    with nothing, and their variance goes with the cell's own total instead.
+    with nothing, and their variance goes with the cell's own total instead. Where neither is known cells are not
+    scaled; raises `InputError` if they must be.
     """
     gene_exponent, cell_exponent = exponents
     if matrix.observed == "finite" or exponents == (0.0, 0.0):
@@ -129,6 +132,11 @@ def scales_of(matrix: ExpressionMatrix, found: Survey, exponents: tuple[float, f
         totals = matrix.obs["total_counts"].to_numpy(np.float64)
         factor = np.divide(1.0, totals, out=np.zeros_like(totals), where=totals > 0)
         note = "genes and cells scaled; cells by obs['total_counts']"
+    elif totals_needed:
+        raise InputError(
+            f"{matrix.name}: cells are to be scaled by size^−{cell_exponent:g}, but obs has no total_counts and these "
+            f"are no raw counts; add the raw totals to obs (as `qc` does), or pass --scaling {gene_exponent:g},0"
+        )
     else:
         return Scales(None, gene.astype(np.float32), "genes scaled; cells not, as obs has no total_counts")
     used = factor > 0
@@ -280,7 +288,7 @@ def prepare(
     molecules: Molecules | None = None,
 ) -> PreparedBlocks:
     """Scale the matrix, and hold out a share of it if the stop rule needs that."""
-    scales = scales_of(matrix, found, settings.scaling)
+    scales = scales_of(matrix, found, settings.exponents, totals_needed=settings.scaling is not None)
     validation = settings.validation if settings.stop == "held-out" else 0.0
     counts = found.block_gene_counts
     return PreparedBlocks(matrix, scales, validation, settings.seed, counts, confidence, molecules)

@@ -81,7 +81,7 @@ def choose_zeros(
     )
 
     def try_out(omega: float, gene_exponent: float) -> Choice:
-        scaled = replace(settings, scaling=(gene_exponent, settings.scaling[1]), stop="count-split")
+        scaled = replace(settings, scaling=(gene_exponent, settings.exponents[1]), stop="count-split")
         train = prepare(
             matrix,
             found,
@@ -94,7 +94,7 @@ def choose_zeros(
         complete(operator, scaled, on_iteration, stop)
         return Choice(omega, gene_exponent, stop.threshold / math.sqrt(TRAIN_SHARE), stop.lowest)
 
-    own = settings.scaling[0]
+    own = settings.exponents[0]
     if settings.zeros != "auto":
         return try_out(float(settings.zeros), own)
     best = try_out(_OMEGAS[0], own)

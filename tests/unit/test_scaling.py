@@ -154,3 +154,12 @@ def test_factors_are_scaled_back(counts):
         dense = used.toarray()
         error = (result.to_dask().compute() - dense)[dense > 0]
         assert np.linalg.norm(error) < 1e-3 * np.linalg.norm(dense)
+
+
+def test_cells_that_must_be_scaled_need_totals(counts):
+    """The default makes do without them, and says so; who asks for the exponent is told."""
+    normalised = counts / 3
+    with pytest.raises(InputError, match=r"obs has no total_counts.*--scaling 0.5,0"):
+        impute(normalised, scaling="poisson", validation=0.2)
+    result = impute(normalised, validation=0.2)
+    assert result.summary["scaling"] == "genes scaled; cells not, as obs has no total_counts"
