@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,11 @@ def test_a_script_runs_with_a_real_matrix(script, counts, store_of, tmp_path):
     source, result = store_of(counts), tmp_path / "imputed.zarr"
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
     done = subprocess.run(
-        ["bash", script, source, result, "--validation", "0.2"], capture_output=True, text=True, check=False
+        ["bash", script, source, result, "--validation", "0.2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
     )
     assert done.returncode == 0, done.stderr
     assert result.is_dir()

@@ -109,9 +109,7 @@ def published(
     U, V, a, w = np.zeros((m, 0)), np.zeros((n, 0)), np.zeros_like(d), d.copy()
     for _ in range(iterations):
         S = sp.csr_matrix((w - a, D.indices, D.indptr), shape=(m, n))
-        left, values, right = svds(
-            plus_low_rank(S, U, V), min(sv, most), solver="propack", tol=10 * epsilon
-        )
+        left, values, right = svds(plus_low_rank(S, U, V), min(sv, most), solver="propack", tol=10 * epsilon)
         kept = np.argsort(-values)[: int(np.count_nonzero(values > 1 / mu))]
         U, V = left[:, kept] * (values[kept] - 1 / mu), right[kept].T
         sv = len(kept) + 1 if len(kept) < sv else min(len(kept) + increment, min(m, n))
