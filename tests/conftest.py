@@ -70,6 +70,6 @@ def cli() -> Callable[..., Any]:
     """Run a command of the command line in this process."""
     from click.testing import CliRunner
 
-    from scialm_dask.cli import main
+    from scialm_dask.__main__ import main
 
     return lambda *words: CliRunner().invoke(main, [str(word) for word in words])

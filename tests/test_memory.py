@@ -93,7 +93,7 @@ import scialm_dask.run.job
 def peak():  # of this process alone; what getrusage tells includes the parent's
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()
-from scialm_dask.cli import main
+from scialm_dask.__main__ import main
 try:
     main(sys.argv[1:])
 except SystemExit as end:

@@ -25,7 +25,7 @@ def test_importing_loads_nothing_heavy(statement):
 
 
 def test_help_loads_nothing_heavy():
-    program = "from click.testing import CliRunner; from scialm_dask.cli import main"
+    program = "from click.testing import CliRunner; from scialm_dask.__main__ import main"
     assert loaded_after(f"{program}; assert CliRunner().invoke(main, ['impute', '--help']).exit_code == 0") == []
 
 

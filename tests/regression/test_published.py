@@ -20,7 +20,7 @@ def masked(shared, name):
 
 def run(*words):
     """A command of the command line in a process of its own; what it prints by --json."""
-    program = "from scialm_dask.cli import main; main()"
+    program = "from scialm_dask.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", program, *map(str, words), "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -270,7 +270,7 @@ def run(code, *args, **kwargs):
     )
 
 
-MAIN = "from scialm_dask.cli import main; main()"
+MAIN = "from scialm_dask.__main__ import main; main()"
 
 
 @pytest.mark.parametrize("where", ["result", "scratch"])
@@ -293,7 +293,7 @@ def test_a_full_disk(store_of, tmp_path, where):
 
 INTERRUPT = """
 import os, signal, sys, threading
-from scialm_dask.cli import main
+from scialm_dask.__main__ import main
 from scialm_dask.data import factors
 from scialm_dask.linalg import kernels
 stage, calls = sys.argv.pop(1), []

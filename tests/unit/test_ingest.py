@@ -342,7 +342,7 @@ def test_a_full_disk(store_of, tmp_path, form, command):
     path = store_of(X)
     (tmp_path / "tmp").mkdir()
     result = run(
-        "from scialm_dask.cli import main; main()",
+        "from scialm_dask.__main__ import main; main()",
         command, path, tmp_path / "out.zarr",
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)),
@@ -357,7 +357,7 @@ def test_a_full_disk(store_of, tmp_path, form, command):
 
 INTERRUPT = """
 import os, signal, sys
-from scialm_dask.cli import main
+from scialm_dask.__main__ import main
 from scialm_dask.cli import progress
 from scialm_dask.data import layout, store
 layout._LEAST_NONZEROS = 100

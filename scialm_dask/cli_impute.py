@@ -1,0 +1,187 @@
+"""The commands that impute: `plan`, `impute`, `transform` and `demo`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from scialm_dask.cli import layer_option, main, missing_chunks_option, overwrite_option, quiet_option, reports
+
+preset_option = click.option(
+    "--preset",
+    type=click.Choice(["auto", "paper", "denoise"]),
+    default="auto",
+    help="paper: as published. denoise: zeros count too.",
+)
+
+
+@main.command()
+@click.argument("src", metavar="SRC")
+@click.argument("dst", metavar="DST.zarr")
+@preset_option
+@click.option("--observed", type=click.Choice(["nonzero", "finite"]), default="nonzero", help="finite: all but NaN.")
+@click.option("--stop", type=click.Choice(["residual", "held-out", "count-split"]), default=None, help="When to stop.")
+@click.option("--zeros", default=None, help="Confidence in zeros: 0 (unknown, as published) to 1, or auto.")
+@click.option("--epsilon", type=float, default=None, help="Residual to stop at.")
+@click.option("--validation", type=float, default=None, help="Share of the entries hidden to know when to stop.")
+@click.option("--max-iterations", type=int, default=None)
+@click.option("--rank-policy", type=click.Choice(["paper", "adaptive"]), default=None)
+@click.option("--increment", type=int, default=None, help="R of the paper's rank policy.")
+@click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
+@click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5.")
+@click.option("--seed", type=int, default=None)
+@click.option("--scratch", default="auto", help="Where the working state is kept: auto, memory, or zarr:PATH.")
+@click.option("--memory-limit", default=None, help="Most memory to use, such as 8GB.  [default: what is free]")
+@click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
+@click.option("--write", type=click.Choice(["factors", "dense"]), default="factors", help="dense: the matrix as X too.")
+@click.option("--keep-observed", is_flag=True, help="In X, leave observed entries as they were.")
+@click.option("--preserve-zeros", is_flag=True, help="Write X, sparse: biological zeros (rule of ALRA) stay zero.")
+@layer_option
+@missing_chunks_option
+@overwrite_option
+@quiet_option
+@reports
+def impute(
+    src: str,
+    dst: str,
+    preset: str,
+    observed: Any,
+    scratch: str,
+    memory_limit: str | None,
+    blocks: int | None,
+    write: str,
+    keep_observed: bool,
+    preserve_zeros: bool,
+    layer: str | None,
+    missing_chunks_are_zeros: bool,
+    overwrite: bool,
+    quiet: bool,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Complete the matrix SRC by low-rank matrix completion and write its factors to DST.zarr."""
+    from scialm_dask.api import impute
+    from scialm_dask.config import preset as settings_of
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.data.store import check_output
+
+    if keep_observed and write != "dense" and not preserve_zeros:
+        raise click.UsageError("--keep-observed goes with --write dense or --preserve-zeros")
+    if preserve_zeros and (write == "dense" or observed == "finite"):
+        raise click.UsageError("--preserve-zeros writes a sparse X and goes neither with dense nor with finite")
+    settings_of(preset, **settings)
+    check_output(dst, overwrite=overwrite, sources=(src,))
+    matrix = ExpressionMatrix.open(
+        src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
+    )
+    with iterations(quiet) as show:
+        result = impute(
+            matrix,
+            preset=preset,
+            scratch=scratch,
+            memory_limit=memory_limit,
+            scratch_folder=os.path.dirname(os.path.abspath(dst)),
+            on_iteration=show,
+            **settings,
+        )
+    result.to_zarr(
+        dst,
+        dense=write == "dense",
+        keep_observed=matrix if keep_observed else None,
+        preserve_zeros=_zeros_of(matrix, result, dst) if preserve_zeros else None,
+        overwrite=overwrite,
+        sources=(src,),
+    )
+    hidden = ("settings", "singular_values")
+    return {"destination": dst} | {key: value for key, value in result.summary.items() if key not in hidden}
+
+
+def _zeros_of(matrix: Any, result: Any, dst: str) -> Any:
+    """Find biological zeros, with the working state where that of the fit was."""
+    from scialm_dask.solve.alra import biological_zeros
+
+    folder = os.path.dirname(os.path.abspath(dst)) if result.summary["scratch"] == "zarr" else None
+    return biological_zeros(matrix, seed=result.summary["settings"]["seed"], scratch_folder=folder)
+
+
+@main.command()
+@click.argument("result", metavar="RESULT.zarr")
+@click.argument("src", metavar="SRC")
+@click.argument("dst", metavar="DST.zarr")
+@layer_option
+@missing_chunks_option
+@overwrite_option
+@reports
+def transform(
+    result: str, src: str, dst: str, layer: str | None, missing_chunks_are_zeros: bool, overwrite: bool
+) -> dict[str, Any]:
+    """Complete the cells of SRC, which were not in the fit, with the gene factors of RESULT.zarr.
+
+    Genes are matched by name. SRC must be on the scale of the matrix of the fit.
+    """
+    from scialm_dask.data.factors import Imputation
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.data.store import check_output
+
+    check_output(dst, overwrite=overwrite, sources=(src, result))
+    matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
+    completed = Imputation.open(result).transform(matrix)
+    completed.to_zarr(dst, overwrite=overwrite, sources=(src, result))
+    return {"destination": dst, **completed.summary}
+
+
+@main.command()
+@click.argument("src", metavar="SRC")
+@preset_option
+@click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
+@click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
+@layer_option
+@reports
+def plan(src: str, preset: str, max_rank: int | None, blocks: int | None, layer: str | None) -> dict[str, Any]:
+    """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time. Computes nothing."""
+    from scialm_dask.config import preset as settings_of
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.run.plan import plan
+
+    return plan(ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank))
+
+
+@main.command()
+@click.argument("folder", default="scialm-demo")
+@overwrite_option
+@quiet_option
+@reports
+def demo(folder: str, overwrite: bool, quiet: bool) -> dict[str, Any]:
+    """Impute 700 real blood cells, offline, and score the result. Makes FOLDER."""
+    from scialm_dask.config import Settings
+    from scialm_dask.run.demo import demo
+
+    with iterations(quiet) as show:
+        return demo(folder, Settings(), overwrite=overwrite, on_iteration=show)
+
+
+@contextlib.contextmanager
+def iterations(quiet: bool) -> Iterator[Callable[[Any], None]]:
+    """Show iterations as they are made: one changing line on a terminal, else a line each; nothing when quiet."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    with tqdm(desc="imputing", unit=" iterations", disable=quiet or not terminal, leave=False) as bar:
+
+        def show(latest: Any) -> None:
+            if quiet:
+                return
+            words = f"rank {latest.rank}, residual {latest.residual:.3g}"
+            if latest.held_out == latest.held_out:
+                words += f", held-out error {latest.held_out:.4g}"
+            if terminal:
+                bar.update()
+                bar.set_postfix_str(words)
+            else:
+                click.echo(f"iteration {latest.iteration}: {words}", err=True)
+
+        yield show
