@@ -156,7 +156,7 @@ def _report(
     completion: Completion,
     settings: Settings,
 ) -> dict[str, Any]:
-    last = completion.history[completion.chosen - 1]
+    last = completion.returned
     return {
         "n_cells": matrix.shape[0],
         "n_genes": matrix.shape[1],
