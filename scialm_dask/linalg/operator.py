@@ -68,6 +68,8 @@ class LowRankPlusSparse:
         Keeps the working state of the blocks.
     resident
         Keep the blocks themselves in memory too, rather than read them in every pass.
+    on_pass
+        Called after each pass with their number so far.
 
     Attributes
     ----------
@@ -81,10 +83,17 @@ class LowRankPlusSparse:
         How many times the blocks were visited so far.
     """
 
-    def __init__(self, source: BlockSource, store: Store, *, resident: bool) -> None:
+    def __init__(
+        self,
+        source: BlockSource,
+        store: Store,
+        *,
+        resident: bool,
+        on_pass: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.shape = source.shape
         self.bounds = source.bounds
-        self.passes = 0
+        self.passes, self._on_pass = 0, on_pass
         self._id = uuid.uuid4().hex[:12]
         self._source = dask.delayed(source, name=f"source-{self._id}", traverse=False)
         self._store = store
@@ -103,7 +112,7 @@ class LowRankPlusSparse:
         *state, total = _run([refs for refs, _ in parts] + [total])
         self._state: tuple[Delayed, ...] = tuple(state)
         self.observations = Observations(*total.compute())
-        self.passes = 1
+        self._count_pass()
 
     @property
     def size(self) -> float:
@@ -166,7 +175,7 @@ class LowRankPlusSparse:
         carried, visit = self._carry(view), dask.delayed(tasks.column_gram)
         parts = [visit(self._store, self._source, b, self._blocks[b], self._state[b], carried) for b in self._each()]
         (total,) = _run([_tree(parts, dask.delayed(tasks.add))])
-        self.passes += 1
+        self._count_pass()
         left_gram, cross, sparse_gram = total.compute()
         right = view.spread.astype(np.float64)
         gram = right @ cross
@@ -188,7 +197,7 @@ class LowRankPlusSparse:
                 for i, j in corners
             ]
         )
-        self.passes += 1
+        self._count_pass()
         gram = np.empty((self.shape[0], self.shape[0]))
         for (i, j), tile in zip(corners, dask.compute(*tiles), strict=True):
             rows, columns = slice(*self.bounds[i : i + 2]), slice(*self.bounds[j : j + 2])
@@ -219,7 +228,7 @@ class LowRankPlusSparse:
         carried, visit = self._carry(view), dask.delayed(tasks.quadratic)
         parts = [visit(self._store, source, b, blocks[b], self._state[b], carried) for b in self._each()]
         (total,) = _run([_tree(parts, dask.delayed(tasks.add))])
-        self.passes += 1
+        self._count_pass()
         linear, square, rows = total.compute()
         if view.confidence is not None:
             square = square + rows * (right.T.astype(np.float64) @ (view.confidence[:, None] * right))
@@ -269,7 +278,8 @@ class LowRankPlusSparse:
         total = _tree([sums for _, sums in parts], dask.delayed(add_sums))
         *state, total = _run([state for state, _ in parts] + [total])
         sums: Sums = total.compute()
-        self._state, self.passes = tuple(state), number
+        self._state = tuple(state)
+        self._count_pass()
         for name in changed:
             if self._best is None or self._best.versions.get(name) != self._versions[name]:
                 self._store.drop(name, self._versions[name])
@@ -278,6 +288,10 @@ class LowRankPlusSparse:
         if cross.size:
             _add_product(cross, view.spread, sums.left_cross)
         return Product(cross, sums.gram, sums.misfit, sums.held_out)
+
+    def _count_pass(self) -> None:
+        self.passes += 1
+        self._on_pass(self.passes)
 
     def _view(self) -> View:
         """Make what a pass carries, without a basis."""

@@ -14,12 +14,12 @@ where the update of w takes place in the first pass of the next SVD.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from scialm_dask.config import Settings
+from scialm_dask.events import Iteration, Listener, silent
 from scialm_dask.linalg.kernels import Floats, GiveBack, Step
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
 from scialm_dask.linalg.svd import PartialSVD, extended_basis, leading_triplets, short_side_svd
@@ -29,35 +29,7 @@ from scialm_dask.solve.stopping import StopRule, stop_rule
 _FIRST_PASSES = 20
 _FIRST_TOLERANCE = 1e-6  # σ₁ sets every threshold that follows
 
-__all__ = ["Completion", "Iteration", "complete"]
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """One line of the history.
-
-    Parameters
-    ----------
-    iteration
-        From 1, as in the paper.
-    rank
-        svp, the number of singular values over the threshold that were kept.
-    threshold
-        1/μ.
-    residual
-        ‖P_Ω(D − A)‖ / ‖D‖.
-    held_out
-        The same over the held-out entries; NaN if there are none.
-    passes
-        Passes over the data so far.
-    """
-
-    iteration: int
-    rank: int
-    threshold: float
-    residual: float
-    held_out: float
-    passes: int
+__all__ = ["Completion", "complete"]
 
 
 @dataclass(frozen=True)
@@ -123,7 +95,7 @@ class _LowRank:
 def complete(
     operator: LowRankPlusSparse,
     settings: Settings,
-    on_iteration: Callable[[Iteration], None] = lambda _: None,
+    listen: Listener = silent,
     stop: StopRule | None = None,
 ) -> Completion:
     """Run Algorithm 3 until the stop rule ends it, then give back what was held out.
@@ -134,17 +106,17 @@ def complete(
         Starts at W = D, and ends holding the factors of the result.
     settings
         What to do.
-    on_iteration
-        Called after each iteration.
+    listen
+        Called with each `Iteration`.
     stop
         Instead of the rule that the settings name.
     """
-    completion = iterate(operator, settings, on_iteration, stop or stop_rule(settings))
+    completion = iterate(operator, settings, listen, stop or stop_rule(settings))
     return give_back(operator, completion, settings) if operator.observations.n_held_out else completion
 
 
 def iterate(
-    operator: LowRankPlusSparse, settings: Settings, on_iteration: Callable[[Iteration], None], stop: StopRule
+    operator: LowRankPlusSparse, settings: Settings, listen: Listener, stop: StopRule
 ) -> Completion:
     """Make the iterations."""
     rank = rank_rule(settings, min(operator.shape))
@@ -154,7 +126,7 @@ def iterate(
         float(svd.values[0]), penalty, operator.passes, settings.max_iterations, grow=operator.zeros_unknown
     )
     for iteration in history:
-        on_iteration(iteration)
+        listen(iteration)
         rank.update(0)
         penalty = penalty.next()
     too_many = f"{settings.max_iterations} iterations made, the most allowed"
@@ -174,7 +146,7 @@ def iterate(
         product = operator.multiply(basis, step, low_rank.right)
         latest = _iteration(len(history) + 1, low_rank, penalty, product, operator)
         history.append(latest)
-        on_iteration(latest)
+        listen(latest)
         verdict = stop.judge(latest)
         if verdict.best_so_far:
             operator.keep()
