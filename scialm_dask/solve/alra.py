@@ -129,7 +129,7 @@ def biological_zeros(matrix: ExpressionMatrix, *, seed: int = 0, scratch_folder:
     folder = None if scratch_folder is None else tempfile.mkdtemp(prefix="scialm-zeros-", dir=scratch_folder)
     try:
         store: Scratch = MemoryScratch() if folder is None else ZarrScratch(folder)
-        operator = LowRankPlusSparse(_Detected(matrix), store, resident=folder is None)
+        operator = LowRankPlusSparse(_Detected(matrix.for_workers()), store, resident=folder is None)
         lefts, right = _approximation(operator, seed)
         thresholds = np.maximum(-_minima(lefts, right), 0)
     except BaseException:
