@@ -19,7 +19,7 @@ solve.rank solve.stopping solve.scaling solve.reference solve.ialm solve.zeros s
 solve.pools solve.pooled solve.pooled_als solve.pooled_admm solve.pooled_nuclear
 evaluate.masking evaluate.metrics evaluate.gene_scores evaluate.simulation evaluate.figures
 run.plan run.job run.demo
-api cli cli_impute cli_evaluate cli_pooled __main__
+api estimator cli cli_impute cli_evaluate cli_pooled __main__
 """
 ORDER = LINES.split()
 HANDS_OVER = {"data.factors": {"solve.transform"}}  # a method that calls the solver, imported when it is called

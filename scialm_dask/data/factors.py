@@ -129,7 +129,7 @@ class Imputation:
         self.summary = summary
         self.model = model
         self._history = history
-        self._clip = clip
+        self.clip = clip
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Imputation:
@@ -193,7 +193,7 @@ class Imputation:
     def product(self, left: NDArray[np.float32]) -> NDArray[np.float32]:
         """Impute the cells whose left factors are given, ``(k, r)``: float32, ``(k, n)``."""
         dense: NDArray[np.float32] = left @ self.right.T
-        return np.maximum(dense, 0, out=dense) if self._clip else dense
+        return np.maximum(dense, 0, out=dense) if self.clip else dense
 
     def transform(self, matrix: Any, *, layer: str | None = None) -> Imputation:
         """Complete cells that were not in the fit, with its gene factors: one pass, a small problem for each cell.
@@ -243,7 +243,7 @@ class Imputation:
             var=self.var,
             summary=summary,
             history={},
-            clip=self._clip,
+            clip=self.clip,
             model=self.model,
         )
 
@@ -260,7 +260,7 @@ class Imputation:
         columns, one_gene = _positions(genes, self.var.index, "gene")
         left = np.atleast_2d(self.left[rows].compute())
         dense = left @ self.right[columns].T
-        values: NDArray[np.float32] = np.maximum(dense, 0) if self._clip else dense
+        values: NDArray[np.float32] = np.maximum(dense, 0) if self.clip else dense
         return values[0 if one_cell else slice(None), 0 if one_gene else slice(None)]
 
     def to_zarr(
@@ -336,7 +336,7 @@ class Imputation:
 
     def _notes(self) -> dict[str, Any]:
         """Make what is kept in ``uns``."""
-        notes = {"summary": json.dumps(self.summary), "history": self.history, "clip": self._clip}
+        notes = {"summary": json.dumps(self.summary), "history": self.history, "clip": self.clip}
         return notes if self.model is None else notes | {"model": asdict(self.model)}
 
     def _write_left(self, root: zarr.Group) -> None:

@@ -64,7 +64,7 @@ def transform(
     InputError
         If fewer genes match than the result has factors, names are ambiguous, or one is of counts and the other not.
     """
-    matrix = as_matrix(matrix, layer).for_workers()
+    matrix = as_matrix(matrix, layer, observed="nonzero" if result.clip else "finite").for_workers()
     obs, names = matrix.obs, None if matrix.annotation is None else matrix.var.index
     if result.model is None:
         raise InputError(
