@@ -115,9 +115,7 @@ def complete(
     return give_back(operator, completion, settings) if operator.observations.n_held_out else completion
 
 
-def iterate(
-    operator: LowRankPlusSparse, settings: Settings, listen: Listener, stop: StopRule
-) -> Completion:
+def iterate(operator: LowRankPlusSparse, settings: Settings, listen: Listener, stop: StopRule) -> Completion:
     """Make the iterations."""
     rank = rank_rule(settings, min(operator.shape))
     svd = first_svd(operator, settings)
