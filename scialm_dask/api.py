@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from scialm_dask.config import configured
 from scialm_dask.config import preset as settings_of
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
@@ -22,7 +23,7 @@ def impute(
     preset: str = "auto",
     layer: str | None = None,
     observed: Observed = "nonzero",
-    scratch: str = "auto",
+    scratch: str | None = None,
     memory_limit: int | str | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
     confidence: Confidence | None = None,
@@ -45,9 +46,10 @@ def impute(
         general matrices.
     scratch
         Where the working state is kept: ``"memory"``, ``"zarr:PATH"`` for a folder on a local disk, or ``"auto"``:
-        in memory if the forecast fits there.
+        in memory if the forecast fits there. Dask's configuration, ``scialm.scratch``, by default: ``"auto"``.
     memory_limit
-        Bytes that each process may take in all, or words such as ``"8 GB"``; what is free by default.
+        Bytes that each process may take in all, or words such as ``"8 GB"``; Dask's configuration,
+        ``scialm.memory-limit``, by default: what is free.
     scratch_folder
         Folder for Zarr scratch that ``"auto"`` chooses; Dask's ``temporary-directory`` by default.
     confidence
@@ -79,8 +81,8 @@ def impute(
     return complete_matrix(
         matrix,
         chosen,
-        scratch=scratch,
-        memory_limit=parse_limit(memory_limit),
+        scratch=configured("scratch", scratch),
+        memory_limit=parse_limit(configured("memory-limit", memory_limit)),
         scratch_folder=scratch_folder,
         confidence=confidence,
         on_iteration=on_iteration,

@@ -10,7 +10,15 @@ from typing import Any
 
 import click
 
-from scialm_dask.cli import layer_option, main, missing_chunks_option, overwrite_option, quiet_option, reports
+from scialm_dask.cli import (
+    cluster_options,
+    layer_option,
+    main,
+    missing_chunks_option,
+    overwrite_option,
+    quiet_option,
+    reports,
+)
 
 preset_option = click.option(
     "--preset",
@@ -35,12 +43,13 @@ preset_option = click.option(
 @click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
 @click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5.")
 @click.option("--seed", type=int, default=None)
-@click.option("--scratch", default="auto", help="Where the working state is kept: auto, memory, or zarr:PATH.")
+@click.option("--scratch", default=None, help="Where the working state is kept: auto, memory, or zarr:PATH.")
 @click.option("--memory-limit", default=None, help="Most memory to use, such as 8GB.  [default: what is free]")
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @click.option("--write", type=click.Choice(["factors", "dense"]), default="factors", help="dense: the matrix as X too.")
 @click.option("--keep-observed", is_flag=True, help="In X, leave observed entries as they were.")
 @click.option("--preserve-zeros", is_flag=True, help="Write X, sparse: biological zeros (rule of ALRA) stay zero.")
+@cluster_options
 @layer_option
 @missing_chunks_option
 @overwrite_option
@@ -51,7 +60,7 @@ def impute(
     dst: str,
     preset: str,
     observed: Any,
-    scratch: str,
+    scratch: str | None,
     memory_limit: str | None,
     blocks: int | None,
     write: str,
@@ -61,6 +70,7 @@ def impute(
     missing_chunks_are_zeros: bool,
     overwrite: bool,
     quiet: bool,
+    connected: Callable[[], Any],
     **settings: Any,
 ) -> dict[str, Any]:
     """Complete the matrix SRC by low-rank matrix completion and write its factors to DST.zarr."""
@@ -78,24 +88,25 @@ def impute(
     matrix = ExpressionMatrix.open(
         src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
     )
-    with iterations(quiet) as show:
-        result = impute(
-            matrix,
-            preset=preset,
-            scratch=scratch,
-            memory_limit=memory_limit,
-            scratch_folder=os.path.dirname(os.path.abspath(dst)),
-            on_iteration=show,
-            **settings,
+    with connected():
+        with iterations(quiet) as show:
+            result = impute(
+                matrix,
+                preset=preset,
+                scratch=scratch,
+                memory_limit=memory_limit,
+                scratch_folder=os.path.dirname(os.path.abspath(dst)),
+                on_iteration=show,
+                **settings,
+            )
+        result.to_zarr(
+            dst,
+            dense=write == "dense",
+            keep_observed=matrix if keep_observed else None,
+            preserve_zeros=_zeros_of(matrix, result, dst) if preserve_zeros else None,
+            overwrite=overwrite,
+            sources=(src,),
         )
-    result.to_zarr(
-        dst,
-        dense=write == "dense",
-        keep_observed=matrix if keep_observed else None,
-        preserve_zeros=_zeros_of(matrix, result, dst) if preserve_zeros else None,
-        overwrite=overwrite,
-        sources=(src,),
-    )
     hidden = ("settings", "singular_values")
     return {"destination": dst} | {key: value for key, value in result.summary.items() if key not in hidden}
 
@@ -115,9 +126,16 @@ def _zeros_of(matrix: Any, result: Any, dst: str) -> Any:
 @layer_option
 @missing_chunks_option
 @overwrite_option
+@cluster_options
 @reports
 def transform(
-    result: str, src: str, dst: str, layer: str | None, missing_chunks_are_zeros: bool, overwrite: bool
+    result: str,
+    src: str,
+    dst: str,
+    layer: str | None,
+    missing_chunks_are_zeros: bool,
+    overwrite: bool,
+    connected: Callable[[], Any],
 ) -> dict[str, Any]:
     """Complete the cells of SRC, which were not in the fit, with the gene factors of RESULT.zarr.
 
@@ -129,8 +147,9 @@ def transform(
 
     check_output(dst, overwrite=overwrite, sources=(src, result))
     matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
-    completed = Imputation.open(result).transform(matrix)
-    completed.to_zarr(dst, overwrite=overwrite, sources=(src, result))
+    with connected():
+        completed = Imputation.open(result).transform(matrix)
+        completed.to_zarr(dst, overwrite=overwrite, sources=(src, result))
     return {"destination": dst, **completed.summary}
 
 
@@ -140,14 +159,27 @@ def transform(
 @click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @layer_option
+@cluster_options
 @reports
-def plan(src: str, preset: str, max_rank: int | None, blocks: int | None, layer: str | None) -> dict[str, Any]:
-    """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time. Computes nothing."""
+def plan(
+    src: str,
+    preset: str,
+    max_rank: int | None,
+    blocks: int | None,
+    layer: str | None,
+    connected: Callable[[], Any],
+) -> dict[str, Any]:
+    """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time. Computes nothing.
+
+    With --scheduler or --cluster, on those workers.
+    """
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.run.plan import plan
 
-    return plan(ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank))
+    matrix, settings = ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank)
+    with connected():
+        return plan(matrix, settings)
 
 
 @main.command()

@@ -19,6 +19,7 @@ from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import DoesNotFitError, InputError
 from scialm_dask.linalg.kernels import Block, BlockState, View, visit
+from scialm_dask.run.cluster import team
 from scialm_dask.solve.rank import basis_width
 
 __all__ = ["Forecast", "Need", "forecast", "place_scratch", "plan", "usable_memory"]
@@ -80,7 +81,7 @@ class Forecast:
         return 5 + self.iterations * self.passes_per_iteration
 
 
-def forecast(matrix: ExpressionMatrix, settings: Settings, threads: int | None = None) -> Forecast:
+def forecast(matrix: ExpressionMatrix, settings: Settings, threads: int | None = None, workers: int = 1) -> Forecast:
     """Foresee what a run will take; reads nothing.
 
     Parameters
@@ -91,6 +92,8 @@ def forecast(matrix: ExpressionMatrix, settings: Settings, threads: int | None =
         How it is to be completed.
     threads
         Tasks that one process runs at once.
+    workers
+        Number of processes, among which the blocks are shared out.
     """
     threads = threads or int(dask.config.get("num_workers", None) or CPU_COUNT)
     (m, n), n_observed = matrix.shape, matrix.n_stored
@@ -107,9 +110,10 @@ def forecast(matrix: ExpressionMatrix, settings: Settings, threads: int | None =
     working = _base_memory() + threads * task + tree + driver
     state = _FLOAT * (2 * n_observed + m * (2 * width + 2 * rank))
     resident = 2 * _FLOAT * n_observed
+    share = math.ceil(n_blocks / workers) / n_blocks  # what one process holds
     log_rho = math.log(1.1 + 2.5 * n_observed / (m * n))
     return Forecast(
-        memory=Need(int(working + state + resident), 0),
+        memory=Need(int(working + share * (state + resident)), 0),
         zarr=Need(int(working), int(state + _FLOAT * m * rank)),
         basis_width=width,
         iterations=min(settings.max_iterations, round(math.log(_shrinkage(settings)) / log_rho)),
@@ -141,7 +145,14 @@ def usable_memory() -> int:
     return int(min(MEMORY_LIMIT, psutil.virtual_memory().available + psutil.Process().memory_info().rss))
 
 
-def place_scratch(scratch: str, need: Forecast, *, memory_limit: int | None, folder: str | os.PathLike[str]) -> str:
+def place_scratch(
+    scratch: str,
+    need: Forecast,
+    *,
+    memory_limit: int | None,
+    folder: str | os.PathLike[str],
+    raised_by: str = "--memory-limit",
+) -> str:
     """Choose where the working state is kept, or refuse.
 
     Parameters
@@ -154,6 +165,8 @@ def place_scratch(scratch: str, need: Forecast, *, memory_limit: int | None, fol
         Bytes for each process; None for what is left here.
     folder
         Where Zarr scratch goes if it is chosen here.
+    raised_by
+        The option that raises `memory_limit`, for the message.
 
     Returns
     -------
@@ -182,7 +195,7 @@ def place_scratch(scratch: str, need: Forecast, *, memory_limit: int | None, fol
         )
         raise DoesNotFitError(
             f"the forecast is {format_bytes(wanted.memory)} of memory and the limit {format_bytes(limit)}; {remedy}, "
-            "or raise --memory-limit"
+            f"or raise {raised_by}"
         )
     if kind == "memory":
         return "memory"
@@ -206,15 +219,20 @@ def time_of_pass(matrix: ExpressionMatrix, width: int, threads: int | None = Non
         began = time.perf_counter()
         csr = matrix.read_block(0)
         state = BlockState(csr.data, np.ones((csr.shape[0], rank), np.float32), np.zeros((0, 0), np.float32))
-        visit(Block(csr.indptr, csr.indices, csr.data, csr.shape[1]), state, View(right, basis, right.T @ basis))
+        visit(
+            Block(csr.indptr, csr.indices, csr.data, csr.shape[1]),
+            state,
+            View(right, right, basis=basis, overlap=right.T @ basis),
+        )
         seconds = time.perf_counter() - began
     return seconds * len(matrix.blocks) / min(threads, len(matrix.blocks))
 
 
 def plan(matrix: ExpressionMatrix, settings: Settings) -> dict[str, Any]:
     """Say what a run will take, for people: the forecast and an estimate of the time after timing one block."""
-    need = forecast(matrix, settings)
-    seconds = time_of_pass(matrix, need.basis_width)
+    here = team()
+    need = forecast(matrix, settings, here.threads, here.workers)
+    seconds = time_of_pass(matrix, need.basis_width, here.threads * here.workers)
     return {
         "n_cells": matrix.shape[0],
         "n_genes": matrix.shape[1],
@@ -223,7 +241,9 @@ def plan(matrix: ExpressionMatrix, settings: Settings) -> dict[str, Any]:
         "peak_memory_bytes": need.memory.memory,
         "peak_memory_bytes_with_zarr_scratch": need.zarr.memory,
         "zarr_scratch_bytes": need.zarr.disk,
-        "memory_limit_bytes": usable_memory(),
+        "memory_limit_bytes": here.memory or usable_memory(),
+        "workers": here.workers,
+        "threads_per_worker": here.threads,
         "basis_width": need.basis_width,
         "iterations": need.iterations,
         "passes": need.passes,
