@@ -137,7 +137,7 @@ def _short_side_memory(shape: tuple[int, int], rows: int, rank: int, threads: in
     if m > n:
         return gram * (threads + levels + 2)
     pairs = gram // 2 + threads * (2 * _FLOAT * rows * n + 2 * _DOUBLE * rows**2)
-    projected = _FLOAT * n * rank * (threads + levels) + 2 * _DOUBLE * n * rank
+    projected = _FLOAT * n * rank * max(threads + levels - 1, 4)  # by the workers; then here, in float64
     return max(gram + pairs, 2 * gram, projected) + _FLOAT * (m + n) * rank
 
 
