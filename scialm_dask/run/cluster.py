@@ -207,6 +207,8 @@ def _standing(scheduler: str | None, scheduler_file: Any, tls: bool) -> Client:
         raise InputError(f"{address}: not encrypted, and --tls was given; give the address as tls://HOST:PORT")
     security = _from_files() if address.startswith("tls://") else None
     try:
+        # One that fails would stay Dask's default, and all that is computed later would fail too.
+        Client(address, timeout=timeout, security=security, set_as_default=False).close()
         return Client(address, timeout=timeout, security=security)
     except ValueError as error:
         raise InputError(

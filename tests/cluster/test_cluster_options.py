@@ -250,6 +250,7 @@ def test_nobody_at_the_address(cli, source, tmp_path):
         pytest.raises(InputError, match="connect-timeout is 'soon'"),
     ):
         connect("tcp://127.0.0.1:9").__enter__()
+    assert current_client() is None  # what is computed next is not sent there
 
 
 def test_no_worker_comes():
