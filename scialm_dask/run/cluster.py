@@ -116,8 +116,7 @@ def connect(
     import distributed  # noqa: F401  its settings are Dask's from here on
 
     with ExitStack() as stack:
-        retries = dask.config.get("distributed.comm.retry.count") or _RETRIES
-        stack.enter_context(dask.config.set({"distributed.comm.retry.count": retries}))
+        stack.enter_context(dask.config.set(_patient()))
         if cluster is None:
             client = stack.enter_context(_standing(scheduler, scheduler_file, tls))
             wanted = 1
@@ -155,6 +154,16 @@ def team() -> Team:
     limits = [worker["memory_limit"] for worker in workers.values() if worker["memory_limit"]]
     threads = max(worker["nthreads"] for worker in workers.values())
     return Team(len(workers), threads, int(pause * min(limits)) if limits else None)
+
+
+def _patient() -> dict[str, Any]:
+    """Give settings for runs that take hours and send V, of some megabytes, to every worker once per pass."""
+    import dask
+
+    return {
+        "distributed.comm.retry.count": dask.config.get("distributed.comm.retry.count") or _RETRIES,
+        "distributed.admin.large-graph-warning-threshold": "1GB",
+    }
 
 
 def _check_places(scheduler: Any, scheduler_file: Any, cluster: Any, **given: Any) -> None:
@@ -207,6 +216,8 @@ def _standing(scheduler: str | None, scheduler_file: Any, tls: bool) -> Client:
         raise InputError(f"{address}: not encrypted, and --tls was given; give the address as tls://HOST:PORT")
     security = _from_files() if address.startswith("tls://") else None
     try:
+        # One that fails would stay Dask's default, and all that is computed later would fail too.
+        Client(address, timeout=timeout, security=security, set_as_default=False).close()
         return Client(address, timeout=timeout, security=security)
     except ValueError as error:
         raise InputError(

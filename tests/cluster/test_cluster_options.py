@@ -20,7 +20,7 @@ import scialm_dask
 from scialm_dask import ExpressionMatrix, Imputation, connect
 from scialm_dask.config import configured
 from scialm_dask.errors import ClusterError, InputError
-from scialm_dask.run.cluster import Team, current_client, team
+from scialm_dask.run.cluster import Team, _seconds, current_client, team
 
 SHORT = ("--preset", "paper", "--max-iterations", "6", "--quiet")
 
@@ -250,6 +250,7 @@ def test_nobody_at_the_address(cli, source, tmp_path):
         pytest.raises(InputError, match="connect-timeout is 'soon'"),
     ):
         connect("tcp://127.0.0.1:9").__enter__()
+    assert current_client() is None  # what is computed next is not sent there
 
 
 def test_no_worker_comes():
@@ -406,6 +407,9 @@ def test_every_setting_has_a_line_that_says_what_it_is():
     settings = [line for line in lines if line.startswith("  ") and not line.strip().startswith("#")]
     assert len(settings) == len(yaml.safe_load("\n".join(lines))["scialm"])
     assert [line for line in settings if "# " not in line] == []
+    with connect() as nobody:  # and all of them can be read
+        assert nobody is None
+    assert (_seconds("connect-timeout"), _seconds("worker-timeout")) == (30, 600)
 
 
 def test_connections_are_retried_unless_the_site_says_otherwise(standing):
