@@ -140,8 +140,8 @@ def describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]
         element, name = store, ""
     else:
         name = f"layers/{layer}" if layer else "X"
-        if name not in store:
-            layers = sorted(store["layers"]) if "layers" in store else []
+        layers = sorted(store["layers"]) if "layers" in store else []
+        if layer not in layers if layer else "X" not in store:  # by its name: "../X" is none
             raise InputError(f"{path}: has no {name}; its layers are: {', '.join(layers) or 'none'}")
         element = store[name]
     encoding = str(element.attrs.get("encoding-type", "array")).replace("-", "_")
