@@ -69,7 +69,7 @@ class ExpressionMatrix:
         Parameters
         ----------
         path
-            The store. It is only read.
+            The store, or its URL, if it is Zarr. It is only read.
         layer
             Name of the layer; X by default.
         blocks
@@ -218,6 +218,8 @@ def read_annotation(path: str | None, axis: str, length: int) -> pd.DataFrame:
 
     try:
         frame = anndata.io.read_elem(open_store(path)[axis])
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{path}: {axis} cannot be read ({error}); write the store again") from error
     if len(frame) != length:

@@ -19,7 +19,8 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.rows import StoredRows, narrowed, numeric, widened
-from scialm_dask.data.store import ZARR_FORMAT, CSRWriter, open_store, output_error
+from scialm_dask.data.store import ZARR_FORMAT, open_store, output_error
+from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 
 __all__ = ["Entries", "columns_of", "csr_of", "rows_in_order", "spill_to_csr", "temporary_folder"]
