@@ -24,6 +24,7 @@ __all__ = [
     "measure",
     "pool_report",
     "random_pools",
+    "show_progress",
 ]
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.errors import InputError, ScialmError
     from scialm_dask.evaluate.gene_scores import gene_scores
+    from scialm_dask.run.progress import show_progress
     from scialm_dask.solve.alra import biological_zeros
     from scialm_dask.solve.pooled_als import PooledALS
     from scialm_dask.solve.pooled_nuclear import PooledNuclearNorm
@@ -55,6 +57,7 @@ _HOME = {
     "measure": "solve.pools",
     "pool_report": "solve.pools",
     "random_pools": "solve.pools",
+    "show_progress": "run.progress",
 }
 
 

@@ -93,13 +93,13 @@ def proxied_s3() -> Iterator[Any]:
 @pytest.fixture
 def bucket(proxied_s3: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Proxy before an S3 server with one empty bucket, ``s3://bucket``, to which the environment points."""
-    import requests
+    from urllib.request import Request, urlopen
 
     keys = {"ACCESS_KEY_ID": "nobody", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}
     for name, value in (keys | {"ENDPOINT_URL": proxied_s3.url}).items():
         monkeypatch.setenv(f"AWS_{name}", value)
     proxied_s3.reset()
-    requests.post(f"{proxied_s3.url}/moto-api/reset", timeout=60).raise_for_status()
-    requests.put(f"{proxied_s3.url}/bucket", timeout=60).raise_for_status()
+    for method, path in {"POST": "moto-api/reset", "PUT": "bucket"}.items():
+        urlopen(Request(f"{proxied_s3.url}/{path}", b"", method=method)).close()
     proxied_s3.log.clear()
     return proxied_s3
