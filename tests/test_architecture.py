@@ -12,7 +12,8 @@ ROOT = Path(scialm_dask.__file__).parent
 
 LINES = """
 errors config events
-data.layout data.store data.stream data.rows data.temporary data.transpose data.matrix data.annotated data.tenx data.ingest data.quality
+data.layout data.remote data.store data.writer data.stream data.rows data.temporary data.transpose data.matrix data.annotated
+data.tenx data.ingest data.quality
 data.scratch data.factors data.design
 linalg.draws linalg.nnls linalg.tiles linalg.kernels linalg.cellwise linalg.tasks linalg.operator linalg.svd
 solve.rank solve.stopping solve.scaling solve.reference solve.ialm solve.zeros solve.alra solve.transform

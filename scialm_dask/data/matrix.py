@@ -85,7 +85,7 @@ class ExpressionMatrix:
         Parameters
         ----------
         path
-            The store. It is only read.
+            The store, or its URL, if it is Zarr. It is only read.
         layer
             Name of the layer; X by default.
         blocks
@@ -261,6 +261,8 @@ def read_annotation(path: str | Annotation | None, axis: str, length: int) -> pd
 
     try:
         frame = anndata.io.read_elem(open_store(path)[axis])
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{path}: {axis} cannot be read ({error}); write the store again") from error
     if len(frame) != length:
