@@ -25,6 +25,7 @@ __all__ = [
     "pool_report",
     "random_pools",
     "show_progress",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.errors import InputError, ScialmError
     from scialm_dask.evaluate.gene_scores import gene_scores
+    from scialm_dask.report import write_report
     from scialm_dask.run.progress import show_progress
     from scialm_dask.solve.alra import biological_zeros
     from scialm_dask.solve.pooled_als import PooledALS
@@ -58,6 +60,7 @@ _HOME = {
     "pool_report": "solve.pools",
     "random_pools": "solve.pools",
     "show_progress": "run.progress",
+    "write_report": "report",
 }
 
 

@@ -13,7 +13,7 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.data.store import CSRWriter, atomic_output, new_anndata, open_store, set_encoding
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin, silent
@@ -168,6 +168,11 @@ class Imputation:
     def rank(self) -> int:
         """Number of factors, r."""
         return int(self.right.shape[1])
+
+    @property
+    def observed(self) -> Observed:
+        """Which entries were observed; see `ExpressionMatrix`."""
+        return "nonzero" if self._clip else "finite"
 
     @property
     def history(self) -> pd.DataFrame:
