@@ -23,6 +23,7 @@ from scialm_dask.evaluate.panels import (
     cell_panels,
     fit_panels,
     groups_of,
+    held_out_known,
     inflation_panel,
 )
 from scialm_dask.evaluate.svg import plain, svg_of
@@ -175,10 +176,10 @@ def _convergence_words(result: Imputation) -> str:
 def _held_out_words(result: Imputation) -> str:
     stop = result.summary.get("settings", {}).get("stop")
     share = result.summary.get("settings", {}).get("validation", 0)
-    if "held_out" in result.history and result.history["held_out"].notna().any():
+    if held_out_known(result.history):
         return (
-            f"{100 * share:.3g}% of each gene’s observed entries were hidden. Their relative error falls as long as structure "
-            "is fitted and rises once noise is; the iteration of the lowest error is kept."
+            f"{100 * share:.3g}% of each gene’s observed entries were hidden. Their relative error falls as long as "
+            "structure is fitted and rises once noise is; the iteration of the lowest error is kept."
         )
     if stop == "count-split":
         return (
@@ -191,7 +192,7 @@ def _held_out_words(result: Imputation) -> str:
 def _spectrum_words(result: Imputation) -> str:
     if not result.summary.get("singular_values"):
         return "The result has no singular values of its own."
-    return f"The {result.rank} that were kept, less the threshold, on the scale on which noise was made even."
+    return f"Those that were kept, {result.rank:,} in number, less the threshold, on the scale of the fit."
 
 
 def _compared(result: Imputation, compared: Comparison | None, why_not: str, color: str | None) -> list[str]:
@@ -202,9 +203,7 @@ def _compared(result: Imputation, compared: Comparison | None, why_not: str, col
     sampled = f"Over all {m:,} cells." if k == m else f"Over a sample of {k:,} of the {m:,} cells."
     overall = result.summary.get("mean_imputed_over_observed")
     words = "" if overall is None else f"The imputed matrix has {overall:.3g} times the mean of the observed one. "
-    words += (
-        f"{sampled} {compared.filled:.2%} of the zeros were imputed as high as the mean of their gene’s non-zeros, "
-    )
+    words += f"{sampled} {compared.filled:.2%} of the zeros were imputed as high as the mean of their gene’s non-zeros"
     histogram = inflation_panel(compared)
     groups = _groups(result, compared, color)
     seen = f"genes seen in {LEAST_DETECTED:.0%} of the cells or more"
@@ -342,7 +341,7 @@ def _text(value: object) -> str:
 
 
 def _words(text: str) -> str:
-    """The same, with commands and options set as such."""
+    """Make it safe too, and set commands and options as such."""
     return re.sub(r"`([^`]+)`|(--[a-z-]+)", lambda found: f"<code>{found[1] or found[2]}</code>", _text(text))
 
 

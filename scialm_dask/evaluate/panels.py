@@ -16,7 +16,17 @@ from scialm_dask.evaluate.compare import Comparison
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["COLOURS", "LEAST_DETECTED", "Groups", "Panel", "cell_panels", "fit_panels", "groups_of", "inflation_panel"]
+__all__ = [
+    "COLOURS",
+    "LEAST_DETECTED",
+    "Groups",
+    "Panel",
+    "cell_panels",
+    "fit_panels",
+    "groups_of",
+    "held_out_known",
+    "inflation_panel",
+]
 
 # Stand-ins that the report replaces by colours of its light or dark palette, by name.
 COLOURS = {"ink": "#000001", "muted": "#000002", "line": "#000003", "accent": "#000004", "second": "#000005"} | {
@@ -77,12 +87,17 @@ def fit_panels(result: Imputation) -> dict[str, list[Panel]]:
     if "residual" not in history and "objective" in history:
         numbered = history.assign(iteration=np.arange(1, len(history) + 1))
         panels["convergence"].append(_curve(numbered, "objective", "Objective", None))
-    if "held_out" in history and history["held_out"].notna().any():
+    if held_out_known(history):
         panels["held_out"].append(_curve(history, "held_out", "Error on held-out entries", kept))
     values = np.asarray(result.summary.get("singular_values", ()))
     if len(values):
         panels["spectrum"].append(_spectrum(values))
     return panels
+
+
+def held_out_known(history: pd.DataFrame) -> bool:
+    """Tell whether entries were held out; as long as the rank is 0 all of them would be missed, and are said to be."""
+    return "held_out" in history and bool(history.loc[history["rank"] > 0, "held_out"].notna().any())
 
 
 def _curve(history: pd.DataFrame, column: str, title: str, kept: int | None) -> Panel:
@@ -102,18 +117,24 @@ def _curve(history: pd.DataFrame, column: str, title: str, kept: int | None) -> 
         if kept:
             axes.axvline(kept, color=COLOURS["muted"], linewidth=1, linestyle=(0, (3, 3)), zorder=0)
             axes.plot([kept], [y[kept - 1]], "o", color=COLOURS["second"], markersize=7)
-            right = kept > (x[0] + x[-1]) / 2
-            axes.annotate(
-                f"kept: {y[kept - 1]:.3g}",
-                (kept, axes.get_ylim()[1]),
-                xytext=(-5 if right else 5, -2),
-                textcoords="offset points",
-                ha="right" if right else "left",
-                va="top",
-                color=COLOURS["muted"],
-            )
+            _label(axes, f"kept: {y[kept - 1]:.3g}", kept, y[kept - 1])
 
     return Panel(f"curve-{column.replace('_', '-')}", title, words + ".", draw)
+
+
+def _label(axes: Any, words: str, x: float, y: float) -> None:
+    """Write beside a vertical line, at the end that is far from the point (x, y)."""
+    across, up = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
+    axes.annotate(
+        words,
+        (x, 0.0 if up > 0.5 else 1.0),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(-5 if across > 0.5 else 5, 4 if up > 0.5 else -4),
+        textcoords="offset points",
+        ha="right" if across > 0.5 else "left",
+        va="bottom" if up > 0.5 else "top",
+        color=COLOURS["muted"],
+    )
 
 
 def _spectrum(values: NDArray[np.float64]) -> Panel:
@@ -127,6 +148,7 @@ def _spectrum(values: NDArray[np.float64]) -> Panel:
         axes.plot(numbers, values, "o", color=COLOURS["accent"], markersize=3.5)
         axes.vlines(numbers, max(values[-1] * 0.7, 1e-300), values, color=COLOURS["line"], linewidth=1, zorder=0)
         _scale(axes, values)
+        axes.set_xlim(0, len(values) + 1)
         axes.set_xlabel("number")
         axes.xaxis.get_major_locator().set_params(integer=True)
 
@@ -171,7 +193,7 @@ def groups_of(name: str, values: pd.Series) -> Groups:
     import pandas as pd
 
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values) and values.nunique() > 5:
-        edges = np.unique(np.quantile(values.dropna(), np.linspace(0, 1, 6)))
+        edges = np.unique(np.quantile(values.dropna(), np.linspace(0, 1, 6), method="nearest"))
         codes = np.clip(np.searchsorted(edges, values.to_numpy(np.float64), side="right") - 1, 0, len(edges) - 2)
         names = tuple(f"{a:.4g} – {b:.4g}" for a, b in pairwise(edges))
         return Groups(name, codes.astype(np.intp), names, tuple(f"shade{n}" for n in range(len(names))))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from scialm_dask.data.factors import Imputation
 from scialm_dask.evaluate.compare import Comparison
+from scialm_dask.evaluate.panels import held_out_known
 
 __all__ = ["warnings_of"]
 
@@ -37,17 +36,16 @@ def _of_the_end(result: Imputation) -> Warnings:
     if summary.get("converged") is False:
         reason = str(summary.get("stop_reason") or "the most iterations allowed were made").rstrip(".")
         yield "It did not converge.", f"It ended because {reason}. Raise --max-iterations."
-    if "held_out" not in history or not len(history):
-        return
-    errors = history["held_out"].to_numpy()
-    if np.isnan(errors).all():
+    if not held_out_known(history):
         if summary.get("settings", {}).get("stop") == "residual":
             yield (
                 "Nothing was held out.",
                 "The fit went on until observed entries were met, noise included, and no error tells whether that was "
                 "too far. Preset auto stops before.",
             )
-    elif len(errors) > 1 and int(summary.get("chosen_iteration", 0)) == len(errors) and errors[-1] < errors[-2]:
+        return
+    errors = history["held_out"].to_numpy()
+    if len(errors) > 1 and int(summary.get("chosen_iteration", 0)) == len(errors) and errors[-1] < errors[-2]:
         yield (
             "The held-out error was still falling at the end.",
             "More iterations would lower it: raise --max-iterations.",
@@ -58,6 +56,11 @@ def _of_rank(result: Imputation) -> Warnings:
     most = result.summary.get("settings", {}).get("max_rank")
     if result.rank == 0:
         yield "The rank is 0, so that all is imputed as zero.", "It ended too early: raise --max-iterations."
+    elif result.rank == 1:
+        yield (
+            "The rank is 1, so that all cells are imputed alike but for their depth.",
+            "Types of cells are lost: lower --zeros, or take preset auto.",
+        )
     elif most is not None and result.rank >= most:
         yield (
             f"The rank reached its limit, {most}.",
