@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "IALM",
     "Confidence",
     "ExpressionMatrix",
     "Imputation",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from scialm_dask.data.factors import Imputation
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.errors import InputError, ScialmError
+    from scialm_dask.estimator import IALM
     from scialm_dask.evaluate.gene_scores import gene_scores
     from scialm_dask.report import write_report
     from scialm_dask.run.progress import show_progress
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Confidence": "solve.scaling",
     "ExpressionMatrix": "data.matrix",
+    "IALM": "estimator",
     "Imputation": "data.factors",
     "InputError": "errors",
     "PooledALS": "solve.pooled_als",

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from scialm_dask.config import preset as settings_of
+from scialm_dask.data.annotated import as_matrix, is_anndata, refuse_logarithms
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.errors import InputError
@@ -20,6 +21,7 @@ def impute(
     *,
     preset: str = "auto",
     layer: str | None = None,
+    key_added: str | None = "scialm",
     observed: Observed = "nonzero",
     scratch: str = "auto",
     memory_limit: int | str | None = None,
@@ -33,12 +35,16 @@ def impute(
     Parameters
     ----------
     matrix
-        An `ExpressionMatrix`; a path to an AnnData store (.zarr or .h5ad) or a bare 2-D Zarr array; or a NumPy or
-        SciPy sparse matrix. Cells × genes, counts or normalised counts, without logarithm.
+        An AnnData, in memory, backed or lazy; a path to an AnnData store (.zarr or .h5ad) or a bare 2-D Zarr array;
+        a NumPy, SciPy sparse or Dask array; or an `ExpressionMatrix`. Cells × genes, counts or normalised counts,
+        without logarithm.
     preset
         ``"auto"`` stops before noise is fitted; ``"paper"`` is the published method.
     layer
-        Layer of the store to read instead of X.
+        Layer of the store or AnnData to read instead of X.
+    key_added
+        Of an AnnData only: what is found is put into it too, as ``obsm["X_" + key_added]`` (cells × rank),
+        ``varm[key_added]`` (genes × rank) and ``uns[key_added]``; None leaves it as it is. The matrix itself stays.
     observed
         ``"nonzero"``: zeros are unknown, as in the paper. ``"finite"``: NaN is unknown and zeros are observed, for
         general matrices.
@@ -71,12 +77,10 @@ def impute(
     from scialm_dask.run.job import complete_matrix
 
     chosen = settings_of(preset, **settings)
-    if isinstance(matrix, str | os.PathLike):
-        matrix = ExpressionMatrix.open(matrix, layer, observed=observed)
-    elif not isinstance(matrix, ExpressionMatrix):
-        matrix = ExpressionMatrix.of(matrix, observed=observed)
-    return complete_matrix(
-        matrix,
+    source = as_matrix(matrix, layer, observed=observed)
+    refuse_logarithms(source, matrix, layer)
+    result = complete_matrix(
+        source,
         chosen,
         scratch=scratch,
         memory_limit=parse_limit(memory_limit),
@@ -84,6 +88,9 @@ def impute(
         confidence=confidence,
         listen=listen,
     )
+    if key_added is not None and is_anndata(matrix):
+        result.add_to(matrix, key_added)
+    return result
 
 
 def parse_limit(limit: int | str | None) -> int | None:

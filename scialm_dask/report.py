@@ -179,7 +179,8 @@ def _held_out_words(result: Imputation) -> str:
     if held_out_known(result.history):
         return (
             f"{100 * share:.3g}% of each gene’s observed entries were hidden. Their relative error falls as long as "
-            "structure is fitted and rises once noise is; the iteration of the lowest error is kept."
+            "structure is fitted and rises once noise is. The iteration of the lowest error is kept, and one more made "
+            "with all entries, those that were hidden too."
         )
     if stop == "count-split":
         return (

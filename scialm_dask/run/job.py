@@ -20,6 +20,7 @@ import numpy as np
 from scialm_dask.config import Settings
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.rows import MemoryRows
 from scialm_dask.data.scratch import MemoryScratch, Scratch, ZarrScratch
 from scialm_dask.data.store import output_error
 from scialm_dask.errors import InputError
@@ -75,6 +76,7 @@ def complete_matrix(
         If the forecast does not fit memory or disk.
     """
     began = time.perf_counter()
+    matrix = matrix.for_workers()
     need = forecast(matrix, settings)
     folder_for_scratch = scratch_folder or dask.config.get("temporary-directory", None) or tempfile.gettempdir()
     scratch = place_scratch(scratch, need, memory_limit=memory_limit, folder=folder_for_scratch)
@@ -116,7 +118,14 @@ def complete_matrix(
         raise
     if folder is not None:  # the result reads its left factor from there
         weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
+    # Blocks of a worker that is lost are made anew: a temporary copy of the matrix stays as long as the result.
+    if not isinstance(matrix.rows, MemoryRows):
+        weakref.finalize(result, _let_go, matrix.rows)
     return result
+
+
+def _let_go(*held: object) -> None:
+    """Hold something until called."""
 
 
 def refit_kept(operator: LowRankPlusSparse) -> Floats:
@@ -159,7 +168,7 @@ def _report(
     completion: Completion,
     settings: Settings,
 ) -> dict[str, Any]:
-    last = completion.history[completion.chosen - 1]
+    last = completion.returned
     return {
         "n_cells": matrix.shape[0],
         "n_genes": matrix.shape[1],
