@@ -25,6 +25,7 @@ __all__ = [
     "measure",
     "pool_report",
     "random_pools",
+    "show_progress",
 ]
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from scialm_dask.errors import InputError, ScialmError
     from scialm_dask.estimator import IALM
     from scialm_dask.evaluate.gene_scores import gene_scores
+    from scialm_dask.run.progress import show_progress
     from scialm_dask.solve.alra import biological_zeros
     from scialm_dask.solve.pooled_als import PooledALS
     from scialm_dask.solve.pooled_nuclear import PooledNuclearNorm
@@ -58,6 +60,7 @@ _HOME = {
     "measure": "solve.pools",
     "pool_report": "solve.pools",
     "random_pools": "solve.pools",
+    "show_progress": "run.progress",
 }
 
 

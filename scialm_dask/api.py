@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 from scialm_dask.config import preset as settings_of
@@ -11,7 +10,7 @@ from scialm_dask.data.annotated import as_matrix, is_anndata, refuse_logarithms
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.errors import InputError
-from scialm_dask.solve.ialm import Iteration
+from scialm_dask.events import Listener, silent
 from scialm_dask.solve.scaling import Confidence
 
 __all__ = ["impute"]
@@ -28,7 +27,7 @@ def impute(
     memory_limit: int | str | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
     confidence: Confidence | None = None,
-    on_iteration: Callable[[Iteration], None] = lambda _: None,
+    listen: Listener = silent,
     **settings: Any,
 ) -> Imputation:
     """Complete an expression matrix by low-rank matrix completion (scIALM).
@@ -58,8 +57,8 @@ def impute(
         Folder for Zarr scratch that ``"auto"`` chooses; Dask's ``temporary-directory`` by default.
     confidence
         In zeros, where it is not the same for all cells and genes; the setting ``zeros`` is for where it is.
-    on_iteration
-        Called with an `Iteration` after each iteration.
+    listen
+        Called with every event of the work, such as `scialm_dask.show_progress()`; see `scialm_dask.events`.
     **settings
         Fields of `Settings` that are to differ from the preset's, such as ``max_rank=50`` or ``seed=1``.
 
@@ -87,7 +86,7 @@ def impute(
         memory_limit=parse_limit(memory_limit),
         scratch_folder=scratch_folder,
         confidence=confidence,
-        on_iteration=on_iteration,
+        listen=listen,
     )
     if key_added is not None and is_anndata(matrix):
         result.add_to(matrix, key_added)

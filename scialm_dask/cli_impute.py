@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
-from scialm_dask.cli import layer_option, main, missing_chunks_option, overwrite_option, quiet_option, reports
+from scialm_dask.cli import layer_option, main, missing_chunks_option, overwrite_option, reports, shows_progress
+from scialm_dask.events import Listener
 
 preset_option = click.option(
     "--preset",
@@ -44,8 +42,8 @@ preset_option = click.option(
 @layer_option
 @missing_chunks_option
 @overwrite_option
-@quiet_option
 @reports
+@shows_progress
 def impute(
     src: str,
     dst: str,
@@ -60,7 +58,7 @@ def impute(
     layer: str | None,
     missing_chunks_are_zeros: bool,
     overwrite: bool,
-    quiet: bool,
+    listen: Listener,
     **settings: Any,
 ) -> dict[str, Any]:
     """Complete the matrix SRC by low-rank matrix completion and write its factors to DST.zarr."""
@@ -78,34 +76,34 @@ def impute(
     matrix = ExpressionMatrix.open(
         src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
     )
-    with iterations(quiet) as show:
-        result = impute(
-            matrix,
-            preset=preset,
-            scratch=scratch,
-            memory_limit=memory_limit,
-            scratch_folder=os.path.dirname(os.path.abspath(dst)),
-            on_iteration=show,
-            **settings,
-        )
+    result = impute(
+        matrix,
+        preset=preset,
+        scratch=scratch,
+        memory_limit=memory_limit,
+        scratch_folder=os.path.dirname(os.path.abspath(dst)),
+        listen=listen,
+        **settings,
+    )
     result.to_zarr(
         dst,
         dense=write == "dense",
         keep_observed=matrix if keep_observed else None,
-        preserve_zeros=_zeros_of(matrix, result, dst) if preserve_zeros else None,
+        preserve_zeros=_zeros_of(matrix, result, dst, listen) if preserve_zeros else None,
         overwrite=overwrite,
         sources=(src,),
+        listen=listen,
     )
     hidden = ("settings", "singular_values")
     return {"destination": dst} | {key: value for key, value in result.summary.items() if key not in hidden}
 
 
-def _zeros_of(matrix: Any, result: Any, dst: str) -> Any:
+def _zeros_of(matrix: Any, result: Any, dst: str, listen: Listener) -> Any:
     """Find biological zeros, with the working state where that of the fit was."""
     from scialm_dask.solve.alra import biological_zeros
 
     folder = os.path.dirname(os.path.abspath(dst)) if result.summary["scratch"] == "zarr" else None
-    return biological_zeros(matrix, seed=result.summary["settings"]["seed"], scratch_folder=folder)
+    return biological_zeros(matrix, seed=result.summary["settings"]["seed"], scratch_folder=folder, listen=listen)
 
 
 @main.command()
@@ -116,8 +114,15 @@ def _zeros_of(matrix: Any, result: Any, dst: str) -> Any:
 @missing_chunks_option
 @overwrite_option
 @reports
+@shows_progress
 def transform(
-    result: str, src: str, dst: str, layer: str | None, missing_chunks_are_zeros: bool, overwrite: bool
+    result: str,
+    src: str,
+    dst: str,
+    layer: str | None,
+    missing_chunks_are_zeros: bool,
+    overwrite: bool,
+    listen: Listener,
 ) -> dict[str, Any]:
     """Complete the cells of SRC, which were not in the fit, with the gene factors of RESULT.zarr.
 
@@ -130,7 +135,7 @@ def transform(
     check_output(dst, overwrite=overwrite, sources=(src, result))
     matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
     completed = Imputation.open(result).transform(matrix)
-    completed.to_zarr(dst, overwrite=overwrite, sources=(src, result))
+    completed.to_zarr(dst, overwrite=overwrite, sources=(src, result), listen=listen)
     return {"destination": dst, **completed.summary}
 
 
@@ -153,35 +158,11 @@ def plan(src: str, preset: str, max_rank: int | None, blocks: int | None, layer:
 @main.command()
 @click.argument("folder", default="scialm-demo")
 @overwrite_option
-@quiet_option
 @reports
-def demo(folder: str, overwrite: bool, quiet: bool) -> dict[str, Any]:
+@shows_progress
+def demo(folder: str, overwrite: bool, listen: Listener) -> dict[str, Any]:
     """Impute 700 real blood cells, offline, and score the result. Makes FOLDER."""
     from scialm_dask.config import Settings
     from scialm_dask.run.demo import demo
 
-    with iterations(quiet) as show:
-        return demo(folder, Settings(), overwrite=overwrite, on_iteration=show)
-
-
-@contextlib.contextmanager
-def iterations(quiet: bool) -> Iterator[Callable[[Any], None]]:
-    """Show iterations as they are made: one changing line on a terminal, else a line each; nothing when quiet."""
-    from tqdm import tqdm
-
-    terminal = sys.stderr.isatty()
-    with tqdm(desc="imputing", unit=" iterations", disable=quiet or not terminal, leave=False) as bar:
-
-        def show(latest: Any) -> None:
-            if quiet:
-                return
-            words = f"rank {latest.rank}, residual {latest.residual:.3g}"
-            if latest.held_out == latest.held_out:
-                words += f", held-out error {latest.held_out:.4g}"
-            if terminal:
-                bar.update()
-                bar.set_postfix_str(words)
-            else:
-                click.echo(f"iteration {latest.iteration}: {words}", err=True)
-
-        yield show
+    return demo(folder, Settings(), overwrite=overwrite, listen=listen)

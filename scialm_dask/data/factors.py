@@ -17,6 +17,7 @@ from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import CSRWriter, atomic_output, new_anndata, open_store, set_encoding
 from scialm_dask.errors import InputError
+from scialm_dask.events import Advance, Listener, begin, silent
 
 if TYPE_CHECKING:
     import anndata
@@ -272,6 +273,7 @@ class Imputation:
         preserve_zeros: ZeroRule | None = None,
         overwrite: bool = False,
         sources: tuple[str | os.PathLike[str], ...] = (),
+        listen: Listener = silent,
     ) -> None:
         """Write an AnnData Zarr store: the factors in ``obsm["X_scialm"]`` and ``varm["scialm"]``.
 
@@ -290,6 +292,8 @@ class Imputation:
             Replace what is at `path`.
         sources
             Stores that are read meanwhile.
+        listen
+            Called with every event of the work; see `scialm_dask.events`.
 
         Raises
         ------
@@ -298,15 +302,21 @@ class Imputation:
         """
         import anndata
 
+        advance = begin(listen, "writing")
+        parts = 2 if dense or preserve_zeros is not None else 1
+
+        def advance_part(share: float) -> None:
+            advance(share / parts)
+
         with atomic_output(path, overwrite=overwrite, sources=sources) as partial:
             root = new_anndata(partial, obs=self.obs, var=self.var)
-            self._write_left(root)
+            self._write_left(root, advance_part)
             anndata.io.write_elem(root["varm"], _KEY, self.right)
             anndata.io.write_elem(root["uns"], _KEY, self._notes())
             if preserve_zeros is not None:
-                self._write_sparse(root, preserve_zeros, keep_observed is not None)
+                self._write_sparse(root, preserve_zeros, keep_observed is not None, advance_part)
             elif dense:
-                self._write_dense(root, keep_observed)
+                self._write_dense(root, keep_observed, advance_part)
             zarr.consolidate_metadata(root.store)
 
     def to_anndata(self) -> anndata.AnnData:
@@ -339,7 +349,7 @@ class Imputation:
         notes = {"summary": json.dumps(self.summary), "history": self.history, "clip": self.clip}
         return notes if self.model is None else notes | {"model": asdict(self.model)}
 
-    def _write_left(self, root: zarr.Group) -> None:
+    def _write_left(self, root: zarr.Group, advance: Advance) -> None:
         rows = max(1, min(self.shape[0], _CHUNK_BYTES // (4 * max(1, self.rank))))
         chunks = (rows, max(1, self.rank))
         array = root.require_group("obsm").create_array(
@@ -348,8 +358,9 @@ class Imputation:
         set_encoding(array, "array", "0.2.0")
         for start, block in _blocks_of(self.left):
             array[start : start + len(block)] = block
+            advance(len(block) / self.shape[0])
 
-    def _write_dense(self, root: zarr.Group, keep_observed: ExpressionMatrix | None) -> None:
+    def _write_dense(self, root: zarr.Group, keep_observed: ExpressionMatrix | None, advance: Advance) -> None:
         panels = self._panels()
         rows = panels.sizes[0]
         array = root.create_array(
@@ -363,8 +374,9 @@ class Imputation:
                 csr = observed.read_block(number)
                 values[_cells_of(csr), csr.indices] = csr.data
             array[start:stop] = values
+            advance(1 / len(panels))
 
-    def _write_sparse(self, root: zarr.Group, zeros: ZeroRule, keep_observed: bool) -> None:
+    def _write_sparse(self, root: zarr.Group, zeros: ZeroRule, keep_observed: bool, advance: Advance) -> None:
         import scipy.sparse as sp
 
         panels = self._panels()
@@ -378,6 +390,7 @@ class Imputation:
                 values *= zeros.expressed(start, stop)
                 values[at] = csr.data if keep_observed else np.where(imputed > 0, imputed, csr.data)
                 writer.append(sp.csr_matrix(values))
+                advance(1 / len(panels))
 
     def _panels(self) -> RowBlocks:
         """Rows of which the dense form is small."""

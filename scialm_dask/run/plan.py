@@ -19,7 +19,7 @@ from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import DoesNotFitError, InputError
 from scialm_dask.linalg.kernels import Block, BlockState, View, visit
-from scialm_dask.solve.rank import basis_width
+from scialm_dask.solve.rank import basis_width, prefers_short_side, widest_basis
 
 __all__ = ["Forecast", "Need", "forecast", "place_scratch", "plan", "usable_memory"]
 
@@ -27,6 +27,7 @@ _FLOAT = 4
 _TASK_VALUES = 10  # arrays as long as a block's entries that a task holds: as read, scaled, old and new estimate, …
 _TASK_ROWS = 7  # arrays as large as a block's sketch
 _DRIVER_PANELS = 9  # float64 arrays of n × l that the small algebra of an SVD holds
+_DOUBLE = 8
 _LIKELY_SHARE = 1 / 3  # of the short side: the rank at which the paper's runs end
 _STARTED = 200 << 20  # what compiling, reading and scheduling add to a process that has imported everything
 _STOP_AT = 0.03  # threshold, relative to the first, at which held-out stops were seen
@@ -97,26 +98,41 @@ def forecast(matrix: ExpressionMatrix, settings: Settings, threads: int | None =
     n_blocks = len(matrix.blocks)
     threads = min(threads, n_blocks)
     rank = _likely_rank(settings, min(m, n))
-    width = basis_width(np.ones(rank), 0.5, rank)
+    wanted = basis_width(np.ones(rank), 0.5, rank)
+    exact = prefers_short_side(wanted, (m, n))
+    width = widest_basis((m, n)) if exact else wanted
     rows = max(matrix.blocks.sizes)
     values = min(n_observed, int(1.3 * n_observed / n_blocks))  # rows differ in length
-    panel = n * width
+    panel, levels = n * width, math.ceil(math.log2(n_blocks) + 1)
     task = _FLOAT * (_TASK_VALUES * values + _TASK_ROWS * rows * width + 2 * panel)
-    tree = _FLOAT * panel * math.ceil(math.log2(n_blocks) + 1)
-    driver = 2 * _FLOAT * panel * _DRIVER_PANELS + 2 * _FLOAT * n * n_blocks
-    working = _base_memory() + threads * task + tree + driver
-    state = _FLOAT * (2 * n_observed + m * (2 * width + 2 * rank))
+    products = threads * task + _FLOAT * panel * levels + _DOUBLE * panel * _DRIVER_PANELS
+    if exact:
+        products = max(products, _short_side_memory((m, n), rows, rank, threads, levels))
+    working = _base_memory() + products + _DOUBLE * n * n_blocks
+    kept = 1 if settings.stop == "held-out" else 0  # the estimate of the best iteration
+    state = _FLOAT * ((2 + kept) * n_observed + m * (2 * wanted + 2 * rank))
     resident = 2 * _FLOAT * n_observed
     log_rho = math.log(1.1 + 2.5 * n_observed / (m * n))
     return Forecast(
         memory=Need(int(working + state + resident), 0),
         zarr=Need(int(working), int(state + _FLOAT * m * rank)),
-        basis_width=width,
+        basis_width=wanted,
         iterations=min(settings.max_iterations, round(math.log(_shrinkage(settings)) / log_rho)),
         passes_per_iteration=settings.svd_passes if settings.svd_tolerance == 0 else 3,
         tasks_per_pass=2 * n_blocks - 1,
         bytes_per_pass=2 * _FLOAT * n_observed,
     )
+
+
+def _short_side_memory(shape: tuple[int, int], rows: int, rank: int, threads: int, levels: int) -> int:
+    """Bytes that the exact triplets by the Gram of the short side take, at their peak."""
+    m, n = shape
+    gram = _DOUBLE * min(shape) ** 2
+    if m > n:
+        return gram * (threads + levels + 2)
+    pairs = gram // 2 + threads * (2 * _FLOAT * rows * n + 2 * _DOUBLE * rows**2)
+    projected = _FLOAT * n * rank * (threads + levels) + 2 * _DOUBLE * n * rank
+    return max(gram + pairs, 2 * gram, projected) + _FLOAT * (m + n) * rank
 
 
 def _shrinkage(settings: Settings) -> float:

@@ -10,6 +10,7 @@ from problems import low_rank_counts
 
 from scialm_dask import ExpressionMatrix, Imputation, impute
 from scialm_dask.evaluate.metrics import score_held_out
+from scialm_dask.events import Iteration
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,11 @@ def test_the_scheduler_holds_no_more_tasks_from_iteration_to_iteration(client, p
     """The state is a task for each block; what is done is forgotten."""
     held = []
 
-    def count(_):
-        held.append(client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
+    def count(event):
+        if isinstance(event, Iteration):
+            held.append(client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
 
-    result = impute(ExpressionMatrix.open(path, blocks=5), preset="paper", max_iterations=20, on_iteration=count)
+    result = impute(ExpressionMatrix.open(path, blocks=5), preset="paper", max_iterations=20, listen=count)
     assert result.rank > 0
     assert max(held[10:]) <= 1.5 * max(held[:10])
 
