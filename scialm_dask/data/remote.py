@@ -6,6 +6,7 @@ import asyncio
 import copy
 import os
 import random
+import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ _S3_ATTEMPTS = 6
 _WAITS = (0.25, 0.5, 1.0, 2.0, 4.0)  # seconds between attempts, where fsspec makes only one
 _PASSING = (408, 429, 500, 502, 503, 504)  # HTTP states worth another attempt
 _LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_stores: dict[str, FsspecStore] = {}
+_lock = threading.Lock()
 T = TypeVar("T")
 
 
@@ -59,13 +62,8 @@ class RemoteStore(FsspecStore):
         """
         url = url.rstrip("/")
         protocol = _checked(url)
-        try:
-            store = cls.from_url(url, storage_options=_options(protocol), read_only=read_only)
-        except (ImportError, ValueError) as error:
-            extra = _EXTRAS.get(protocol)
-            remedy = f"pip install 'scialm-dask[{extra}]'" if extra else "see fsspec's list of protocols"
-            raise InputError(f"{url}: cannot be opened ({error}); {remedy}") from error
-        assert isinstance(store, cls)
+        reached = _reached(url, protocol)
+        store = cls(fs=reached.fs, path=reached.path, read_only=read_only)
         store.url = url
         store.supports_listing = protocol not in _WEB  # pages of links are no list of keys
         return store
@@ -116,19 +114,34 @@ class RemoteStore(FsspecStore):
                 f"{self.url}: {key} cannot be written ({_cause(error)}); check the connection and the permissions"
             ) from error
 
+    async def delete(self, key: str) -> None:
+        """Delete a key.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be deleted.
+        """
+        try:
+            await super().delete(key)
+        except Exception as error:
+            raise OutputError(
+                f"{self.url}: {key} cannot be deleted ({_cause(error)}); check the connection and the permissions"
+            ) from error
+
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         """List all keys that begin with `prefix`."""
-        for key in await self._listed(lambda: _all_of(FsspecStore.list_prefix(self, prefix))):
+        for key in await self._looked(lambda: _all_of(FsspecStore.list_prefix(self, prefix))):
             yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         """List the names one level below `prefix`."""
-        for key in await self._listed(lambda: _all_of(FsspecStore.list_dir(self, prefix))):
+        for key in await self._looked(lambda: _all_of(FsspecStore.list_dir(self, prefix))):
             yield key
 
-    async def _listed(self, listing: Callable[[], Awaitable[list[str]]]) -> list[str]:
+    async def _looked(self, look: Callable[[], Awaitable[T]]) -> T:
         try:
-            return await self._patiently(listing)
+            return await self._patiently(look)
         except Exception as error:
             raise InputError(
                 f"{self.url}: cannot be listed ({_cause(error)}); check the connection and the permissions"
@@ -216,14 +229,12 @@ def new_store(url: str) -> Iterator[NewStore]:
         If there is something at `url` already, or it cannot be written.
     """
     store = _writable(url)
+    claim = _claim(store)
     try:
-        claim = _claim(store)
         yield store
-        sync(FsspecStore.delete(store, claim))
+        sync(RemoteStore.delete(store, claim))
         sync(store.commit())
     except BaseException as error:
-        if isinstance(error, _TakenError):
-            raise
         try:
             sync(FsspecStore.delete_dir(store, ""))
         except Exception as second:
@@ -234,26 +245,35 @@ def new_store(url: str) -> Iterator[NewStore]:
 
 
 def check_new(url: str) -> None:
-    """Raise `OutputError` if a result cannot be written to `url`. Leaves nothing there."""
+    """Raise `OutputError` if a result cannot be written to `url`, or not be deleted there. Leaves nothing there."""
     store = _writable(url)
-    sync(FsspecStore.delete(store, _claim(store)))
-
-
-class _TakenError(OutputError):
-    pass
+    claim = _claim(store)
+    sync(RemoteStore.delete(store, claim))
+    if claim in sync(_all_of(RemoteStore.list_dir(store, ""))):
+        raise OutputError(f"{url}: keys are written but not deleted, as what is unfinished must be; allow it, too")
 
 
 def _claim(store: NewStore) -> str:
     """Put a key of ours, then look for others: of two runs that begin at once, at most one goes on."""
     claim = f".{uuid.uuid4().hex}.partial"
     sync(RemoteStore.set(store, claim, default_buffer_prototype().buffer.from_bytes(b"")))
-    if set(sync(_all_of(RemoteStore.list_dir(store, "")))) - {claim, ""}:
-        sync(FsspecStore.delete(store, claim))
-        raise _TakenError(
-            f"{store.url}: exists already, and what is behind a URL cannot be replaced in one step; delete it first or "
-            "choose another URL"
-        )
+    try:
+        if sync(_others(store, claim)):
+            raise OutputError(
+                f"{store.url}: exists already, and what is behind a URL cannot be replaced in one step; delete it "
+                "first or choose another URL"
+            )
+    except BaseException:
+        sync(RemoteStore.delete(store, claim))
+        raise
     return claim
+
+
+async def _others(store: NewStore, claim: str) -> bool:
+    """Tell whether there are other keys below the URL, or is one of that very name."""
+    if set(await _all_of(RemoteStore.list_dir(store, ""))) - {claim, ""}:
+        return True
+    return bool((await store._looked(lambda: store.fs._info(store.path)))["type"] == "file")
 
 
 def _writable(url: str) -> NewStore:
@@ -265,7 +285,10 @@ def _writable(url: str) -> NewStore:
 
 def _checked(url: str) -> str:
     """Refuse a URL that cannot name a store; give its protocol."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InputError(f"{url}: not a URL ({error}); check how it is spelled") from error
     protocol = parts.scheme.lower()
     if parts.username or parts.password:
         raise InputError(
@@ -279,6 +302,24 @@ def _checked(url: str) -> str:
     if not parts.netloc or {".", ".."} & set(parts.path.split("/")):
         raise InputError(f"{url}: not the URL of a store; spell it {protocol}://BUCKET/NAME, without . and ..")
     return protocol
+
+
+def _reached(url: str, protocol: str) -> FsspecStore:
+    """Connect once for each process and URL: fsspec does so for every thread, and each has its own client."""
+    from fsspec.utils import tokenize
+
+    options = _options(protocol)
+    key = tokenize(os.getpid(), url, options)
+    with _lock:
+        if key not in _stores:
+            try:
+                _stores[key] = FsspecStore.from_url(url, storage_options=options)
+            except Exception as error:
+                extra, remedy = _EXTRAS.get(protocol), "check the URL and the connection"
+                if isinstance(error, ImportError):
+                    remedy = f"pip install 'scialm-dask[{extra}]'" if extra else "install that package"
+                raise InputError(f"{url}: cannot be opened ({_cause(error)}); {remedy}") from error
+        return _stores[key]
 
 
 def _options(protocol: str) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def test_a_web_server_is_read(web, counts, store_of, tmp_path, zarr_format):
         ("zip://x.zarr", "archives and chained URLs are not read"),
         ("https://host/x.zarr?token=1", r"without \? and #"),
         ("s3://bucket/a/../x", r"without \. and \.\."),
+        ("s3://[x", "not a URL"),
         ("s3:///x", r"spell it s3://BUCKET/NAME"),
     ],
 )
@@ -208,6 +209,26 @@ def test_nothing_is_replaced(bucket, overwrite):
     assert keys() == ["bucket/out/old"]
     check_output("s3://bucket/ou", overwrite=overwrite)
     assert keys() == ["bucket/out/old"]
+
+
+@pytest.mark.parametrize(("method", "path"), [("PUT", ""), ("GET", "list-type"), ("HEAD", "")])
+def test_what_is_there_outlives_a_failure_to_look(bucket, monkeypatch, method, path):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3fs.S3FileSystem().pipe({"bucket/out/old": b"old", "bucket/file": b"old"})
+    bucket.faults = Faults(method, path, ever_after=(1, "500"))
+    for url in ("s3://bucket/out", "s3://bucket/file"):
+        with pytest.raises((InputError, OutputError), match=url), atomic_store(url):
+            pass
+    bucket.reset()
+    with pytest.raises(OutputError, match="exists already"), atomic_store("s3://bucket/file"):
+        pass
+    assert keys() == ["bucket/file", "bucket/out/old"]
+
+
+def test_a_bucket_that_lets_nothing_be_deleted_is_refused(bucket, monkeypatch):
+    bucket.faults = Faults("POST|DELETE", ever_after=(1, "403"))
+    with pytest.raises(OutputError, match=r"\.partial cannot be deleted \(Access Denied\)"):
+        check_output("s3://bucket/out", overwrite=False)
 
 
 def test_of_two_runs_one_goes_on(bucket):
