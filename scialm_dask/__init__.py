@@ -27,6 +27,7 @@ __all__ = [
     "pool_report",
     "random_pools",
     "show_progress",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from scialm_dask.errors import InputError, ScialmError
     from scialm_dask.estimator import IALM
     from scialm_dask.evaluate.gene_scores import gene_scores
+    from scialm_dask.report import write_report
     from scialm_dask.run.cluster import connect
     from scialm_dask.run.progress import show_progress
     from scialm_dask.solve.alra import biological_zeros
@@ -64,6 +66,7 @@ _HOME = {
     "pool_report": "solve.pools",
     "random_pools": "solve.pools",
     "show_progress": "run.progress",
+    "write_report": "report",
 }
 
 

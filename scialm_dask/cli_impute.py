@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +75,7 @@ def impute(
     from scialm_dask.api import impute
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.matrix import ExpressionMatrix
-    from scialm_dask.data.store import check_output
+    from scialm_dask.data.store import check_output, scratch_folder_for
 
     if keep_observed and write != "dense" and not preserve_zeros:
         raise click.UsageError("--keep-observed goes with --write dense or --preserve-zeros")
@@ -93,7 +92,7 @@ def impute(
             preset=preset,
             scratch=scratch,
             memory_limit=memory_limit,
-            scratch_folder=os.path.dirname(os.path.abspath(dst)),
+            scratch_folder=scratch_folder_for(dst),
             listen=listen,
             **settings,
         )
@@ -112,9 +111,10 @@ def impute(
 
 def _zeros_of(matrix: Any, result: Any, dst: str, listen: Listener) -> Any:
     """Find biological zeros, with the working state where that of the fit was."""
+    from scialm_dask.data.store import scratch_folder_for
     from scialm_dask.solve.alra import biological_zeros
 
-    folder = os.path.dirname(os.path.abspath(dst)) if result.summary["scratch"] == "zarr" else None
+    folder = scratch_folder_for(dst) if result.summary["scratch"] == "zarr" else None
     return biological_zeros(matrix, seed=result.summary["settings"]["seed"], scratch_folder=folder, listen=listen)
 
 
