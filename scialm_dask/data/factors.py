@@ -174,7 +174,7 @@ class Imputation:
     @property
     def observed(self) -> Observed:
         """Which entries were observed; see `ExpressionMatrix`."""
-        return "nonzero" if self._clip else "finite"
+        return "nonzero" if self.clip else "finite"
 
     @property
     def history(self) -> pd.DataFrame:
