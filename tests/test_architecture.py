@@ -21,7 +21,7 @@ solve.pools solve.pooled solve.pooled_als solve.pooled_admm solve.pooled_nuclear
 evaluate.masking evaluate.metrics evaluate.gene_scores evaluate.simulation evaluate.figures
 evaluate.compare evaluate.panels evaluate.svg evaluate.verdict
 run.cluster run.plan run.job run.demo run.progress
-api report estimator cli cli_impute cli_evaluate cli_pooled __main__
+api markup report estimator cli cli_impute cli_evaluate cli_pooled __main__
 """
 ORDER = LINES.split()
 HANDS_OVER = {"data.factors": {"solve.transform"}}  # a method that calls the solver, imported when it is called
