@@ -95,7 +95,7 @@ def complete_matrix(
     store, folder = _open_scratch(scratch)
 
     def operator_of(blocks: PreparedBlocks) -> LowRankPlusSparse:
-        return LowRankPlusSparse(blocks, store, resident=folder is None, on_pass=lambda n: listen(Pass(n)))
+        return LowRankPlusSparse(blocks, store, on_pass=lambda n: listen(Pass(n)))
 
     try:
         stop = None
