@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import threading
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,5 +109,9 @@ class ZarrScratch:
         return np.fromfile(chunk, dtype).reshape(shape)
 
     def drop(self, name: str, version: int) -> None:
-        """Delete a version from disk."""
-        shutil.rmtree(Path(self.path) / f"{name}.{version}", ignore_errors=True)
+        """Delete a version from disk: out of the way at once, gone a little later."""
+        folder, gone = os.path.join(self.path, f"{name}.{version}"), os.path.join(self.path, f".{uuid.uuid4().hex}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, gone)
+            # Freeing gigabytes takes a while, in which the next pass can begin.
+            threading.Thread(target=shutil.rmtree, args=(gone, True)).start()
