@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "IALM",
     "Confidence",
     "ExpressionMatrix",
     "Imputation",
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "balanced_pools",
     "biological_zeros",
+    "connect",
     "gene_scores",
     "impute",
     "measure",
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
     from scialm_dask.data.factors import Imputation
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.errors import InputError, ScialmError
+    from scialm_dask.estimator import IALM
     from scialm_dask.evaluate.gene_scores import gene_scores
+    from scialm_dask.run.cluster import connect
     from scialm_dask.run.progress import show_progress
     from scialm_dask.solve.alra import biological_zeros
     from scialm_dask.solve.pooled_als import PooledALS
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Confidence": "solve.scaling",
     "ExpressionMatrix": "data.matrix",
+    "IALM": "estimator",
     "Imputation": "data.factors",
     "InputError": "errors",
     "PooledALS": "solve.pooled_als",
@@ -52,6 +57,7 @@ _HOME = {
     "Settings": "config",
     "balanced_pools": "solve.pools",
     "biological_zeros": "solve.alra",
+    "connect": "run.cluster",
     "gene_scores": "evaluate.gene_scores",
     "impute": "api",
     "measure": "solve.pools",

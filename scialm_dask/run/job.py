@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import resource
 import shutil
@@ -20,12 +21,14 @@ import numpy as np
 from scialm_dask.config import Settings
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.rows import MemoryRows
 from scialm_dask.data.scratch import MemoryScratch, Scratch, ZarrScratch
 from scialm_dask.data.store import output_error
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Pass, Stage, silent
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.run.cluster import team
 from scialm_dask.run.plan import forecast, place_scratch
 from scialm_dask.solve.ialm import Completion, complete
 from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepare, survey
@@ -75,9 +78,18 @@ def complete_matrix(
         If the forecast does not fit memory or disk.
     """
     began = time.perf_counter()
-    need = forecast(matrix, settings)
+    matrix = matrix.for_workers()
+    here = team()
+    need = forecast(matrix, settings, here.threads, here.workers)
     folder_for_scratch = scratch_folder or dask.config.get("temporary-directory", None) or tempfile.gettempdir()
-    scratch = place_scratch(scratch, need, memory_limit=memory_limit, folder=folder_for_scratch)
+    of_workers = here.memory is not None and here.memory < (memory_limit or math.inf)
+    scratch = place_scratch(
+        scratch,
+        need,
+        memory_limit=here.memory if of_workers else memory_limit,
+        folder=folder_for_scratch,
+        raised_by="--worker-memory" if of_workers else "--memory-limit",
+    )
     listen(Stage("surveying"))
     found = survey(matrix)
     store, folder = _open_scratch(scratch)
@@ -116,7 +128,14 @@ def complete_matrix(
         raise
     if folder is not None:  # the result reads its left factor from there
         weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
+    # Blocks of a worker that is lost are made anew: a temporary copy of the matrix stays as long as the result.
+    if not isinstance(matrix.rows, MemoryRows):
+        weakref.finalize(result, _let_go, matrix.rows)
     return result
+
+
+def _let_go(*held: object) -> None:
+    """Hold something until called."""
 
 
 def refit_kept(operator: LowRankPlusSparse) -> Floats:

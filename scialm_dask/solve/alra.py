@@ -136,7 +136,7 @@ def biological_zeros(
     try:
         store: Scratch = MemoryScratch() if folder is None else ZarrScratch(folder)
         operator = LowRankPlusSparse(
-            _Detected(matrix), store, resident=folder is None, on_pass=lambda n: listen(Pass(n))
+            _Detected(matrix.for_workers()), store, resident=folder is None, on_pass=lambda n: listen(Pass(n))
         )
         lefts, right = _approximation(operator, seed)
         thresholds = np.maximum(-_minima(lefts, right), 0)

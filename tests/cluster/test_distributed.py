@@ -64,3 +64,21 @@ def test_the_scheduler_holds_no_more_tasks_from_iteration_to_iteration(client, p
     result = impute(ExpressionMatrix.open(path, blocks=5), preset="paper", max_iterations=20, listen=count)
     assert result.rank > 0
     assert max(held[10:]) <= 1.5 * max(held[:10])
+
+
+def test_a_matrix_in_memory_is_not_sent_in_graphs(client, tmp_path):
+    """Distributed warns of large graphs, and warnings are errors here."""
+    counts = low_rank_counts(1200, 300, density=0.5, seed=3)
+    settings = {"max_rank": 4, "max_iterations": 5}
+    options = {"temporary-directory": str(tmp_path), "distributed.admin.large-graph-warning-threshold": "500 kB"}
+    with client.as_current(), dask.config.set(options):
+        result = impute(counts, **settings)
+        new = result.transform(counts[:1000])
+        assert len(os.listdir(tmp_path)) == 2
+        left, others = result.left.compute(), new.left.compute()
+    with dask.config.set(scheduler="threads"):
+        again = impute(counts, **settings)
+        np.testing.assert_allclose(left, again.left.compute(), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(others, again.transform(counts[:1000]).left.compute(), rtol=1e-3, atol=1e-3)
+    del result, new
+    assert os.listdir(tmp_path) == []
