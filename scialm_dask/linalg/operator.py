@@ -84,7 +84,7 @@ class LowRankPlusSparse:
         self._row_confidence = source.has_row_confidence
         self._right = np.zeros((self.shape[1], 0), np.float32)
         self._versions: dict[str, int] = dict.fromkeys(("estimate", "left", "sketch"), 0)
-        self._best: tuple[tuple[Delayed, ...], Floats, int] | None = None
+        self._best: tuple[tuple[Any, ...], Floats, int] | None = None
         self._blocks: tuple[Delayed | None, ...] = (None,) * self.n_blocks
         if resident:
             load = dask.delayed(tasks.load)
@@ -92,9 +92,8 @@ class LowRankPlusSparse:
         begin = dask.delayed(tasks.begin, pure=False, nout=2)
         parts = [begin(self._store, self._source, b, self._blocks[b]) for b in self._each()]
         total = _tree([counted for _, counted in parts], dask.delayed(tasks.add))
-        *state, total = _run([refs for refs, _ in parts] + [total])
-        self._state: tuple[Delayed, ...] = tuple(state)
-        self.observations = Observations(*total.compute())
+        self._state, counted = self._settle([refs for refs, _ in parts], total)
+        self.observations = Observations(*counted)
         self.passes = 1
 
     @property
@@ -204,17 +203,15 @@ class LowRankPlusSparse:
 
     def keep(self) -> None:
         """Remember the A in force as the best so far; `factors` gives it back."""
-        pick = dask.delayed(tasks.left_of)
         forgotten, version = self._best, self._versions["left"]
-        self._best = _run([pick(state) for state in self._state]), self._right, version
+        self._best = self._pick(tasks.left_of, self._state), self._right, version
         if forgotten is not None and forgotten[2] != version:
             self._store.drop("left", forgotten[2])
 
     def restore(self) -> None:
         """Put the A last kept in force again. What follows may look at it, but the loop cannot go on from it."""
         if self._best is not None:
-            put = dask.delayed(tasks.with_left)
-            self._state = _run([put(at, left) for at, left in zip(self._state, self._best[0], strict=True)])
+            self._state = self._pick(tasks.with_left, self._state, self._best[0])
             self._right = self._best[1]
 
     def factors(self) -> tuple[list[Delayed], Floats]:
@@ -239,9 +236,9 @@ class LowRankPlusSparse:
             for b in self._each()
         ]
         total = _tree([sums for _, sums in parts], dask.delayed(add_sums))
-        *state, total = _run([state for state, _ in parts] + [total])
-        sums: Sums = total.compute()
-        self._state, self.passes = tuple(state), number
+        sums: Sums
+        self._state, sums = self._settle([state for state, _ in parts], total)
+        self.passes = number
         for name in changed:
             if not (name == "left" and self._best is not None and self._best[2] == self._versions["left"]):
                 self._store.drop(name, self._versions[name])
@@ -250,6 +247,25 @@ class LowRankPlusSparse:
         if cross.size:
             _add_product(cross, view.spread, sums.left_cross)
         return Product(cross, sums.gram, sums.misfit, sums.held_out)
+
+    def _settle(self, states: list[Delayed], total: Delayed) -> tuple[tuple[Any, ...], Any]:
+        """Compute the new states of the blocks and what they add up to.
+
+        Where states are but references to a disk they come here: a scheduler that held them would make a lost one
+        again from versions that are gone. Else they stay with the workers.
+        """
+        if self._store.durable:
+            *settled, summed = _run([*states, total], dask.compute)
+            return tuple(settled), summed
+        *held, total = _run([*states, total])
+        return tuple(held), total.compute()
+
+    def _pick(self, function: Callable[..., Any], *columns: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Apply a function that moves no data to what is held of each block."""
+        if self._store.durable:
+            return tuple(map(function, *columns))
+        pick = dask.delayed(function)
+        return _run([pick(*parts) for parts in zip(*columns, strict=True)])
 
     def _view(self) -> View:
         """Make what a pass carries, without a basis."""
@@ -268,10 +284,10 @@ class LowRankPlusSparse:
         return range(self.n_blocks)
 
 
-def _run(values: list[Any]) -> tuple[Any, ...]:
+def _run(values: list[Any], how: Callable[..., Any] = dask.persist) -> tuple[Any, ...]:
     """Compute and hold on the scheduler in force, where threads of this process leave BLAS one thread each."""
     with threadpool_limits(1, user_api="blas"):
-        return dask.persist(*values)  # type: ignore[no-any-return]
+        return how(*values)  # type: ignore[no-any-return]
 
 
 def _add_product(total: Doubles, tall: Floats, wide: Doubles) -> None:

@@ -49,6 +49,11 @@ class BlockSource(Protocol):
 class Store(Protocol):
     """Keeps a block's working arrays between passes; see `scialm_dask.data.scratch`."""
 
+    @property
+    def durable(self) -> bool:
+        """Whether references are small and outlive the process that made them."""
+        ...
+
     def put(self, name: str, version: int, block: int, array: NDArray[Any]) -> Any:
         """Keep an array and return what to refer to it by."""
         ...
