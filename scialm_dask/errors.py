@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DoesNotFitError", "InputError", "OutputError", "ScialmError"]
+__all__ = ["CheckpointError", "DoesNotFitError", "InputError", "OutputError", "ScialmError", "StoppedError"]
 
 
 class ScialmError(Exception):
@@ -24,3 +24,13 @@ class OutputError(ScialmError, OSError):
 
 class DoesNotFitError(ScialmError, MemoryError):
     """The forecast is larger than the memory or the disk at hand."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint is torn, truncated, edited, of another matrix or of a newer version."""
+
+
+class StoppedError(ScialmError, RuntimeError):
+    """A run was stopped before its end through no fault of its input, and can go on from a checkpoint."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: the same again, later

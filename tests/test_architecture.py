@@ -13,12 +13,12 @@ ROOT = Path(scialm_dask.__file__).parent
 LINES = """
 errors config
 data.layout data.store data.stream data.rows data.transpose data.matrix data.tenx data.ingest data.quality
-data.scratch data.factors data.design
+data.fingerprint data.scratch data.checkpoint data.factors data.design
 linalg.draws linalg.nnls linalg.tiles linalg.kernels linalg.cellwise linalg.tasks linalg.operator linalg.svd
 solve.rank solve.stopping solve.scaling solve.reference solve.ialm solve.zeros solve.alra solve.transform
 solve.pools solve.pooled solve.pooled_als solve.pooled_admm solve.pooled_nuclear
 evaluate.masking evaluate.metrics evaluate.gene_scores evaluate.simulation evaluate.figures
-run.plan run.job run.demo
+run.plan run.faults run.keeper run.result run.job run.demo
 api cli cli_impute cli_evaluate cli_pooled __main__
 """
 ORDER = LINES.split()

@@ -24,10 +24,19 @@ if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
-__all__ = ["ExpressionMatrix", "Observed", "check_observed", "check_values", "read_annotation", "tree_reduce"]
+__all__ = ["ExpressionMatrix", "Observed", "Origin", "check_observed", "check_values", "read_annotation", "tree_reduce"]
 
 Observed = Literal["nonzero", "finite"]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a matrix was opened from, so that it can be opened again: arguments of `ExpressionMatrix.open`."""
+
+    path: str
+    layer: str | None
+    missing_chunks_are_zeros: bool
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class ExpressionMatrix:
     blocks: RowBlocks
     observed: Observed = "nonzero"
     annotation: Any = field(default=None, compare=False, repr=False)
+    origin: Origin | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -93,7 +103,8 @@ class ExpressionMatrix:
             rows = spill_to_csr(rows)
             element = open_store(rows.path)[rows.element]
         cuts = blocks_of(rows, element, blocks)
-        return cls(rows, cuts, observed, path if not isinstance(store, zarr.Array) else None)
+        origin = Origin(path, layer, missing_chunks_are_zeros)
+        return cls(rows, cuts, observed, path if not isinstance(store, zarr.Array) else None, origin)
 
     @classmethod
     def of(
@@ -108,7 +119,7 @@ class ExpressionMatrix:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Annotation that has been read stays here; workers need only the rows.
-        return type(self), (self.rows, self.blocks, self.observed, self.annotation)
+        return type(self), (self.rows, self.blocks, self.observed, self.annotation, self.origin)
 
     @property
     def name(self) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import dask
 import numpy as np
+from dask.base import get_scheduler
 from dask.delayed import Delayed
 from threadpoolctl import threadpool_limits
 
 from scialm_dask.linalg import tasks
 from scialm_dask.linalg.kernels import Doubles, Floats, Step, Sums, View, add_sums
-from scialm_dask.linalg.tasks import BlockSource, Store
+from scialm_dask.linalg.tasks import BlockSource, Files, Store
 
 __all__ = ["LowRankPlusSparse", "Observations", "Product"]
 
@@ -60,6 +61,8 @@ class LowRankPlusSparse:
         Keeps the working state of the blocks.
     resident
         Keep the blocks themselves in memory too, rather than read them in every pass.
+    before_pass
+        Called before each pass but the first. If it raises, all is as after the pass before.
 
     Attributes
     ----------
@@ -73,7 +76,15 @@ class LowRankPlusSparse:
         How many times the blocks were visited so far.
     """
 
-    def __init__(self, source: BlockSource, store: Store, *, resident: bool) -> None:
+    def __init__(
+        self,
+        source: BlockSource,
+        store: Store,
+        *,
+        resident: bool,
+        before_pass: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._before_pass = before_pass
         self.shape = source.shape
         self.bounds = source.bounds
         self.passes = 0
@@ -121,12 +132,10 @@ class LowRankPlusSparse:
         step, right
             The new A, as its left factor in terms of the last pass's W Q, and its right factor, ``(n, r)``.
         """
-        if step is not None and right is not None:
-            self._right = right
         changed = {"sketch"} if basis is not None else set()
         if step is not None:
             changed |= {"estimate", "left"}
-        view = self._view()
+        view = self._view(right)
         overlap = None if basis is None else view.spread.T @ basis
         view = replace(view, basis=basis, overlap=overlap, step=step)
         return self._pass(tasks.visit, view, [None] * self.n_blocks, changed)
@@ -226,6 +235,63 @@ class LowRankPlusSparse:
         get = dask.delayed(tasks.get)
         return [get(self._store, left) for left in lefts], right
 
+    def save(self, files: Files, *, sketch: bool) -> dict[str, list[Any]]:
+        """Write the state, each block from the worker that has it, so that `load` can put it back.
+
+        Parameters
+        ----------
+        files
+            Where to.
+        sketch
+            Write the sketch of the last pass too, from which the next step is made.
+
+        Returns
+        -------
+        dict
+            What `files` gave for each array, by what the array holds.
+        """
+        names = ("estimate", "left", "sketch") if sketch else ("estimate", "left")
+        apart = self._best if self._best is not None and self._best[2] != self._versions["left"] else None
+        lefts = (None,) * self.n_blocks if apart is None else apart[0]
+        save = dask.delayed(tasks.save, pure=False)
+        parts = _run([save(self._store, files, b, self._state[b], names, lefts[b]) for b in self._each()], dask.compute)
+        saved = {name: [part[name] for part in parts] for name in parts[0]}
+        saved["right"] = [files.put("right", 0, self._right)]
+        if apart is not None:
+            saved["best_right"] = [files.put("best_right", 0, apart[1])]
+        return saved
+
+    def load(self, files: Files, saved: Mapping[str, Sequence[Any]], passes: int) -> None:
+        """Put back what `save` wrote, of this operator or of one over the same blocks.
+
+        Parameters
+        ----------
+        files
+            Where from.
+        saved
+            What `save` returned.
+        passes
+            Their number then.
+        """
+        versions = dict.fromkeys(self._versions, passes) | {"best": 1}  # which no pass uses
+        restore = dask.delayed(tasks.restore, pure=False, nout=2)
+        parts = []
+        for b in self._each():
+            of_block = {name: group[b] for name, group in saved.items() if name not in ("right", "best_right")}
+            parts.append(restore(self._store, files, b, of_block, versions))
+        held = self._hold([part for pair in parts for part in pair])
+        for name, version in self._versions.items():
+            self._store.drop(name, version)
+        self._state, self._right, self.passes = held[::2], files.get(saved["right"][0]), passes
+        best_right = files.get(saved["best_right"][0]) if "best" in saved else self._right
+        self._best = held[1::2], best_right, versions["best" if "best" in saved else "left"]
+        self._versions = {name: versions[name] for name in self._versions}
+
+    @property
+    def depends_on_workers(self) -> bool:
+        """Whether a block that a worker loses is made again by all the passes since the state was last put back."""
+        return not self._store.durable and _on_cluster()
+
     def _pass(self, function: Callable[..., Any], view: View, extra: list[Any], changed: set[str]) -> Product:
         """Run `function` once for each block and add up the sums that it returns beside the block's new state."""
         number = self.passes + 1
@@ -238,7 +304,7 @@ class LowRankPlusSparse:
         total = _tree([sums for _, sums in parts], dask.delayed(add_sums))
         sums: Sums
         self._state, sums = self._settle([state for state, _ in parts], total)
-        self.passes = number
+        self._right, self.passes = view.right, number
         for name in changed:
             if not (name == "left" and self._best is not None and self._best[2] == self._versions["left"]):
                 self._store.drop(name, self._versions[name])
@@ -254,11 +320,11 @@ class LowRankPlusSparse:
         Where states are but references to a disk they come here: a scheduler that held them would make a lost one
         again from versions that are gone. Else they stay with the workers.
         """
-        if self._store.durable:
-            *settled, summed = _run([*states, total], dask.compute)
-            return tuple(settled), summed
-        *held, total = _run([*states, total])
-        return tuple(held), total.compute()
+        *settled, total = self._hold([*states, total])
+        return tuple(settled), total if self._store.durable else total.compute()
+
+    def _hold(self, values: list[Delayed]) -> tuple[Any, ...]:
+        return _run(values, dask.compute if self._store.durable else dask.persist)
 
     def _pick(self, function: Callable[..., Any], *columns: tuple[Any, ...]) -> tuple[Any, ...]:
         """Apply a function that moves no data to what is held of each block."""
@@ -267,9 +333,9 @@ class LowRankPlusSparse:
         pick = dask.delayed(function)
         return _run([pick(*parts) for parts in zip(*columns, strict=True)])
 
-    def _view(self) -> View:
-        """Make what a pass carries, without a basis."""
-        right, beta = self._right, self._confidence
+    def _view(self, right: Floats | None = None) -> View:
+        """Make what a pass carries, without a basis; `right` is that of a new A."""
+        right, beta = self._right if right is None else right, self._confidence
         if beta is None:
             return View(right, right)
         if self._row_confidence:
@@ -277,7 +343,8 @@ class LowRankPlusSparse:
         return View(right, (1 - beta)[:, None] * right, beta)
 
     def _carry(self, view: View) -> Delayed:
-        """Wrap what every task of a pass needs as one task, which is sent to each worker once."""
+        """Begin a pass: wrap what every task of it needs as one task, which is sent to each worker once."""
+        self._before_pass()
         return dask.delayed(view, name=f"view-{self._id}-{uuid.uuid4().hex[:8]}", traverse=False)
 
     def _each(self) -> range:
@@ -288,6 +355,11 @@ def _run(values: list[Any], how: Callable[..., Any] = dask.persist) -> tuple[Any
     """Compute and hold on the scheduler in force, where threads of this process leave BLAS one thread each."""
     with threadpool_limits(1, user_api="blas"):
         return how(*values)  # type: ignore[no-any-return]
+
+
+def _on_cluster() -> bool:
+    """Whether tasks run in other processes, which may die."""
+    return hasattr(getattr(get_scheduler(), "__self__", None), "persist")
 
 
 def _add_product(total: Doubles, tall: Floats, wide: Doubles) -> None:

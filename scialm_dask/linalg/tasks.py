@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scialm_dask.linalg import kernels
 from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, RowHalf, Sums, View
 
-__all__ = ["BlockSource", "References", "Store"]
+__all__ = ["BlockSource", "Files", "References", "Store"]
 
 
 class BlockSource(Protocol):
@@ -64,6 +64,18 @@ class Store(Protocol):
 
     def drop(self, name: str, version: int) -> None:
         """Forget a version."""
+        ...
+
+
+class Files(Protocol):
+    """Keeps arrays for good; see `scialm_dask.data.checkpoint`."""
+
+    def put(self, name: str, block: int, array: NDArray[Any]) -> Any:
+        """Write an array and return what to refer to it by."""
+        ...
+
+    def get(self, file: Any) -> NDArray[Any]:
+        """Read an array."""
         ...
 
 
@@ -171,6 +183,23 @@ def quadratic(
 def _put_changes(store: Store, block: int, number: int, at: References, old: BlockState, new: BlockState) -> References:
     changed = {name: getattr(new, name) for name in ARRAYS if getattr(new, name) is not getattr(old, name)}
     return replace(at, **{name: store.put(name, number, block, array) for name, array in changed.items()})
+
+
+def save(
+    store: Store, files: Files, block: int, at: References, names: tuple[str, ...], best: Any | None
+) -> dict[str, Any]:
+    kept = {name: getattr(at, name) for name in names} | ({} if best is None else {"best": best})
+    return {name: files.put(name, block, store.get(reference)) for name, reference in kept.items()}
+
+
+def restore(
+    store: Store, files: Files, block: int, saved: dict[str, Any], versions: dict[str, int]
+) -> tuple[References, Any]:
+    arrays = {name: files.get(file) for name, file in saved.items()}
+    best = arrays.pop("best", None)
+    arrays.setdefault("sketch", np.zeros((len(arrays["left"]), 0), np.float32))
+    at = References(**{name: store.put(name, versions[name], block, array) for name, array in arrays.items()})
+    return at, at.left if best is None else store.put("left", versions["best"], block, best)
 
 
 def left_of(at: References) -> Any:

@@ -22,13 +22,13 @@ from scialm_dask.config import Settings
 from scialm_dask.linalg.kernels import Floats, Step
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
 from scialm_dask.linalg.svd import PartialSVD, extended_basis, leading_triplets, short_side_svd
-from scialm_dask.solve.rank import basis_width, prefers_short_side, rank_rule
+from scialm_dask.solve.rank import RankRule, basis_width, prefers_short_side, rank_rule
 from scialm_dask.solve.stopping import StopRule, stop_rule
 
 _FIRST_PASSES = 20
 _FIRST_TOLERANCE = 1e-6  # σ₁ sets every threshold that follows
 
-__all__ = ["Completion", "Iteration", "complete"]
+__all__ = ["Completion", "Iteration", "LoopState", "Penalty", "complete"]
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,43 @@ class _LowRank:
         return len(self.values)
 
 
+@dataclass(frozen=True)
+class LoopState:
+    """What the loop knows after an iteration. All else is held by the operator, or follows from the history.
+
+    Parameters
+    ----------
+    history
+        The iterations so far.
+    penalty
+        Of the next one.
+    chosen, values
+        The iteration whose A is kept so far, and its singular values.
+    product
+        WᵀWQ from the pass that has updated W; None if the next SVD is by the short side.
+    growth
+        The factor by which W has grown in iterations made in closed form, which the next step has to apply.
+    reason
+        Why to stop here; empty if the loop is to go on.
+    """
+
+    history: tuple[Iteration, ...]
+    penalty: Penalty
+    chosen: int
+    values: tuple[float, ...] = ()
+    product: Product | None = None
+    growth: float = 1.0
+    reason: str = ""
+
+
 def complete(
     operator: LowRankPlusSparse,
     settings: Settings,
     on_iteration: Callable[[Iteration], None] = lambda _: None,
     stop: StopRule | None = None,
+    *,
+    state: LoopState | None = None,
+    after: Callable[[LoopState], None] = lambda _: None,
 ) -> Completion:
     """Run Algorithm 3 until the stop rule ends it.
 
@@ -133,45 +165,72 @@ def complete(
         Called after each iteration.
     stop
         Instead of the rule that the settings name.
+    state
+        Go on from here, where the operator is as it was then.
+    after
+        Called with the state after each iteration.
     """
     rank = rank_rule(settings, min(operator.shape))
     stop = stop or stop_rule(settings)
+    svd: PartialSVD | None = None
+    if state is None:
+        state, svd = first_state(operator, settings)
+        for iteration in state.history:
+            on_iteration(iteration)
+    for iteration in state.history:
+        rank.update(iteration.rank)
+        if iteration.rank:  # else A is zero, and nobody asks
+            stop.judge(iteration)
+    while not state.reason and len(state.history) < settings.max_iterations:
+        if svd is None:
+            svd = next_svd(operator, state.product, rank.limit, state.penalty.threshold, settings)
+        state = iterate(operator, svd, state, rank, stop, settings, on_iteration)
+        after(state)
+        svd = None
+    too_many = f"{settings.max_iterations} iterations made, the most allowed"
+    return Completion(state.history, state.chosen, state.values, bool(state.reason), state.reason or too_many)
+
+
+def first_state(operator: LowRankPlusSparse, settings: Settings) -> tuple[LoopState, PartialSVD]:
+    """Give the state after the iterations whose A is zero, and the first SVD after them."""
     svd = first_svd(operator, settings)
     penalty = first_penalty(float(svd.values[0]), operator.observations.n_observed / operator.size)
-    history, growth = zero_iterations(
+    made, growth = zero_iterations(
         float(svd.values[0]), penalty, operator.passes, settings.max_iterations, grow=operator.zeros_unknown
     )
-    for iteration in history:
-        on_iteration(iteration)
-        rank.update(0)
+    for _ in made:
         penalty = penalty.next()
-    too_many = f"{settings.max_iterations} iterations made, the most allowed"
-    if len(history) == settings.max_iterations:
-        return Completion(tuple(history), len(history), (), False, too_many)
-    svd = replace(svd, values=svd.values * growth)
-    values: tuple[float, ...] = ()
-    chosen = 0
-    while True:
-        low_rank = singular_value_thresholding(svd, penalty.threshold, rank.limit)
-        rank.update(low_rank.rank)
-        following = penalty.next()
-        width = basis_width(svd.values, following.threshold, rank.limit)
-        short_side = prefers_short_side(width, operator.shape)
-        basis = None if short_side else extended_basis(svd.right, width, settings.seed)
-        step = Step(low_rank.rotation, 1 / penalty.rho, growth)
-        product = operator.multiply(basis, step, low_rank.right)
-        latest = _iteration(len(history) + 1, low_rank, penalty, product, operator)
-        history.append(latest)
-        on_iteration(latest)
-        verdict = stop.judge(latest)
-        if verdict.best_so_far:
-            operator.keep()
-            chosen, values = latest.iteration, low_rank.values
-        if verdict.reason or len(history) >= settings.max_iterations:
-            break
-        penalty, growth = following, 1.0
-        svd = next_svd(operator, None if short_side else product, rank.limit, penalty.threshold, settings)
-    return Completion(tuple(history), chosen, values, bool(verdict.reason), verdict.reason or too_many)
+    state = LoopState(tuple(made), penalty, chosen=len(made), growth=growth)
+    return state, replace(svd, values=svd.values * growth)
+
+
+def iterate(
+    operator: LowRankPlusSparse,
+    svd: PartialSVD,
+    state: LoopState,
+    rank: RankRule,
+    stop: StopRule,
+    settings: Settings,
+    on_iteration: Callable[[Iteration], None],
+) -> LoopState:
+    """Make lines 6 to 10 from the SVD of W, and the first pass of the next SVD."""
+    low_rank = singular_value_thresholding(svd, state.penalty.threshold, rank.limit)
+    rank.update(low_rank.rank)
+    following = state.penalty.next()
+    width = basis_width(svd.values, following.threshold, rank.limit)
+    short_side = prefers_short_side(width, operator.shape)
+    basis = None if short_side else extended_basis(svd.right, width, settings.seed)
+    step = Step(low_rank.rotation, 1 / state.penalty.rho, state.growth)
+    product = operator.multiply(basis, step, low_rank.right)
+    latest = _iteration(len(state.history) + 1, low_rank, state.penalty, product, operator)
+    on_iteration(latest)
+    verdict = stop.judge(latest)
+    chosen, values = state.chosen, state.values
+    if verdict.best_so_far:
+        operator.keep()
+        chosen, values = latest.iteration, low_rank.values
+    history = (*state.history, latest)
+    return LoopState(history, following, chosen, values, None if short_side else product, reason=verdict.reason)
 
 
 def first_svd(operator: LowRankPlusSparse, settings: Settings) -> PartialSVD:

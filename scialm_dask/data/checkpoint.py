@@ -1,0 +1,331 @@
+"""Checkpoints on disk: for each a numbered folder of plain arrays and a manifest. Knows nothing of what they mean.
+
+One is written aside, synced, and renamed when it is whole. The manifest, which is written last, tells the size and the
+SHA-256 of every array and of itself, and nothing is used before it was compared. The last two are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scialm_dask.data.store import output_error
+from scialm_dask.errors import CheckpointError, OutputError
+
+__all__ = ["ArrayFile", "ArrayFolder", "Checkpoint", "Checkpoints"]
+
+FORMAT = 1
+_KIND = "scialm-dask checkpoint"
+_KEPT = 2
+_MANIFEST = "manifest.json"
+_LOCK = ".lock"
+_OWNED = ".scratch"
+_PARTIAL = ".partial"
+_NUMBERED = re.compile(r"\d{6,}")
+_ARRAY_NAME = re.compile(r"[a-z_]+\.\d+\.npy")  # so that none leads out of the folder
+_PIECE = 8 << 20
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # some network disks have none
+
+
+class ArrayFile(NamedTuple):
+    """An array of a checkpoint: the name of its file, its bytes and their SHA-256."""
+
+    name: str
+    n_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ArrayFolder:
+    """Writes and reads the arrays of one checkpoint, in whichever process; small, to be sent to workers.
+
+    Parameters
+    ----------
+    path
+        A folder on a disk that all workers see.
+    """
+
+    path: str
+
+    def put(self, name: str, block: int, array: NDArray[Any]) -> ArrayFile:
+        """Write an array and sync it. The same call again, even at once, does no harm."""
+        final = os.path.join(self.path, f"{name}.{block}.npy")
+        aside = f"{final}.{uuid.uuid4().hex[:8]}"
+        with open(aside, "wb") as file:
+            writer = _Hashing(file)
+            np.lib.format.write_array(writer, array, allow_pickle=False)
+            _sync(file)
+        os.replace(aside, final)
+        return ArrayFile(os.path.basename(final), writer.n_bytes, writer.digest.hexdigest())
+
+    def get(self, file: ArrayFile) -> NDArray[Any]:
+        """Read what `put` wrote; raises `CheckpointError` if that is no longer what is there."""
+        try:
+            with open(os.path.join(self.path, file.name), "rb") as opened:
+                content = opened.read()
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.path}: {file.name} is missing") from None
+        self._compare(file, len(content), hashlib.sha256(content).hexdigest())
+        array: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
+        return array
+
+    def verify(self, file: ArrayFile) -> None:
+        """Raise `CheckpointError` if the file is not as it was written. Takes next to no memory."""
+        path, digest = os.path.join(self.path, file.name), hashlib.sha256()
+        try:
+            self._compare(file, os.path.getsize(path), None)
+            with open(path, "rb") as opened:
+                while piece := opened.read(_PIECE):
+                    digest.update(piece)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.path}: {file.name} is missing") from None
+        self._compare(file, file.n_bytes, digest.hexdigest())
+
+    def _compare(self, file: ArrayFile, n_bytes: int, sha256: str | None) -> None:
+        if n_bytes != file.n_bytes:
+            raise CheckpointError(f"{self.path}: {file.name} has {n_bytes} bytes of {file.n_bytes}; it is truncated")
+        if sha256 not in (None, file.sha256):
+            raise CheckpointError(f"{self.path}: {file.name} is not what was written; it is damaged or edited")
+
+
+Arrays = Mapping[str, Sequence[ArrayFile]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that is whole.
+
+    Parameters
+    ----------
+    path
+        Its folder.
+    notes
+        Plain values.
+    arrays
+        Files of arrays, one for each block or just one, by what they hold.
+    """
+
+    path: str
+    notes: dict[str, Any]
+    arrays: dict[str, tuple[ArrayFile, ...]]
+
+    @property
+    def files(self) -> ArrayFolder:
+        """What reads them."""
+        return ArrayFolder(self.path)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder of their own that is locked while this is open.
+
+    Parameters
+    ----------
+    folder
+        On a disk that all workers see. Made if it is not there, but not its parent.
+
+    Raises
+    ------
+    OutputError
+        If the folder cannot be made or written, or another run uses it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = os.path.abspath(folder)
+        if not os.path.isdir(os.path.dirname(self.folder)):
+            raise OutputError(f"{os.path.dirname(self.folder)}: no such folder; create it first")
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            self._lock = _locked(self.folder)
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(f"{self.folder}: not writable ({error.strerror}); choose another folder") from error
+        self._refused: set[str] = set()
+        for name in os.listdir(self.folder):
+            if name.endswith(_PARTIAL):
+                shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._lock.close()
+
+    def names(self) -> list[str]:
+        """Names of all that were completed, newest first; those refused are left out."""
+        there = (name for name in os.listdir(self.folder) if _NUMBERED.fullmatch(name))
+        return sorted((name for name in there if name not in self._refused), key=int, reverse=True)
+
+    def read(self, name: str) -> Checkpoint:
+        """Read the manifest of one, and see that all its arrays are as they were written.
+
+        Raises
+        ------
+        CheckpointError
+            If it is torn, truncated, edited, or of a newer version of this program.
+        """
+        return read_checkpoint(os.path.join(self.folder, name))
+
+    def refuse(self, name: str) -> None:
+        """Leave one out from now on. It is not deleted."""
+        self._refused.add(name)
+
+    def begin(self) -> ArrayFolder:
+        """Make a folder for the arrays of a new one."""
+        path = os.path.join(self.folder, f".{uuid.uuid4().hex[:8]}{_PARTIAL}")
+        os.mkdir(path)
+        return ArrayFolder(path)
+
+    def abandon(self, files: ArrayFolder) -> None:
+        """Remove one that was begun and cannot be completed."""
+        shutil.rmtree(files.path, ignore_errors=True)
+
+    def commit(self, files: ArrayFolder, notes: Mapping[str, Any], arrays: Arrays) -> Checkpoint:
+        """Complete what was begun, and drop all older ones but one.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written, or workers wrote where this process does not see it.
+        """
+        for file in (file for group in arrays.values() for file in group):
+            if not os.path.exists(os.path.join(files.path, file.name)):
+                raise OutputError(
+                    f"{self.folder}: {file.name}, which a worker has written, is not there; choose a folder on a disk "
+                    "that all workers share"
+                )
+        content = {"kind": _KIND, "format": FORMAT, "notes": notes, "arrays": arrays}
+        with open(os.path.join(files.path, _MANIFEST), "w") as manifest:
+            manifest.write(json.dumps(content | {"sha256": _digest(content)}, indent=1))
+            _sync(manifest)
+        _sync_folder(files.path)
+        newest = max((int(name) for name in os.listdir(self.folder) if _NUMBERED.fullmatch(name)), default=0)
+        final = os.path.join(self.folder, f"{newest + 1:06d}")
+        os.rename(files.path, final)
+        _sync_folder(self.folder)
+        for name in self.names()[_KEPT:]:
+            self.remove(name)
+        return Checkpoint(final, dict(notes), {name: tuple(group) for name, group in arrays.items()})
+
+    def own(self, folder: str | None) -> None:
+        """Take charge of a folder of temporary files, and remove the one before, which a run that was killed left."""
+        path = os.path.join(self.folder, _OWNED)
+        if os.path.exists(path):
+            with open(path) as file:
+                shutil.rmtree(file.read(), ignore_errors=True)
+            os.remove(path)
+        if folder is not None:
+            with open(path, "w") as file:
+                file.write(folder)
+
+    def clear(self) -> None:
+        """Remove all checkpoints, and the folder if nothing else is there."""
+        for name in self.names():
+            self.remove(name)
+        if not set(os.listdir(self.folder)) - {_LOCK, _OWNED}:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remove(self, name: str) -> None:
+        """Remove one: first its name, so that it never looks torn."""
+        aside = os.path.join(self.folder, f".{name}{_PARTIAL}")
+        os.rename(os.path.join(self.folder, name), aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def error(self, error: OSError) -> OSError:
+        """Say what went wrong in writing one, where that is known."""
+        if isinstance(error, FileNotFoundError):
+            return OutputError(
+                f"{self.folder}: a worker does not see this folder; choose one on a disk that all workers share"
+            )
+        return output_error(self.folder, error)
+
+
+def read_checkpoint(path: str) -> Checkpoint:
+    """Read one from its folder; see `Checkpoints.read`."""
+    try:
+        with open(os.path.join(path, _MANIFEST)) as manifest:
+            content = json.load(manifest)
+        kind, version = content["kind"], int(content["format"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: has no {_MANIFEST}; it is torn") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: {_MANIFEST} is damaged ({error})") from error
+    if kind != _KIND or version > FORMAT:
+        raise CheckpointError(
+            f"{path}: of format {version}, and this program reads format {FORMAT} at most; use the newer scialm-dask "
+            "that wrote it"
+        )
+    if content.pop("sha256", None) != _digest(content):
+        raise CheckpointError(f"{path}: {_MANIFEST} is not what was written; it is damaged or edited")
+    arrays = {name: tuple(ArrayFile(*file) for file in group) for name, group in content["arrays"].items()}
+    every = [file for group in arrays.values() for file in group]
+    for name in (file.name for file in every):
+        if not _ARRAY_NAME.fullmatch(name):
+            raise CheckpointError(f"{path}: names a file {name!r}, which is no array of a checkpoint")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
+        list(pool.map(ArrayFolder(path).verify, every))
+    return Checkpoint(path, content["notes"], arrays)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _locked(folder: str) -> IO[str]:
+    """Lock a folder until the file that is returned is closed, or this process ends however it does."""
+    lock = open(os.path.join(folder, _LOCK), "a")  # noqa: SIM115  held open
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise OutputError(
+            f"{folder}: another run writes its checkpoints there; let it end, or choose another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            lock.close()
+            raise
+    return lock
+
+
+class _Hashing:
+    """Passes on what is written, and its digest and length."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest, self.n_bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.n_bytes += len(data)
+        return self._file.write(data)
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(path: str) -> None:
+    """Make names in a folder last, where the system can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
