@@ -18,7 +18,7 @@ linalg.draws linalg.nnls linalg.tiles linalg.kernels linalg.cellwise linalg.task
 solve.rank solve.stopping solve.scaling solve.reference solve.ialm solve.zeros solve.alra solve.transform
 solve.pools solve.pooled solve.pooled_als solve.pooled_admm solve.pooled_nuclear
 evaluate.masking evaluate.metrics evaluate.gene_scores evaluate.simulation evaluate.figures
-run.plan run.faults run.keeper run.result run.job run.demo
+run.plan run.termination run.faults run.keeper run.result run.job run.demo
 api cli cli_impute cli_evaluate cli_pooled __main__
 """
 ORDER = LINES.split()

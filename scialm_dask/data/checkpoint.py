@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scialm_dask.data.store import output_error
-from scialm_dask.errors import CheckpointError, OutputError
+from scialm_dask.errors import CheckpointError, InputError, OutputError
 
 __all__ = ["ArrayFile", "ArrayFolder", "Checkpoint", "Checkpoints"]
 
@@ -182,6 +182,13 @@ class Checkpoints:
         """
         return read_checkpoint(os.path.join(self.folder, name))
 
+    def notes(self) -> dict[str, Any]:
+        """Give the notes of the last one that can be read; see `read` for what that does not check."""
+        for name in self.names():
+            with contextlib.suppress(CheckpointError):
+                return read_manifest(os.path.join(self.folder, name)).notes
+        raise InputError(f"{self.folder}: holds no checkpoint that can be read; check the path")
+
     def refuse(self, name: str) -> None:
         """Leave one out from now on. It is not deleted."""
         self._refused.add(name)
@@ -258,6 +265,15 @@ class Checkpoints:
 
 def read_checkpoint(path: str) -> Checkpoint:
     """Read one from its folder; see `Checkpoints.read`."""
+    checkpoint = read_manifest(path)
+    every = [file for group in checkpoint.arrays.values() for file in group]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
+        list(pool.map(checkpoint.files.verify, every))
+    return checkpoint
+
+
+def read_manifest(path: str) -> Checkpoint:
+    """Read one without a look at its arrays."""
     try:
         with open(os.path.join(path, _MANIFEST)) as manifest:
             content = json.load(manifest)
@@ -274,12 +290,9 @@ def read_checkpoint(path: str) -> Checkpoint:
     if content.pop("sha256", None) != _digest(content):
         raise CheckpointError(f"{path}: {_MANIFEST} is not what was written; it is damaged or edited")
     arrays = {name: tuple(ArrayFile(*file) for file in group) for name, group in content["arrays"].items()}
-    every = [file for group in arrays.values() for file in group]
-    for name in (file.name for file in every):
+    for name in (file.name for group in arrays.values() for file in group):
         if not _ARRAY_NAME.fullmatch(name):
             raise CheckpointError(f"{path}: names a file {name!r}, which is no array of a checkpoint")
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
-        list(pool.map(ArrayFolder(path).verify, every))
     return Checkpoint(path, content["notes"], arrays)
 
 

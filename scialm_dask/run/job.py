@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import dask
 import numpy as np
@@ -20,12 +21,12 @@ from scialm_dask.data.checkpoint import Checkpoints
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.scratch import MemoryScratch, Scratch, ZarrScratch
-from scialm_dask.data.store import output_error
+from scialm_dask.data.store import check_output, output_error
 from scialm_dask.errors import CheckpointError, DoesNotFitError, InputError, OutputError, StoppedError
 from scialm_dask.linalg.kernels import Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.run.faults import cluster_failure, cluster_is_back
-from scialm_dask.run.keeper import Checkpointing, Job, Keeper, Saved
+from scialm_dask.run.keeper import Checkpointing, Job, Keeper, Saved, ended
 from scialm_dask.run.plan import forecast, place_scratch
 from scialm_dask.run.result import make_report, make_result, peak_memory
 from scialm_dask.solve.ialm import Iteration, complete
@@ -33,7 +34,7 @@ from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepar
 from scialm_dask.solve.stopping import ThresholdStop
 from scialm_dask.solve.zeros import choose_zeros, refit
 
-__all__ = ["complete_matrix", "resume_matrix"]
+__all__ = ["complete_matrix", "finish", "notes_of", "resume_matrix"]
 
 _RETRIES = 2  # of a task that raises
 _MOST_LOSSES = 3  # of the cluster, without a checkpoint between
@@ -99,6 +100,8 @@ def complete_matrix(
             if (failure := cluster_failure(error)) is None:
                 raise
             raise StoppedError(f"{failure}; with --checkpoint DIR a run can go on after that") from error
+    if matrix.origin is not None:
+        check_output(checkpoint.folder, overwrite=True, sources=(matrix.origin.path,))
     with Checkpoints(checkpoint.folder) as checkpoints:
         if checkpoints.names():
             raise OutputError(
@@ -144,11 +147,34 @@ def resume_matrix(
     InputError
         If there is no checkpoint that can be used.
     """
-    if not os.path.isdir(folder):
-        raise InputError(f"{os.fspath(folder)}: no such folder of checkpoints; check the path")
+    notes_of(folder)
     changes = {"scratch": scratch, "memory_limit": memory_limit}
     with Checkpoints(folder) as checkpoints:
         return _persevere(checkpoints, stop, lambda saved: saved.job(matrix, changes), on_iteration, say)
+
+
+def notes_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Give what the last checkpoint that can be read says of its run.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    if not os.path.isdir(folder):
+        raise InputError(f"{os.fspath(folder)}: no such folder of checkpoints; check the path")
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.notes()
+
+
+def finish(folder: str | os.PathLike[str], destination: str) -> None:
+    """Note that a run is finished and its result written, and remove its checkpoints."""
+    with Checkpoints(folder) as checkpoints:
+        older = checkpoints.names()
+        notes = checkpoints.notes() | {"finished": destination}
+        checkpoints.commit(checkpoints.begin(), notes, {})
+        for name in set(older) & set(checkpoints.names()):
+            checkpoints.remove(name)
 
 
 def _persevere(
@@ -164,6 +190,8 @@ def _persevere(
         try:
             saved = Saved(checkpoints.read(names[0]))
             notes = saved.checkpoint.notes
+            if words := ended(checkpoints.folder, notes):
+                raise InputError(words)
             asked = Checkpointing(checkpoints.folder, notes["every"], notes["result"], stop)
             job = job_of(saved)
             return _attempt(job, Keeper(job, checkpoints, asked, saved), listen)
@@ -171,6 +199,8 @@ def _persevere(
             refusals.append(str(error))
             checkpoints.refuse(names[0])
             say(f"{error}; the one before it is used")
+        except OutputError as error:
+            raise OutputError(f"{error}; then go on by `scialm-dask resume {checkpoints.folder}`") from error
         except Exception as error:
             if (failure := cluster_failure(error)) is None:
                 raise

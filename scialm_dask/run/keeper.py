@@ -24,7 +24,7 @@ from scialm_dask.solve.ialm import Iteration, LoopState, Penalty
 from scialm_dask.solve.scaling import Confidence, Survey
 from scialm_dask.solve.zeros import Choice
 
-__all__ = ["Checkpointing", "Job", "Keeper", "Saved", "cadence"]
+__all__ = ["Checkpointing", "Job", "Keeper", "Saved", "cadence", "ended", "source_of"]
 
 _SAME_SUM = 1e-9  # relative; sums of the same numbers on another machine
 _SAME_SQUARES = 1e-5
@@ -85,6 +85,9 @@ class Checkpointing:
     result: Mapping[str, Any] = field(default_factory=dict)
     stop: Callable[[], bool] = lambda: False
 
+    def __post_init__(self) -> None:
+        cadence(self.every)
+
 
 def cadence(every: int | str) -> tuple[float, float]:
     """Give the most iterations and the most seconds from one checkpoint to the next.
@@ -127,9 +130,7 @@ class Saved:
         """
         run = self.checkpoint.notes["run"]
         if matrix is None:
-            if run["source"] is None:
-                raise InputError(f"{self.checkpoint.path}: {run['name']} was in memory; give the matrix again")
-            matrix = ExpressionMatrix.open(**run["source"], observed=run["observed"])
+            matrix = source_of(self.checkpoint.notes)
         elif matrix.observed != run["observed"]:
             matrix = ExpressionMatrix(matrix.rows, matrix.blocks, run["observed"], matrix.annotation, matrix.origin)
         if matrix.shape[0] != run["bounds"][-1]:
@@ -194,6 +195,25 @@ class Saved:
         return None if file is None else self.checkpoint.files.get(file[0])
 
 
+def source_of(notes: Mapping[str, Any]) -> ExpressionMatrix:
+    """Open the matrix of a run again.
+
+    Raises
+    ------
+    InputError
+        If it was in memory, or cannot be opened.
+    """
+    run = notes["run"]
+    if run["source"] is None:
+        raise InputError(f"{run['name']} was in memory; resume the run from Python, and give the matrix again")
+    return ExpressionMatrix.open(**run["source"], observed=run["observed"])
+
+
+def ended(folder: str, notes: Mapping[str, Any]) -> str:
+    """Say what became of a run, if it has ended."""
+    return f"{folder}: that run is finished; its result is {notes['finished']}" if notes["finished"] else ""
+
+
 _OF_OPERATOR = ("estimate", "left", "sketch", "best", "right", "best_right")
 
 
@@ -229,6 +249,7 @@ class Keeper:
             self._saved.check(found)
         if self._checkpoints is not None:
             self._checkpoints.own(scratch)
+        self.before_pass()
 
     def watch(self, operator: LowRankPlusSparse) -> LoopState | None:
         """Take charge of the operator that the loop is to work with, and put it back where it was."""
@@ -339,6 +360,7 @@ class Keeper:
             "matrix": None if self._found is None else _identity(self._found),
             "tried": [astuple(choice) for choice in self.tried.values()],
             "loop": loop,
+            "finished": None,
         }
 
 
