@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "IALM",
     "Confidence",
     "ExpressionMatrix",
     "Imputation",
@@ -19,12 +20,14 @@ __all__ = [
     "__version__",
     "balanced_pools",
     "biological_zeros",
+    "connect",
     "gene_scores",
     "impute",
     "measure",
     "pool_report",
     "random_pools",
     "resume",
+    "show_progress",
 ]
 
 if TYPE_CHECKING:
@@ -33,7 +36,10 @@ if TYPE_CHECKING:
     from scialm_dask.data.factors import Imputation
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.errors import InputError, ScialmError
+    from scialm_dask.estimator import IALM
     from scialm_dask.evaluate.gene_scores import gene_scores
+    from scialm_dask.run.cluster import connect
+    from scialm_dask.run.progress import show_progress
     from scialm_dask.solve.alra import biological_zeros
     from scialm_dask.solve.pooled_als import PooledALS
     from scialm_dask.solve.pooled_nuclear import PooledNuclearNorm
@@ -43,6 +49,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Confidence": "solve.scaling",
     "ExpressionMatrix": "data.matrix",
+    "IALM": "estimator",
     "Imputation": "data.factors",
     "InputError": "errors",
     "PooledALS": "solve.pooled_als",
@@ -51,12 +58,14 @@ _HOME = {
     "Settings": "config",
     "balanced_pools": "solve.pools",
     "biological_zeros": "solve.alra",
+    "connect": "run.cluster",
     "gene_scores": "evaluate.gene_scores",
     "impute": "api",
     "measure": "solve.pools",
     "pool_report": "solve.pools",
     "random_pools": "solve.pools",
     "resume": "api",
+    "show_progress": "run.progress",
 }
 
 

@@ -6,18 +6,20 @@ from typing import Any
 
 import click
 
-from scialm_dask.cli import main, reports
+from scialm_dask.cli import main, reports, shows_progress
+from scialm_dask.events import Listener
 
 
 @main.command()
 @click.argument("result", metavar="RESULT.zarr")
 @click.option("--held-out", "masked", required=True, metavar="MASKED", help="What `mask` has written.")
 @reports
-def score(result: str, masked: str) -> dict[str, Any]:
+@shows_progress
+def score(result: str, masked: str, listen: Listener) -> dict[str, Any]:
     """Score a result on the hidden entries of MASKED, beside the prediction of each gene's mean."""
     from scialm_dask.data.factors import Imputation
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.evaluate.metrics import score_held_out
 
     held_out = ExpressionMatrix.open(masked, "held_out")
-    return score_held_out(Imputation.open(result), held_out, ExpressionMatrix.open(masked))
+    return score_held_out(Imputation.open(result), held_out, ExpressionMatrix.open(masked), listen)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
-from scialm_dask.cli import layer_option, main, missing_chunks_option, overwrite_option, quiet_option, reports
+from scialm_dask.cli import (
+    cluster_options,
+    layer_option,
+    main,
+    missing_chunks_option,
+    overwrite_option,
+    reports,
+    shows_progress,
+)
 from scialm_dask.errors import InputError, StoppedError
+from scialm_dask.events import Listener, Note
 from scialm_dask.run.termination import on_sigterm
 
 preset_option = click.option(
@@ -37,7 +45,7 @@ preset_option = click.option(
 @click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
 @click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5.")
 @click.option("--seed", type=int, default=None)
-@click.option("--scratch", default="auto", help="Where the working state is kept: auto, memory, or zarr:PATH.")
+@click.option("--scratch", default=None, help="Where the working state is kept: auto, memory, or zarr:PATH.")
 @click.option("--memory-limit", default=None, help="Most memory to use, such as 8GB.  [default: what is free]")
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @click.option("--write", type=click.Choice(["factors", "dense"]), default="factors", help="dense: the matrix as X too.")
@@ -45,17 +53,18 @@ preset_option = click.option(
 @click.option("--preserve-zeros", is_flag=True, help="Write X, sparse: biological zeros (rule of ALRA) stay zero.")
 @click.option("--checkpoint", default=None, metavar="DIR", help="Write checkpoints to this new folder, for `resume`.")
 @click.option("--checkpoint-every", default=None, help="Iterations, or a time such as 30min.  [default: 10 minutes]")
+@cluster_options
 @layer_option
 @missing_chunks_option
 @overwrite_option
-@quiet_option
 @reports
+@shows_progress
 def impute(
     src: str,
     dst: str,
     preset: str,
     observed: Any,
-    scratch: str,
+    scratch: str | None,
     memory_limit: str | None,
     blocks: int | None,
     write: str,
@@ -66,7 +75,8 @@ def impute(
     layer: str | None,
     missing_chunks_are_zeros: bool,
     overwrite: bool,
-    quiet: bool,
+    listen: Listener,
+    connected: Callable[[], Any],
     **settings: Any,
 ) -> dict[str, Any]:
     """Complete the matrix SRC by low-rank matrix completion and write its factors to DST.zarr."""
@@ -94,19 +104,20 @@ def impute(
         "preserve_zeros": preserve_zeros,
         "overwrite": overwrite,
     }
-    with iterations(quiet) as show, _resumable(checkpoint) as stop:
-        result = impute(
-            matrix,
-            preset=preset,
-            scratch=scratch,
-            memory_limit=memory_limit,
-            scratch_folder=os.path.dirname(os.path.abspath(dst)),
-            checkpoint=Checkpointing(checkpoint, result=asked, stop=stop) if checkpoint else None,
-            checkpoint_every=checkpoint_every,
-            on_iteration=show,
-            **settings,
-        )
-    return _write(result, matrix, asked, src, checkpoint)
+    with connected():
+        with _resumable(checkpoint) as stop:
+            result = impute(
+                matrix,
+                preset=preset,
+                scratch=scratch,
+                memory_limit=memory_limit,
+                scratch_folder=os.path.dirname(os.path.abspath(dst)),
+                checkpoint=Checkpointing(checkpoint, result=asked, stop=stop) if checkpoint else None,
+                checkpoint_every=checkpoint_every,
+                listen=listen,
+                **settings,
+            )
+        return _write(result, matrix, asked, src, checkpoint, listen)
 
 
 @main.command()
@@ -114,9 +125,17 @@ def impute(
 @click.argument("dst", metavar="[DST.zarr]", required=False)
 @click.option("--scratch", default=None, help="Instead of what the run was begun with.")
 @click.option("--memory-limit", default=None, help="Instead of what the run was begun with.")
-@quiet_option
+@cluster_options
 @reports
-def resume(folder: str, dst: str | None, scratch: str | None, memory_limit: str | None, quiet: bool) -> dict[str, Any]:
+@shows_progress
+def resume(
+    folder: str,
+    dst: str | None,
+    scratch: str | None,
+    memory_limit: str | None,
+    connected: Callable[[], Any],
+    listen: Listener,
+) -> dict[str, Any]:
     """Go on with `impute --checkpoint DIR` from its last whole checkpoint.
 
     The result is written where it was to be, or to DST.zarr. Checkpoints are written to DIR again.
@@ -128,7 +147,7 @@ def resume(folder: str, dst: str | None, scratch: str | None, memory_limit: str 
 
     notes = notes_of(folder)
     if words := ended(folder, notes):
-        _note(words)
+        listen(Note(words))
         return {"destination": notes["finished"]}
     asked = notes["result"] | ({"destination": os.path.abspath(dst)} if dst else {})
     if "destination" not in asked:
@@ -136,13 +155,10 @@ def resume(folder: str, dst: str | None, scratch: str | None, memory_limit: str 
     matrix = source_of(notes)
     source = notes["run"]["source"]["path"]
     check_output(asked["destination"], overwrite=asked.get("overwrite", False), sources=(source, folder))
-    with iterations(quiet) as show, _resumable(folder) as stop:
-        result = resume(folder, scratch=scratch, memory_limit=memory_limit, stop=stop, on_iteration=show, say=_note)
-    return _write(result, matrix, asked, source, folder)
-
-
-def _note(words: str) -> None:
-    click.echo(f"scialm-dask: note: {words}", err=True)
+    with connected():
+        with _resumable(folder) as stop:
+            result = resume(folder, scratch=scratch, memory_limit=memory_limit, stop=stop, listen=listen)
+        return _write(result, matrix, asked, source, folder, listen)
 
 
 @contextlib.contextmanager
@@ -160,7 +176,9 @@ def _resumable(checkpoint: str | None, *, deferred: bool = True) -> Iterator[Cal
         raise StoppedError(f"interrupted; go on by `scialm-dask resume {checkpoint}`") from None
 
 
-def _write(result: Any, matrix: Any, asked: dict[str, Any], src: str, checkpoint: str | None) -> dict[str, Any]:
+def _write(
+    result: Any, matrix: Any, asked: dict[str, Any], src: str, checkpoint: str | None, listen: Listener
+) -> dict[str, Any]:
     """Write the result as it was asked for, and be done with the checkpoints."""
     from scialm_dask.run.job import finish
 
@@ -170,9 +188,10 @@ def _write(result: Any, matrix: Any, asked: dict[str, Any], src: str, checkpoint
             dst,
             dense=asked.get("write") == "dense",
             keep_observed=matrix if asked.get("keep_observed") else None,
-            preserve_zeros=_zeros_of(matrix, result, dst) if preserve_zeros else None,
+            preserve_zeros=_zeros_of(matrix, result, dst, listen) if preserve_zeros else None,
             overwrite=asked.get("overwrite", False),
             sources=(src,),
+            listen=listen,
         )
         if checkpoint is not None:
             finish(checkpoint, dst)
@@ -180,12 +199,12 @@ def _write(result: Any, matrix: Any, asked: dict[str, Any], src: str, checkpoint
     return {"destination": dst} | {key: value for key, value in result.summary.items() if key not in hidden}
 
 
-def _zeros_of(matrix: Any, result: Any, dst: str) -> Any:
+def _zeros_of(matrix: Any, result: Any, dst: str, listen: Listener) -> Any:
     """Find biological zeros, with the working state where that of the fit was."""
     from scialm_dask.solve.alra import biological_zeros
 
     folder = os.path.dirname(os.path.abspath(dst)) if result.summary["scratch"] == "zarr" else None
-    return biological_zeros(matrix, seed=result.summary["settings"]["seed"], scratch_folder=folder)
+    return biological_zeros(matrix, seed=result.summary["settings"]["seed"], scratch_folder=folder, listen=listen)
 
 
 @main.command()
@@ -195,9 +214,18 @@ def _zeros_of(matrix: Any, result: Any, dst: str) -> Any:
 @layer_option
 @missing_chunks_option
 @overwrite_option
+@cluster_options
 @reports
+@shows_progress
 def transform(
-    result: str, src: str, dst: str, layer: str | None, missing_chunks_are_zeros: bool, overwrite: bool
+    result: str,
+    src: str,
+    dst: str,
+    layer: str | None,
+    missing_chunks_are_zeros: bool,
+    overwrite: bool,
+    listen: Listener,
+    connected: Callable[[], Any],
 ) -> dict[str, Any]:
     """Complete the cells of SRC, which were not in the fit, with the gene factors of RESULT.zarr.
 
@@ -209,8 +237,9 @@ def transform(
 
     check_output(dst, overwrite=overwrite, sources=(src, result))
     matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
-    completed = Imputation.open(result).transform(matrix)
-    completed.to_zarr(dst, overwrite=overwrite, sources=(src, result))
+    with connected():
+        completed = Imputation.open(result).transform(matrix)
+        completed.to_zarr(dst, overwrite=overwrite, sources=(src, result), listen=listen)
     return {"destination": dst, **completed.summary}
 
 
@@ -220,48 +249,37 @@ def transform(
 @click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @layer_option
+@cluster_options
 @reports
-def plan(src: str, preset: str, max_rank: int | None, blocks: int | None, layer: str | None) -> dict[str, Any]:
-    """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time. Computes nothing."""
+def plan(
+    src: str,
+    preset: str,
+    max_rank: int | None,
+    blocks: int | None,
+    layer: str | None,
+    connected: Callable[[], Any],
+) -> dict[str, Any]:
+    """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time. Computes nothing.
+
+    With --scheduler or --cluster, on those workers.
+    """
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.run.plan import plan
 
-    return plan(ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank))
+    matrix, settings = ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank)
+    with connected():
+        return plan(matrix, settings)
 
 
 @main.command()
 @click.argument("folder", default="scialm-demo")
 @overwrite_option
-@quiet_option
 @reports
-def demo(folder: str, overwrite: bool, quiet: bool) -> dict[str, Any]:
+@shows_progress
+def demo(folder: str, overwrite: bool, listen: Listener) -> dict[str, Any]:
     """Impute 700 real blood cells, offline, and score the result. Makes FOLDER."""
     from scialm_dask.config import Settings
     from scialm_dask.run.demo import demo
 
-    with iterations(quiet) as show:
-        return demo(folder, Settings(), overwrite=overwrite, on_iteration=show)
-
-
-@contextlib.contextmanager
-def iterations(quiet: bool) -> Iterator[Callable[[Any], None]]:
-    """Show iterations as they are made: one changing line on a terminal, else a line each; nothing when quiet."""
-    from tqdm import tqdm
-
-    terminal = sys.stderr.isatty()
-    with tqdm(desc="imputing", unit=" iterations", disable=quiet or not terminal, leave=False) as bar:
-
-        def show(latest: Any) -> None:
-            if quiet:
-                return
-            words = f"rank {latest.rank}, residual {latest.residual:.3g}"
-            if latest.held_out == latest.held_out:
-                words += f", held-out error {latest.held_out:.4g}"
-            if terminal:
-                bar.update()
-                bar.set_postfix_str(words)
-            else:
-                click.echo(f"iteration {latest.iteration}: {words}", err=True)
-
-        yield show
+    return demo(folder, Settings(), overwrite=overwrite, listen=listen)

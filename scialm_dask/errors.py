@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "DoesNotFitError", "InputError", "OutputError", "ScialmError", "StoppedError"]
+__all__ = [
+    "CheckpointError",
+    "ClusterError",
+    "DoesNotFitError",
+    "InputError",
+    "OutputError",
+    "ScialmError",
+    "StoppedError",
+]
 
 
 class ScialmError(Exception):
@@ -24,6 +32,12 @@ class OutputError(ScialmError, OSError):
 
 class DoesNotFitError(ScialmError, MemoryError):
     """The forecast is larger than the memory or the disk at hand."""
+
+
+class ClusterError(ScialmError, ConnectionError):
+    """Scheduler or workers cannot be reached, or were lost. The same command may well succeed later."""
+
+    exit_code = 69  # EX_UNAVAILABLE
 
 
 class CheckpointError(InputError):

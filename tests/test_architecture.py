@@ -11,15 +11,15 @@ import scialm_dask
 ROOT = Path(scialm_dask.__file__).parent
 
 LINES = """
-errors config
-data.layout data.store data.stream data.rows data.transpose data.matrix data.tenx data.ingest data.quality
+errors config events
+data.layout data.store data.stream data.rows data.temporary data.transpose data.matrix data.annotated data.tenx data.ingest data.quality
 data.fingerprint data.scratch data.checkpoint data.factors data.design
 linalg.draws linalg.nnls linalg.tiles linalg.kernels linalg.cellwise linalg.tasks linalg.operator linalg.svd
 solve.rank solve.stopping solve.scaling solve.reference solve.ialm solve.zeros solve.alra solve.transform
 solve.pools solve.pooled solve.pooled_als solve.pooled_admm solve.pooled_nuclear
 evaluate.masking evaluate.metrics evaluate.gene_scores evaluate.simulation evaluate.figures
-run.plan run.termination run.faults run.keeper run.result run.job run.demo
-api cli cli_impute cli_evaluate cli_pooled __main__
+run.termination run.losses run.cluster run.plan run.keeper run.result run.job run.demo run.progress
+api estimator cli cli_impute cli_evaluate cli_pooled __main__
 """
 ORDER = LINES.split()
 HANDS_OVER = {"data.factors": {"solve.transform"}}  # a method that calls the solver, imported when it is called

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata
-from scialm_dask.data.stream import Advance
 from scialm_dask.errors import InputError
+from scialm_dask.events import Listener, begin, silent
 
 __all__ = ["Thresholds", "quality_control"]
 
@@ -72,7 +72,7 @@ def quality_control(
     layer: str | None = None,
     missing_chunks_are_zeros: bool = False,
     overwrite: bool = False,
-    advance: Advance = lambda _: None,
+    listen: Listener = silent,
 ) -> dict[str, Any]:
     """Drop poor cells and rare genes, then scale every cell to the median total. No logarithm is taken.
 
@@ -95,8 +95,8 @@ def quality_control(
         See `ExpressionMatrix.open`.
     overwrite
         Replace `destination` if it exists.
-    advance
-        Called again and again with the share of the work that has been done since the last call.
+    listen
+        Called with every event of the work; see `scialm_dask.events`.
 
     Returns
     -------
@@ -116,6 +116,7 @@ def quality_control(
     matrix = ExpressionMatrix.open(source, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
     is_mito = matrix.var.index.str.upper().str.startswith(thresholds.mito_prefix.upper())
     step = 1 / _PASSES / len(matrix.blocks)
+    advance = begin(listen, "quality control")
 
     cells = _measure_cells(matrix, np.asarray(is_mito, np.float64), lambda: advance(step))
     check_observed(int(cells.n_genes.sum()), matrix.name)

@@ -12,8 +12,9 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata, set_encoding
-from scialm_dask.data.stream import Advance, in_order
+from scialm_dask.data.stream import in_order
 from scialm_dask.errors import InputError
+from scialm_dask.events import Advance, Listener, begin, silent
 from scialm_dask.linalg.draws import mixed
 
 __all__ = ["Programs", "draw_cells", "simulate"]
@@ -104,7 +105,7 @@ def simulate(
     rank: int = 20,
     seed: int = 0,
     overwrite: bool = False,
-    advance: Advance = lambda _: None,
+    listen: Listener = silent,
 ) -> dict[str, Any]:
     """Write simulated counts of low rank, with the truth, as an AnnData Zarr store.
 
@@ -128,8 +129,8 @@ def simulate(
         Any integer.
     overwrite
         Replace `destination` if it exists.
-    advance
-        Called again and again with the share of the work that has been done since the last call.
+    listen
+        Called with every event of the work; see `scialm_dask.events`.
 
     Returns
     -------
@@ -153,7 +154,7 @@ def simulate(
     check_output(destination, overwrite=overwrite)
     programs = Programs.draw(n_genes, rank, density, seed)
     with atomic_output(destination, overwrite=overwrite) as partial:
-        n_observed = _write(partial, programs, n_cells, density, seed, advance)
+        n_observed = _write(partial, programs, n_cells, density, seed, begin(listen, "simulating"))
     return {
         "destination": os.fspath(destination),
         "n_cells": n_cells,

@@ -15,7 +15,7 @@ from dask.delayed import Delayed
 from threadpoolctl import threadpool_limits
 
 from scialm_dask.linalg import tasks
-from scialm_dask.linalg.kernels import Doubles, Floats, Step, Sums, View, add_sums
+from scialm_dask.linalg.kernels import Doubles, Floats, GiveBack, Step, Sums, View, add_sums
 from scialm_dask.linalg.tasks import BlockSource, Files, Store
 
 __all__ = ["LowRankPlusSparse", "Observations", "Product"]
@@ -44,7 +44,16 @@ class Product(NamedTuple):
     held_out: float
 
 
+class _Kept(NamedTuple):
+    """State without the sketch, V, and the versions of what the state refers to."""
+
+    state: tuple[Any, ...]
+    right: Floats
+    versions: dict[str, int]
+
+
 _PANEL_ROWS = 1024
+_UNUSED = 1  # a version that no pass makes
 
 
 class LowRankPlusSparse:
@@ -61,6 +70,8 @@ class LowRankPlusSparse:
         Keeps the working state of the blocks.
     resident
         Keep the blocks themselves in memory too, rather than read them in every pass.
+    on_pass
+        Called after each pass with their number so far.
     before_pass
         Called before each pass but the first. If it raises, all is as after the pass before.
 
@@ -82,12 +93,12 @@ class LowRankPlusSparse:
         store: Store,
         *,
         resident: bool,
+        on_pass: Callable[[int], None] = lambda _: None,
         before_pass: Callable[[], None] = lambda: None,
     ) -> None:
-        self._before_pass = before_pass
         self.shape = source.shape
         self.bounds = source.bounds
-        self.passes = 0
+        self.passes, self._on_pass, self._before_pass = 0, on_pass, before_pass
         self._id = uuid.uuid4().hex[:12]
         self._source = dask.delayed(source, name=f"source-{self._id}", traverse=False)
         self._store = store
@@ -95,7 +106,7 @@ class LowRankPlusSparse:
         self._row_confidence = source.has_row_confidence
         self._right = np.zeros((self.shape[1], 0), np.float32)
         self._versions: dict[str, int] = dict.fromkeys(("estimate", "left", "sketch"), 0)
-        self._best: tuple[tuple[Any, ...], Floats, int] | None = None
+        self._best: _Kept | None = None
         self._blocks: tuple[Delayed | None, ...] = (None,) * self.n_blocks
         if resident:
             load = dask.delayed(tasks.load)
@@ -105,7 +116,7 @@ class LowRankPlusSparse:
         total = _tree([counted for _, counted in parts], dask.delayed(tasks.add))
         self._state, counted = self._settle([refs for refs, _ in parts], total)
         self.observations = Observations(*counted)
-        self.passes = 1
+        self._count_pass()
 
     @property
     def size(self) -> float:
@@ -118,12 +129,23 @@ class LowRankPlusSparse:
         return self._confidence is None
 
     @property
+    def right(self) -> Floats:
+        """V, float32, shape ``(n, r)``, of the A in force."""
+        return self._right
+
+    @property
     def n_blocks(self) -> int:
         """Number of row blocks."""
         return len(self.bounds) - 1
 
-    def multiply(self, basis: Floats | None, step: Step | None = None, right: Floats | None = None) -> Product:
-        """Take a step, if given, then compute WᵀWQ. One pass.
+    def multiply(
+        self,
+        basis: Floats | None,
+        step: Step | None = None,
+        right: Floats | None = None,
+        give_back: GiveBack | None = None,
+    ) -> Product:
+        """Take a step or give back the held-out entries, if told to, then compute WᵀWQ. One pass.
 
         Parameters
         ----------
@@ -131,13 +153,17 @@ class LowRankPlusSparse:
             Q, shape ``(n, l)``; None to take the step only.
         step, right
             The new A, as its left factor in terms of the last pass's W Q, and its right factor, ``(n, r)``.
+        give_back
+            Make held-out entries observed ones.
         """
         changed = {"sketch"} if basis is not None else set()
         if step is not None:
             changed |= {"estimate", "left"}
+        if give_back is not None:
+            changed |= {"estimate"}
         view = self._view(right)
         overlap = None if basis is None else view.spread.T @ basis
-        view = replace(view, basis=basis, overlap=overlap, step=step)
+        view = replace(view, basis=basis, overlap=overlap, step=step, give_back=give_back)
         return self._pass(tasks.visit, view, [None] * self.n_blocks, changed)
 
     def project(self, vectors: Floats) -> Product:
@@ -151,7 +177,7 @@ class LowRankPlusSparse:
         carried, visit = self._carry(view), dask.delayed(tasks.column_gram)
         parts = [visit(self._store, self._source, b, self._blocks[b], self._state[b], carried) for b in self._each()]
         (total,) = _run([_tree(parts, dask.delayed(tasks.add))])
-        self.passes += 1
+        self._count_pass()
         left_gram, cross, sparse_gram = total.compute()
         right = view.spread.astype(np.float64)
         gram = right @ cross
@@ -173,7 +199,7 @@ class LowRankPlusSparse:
                 for i, j in corners
             ]
         )
-        self.passes += 1
+        self._count_pass()
         gram = np.empty((self.shape[0], self.shape[0]))
         for (i, j), tile in zip(corners, dask.compute(*tiles), strict=True):
             rows, columns = slice(*self.bounds[i : i + 2]), slice(*self.bounds[j : j + 2])
@@ -204,24 +230,30 @@ class LowRankPlusSparse:
         carried, visit = self._carry(view), dask.delayed(tasks.quadratic)
         parts = [visit(self._store, source, b, blocks[b], self._state[b], carried) for b in self._each()]
         (total,) = _run([_tree(parts, dask.delayed(tasks.add))])
-        self.passes += 1
+        self._count_pass()
         linear, square, rows = total.compute()
         if view.confidence is not None:
             square = square + rows * (right.T.astype(np.float64) @ (view.confidence[:, None] * right))
         return linear, square
 
     def keep(self) -> None:
-        """Remember the A in force as the best so far; `factors` gives it back."""
-        forgotten, version = self._best, self._versions["left"]
-        self._best = self._pick(tasks.left_of, self._state), self._right, version
-        if forgotten is not None and forgotten[2] != version:
-            self._store.drop("left", forgotten[2])
+        """Remember the A in force, and W, as the best so far; `factors` gives that A back."""
+        versions = {name: self._versions[name] for name in ("estimate", "left")}
+        forgotten, self._best = self._best, _Kept(self._pick(tasks.without_sketch, self._state), self._right, versions)
+        if forgotten is not None:
+            for name, version in forgotten.versions.items():
+                if version != versions[name]:
+                    self._store.drop(name, version)
 
     def restore(self) -> None:
-        """Put the A last kept in force again. What follows may look at it, but the loop cannot go on from it."""
+        """Put the A last kept in force again, and W with it."""
         if self._best is not None:
-            self._state = self._pick(tasks.with_left, self._state, self._best[0])
-            self._right = self._best[1]
+            self._state = self._pick(tasks.with_kept, self._state, self._best.state)
+            self._right = self._best.right
+            for name, version in self._best.versions.items():
+                if version != self._versions[name]:
+                    self._store.drop(name, self._versions[name])
+                self._versions[name] = version
 
     def factors(self) -> tuple[list[Delayed], Floats]:
         """Left factor, a delayed float32 array of shape ``(rows of the block, r)`` for each block, and right factor.
@@ -231,9 +263,8 @@ class LowRankPlusSparse:
         if self._best is None:
             self.keep()
         assert self._best is not None
-        lefts, right, _ = self._best
-        get = dask.delayed(tasks.get)
-        return [get(self._store, left) for left in lefts], right
+        get = dask.delayed(tasks.get_left)
+        return [get(self._store, kept) for kept in self._best.state], self._best.right
 
     def save(self, files: Files, *, sketch: bool) -> dict[str, list[Any]]:
         """Write the state, each block from the worker that has it, so that `load` can put it back.
@@ -251,14 +282,14 @@ class LowRankPlusSparse:
             What `files` gave for each array, by what the array holds.
         """
         names = ("estimate", "left", "sketch") if sketch else ("estimate", "left")
-        apart = self._best if self._best is not None and self._best[2] != self._versions["left"] else None
-        lefts = (None,) * self.n_blocks if apart is None else apart[0]
+        apart = self._best if self._best is not None and self._best.versions["left"] != self._versions["left"] else None
+        best = (None,) * self.n_blocks if apart is None else apart.state
         save = dask.delayed(tasks.save, pure=False)
-        parts = _run([save(self._store, files, b, self._state[b], names, lefts[b]) for b in self._each()], dask.compute)
+        parts = _run([save(self._store, files, b, self._state[b], names, best[b]) for b in self._each()], dask.compute)
         saved = {name: [part[name] for part in parts] for name in parts[0]}
         saved["right"] = [files.put("right", 0, self._right)]
         if apart is not None:
-            saved["best_right"] = [files.put("best_right", 0, apart[1])]
+            saved["best_right"] = [files.put("best_right", 0, apart.right)]
         return saved
 
     def load(self, files: Files, saved: Mapping[str, Sequence[Any]], passes: int) -> None:
@@ -273,19 +304,20 @@ class LowRankPlusSparse:
         passes
             Their number then.
         """
-        versions = dict.fromkeys(self._versions, passes) | {"best": 1}  # which no pass uses
+        of_all = {name: saved[name][0] for name in ("right", "best_right") if name in saved}
+        apart = "best_right" in of_all
         restore = dask.delayed(tasks.restore, pure=False, nout=2)
         parts = []
         for b in self._each():
-            of_block = {name: group[b] for name, group in saved.items() if name not in ("right", "best_right")}
-            parts.append(restore(self._store, files, b, of_block, versions))
+            of_block = {name: group[b] for name, group in saved.items() if name not in of_all}
+            parts.append(restore(self._store, files, b, of_block, passes, _UNUSED))
         held = self._hold([part for pair in parts for part in pair])
         for name, version in self._versions.items():
             self._store.drop(name, version)
-        self._state, self._right, self.passes = held[::2], files.get(saved["right"][0]), passes
-        best_right = files.get(saved["best_right"][0]) if "best" in saved else self._right
-        self._best = held[1::2], best_right, versions["best" if "best" in saved else "left"]
-        self._versions = {name: versions[name] for name in self._versions}
+        self._state, self._right, self.passes = held[::2], files.get(of_all["right"]), passes
+        self._versions = dict.fromkeys(self._versions, passes)
+        best_right = files.get(of_all["best_right"]) if apart else self._right
+        self._best = _Kept(held[1::2], best_right, dict.fromkeys(("estimate", "left"), _UNUSED if apart else passes))
 
     @property
     def depends_on_workers(self) -> bool:
@@ -303,16 +335,21 @@ class LowRankPlusSparse:
         ]
         total = _tree([sums for _, sums in parts], dask.delayed(add_sums))
         sums: Sums
-        self._state, sums = self._settle([state for state, _ in parts], total)
-        self._right, self.passes = view.right, number
+        state, sums = self._settle([state for state, _ in parts], total)
+        self._state, self._right = state, view.right
+        self._count_pass()
         for name in changed:
-            if not (name == "left" and self._best is not None and self._best[2] == self._versions["left"]):
+            if self._best is None or self._best.versions.get(name) != self._versions[name]:
                 self._store.drop(name, self._versions[name])
             self._versions[name] = number
         cross = sums.sparse_cross.astype(np.float64)
         if cross.size:
             _add_product(cross, view.spread, sums.left_cross)
         return Product(cross, sums.gram, sums.misfit, sums.held_out)
+
+    def _count_pass(self) -> None:
+        self.passes += 1
+        self._on_pass(self.passes)
 
     def _settle(self, states: list[Delayed], total: Delayed) -> tuple[tuple[Any, ...], Any]:
         """Compute the new states of the blocks and what they add up to.

@@ -186,32 +186,42 @@ def _put_changes(store: Store, block: int, number: int, at: References, old: Blo
 
 
 def save(
-    store: Store, files: Files, block: int, at: References, names: tuple[str, ...], best: Any | None
+    store: Store, files: Files, block: int, at: References, names: tuple[str, ...], best: References | None
 ) -> dict[str, Any]:
-    kept = {name: getattr(at, name) for name in names} | ({} if best is None else {"best": best})
+    kept = {name: getattr(at, name) for name in names}
+    if best is not None:
+        kept |= {"best_estimate": best.estimate, "best_left": best.left}
     return {name: files.put(name, block, store.get(reference)) for name, reference in kept.items()}
 
 
 def restore(
-    store: Store, files: Files, block: int, saved: dict[str, Any], versions: dict[str, int]
-) -> tuple[References, Any]:
-    arrays = {name: files.get(file) for name, file in saved.items()}
-    best = arrays.pop("best", None)
-    arrays.setdefault("sketch", np.zeros((len(arrays["left"]), 0), np.float32))
-    at = References(**{name: store.put(name, versions[name], block, array) for name, array in arrays.items()})
-    return at, at.left if best is None else store.put("left", versions["best"], block, best)
+    store: Store, files: Files, block: int, saved: dict[str, Any], version: int, of_best: int
+) -> tuple[References, References]:
+    def keep(name: str, file: str, version: int) -> Any:
+        return store.put(name, version, block, files.get(saved[file]))
+
+    left = files.get(saved["left"])
+    sketch = files.get(saved["sketch"]) if "sketch" in saved else np.zeros((len(left), 0), np.float32)
+    at = References(
+        keep("estimate", "estimate", version),
+        store.put("left", version, block, left),
+        store.put("sketch", version, block, sketch),
+    )
+    if "best_left" not in saved:
+        return at, without_sketch(at)
+    return at, References(keep("estimate", "best_estimate", of_best), keep("left", "best_left", of_best), None)
 
 
-def left_of(at: References) -> Any:
-    return at.left
+def without_sketch(at: References) -> References:
+    return replace(at, sketch=None)
 
 
-def with_left(at: References, left: Any) -> References:
-    return replace(at, left=left)
+def with_kept(at: References, kept: References) -> References:
+    return replace(kept, sketch=at.sketch)
 
 
-def get(store: Store, reference: Any) -> Floats:
-    return store.get(reference)
+def get_left(store: Store, at: References) -> Floats:
+    return store.get(at.left)
 
 
 def add(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:

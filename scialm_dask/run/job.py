@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import shutil
 import tempfile
@@ -20,16 +21,19 @@ from scialm_dask.config import Settings
 from scialm_dask.data.checkpoint import Checkpoints
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.rows import MemoryRows
 from scialm_dask.data.scratch import MemoryScratch, Scratch, ZarrScratch
 from scialm_dask.data.store import check_output, output_error
-from scialm_dask.errors import CheckpointError, DoesNotFitError, InputError, OutputError, StoppedError
+from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
+from scialm_dask.events import Listener, Note, Pass, Stage, silent
 from scialm_dask.linalg.kernels import Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
-from scialm_dask.run.faults import cluster_failure, cluster_is_back
+from scialm_dask.run.cluster import team
 from scialm_dask.run.keeper import Checkpointing, Job, Keeper, Saved, ended
-from scialm_dask.run.plan import forecast, place_scratch
+from scialm_dask.run.losses import cluster_is_back, loss_of_cluster
+from scialm_dask.run.plan import Forecast, forecast, place_scratch
 from scialm_dask.run.result import make_report, make_result, peak_memory
-from scialm_dask.solve.ialm import Iteration, complete
+from scialm_dask.solve.ialm import complete
 from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepare, survey
 from scialm_dask.solve.stopping import ThresholdStop
 from scialm_dask.solve.zeros import choose_zeros, refit
@@ -38,9 +42,6 @@ __all__ = ["complete_matrix", "finish", "notes_of", "resume_matrix"]
 
 _RETRIES = 2  # of a task that raises
 _MOST_LOSSES = 3  # of the cluster, without a checkpoint between
-
-Listener = Callable[[Iteration], None]
-Say = Callable[[str], None]
 
 
 def complete_matrix(
@@ -52,8 +53,7 @@ def complete_matrix(
     scratch_folder: str | os.PathLike[str] | None = None,
     confidence: Confidence | None = None,
     checkpoint: Checkpointing | None = None,
-    on_iteration: Listener = lambda _: None,
-    say: Say = lambda _: None,
+    listen: Listener = silent,
 ) -> Imputation:
     """Complete a matrix, on whatever scheduler Dask has.
 
@@ -75,10 +75,8 @@ def complete_matrix(
         In zeros, where it is not the same for all; see `Confidence`.
     checkpoint
         Where and when to write checkpoints; None for none.
-    on_iteration
-        Called after each iteration.
-    say
-        Called with what the user should know.
+    listen
+        Called with every event of the work; see `scialm_dask.events`.
 
     Raises
     ------
@@ -88,18 +86,20 @@ def complete_matrix(
         If the forecast does not fit memory or disk.
     OutputError
         If checkpoints cannot be written.
+    ClusterError
+        If the cluster was lost, and there are no checkpoints.
     StoppedError
-        If the run was stopped, or the cluster was lost.
+        If it was lost and there are, or the run was asked to stop.
     """
     folder = None if scratch_folder is None else os.fspath(scratch_folder)
     job = Job(matrix, settings, scratch, memory_limit, folder, confidence)
     if checkpoint is None:
         try:
-            return _attempt(job, Keeper(job, None, Checkpointing(""), None), on_iteration)
+            return _attempt(job, Keeper(job, None, Checkpointing(""), None), listen)
         except Exception as error:
-            if (failure := cluster_failure(error)) is None:
+            if (loss := loss_of_cluster(error)) is None:
                 raise
-            raise StoppedError(f"{failure}; with --checkpoint DIR a run can go on after that") from error
+            raise ClusterError(f"{loss}; with --checkpoint DIR a run can go on after that") from error
     if matrix.origin is not None:
         check_output(checkpoint.folder, overwrite=True, sources=(matrix.origin.path,))
     with Checkpoints(checkpoint.folder) as checkpoints:
@@ -110,7 +110,7 @@ def complete_matrix(
             )
         Keeper(job, checkpoints, checkpoint, None).write()
         try:
-            return _persevere(checkpoints, checkpoint.stop, lambda _: job, on_iteration, say)
+            return _persevere(checkpoints, checkpoint.stop, lambda _: job, listen)
         except (InputError, DoesNotFitError):
             if not Saved(checkpoints.read(checkpoints.names()[0])).is_under_way:  # so it cannot be done
                 checkpoints.clear()
@@ -124,8 +124,7 @@ def resume_matrix(
     scratch: str | None = None,
     memory_limit: int | None = None,
     stop: Callable[[], bool] = lambda: False,
-    on_iteration: Listener = lambda _: None,
-    say: Say = lambda _: None,
+    listen: Listener = silent,
 ) -> Imputation:
     """Go on with a run from its last whole checkpoint, on whatever scheduler Dask has now.
 
@@ -139,7 +138,7 @@ def resume_matrix(
         Instead of what the run was begun with.
     stop
         See `Checkpointing`.
-    on_iteration, say
+    listen
         See `complete_matrix`.
 
     Raises
@@ -150,7 +149,7 @@ def resume_matrix(
     notes_of(folder)
     changes = {"scratch": scratch, "memory_limit": memory_limit}
     with Checkpoints(folder) as checkpoints:
-        return _persevere(checkpoints, stop, lambda saved: saved.job(matrix, changes), on_iteration, say)
+        return _persevere(checkpoints, stop, lambda saved: saved.job(matrix, changes), listen)
 
 
 def notes_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -178,7 +177,7 @@ def finish(folder: str | os.PathLike[str], destination: str) -> None:
 
 
 def _persevere(
-    checkpoints: Checkpoints, stop: Callable[[], bool], job_of: Callable[[Saved], Job], listen: Listener, say: Say
+    checkpoints: Checkpoints, stop: Callable[[], bool], job_of: Callable[[Saved], Job], listen: Listener
 ) -> Imputation:
     """Go on from the last checkpoint that can be used; when the cluster is lost and back, again."""
     refusals: list[str] = []
@@ -198,31 +197,40 @@ def _persevere(
         except CheckpointError as error:
             refusals.append(str(error))
             checkpoints.refuse(names[0])
-            say(f"{error}; the one before it is used")
+            listen(Note(f"{error}; the one before it is used"))
         except OutputError as error:
             raise OutputError(f"{error}; then go on by `scialm-dask resume {checkpoints.folder}`") from error
         except Exception as error:
-            if (failure := cluster_failure(error)) is None:
+            if (loss := loss_of_cluster(error)) is None:
                 raise
             losses = losses + 1 if checkpoints.names()[0] == names[0] else 1
             if losses > _MOST_LOSSES or not cluster_is_back():
                 again = f"go on by `scialm-dask resume {checkpoints.folder}` when there is a cluster again"
-                raise StoppedError(f"{failure}; {again}") from error
-            say(f"{failure}; going on from {names[0]}")
+                raise StoppedError(f"{loss}; {again}") from error
+            listen(Note(f"{loss}; going on from checkpoint {names[0]}"))
 
 
 def _attempt(job: Job, keeper: Keeper, listen: Listener) -> Imputation:
     """Make the run once."""
     began = time.perf_counter()
-    matrix = job.matrix
-    need = forecast(matrix, job.settings)
+    matrix, here = job.matrix.for_workers(), team()
+    need = forecast(matrix, job.settings, here.threads, here.workers)
     folder_for_scratch = job.scratch_folder or dask.config.get("temporary-directory", None) or tempfile.gettempdir()
-    scratch = place_scratch(job.scratch, need, memory_limit=job.memory_limit, folder=folder_for_scratch)
+    of_workers = here.memory is not None and here.memory < (job.memory_limit or math.inf)
+    scratch = place_scratch(
+        job.scratch,
+        need,
+        memory_limit=here.memory if of_workers else job.memory_limit,
+        folder=folder_for_scratch,
+        raised_by="--worker-memory" if of_workers else "--memory-limit",
+    )
+    job = replace(job, matrix=matrix)
     with dask.annotate(retries=_RETRIES):
+        listen(Stage("surveying"))
         found = survey(matrix)
         store, folder = _open_scratch(scratch)
         try:
-            result = _complete(job, keeper, found, store, folder, listen)
+            result = _complete(job, keeper, found, store, folder, need, listen)
         except BaseException as error:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -237,16 +245,35 @@ def _attempt(job: Job, keeper: Keeper, listen: Listener) -> Imputation:
     result.summary["scratch"] = "memory" if folder is None else "zarr"
     if folder is not None:  # the result reads its left factor from there
         weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
+    # Blocks of a worker that is lost are made anew: a temporary copy of the matrix stays as long as the result.
+    if not isinstance(matrix.rows, MemoryRows):
+        weakref.finalize(result, _let_go, matrix.rows)
     return result
 
 
+def _let_go(*held: object) -> None:
+    """Hold something until called."""
+
+
 def _complete(
-    job: Job, keeper: Keeper, found: Survey, store: Scratch, folder: str | None, listen: Listener
+    job: Job,
+    keeper: Keeper,
+    found: Survey,
+    store: Scratch,
+    folder: str | None,
+    need: Forecast,
+    listen: Listener,
 ) -> Imputation:
     keeper.surveyed(found, folder)
 
     def operator_of(blocks: PreparedBlocks) -> LowRankPlusSparse:
-        return LowRankPlusSparse(blocks, store, resident=folder is None, before_pass=keeper.before_pass)
+        return LowRankPlusSparse(
+            blocks,
+            store,
+            resident=folder is None,
+            on_pass=lambda number: listen(Pass(number)),
+            before_pass=keeper.before_pass,
+        )
 
     matrix, settings, confidence, stop = job.matrix, job.settings, job.confidence, None
     if settings.stop == "count-split" or settings.zeros == "auto":
@@ -255,12 +282,14 @@ def _complete(
         stop = ThresholdStop(choice.threshold) if settings.stop == "count-split" else None
     if confidence is None:
         confidence = Confidence.uniform(float(settings.zeros), matrix.shape[1])
+    listen(Stage("reading"))
     blocks = prepare(matrix, found, settings, confidence=confidence)
     operator = operator_of(blocks)
     _check_validation(operator, settings)
     state = keeper.watch(operator)
+    listen(Stage("iterating", iterations=need.iterations))
     completion = complete(operator, settings, listen, stop, state=state, after=keeper.after_iteration)
-    keeper.finish()
+    keeper.check_source()
     report = make_report(matrix, found, blocks, operator, completion, settings)
     if state is not None:
         report["resumed_after_iteration"] = len(state.history)

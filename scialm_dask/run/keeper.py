@@ -19,8 +19,9 @@ from scialm_dask.data.fingerprint import fingerprint
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import CheckpointError, InputError, StoppedError
+from scialm_dask.events import Iteration
 from scialm_dask.linalg.operator import LowRankPlusSparse, Observations, Product
-from scialm_dask.solve.ialm import Iteration, LoopState, Penalty
+from scialm_dask.solve.ialm import LoopState, Penalty
 from scialm_dask.solve.scaling import Confidence, Survey
 from scialm_dask.solve.zeros import Choice
 
@@ -214,7 +215,7 @@ def ended(folder: str, notes: Mapping[str, Any]) -> str:
     return f"{folder}: that run is finished; its result is {notes['finished']}" if notes["finished"] else ""
 
 
-_OF_OPERATOR = ("estimate", "left", "sketch", "best", "right", "best_right")
+_OF_OPERATOR = ("estimate", "left", "sketch", "best_estimate", "best_left", "right", "best_right")
 
 
 class Keeper:
@@ -259,10 +260,10 @@ class Keeper:
         return state
 
     def after_iteration(self, state: LoopState) -> None:
-        """Learn the latest state, and write it if that is due."""
+        """Learn the latest state, and write it if that is due, or if there is no other: what follows changes W."""
         self._state = state
         iterations, seconds = len(state.history) - self._iterations, time.monotonic() - self._time
-        if iterations >= self._most_iterations or seconds >= self._most_seconds:
+        if iterations >= self._most_iterations or seconds >= self._most_seconds or state.is_last(self._job.settings):
             self.write()
 
     def before_pass(self) -> None:
@@ -278,12 +279,6 @@ class Keeper:
         if self._state is not None and len(self._state.history) > self._iterations:
             self.write()
         raise StoppedError(f"stopped as asked; go on by `scialm-dask resume {self._checkpoints.folder}`")
-
-    def finish(self) -> None:
-        """Write the last state, unless it is written."""
-        self.check_source()
-        if self._state is not None and len(self._state.history) > self._iterations:
-            self.write()
 
     def check_source(self) -> None:
         """Raise `InputError` if the store that is read has changed."""

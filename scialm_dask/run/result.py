@@ -32,7 +32,7 @@ def make_report(
     settings: Settings,
 ) -> dict[str, Any]:
     """Sum up what was done and found."""
-    last = completion.history[completion.chosen - 1]
+    last = completion.returned
     return {
         "n_cells": matrix.shape[0],
         "n_genes": matrix.shape[1],

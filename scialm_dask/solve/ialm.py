@@ -13,13 +13,15 @@ where the update of w takes place in the first pass of the next SVD.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from scialm_dask.config import Settings
-from scialm_dask.linalg.kernels import Floats, Step
+from scialm_dask.events import Iteration, Listener, silent
+from scialm_dask.linalg.kernels import Floats, GiveBack, Step
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
 from scialm_dask.linalg.svd import PartialSVD, extended_basis, leading_triplets, short_side_svd
 from scialm_dask.solve.rank import RankRule, basis_width, prefers_short_side, rank_rule
@@ -28,35 +30,7 @@ from scialm_dask.solve.stopping import StopRule, stop_rule
 _FIRST_PASSES = 20
 _FIRST_TOLERANCE = 1e-6  # σ₁ sets every threshold that follows
 
-__all__ = ["Completion", "Iteration", "LoopState", "Penalty", "complete"]
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """One line of the history.
-
-    Parameters
-    ----------
-    iteration
-        From 1, as in the paper.
-    rank
-        svp, the number of singular values over the threshold that were kept.
-    threshold
-        1/μ.
-    residual
-        ‖P_Ω(D − A)‖ / ‖D‖.
-    held_out
-        The same over the held-out entries; NaN if there are none.
-    passes
-        Passes over the data so far.
-    """
-
-    iteration: int
-    rank: int
-    threshold: float
-    residual: float
-    held_out: float
-    passes: int
+__all__ = ["Completion", "LoopState", "Penalty", "complete"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +43,9 @@ class Completion:
         One entry for each iteration.
     chosen
         The iteration whose A was kept.
+    returned
+        What holds of the A that is returned: the chosen one, or what became of it by giving back the held-out entries,
+        of whose error only the one before can be told.
     values
         Its singular values, after thresholding.
     converged
@@ -79,6 +56,7 @@ class Completion:
 
     history: tuple[Iteration, ...]
     chosen: int
+    returned: Iteration
     values: tuple[float, ...]
     converged: bool
     reason: str
@@ -143,17 +121,21 @@ class LoopState:
     growth: float = 1.0
     reason: str = ""
 
+    def is_last(self, settings: Settings) -> bool:
+        """Whether no iteration is to follow."""
+        return bool(self.reason) or len(self.history) >= settings.max_iterations
+
 
 def complete(
     operator: LowRankPlusSparse,
     settings: Settings,
-    on_iteration: Callable[[Iteration], None] = lambda _: None,
+    listen: Listener = silent,
     stop: StopRule | None = None,
     *,
     state: LoopState | None = None,
     after: Callable[[LoopState], None] = lambda _: None,
 ) -> Completion:
-    """Run Algorithm 3 until the stop rule ends it.
+    """Run Algorithm 3 until the stop rule ends it, then give back what was held out.
 
     Parameters
     ----------
@@ -161,8 +143,8 @@ def complete(
         Starts at W = D, and ends holding the factors of the result.
     settings
         What to do.
-    on_iteration
-        Called after each iteration.
+    listen
+        Called with each `Iteration`.
     stop
         Instead of the rule that the settings name.
     state
@@ -170,35 +152,35 @@ def complete(
     after
         Called with the state after each iteration.
     """
-    rank = rank_rule(settings, min(operator.shape))
-    stop = stop or stop_rule(settings)
+    rank, stop = rank_rule(settings, min(operator.shape)), stop or stop_rule(settings)
     svd: PartialSVD | None = None
     if state is None:
-        state, svd = first_state(operator, settings)
-        for iteration in state.history:
-            on_iteration(iteration)
+        state, svd = first_state(operator, settings, listen)
     for iteration in state.history:
         rank.update(iteration.rank)
         if iteration.rank:  # else A is zero, and nobody asks
             stop.judge(iteration)
-    while not state.reason and len(state.history) < settings.max_iterations:
+    while not state.is_last(settings):
         if svd is None:
             svd = next_svd(operator, state.product, rank.limit, state.penalty.threshold, settings)
-        state = iterate(operator, svd, state, rank, stop, settings, on_iteration)
+        state = iterate(operator, svd, state, rank, stop, settings, listen)
         after(state)
         svd = None
-    too_many = f"{settings.max_iterations} iterations made, the most allowed"
-    return Completion(state.history, state.chosen, state.values, bool(state.reason), state.reason or too_many)
+    reason = state.reason or f"{settings.max_iterations} iterations made, the most allowed"
+    best = state.history[state.chosen - 1]
+    completion = Completion(state.history, state.chosen, best, state.values, bool(state.reason), reason)
+    return give_back(operator, completion, settings) if operator.observations.n_held_out else completion
 
 
-def first_state(operator: LowRankPlusSparse, settings: Settings) -> tuple[LoopState, PartialSVD]:
+def first_state(operator: LowRankPlusSparse, settings: Settings, listen: Listener) -> tuple[LoopState, PartialSVD]:
     """Give the state after the iterations whose A is zero, and the first SVD after them."""
     svd = first_svd(operator, settings)
     penalty = first_penalty(float(svd.values[0]), operator.observations.n_observed / operator.size)
     made, growth = zero_iterations(
         float(svd.values[0]), penalty, operator.passes, settings.max_iterations, grow=operator.zeros_unknown
     )
-    for _ in made:
+    for iteration in made:
+        listen(iteration)
         penalty = penalty.next()
     state = LoopState(tuple(made), penalty, chosen=len(made), growth=growth)
     return state, replace(svd, values=svd.values * growth)
@@ -211,7 +193,7 @@ def iterate(
     rank: RankRule,
     stop: StopRule,
     settings: Settings,
-    on_iteration: Callable[[Iteration], None],
+    listen: Listener,
 ) -> LoopState:
     """Make lines 6 to 10 from the SVD of W, and the first pass of the next SVD."""
     low_rank = singular_value_thresholding(svd, state.penalty.threshold, rank.limit)
@@ -223,7 +205,7 @@ def iterate(
     step = Step(low_rank.rotation, 1 / state.penalty.rho, state.growth)
     product = operator.multiply(basis, step, low_rank.right)
     latest = _iteration(len(state.history) + 1, low_rank, state.penalty, product, operator)
-    on_iteration(latest)
+    listen(latest)
     verdict = stop.judge(latest)
     chosen, values = state.chosen, state.values
     if verdict.best_so_far:
@@ -231,6 +213,26 @@ def iterate(
         chosen, values = latest.iteration, low_rank.values
     history = (*state.history, latest)
     return LoopState(history, following, chosen, values, None if short_side else product, reason=verdict.reason)
+
+
+def give_back(operator: LowRankPlusSparse, completion: Completion, settings: Settings) -> Completion:
+    """Make one more iteration from the chosen A, with all of Ω, at its threshold and rank."""
+    chosen = completion.returned
+    if chosen.rank == 0:
+        return completion
+    operator.restore()
+    penalty = Penalty(1 / chosen.threshold, first_penalty(1.0, operator.observations.n_observed / operator.size).rho)
+    width = basis_width(np.array(completion.values) + chosen.threshold, chosen.threshold, chosen.rank)
+    short_side = prefers_short_side(width, operator.shape)
+    basis = None if short_side else extended_basis(operator.right, width, settings.seed)
+    product = operator.multiply(basis, give_back=GiveBack(1 / penalty.rho, chosen.iteration))
+    svd = next_svd(operator, None if short_side else product, chosen.rank, chosen.threshold, settings)
+    low_rank = singular_value_thresholding(svd, chosen.threshold, chosen.rank)
+    product = operator.multiply(None, Step(low_rank.rotation, 1 / penalty.rho), low_rank.right)
+    operator.keep()
+    residual = math.sqrt(product.misfit / (operator.observations.sum_squares + operator.observations.held_out_squares))
+    returned = replace(chosen, rank=low_rank.rank, residual=residual, passes=operator.passes)
+    return replace(completion, returned=returned, values=low_rank.values)
 
 
 def first_svd(operator: LowRankPlusSparse, settings: Settings) -> PartialSVD:

@@ -16,9 +16,10 @@ import numpy as np
 from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
+from scialm_dask.events import Listener, Stage
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
-from scialm_dask.solve.ialm import Iteration, complete
+from scialm_dask.solve.ialm import complete
 from scialm_dask.solve.scaling import Confidence, Molecules, PreparedBlocks, Survey, prepare
 from scialm_dask.solve.stopping import Measured, Verdict
 
@@ -56,7 +57,7 @@ def choose_zeros(
     found: Survey,
     settings: Settings,
     operator_of: Callable[[PreparedBlocks], LowRankPlusSparse],
-    on_iteration: Callable[[Iteration], None],
+    listen: Listener,
     tried: MutableMapping[tuple[float, float], Choice] | None = None,
     after: Callable[[], None] = lambda: None,
 ) -> Choice:
@@ -71,8 +72,8 @@ def choose_zeros(
         What is to be completed, and how.
     operator_of
         Gives the operator over some blocks.
-    on_iteration
-        Called after each iteration.
+    listen
+        Called with every event.
     tried
         What was found before, by ω and exponent; that is not repeated, and what is found now is added.
     after
@@ -100,6 +101,7 @@ def choose_zeros(
     def try_out(omega: float, gene_exponent: float) -> Choice:
         if (omega, gene_exponent) in tried:
             return tried[omega, gene_exponent]
+        listen(Stage("choosing zeros", f"confidence {omega:g}, gene exponent {gene_exponent:g}"))
         scaled = replace(settings, scaling=(gene_exponent, settings.exponents[1]), stop="count-split")
         train = prepare(
             matrix,
@@ -110,7 +112,7 @@ def choose_zeros(
         )
         operator = operator_of(train)
         stop = _SplitStop(operator, reference, _ratio(reference.scales.gene, train.scales.gene), settings.patience)
-        complete(operator, scaled, on_iteration, stop)
+        complete(operator, scaled, listen, stop)
         choice = Choice(omega, gene_exponent, stop.threshold / math.sqrt(TRAIN_SHARE), stop.lowest)
         tried[omega, gene_exponent] = choice
         after()

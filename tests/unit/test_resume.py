@@ -18,6 +18,7 @@ from test_checkpoint import edited, of_manifest, truncated
 from scialm_dask import Confidence, ExpressionMatrix, Imputation, InputError, impute, resume
 from scialm_dask.data.checkpoint import Checkpoints
 from scialm_dask.errors import OutputError, StoppedError
+from scialm_dask.events import Iteration, Note
 from scialm_dask.run.keeper import Checkpointing, cadence
 
 COUNTS = low_rank_counts(240, 180, density=0.3, seed=3)
@@ -59,6 +60,11 @@ def same(result, expected):
         assert result.summary[key] == expected.summary[key]
     for column in ("rank", "threshold", "residual", "held_out"):  # passes that a stop cut short are made again
         np.testing.assert_allclose(result.history[column], expected.history[column], rtol=1e-4)
+
+
+def on(kind, function):
+    """Listen to events of one kind."""
+    return lambda event: function(event) if isinstance(event, kind) else None
 
 
 def stopping(folder, after, **options):
@@ -129,7 +135,7 @@ def test_checkpoints_are_written_when_they_are_due(matrix, tmp_path):
     def note(_):
         written.append(max((int(n) for n in os.listdir(tmp_path / "c") if n.isdigit()), default=0))
 
-    impute(matrix, checkpoint=tmp_path / "c", checkpoint_every=5, on_iteration=note, **RUNS["paper"])
+    impute(matrix, checkpoint=tmp_path / "c", checkpoint_every=5, listen=on(Iteration, note), **RUNS["paper"])
     assert written == [1 + i // 5 for i in range(12)]  # the first one before the survey
     assert max(int(n) for n in os.listdir(tmp_path / "c") if n.isdigit()) == 4  # the last one at the end
 
@@ -137,7 +143,7 @@ def test_checkpoints_are_written_when_they_are_due(matrix, tmp_path):
 def test_a_finished_loop_is_not_made_again(whole, matrix, tmp_path):
     impute(matrix, checkpoint=tmp_path / "c", **RUNS["auto"])
     told = []
-    same(resume(tmp_path / "c", on_iteration=told.append), whole("auto"))
+    same(resume(tmp_path / "c", listen=on(Iteration, told.append)), whole("auto"))
     assert told == []
 
 
@@ -184,10 +190,10 @@ def test_the_one_before_is_used_and_said_so(whole, stopped, damage):
     with Checkpoints(stopped) as checkpoints:
         expected = len(checkpoints.read(before).notes["loop"]["history"])
     said = []
-    result = resume(stopped, say=said.append)
+    result = resume(stopped, listen=on(Note, said.append))
     assert len(said) == 1
-    assert said[0].startswith(f"{stopped}/{newest}: ")
-    assert said[0].endswith("; the one before it is used")
+    assert said[0].words.startswith(f"{stopped}/{newest}: ")
+    assert said[0].words.endswith("; the one before it is used")
     assert result.summary["resumed_after_iteration"] == expected
     same(result, whole("auto"))
 
@@ -262,7 +268,7 @@ def test_a_source_that_changes_meanwhile(matrix, tmp_path, whole, checkpointed):
 
     words = {"checkpoint": tmp_path / "c", "checkpoint_every": 2} if checkpointed else {}
     with pytest.raises(InputError, match=r"source\.zarr:X: has changed since the run began; put back what was there"):
-        impute(matrix, on_iteration=change, **words, **RUNS["paper"])
+        impute(matrix, listen=on(Iteration, change), **words, **RUNS["paper"])
     assert len(told) == (7 if checkpointed else 12)
     if checkpointed:  # it is the same matrix after all
         same(resume(tmp_path / "c"), whole("paper"))
@@ -307,7 +313,6 @@ def test_finished_runs_say_so(cli, matrix, tmp_path):
     assert os.listdir(tmp_path / "c" / newest_two(tmp_path / "c")[0]) == ["manifest.json"]
     again = cli("resume", tmp_path / "c", "--json")
     assert again.exit_code == 0
-    assert again.stderr.startswith("scialm-dask: note: ")
     assert "that run is finished; its result is" in again.stderr
     assert json.loads(again.stdout) == {"destination": str(tmp_path / "r.zarr")}
     with pytest.raises(InputError, match="that run is finished"):
