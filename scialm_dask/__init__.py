@@ -20,6 +20,7 @@ __all__ = [
     "__version__",
     "balanced_pools",
     "biological_zeros",
+    "connect",
     "gene_scores",
     "impute",
     "measure",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from scialm_dask.estimator import IALM
     from scialm_dask.evaluate.gene_scores import gene_scores
     from scialm_dask.report import write_report
+    from scialm_dask.run.cluster import connect
     from scialm_dask.run.progress import show_progress
     from scialm_dask.solve.alra import biological_zeros
     from scialm_dask.solve.pooled_als import PooledALS
@@ -57,6 +59,7 @@ _HOME = {
     "Settings": "config",
     "balanced_pools": "solve.pools",
     "biological_zeros": "solve.alra",
+    "connect": "run.cluster",
     "gene_scores": "evaluate.gene_scores",
     "impute": "api",
     "measure": "solve.pools",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from scialm_dask.config import configured
 from scialm_dask.config import preset as settings_of
 from scialm_dask.data.annotated import as_matrix, is_anndata, refuse_logarithms
 from scialm_dask.data.factors import Imputation
@@ -23,7 +24,7 @@ def impute(
     layer: str | None = None,
     key_added: str | None = "scialm",
     observed: Observed = "nonzero",
-    scratch: str = "auto",
+    scratch: str | None = None,
     memory_limit: int | str | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
     confidence: Confidence | None = None,
@@ -50,9 +51,10 @@ def impute(
         general matrices.
     scratch
         Where the working state is kept: ``"memory"``, ``"zarr:PATH"`` for a folder on a local disk, or ``"auto"``:
-        in memory if the forecast fits there.
+        in memory if the forecast fits there. Dask's configuration, ``scialm.scratch``, by default: ``"auto"``.
     memory_limit
-        Bytes that each process may take in all, or words such as ``"8 GB"``; what is free by default.
+        Bytes that each process may take in all, or words such as ``"8 GB"``; Dask's configuration,
+        ``scialm.memory-limit``, by default: what is free.
     scratch_folder
         Folder for Zarr scratch that ``"auto"`` chooses; Dask's ``temporary-directory`` by default.
     confidence
@@ -82,8 +84,8 @@ def impute(
     result = complete_matrix(
         source,
         chosen,
-        scratch=scratch,
-        memory_limit=parse_limit(memory_limit),
+        scratch=configured("scratch", scratch),
+        memory_limit=parse_limit(configured("memory-limit", memory_limit)),
         scratch_folder=scratch_folder,
         confidence=confidence,
         listen=listen,

@@ -31,7 +31,7 @@ class _Commands(click.Group):
             sys.exit(_INTERRUPTED)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group("scialm", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="scialm-dask")
 def main() -> None:
     """Complete single-cell expression matrices by low-rank matrix completion, out of core."""
@@ -64,6 +64,50 @@ def _readable(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return str(value)
+
+
+def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say where to compute, as one argument `connected`.
+
+    It is a function that gives a context manager: a command opens it once it knows that its input is fit.
+    """
+
+    @click.option("--scheduler", default=None, metavar="ADDRESS", help="Compute on this running scheduler.")
+    @click.option("--scheduler-file", default=None, metavar="FILE", help="The same, by the file that it has written.")
+    @click.option("--cluster", default=None, metavar="KIND", help="Start local, slurm, pbs, sge or lsf workers.")
+    @click.option("--workers", type=click.IntRange(min=1), default=None, help="Of --cluster: number of processes.")
+    @click.option("--threads", type=click.IntRange(min=1), default=None, help="Of each worker, or of this process.")
+    @click.option("--worker-memory", default=None, help="Of each worker of --cluster, such as 8GB.")
+    @click.option("--tls/--no-tls", default=None, help="Encrypt and authenticate all connections.")
+    @functools.wraps(command)
+    def wrapper(
+        *args: Any,
+        scheduler: str | None,
+        scheduler_file: str | None,
+        cluster: str | None,
+        workers: int | None,
+        threads: int | None,
+        worker_memory: str | None,
+        tls: bool | None,
+        **kwargs: Any,
+    ) -> Any:
+        def connected() -> Any:
+            from scialm_dask.run.cluster import connect
+
+            return connect(
+                scheduler,
+                scheduler_file=scheduler_file,
+                cluster=cluster,
+                workers=workers,
+                threads=threads,
+                worker_memory=worker_memory,
+                tls=tls,
+                notify=lambda line: click.echo(f"scialm-dask: note: {line}", err=True),
+            )
+
+        return command(*args, connected=connected, **kwargs)
+
+    return wrapper
 
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-from scialm_dask.cli import layer_option, main, missing_chunks_option, overwrite_option, reports, shows_progress
+from scialm_dask.cli import (
+    cluster_options,
+    layer_option,
+    main,
+    missing_chunks_option,
+    overwrite_option,
+    reports,
+    shows_progress,
+)
 from scialm_dask.events import Listener
 
 preset_option = click.option(
@@ -33,12 +41,13 @@ preset_option = click.option(
 @click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
 @click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5.")
 @click.option("--seed", type=int, default=None)
-@click.option("--scratch", default="auto", help="Where the working state is kept: auto, memory, or zarr:PATH.")
+@click.option("--scratch", default=None, help="Where the working state is kept: auto, memory, or zarr:PATH.")
 @click.option("--memory-limit", default=None, help="Most memory to use, such as 8GB.  [default: what is free]")
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @click.option("--write", type=click.Choice(["factors", "dense"]), default="factors", help="dense: the matrix as X too.")
 @click.option("--keep-observed", is_flag=True, help="In X, leave observed entries as they were.")
 @click.option("--preserve-zeros", is_flag=True, help="Write X, sparse: biological zeros (rule of ALRA) stay zero.")
+@cluster_options
 @layer_option
 @missing_chunks_option
 @overwrite_option
@@ -49,7 +58,7 @@ def impute(
     dst: str,
     preset: str,
     observed: Any,
-    scratch: str,
+    scratch: str | None,
     memory_limit: str | None,
     blocks: int | None,
     write: str,
@@ -59,13 +68,14 @@ def impute(
     missing_chunks_are_zeros: bool,
     overwrite: bool,
     listen: Listener,
+    connected: Callable[[], Any],
     **settings: Any,
 ) -> dict[str, Any]:
     """Complete the matrix SRC by low-rank matrix completion and write its factors to DST.zarr."""
     from scialm_dask.api import impute
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.matrix import ExpressionMatrix
-    from scialm_dask.data.store import check_output
+    from scialm_dask.data.store import check_output, scratch_folder_for
 
     if keep_observed and write != "dense" and not preserve_zeros:
         raise click.UsageError("--keep-observed goes with --write dense or --preserve-zeros")
@@ -76,33 +86,35 @@ def impute(
     matrix = ExpressionMatrix.open(
         src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
     )
-    result = impute(
-        matrix,
-        preset=preset,
-        scratch=scratch,
-        memory_limit=memory_limit,
-        scratch_folder=os.path.dirname(os.path.abspath(dst)),
-        listen=listen,
-        **settings,
-    )
-    result.to_zarr(
-        dst,
-        dense=write == "dense",
-        keep_observed=matrix if keep_observed else None,
-        preserve_zeros=_zeros_of(matrix, result, dst, listen) if preserve_zeros else None,
-        overwrite=overwrite,
-        sources=(src,),
-        listen=listen,
-    )
+    with connected():
+        result = impute(
+            matrix,
+            preset=preset,
+            scratch=scratch,
+            memory_limit=memory_limit,
+            scratch_folder=scratch_folder_for(dst),
+            listen=listen,
+            **settings,
+        )
+        result.to_zarr(
+            dst,
+            dense=write == "dense",
+            keep_observed=matrix if keep_observed else None,
+            preserve_zeros=_zeros_of(matrix, result, dst, listen) if preserve_zeros else None,
+            overwrite=overwrite,
+            sources=(src,),
+            listen=listen,
+        )
     hidden = ("settings", "singular_values")
     return {"destination": dst} | {key: value for key, value in result.summary.items() if key not in hidden}
 
 
 def _zeros_of(matrix: Any, result: Any, dst: str, listen: Listener) -> Any:
     """Find biological zeros, with the working state where that of the fit was."""
+    from scialm_dask.data.store import scratch_folder_for
     from scialm_dask.solve.alra import biological_zeros
 
-    folder = os.path.dirname(os.path.abspath(dst)) if result.summary["scratch"] == "zarr" else None
+    folder = scratch_folder_for(dst) if result.summary["scratch"] == "zarr" else None
     return biological_zeros(matrix, seed=result.summary["settings"]["seed"], scratch_folder=folder, listen=listen)
 
 
@@ -113,6 +125,7 @@ def _zeros_of(matrix: Any, result: Any, dst: str, listen: Listener) -> Any:
 @layer_option
 @missing_chunks_option
 @overwrite_option
+@cluster_options
 @reports
 @shows_progress
 def transform(
@@ -123,6 +136,7 @@ def transform(
     missing_chunks_are_zeros: bool,
     overwrite: bool,
     listen: Listener,
+    connected: Callable[[], Any],
 ) -> dict[str, Any]:
     """Complete the cells of SRC, which were not in the fit, with the gene factors of RESULT.zarr.
 
@@ -134,8 +148,9 @@ def transform(
 
     check_output(dst, overwrite=overwrite, sources=(src, result))
     matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
-    completed = Imputation.open(result).transform(matrix)
-    completed.to_zarr(dst, overwrite=overwrite, sources=(src, result), listen=listen)
+    with connected():
+        completed = Imputation.open(result).transform(matrix)
+        completed.to_zarr(dst, overwrite=overwrite, sources=(src, result), listen=listen)
     return {"destination": dst, **completed.summary}
 
 
@@ -145,14 +160,27 @@ def transform(
 @click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @layer_option
+@cluster_options
 @reports
-def plan(src: str, preset: str, max_rank: int | None, blocks: int | None, layer: str | None) -> dict[str, Any]:
-    """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time. Computes nothing."""
+def plan(
+    src: str,
+    preset: str,
+    max_rank: int | None,
+    blocks: int | None,
+    layer: str | None,
+    connected: Callable[[], Any],
+) -> dict[str, Any]:
+    """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time. Computes nothing.
+
+    With --scheduler or --cluster, on those workers.
+    """
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.run.plan import plan
 
-    return plan(ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank))
+    matrix, settings = ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank)
+    with connected():
+        return plan(matrix, settings)
 
 
 @main.command()

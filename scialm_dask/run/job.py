@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import resource
 import shutil
@@ -27,6 +28,7 @@ from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Pass, Stage, silent
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.run.cluster import team
 from scialm_dask.run.plan import forecast, place_scratch
 from scialm_dask.solve.ialm import Completion, complete
 from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepare, survey
@@ -77,9 +79,17 @@ def complete_matrix(
     """
     began = time.perf_counter()
     matrix = matrix.for_workers()
-    need = forecast(matrix, settings)
+    here = team()
+    need = forecast(matrix, settings, here.threads, here.workers)
     folder_for_scratch = scratch_folder or dask.config.get("temporary-directory", None) or tempfile.gettempdir()
-    scratch = place_scratch(scratch, need, memory_limit=memory_limit, folder=folder_for_scratch)
+    of_workers = here.memory is not None and here.memory < (memory_limit or math.inf)
+    scratch = place_scratch(
+        scratch,
+        need,
+        memory_limit=here.memory if of_workers else memory_limit,
+        folder=folder_for_scratch,
+        raised_by="--worker-memory" if of_workers else "--memory-limit",
+    )
     listen(Stage("surveying"))
     found = survey(matrix)
     store, folder = _open_scratch(scratch)
