@@ -14,7 +14,7 @@ from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import atomic_output, check_output
 from scialm_dask.errors import InputError
-from scialm_dask.evaluate.compare import Comparison, compare
+from scialm_dask.evaluate.compare import GENES_OF_PLANE, Comparison, compare
 from scialm_dask.evaluate.panels import (
     LEAST_DETECTED,
     Groups,
@@ -219,8 +219,8 @@ def _compared(result: Imputation, compared: Comparison | None, why_not: str, col
         ),
         section(
             "Cells before and after",
-            f"{sampled} Principal components of the logarithms of the 1,000 most variable genes, cells scaled to the "
-            "same total; each picture has components of its own.",
+            f"{sampled} Principal components of the logarithms of the {min(GENES_OF_PLANE, result.shape[1]):,} most "
+            "variable genes, cells scaled to the same total; each picture has components of its own.",
             figures(cell_panels(compared, groups)) + _legend(groups),
         ),
     ]

@@ -124,16 +124,16 @@ def _curve(history: pd.DataFrame, column: str, title: str, kept: int | None) -> 
 
 
 def _label(axes: Any, words: str, x: float, y: float) -> None:
-    """Write beside a vertical line, at the end that is far from the point (x, y)."""
+    """Write beside a vertical line, at its upper end, unless the point (x, y) is there."""
     across, up = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
     axes.annotate(
         words,
-        (x, 0.0 if up > 0.5 else 1.0),
+        (x, 0.0 if up > 0.8 else 1.0),
         xycoords=axes.get_xaxis_transform(),
-        xytext=(-5 if across > 0.5 else 5, 4 if up > 0.5 else -4),
+        xytext=(-5 if across > 0.5 else 5, 4 if up > 0.8 else -4),
         textcoords="offset points",
         ha="right" if across > 0.5 else "left",
-        va="bottom" if up > 0.5 else "top",
+        va="bottom" if up > 0.8 else "top",
         color=COLOURS["muted"],
     )
 

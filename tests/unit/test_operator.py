@@ -181,3 +181,12 @@ def test_scratch_is_zarr_and_gives_back_what_it_got(tmp_path):
         np.testing.assert_array_equal(zarr.open_array(Path(reference.chunk).parent, mode="r")[...], array)
         scratch.drop("array", number)
     assert not [name for name in os.listdir(tmp_path) if not name.startswith(".")]
+
+
+def test_a_released_operator_leaves_nothing_on_disk(tmp_path):
+    operator = operator_of(COUNTS, 2, store=ZarrScratch(str(tmp_path)))
+    take_steps(operator, 2)
+    operator.keep()
+    take_steps(operator, 1)
+    operator.release()
+    assert not [name for name in os.listdir(tmp_path) if not name.startswith(".")]
