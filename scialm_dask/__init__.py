@@ -28,6 +28,7 @@ __all__ = [
     "random_pools",
     "resume",
     "show_progress",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from scialm_dask.errors import InputError, ScialmError
     from scialm_dask.estimator import IALM
     from scialm_dask.evaluate.gene_scores import gene_scores
+    from scialm_dask.report import write_report
     from scialm_dask.run.cluster import connect
     from scialm_dask.run.progress import show_progress
     from scialm_dask.solve.alra import biological_zeros
@@ -66,6 +68,7 @@ _HOME = {
     "random_pools": "solve.pools",
     "resume": "api",
     "show_progress": "run.progress",
+    "write_report": "report",
 }
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import add_factors
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.data.store import atomic_store, new_anndata, open_store, set_encoding
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
@@ -171,6 +171,11 @@ class Imputation:
     def rank(self) -> int:
         """Number of factors, r."""
         return int(self.right.shape[1])
+
+    @property
+    def observed(self) -> Observed:
+        """Which entries were observed; see `ExpressionMatrix`."""
+        return "nonzero" if self.clip else "finite"
 
     @property
     def history(self) -> pd.DataFrame:

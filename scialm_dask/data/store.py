@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import shutil
 import tempfile
@@ -92,11 +93,31 @@ def _open_hdf5(path: str) -> Any:
     import h5py
 
     try:
-        return h5py.File(path, "r")
+        file = h5py.File(path, "r")
     except OSError as error:
         raise InputError(
             f"{path}: not an HDF5 file ({error}); give an AnnData .zarr or .h5ad, or convert it first"
         ) from error
+    stray = _leads_out(path, os.stat(path).st_mtime_ns)
+    if stray:
+        file.close()
+        raise InputError(f"{path}:{stray}: leads to another file, which is not read; copy the data into one file")
+    return file
+
+
+@functools.lru_cache(maxsize=64)  # tasks open the same file again and again
+def _leads_out(path: str, _changed: int) -> str | None:
+    """Name the first node of an HDF5 file that lies in another: by a link, as raw storage or as a virtual dataset."""
+    import h5py
+
+    def look(name: str, link: Any) -> str | None:
+        if isinstance(link, h5py.ExternalLink):
+            return name
+        node = file[name] if isinstance(link, h5py.HardLink) else None
+        return name if isinstance(node, h5py.Dataset) and (node.external or node.is_virtual) else None
+
+    with h5py.File(path, "r") as file:
+        return file.visititems_links(look)  # type: ignore[no-any-return]
 
 
 def missing_chunks(array: zarr.Array[Any]) -> list[tuple[int, ...]]:
