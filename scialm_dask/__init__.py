@@ -26,17 +26,20 @@ __all__ = [
     "measure",
     "pool_report",
     "random_pools",
+    "resume",
     "show_progress",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
-    from scialm_dask.api import impute
+    from scialm_dask.api import impute, resume
     from scialm_dask.config import Settings
     from scialm_dask.data.factors import Imputation
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.errors import InputError, ScialmError
     from scialm_dask.estimator import IALM
     from scialm_dask.evaluate.gene_scores import gene_scores
+    from scialm_dask.report import write_report
     from scialm_dask.run.cluster import connect
     from scialm_dask.run.progress import show_progress
     from scialm_dask.solve.alra import biological_zeros
@@ -63,7 +66,9 @@ _HOME = {
     "measure": "solve.pools",
     "pool_report": "solve.pools",
     "random_pools": "solve.pools",
+    "resume": "api",
     "show_progress": "run.progress",
+    "write_report": "report",
 }
 
 

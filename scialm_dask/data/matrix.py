@@ -29,6 +29,7 @@ __all__ = [
     "Annotation",
     "ExpressionMatrix",
     "Observed",
+    "Origin",
     "check_observed",
     "check_values",
     "read_annotation",
@@ -44,6 +45,15 @@ class Annotation(NamedTuple):
 
     obs: pd.DataFrame
     var: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a matrix was opened from, so that it can be opened again: arguments of `ExpressionMatrix.open`."""
+
+    path: str
+    layer: str | None
+    missing_chunks_are_zeros: bool
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class ExpressionMatrix:
     blocks: RowBlocks
     observed: Observed = "nonzero"
     annotation: Any = field(default=None, compare=False, repr=False)
+    origin: Origin | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -85,7 +96,7 @@ class ExpressionMatrix:
         Parameters
         ----------
         path
-            The store. It is only read.
+            The store, or its URL, if it is Zarr. It is only read.
         layer
             Name of the layer; X by default.
         blocks
@@ -109,7 +120,8 @@ class ExpressionMatrix:
             rows = spill_to_csr(rows)
             element = open_store(rows.path)[rows.element]
         cuts = blocks_of(rows, element, blocks)
-        return cls(rows, cuts, observed, path if not isinstance(store, zarr.Array) else None)
+        origin = Origin(path, layer, missing_chunks_are_zeros)
+        return cls(rows, cuts, observed, path if not isinstance(store, zarr.Array) else None, origin)
 
     @classmethod
     def of(
@@ -261,6 +273,8 @@ def read_annotation(path: str | Annotation | None, axis: str, length: int) -> pd
 
     try:
         frame = anndata.io.read_elem(open_store(path)[axis])
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{path}: {axis} cannot be read ({error}); write the store again") from error
     if len(frame) != length:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +21,13 @@ Array = NDArray[Any]
 class Scratch(Protocol):
     """Keeps arrays by name, version and block. What `put` returns is all that travels between tasks."""
 
+    @property
+    def durable(self) -> bool:
+        """Whether what `put` returns is small and outlives the process that made it."""
+        ...
+
     def put(self, name: str, version: int, block: int, array: Array) -> Any:
-        """Keep `array`; the same call again replaces it, so that a task can be run twice."""
+        """Keep `array`. The same call again does no harm, so that a task can be run twice, even at once."""
         ...
 
     def get(self, reference: Any) -> Array:
@@ -36,6 +42,8 @@ class Scratch(Protocol):
 @dataclass(frozen=True)
 class MemoryScratch:
     """The arrays themselves travel between tasks, and stay with the worker that made them."""
+
+    durable = False
 
     def put(self, name: str, version: int, block: int, array: Array) -> Any:
         """Keep `array`."""
@@ -60,27 +68,27 @@ class ZarrScratch:
     """
 
     path: str
+    durable = True
 
     def put(self, name: str, version: int, block: int, array: Array) -> tuple[str, str]:
-        """Write `array`."""
-        folder = os.path.join(self.path, f"{name}.{version}")
+        """Write `array`, under a name that no other call gives: one that is under way is never read or replaced."""
+        folder, own = os.path.join(self.path, f"{name}.{version}"), f"{block}-{uuid.uuid4().hex[:12]}"
         chunks = tuple(max(1, n) for n in array.shape)
         target = zarr.create_array(
             folder,
-            name=str(block),
+            name=own,
             shape=array.shape,
             chunks=chunks,
             dtype=array.dtype,
             compressors=None,
-            overwrite=True,
         )
         target[...] = array
-        return folder, str(block)
+        return folder, own
 
     def get(self, reference: Any) -> Array:
         """Read what `put` wrote."""
-        folder, block = reference
-        return np.asarray(zarr.open_array(folder, path=block, mode="r")[...])
+        folder, own = reference
+        return np.asarray(zarr.open_array(folder, path=own, mode="r")[...])
 
     def drop(self, name: str, version: int) -> None:
         """Delete a version from disk."""

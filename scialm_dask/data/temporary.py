@@ -18,7 +18,8 @@ import scipy.sparse as sp
 import zarr
 
 from scialm_dask.data.rows import StoredRows, numeric
-from scialm_dask.data.store import ZARR_FORMAT, CSRWriter, output_error
+from scialm_dask.data.store import ZARR_FORMAT, output_error
+from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scialm_dask.linalg import kernels
 from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, RowHalf, Sums, View
 
-__all__ = ["BlockSource", "References", "Store"]
+__all__ = ["BlockSource", "Files", "References", "Store"]
 
 
 class BlockSource(Protocol):
@@ -49,6 +49,11 @@ class BlockSource(Protocol):
 class Store(Protocol):
     """Keeps a block's working arrays between passes; see `scialm_dask.data.scratch`."""
 
+    @property
+    def durable(self) -> bool:
+        """Whether references are small and outlive the process that made them."""
+        ...
+
     def put(self, name: str, version: int, block: int, array: NDArray[Any]) -> Any:
         """Keep an array and return what to refer to it by."""
         ...
@@ -59,6 +64,18 @@ class Store(Protocol):
 
     def drop(self, name: str, version: int) -> None:
         """Forget a version."""
+        ...
+
+
+class Files(Protocol):
+    """Keeps arrays for good; see `scialm_dask.data.checkpoint`."""
+
+    def put(self, name: str, block: int, array: NDArray[Any]) -> Any:
+        """Write an array and return what to refer to it by."""
+        ...
+
+    def get(self, file: Any) -> NDArray[Any]:
+        """Read an array."""
         ...
 
 
@@ -166,6 +183,33 @@ def quadratic(
 def _put_changes(store: Store, block: int, number: int, at: References, old: BlockState, new: BlockState) -> References:
     changed = {name: getattr(new, name) for name in ARRAYS if getattr(new, name) is not getattr(old, name)}
     return replace(at, **{name: store.put(name, number, block, array) for name, array in changed.items()})
+
+
+def save(
+    store: Store, files: Files, block: int, at: References, names: tuple[str, ...], best: References | None
+) -> dict[str, Any]:
+    kept = {name: getattr(at, name) for name in names}
+    if best is not None:
+        kept |= {"best_estimate": best.estimate, "best_left": best.left}
+    return {name: files.put(name, block, store.get(reference)) for name, reference in kept.items()}
+
+
+def restore(
+    store: Store, files: Files, block: int, saved: dict[str, Any], version: int, of_best: int
+) -> tuple[References, References]:
+    def keep(name: str, file: str, version: int) -> Any:
+        return store.put(name, version, block, files.get(saved[file]))
+
+    left = files.get(saved["left"])
+    sketch = files.get(saved["sketch"]) if "sketch" in saved else np.zeros((len(left), 0), np.float32)
+    at = References(
+        keep("estimate", "estimate", version),
+        store.put("left", version, block, left),
+        store.put("sketch", version, block, sketch),
+    )
+    if "best_left" not in saved:
+        return at, without_sketch(at)
+    return at, References(keep("estimate", "best_estimate", of_best), keep("left", "best_left", of_best), None)
 
 
 def without_sketch(at: References) -> References:

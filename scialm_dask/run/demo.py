@@ -48,6 +48,7 @@ def demo(
         mask(partial / "cells.zarr", partial / "masked.zarr", fraction=0.1, seed=settings.seed, listen=listen)
         masked = ExpressionMatrix.open(partial / "masked.zarr")
         result = complete_matrix(masked, settings, listen=listen)
+        result.summary["source"] = f"{Path(folder) / 'masked.zarr'}:X"  # where it is going to be
         result.to_zarr(partial / "imputed.zarr", listen=listen)
         scores = score_held_out(result, ExpressionMatrix.open(partial / "masked.zarr", "held_out"), masked, listen)
     return {

@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self, TextIO
 
 from scialm_dask.events import Advanced, Event, Iteration, Note, Pass, Stage, Sweep
 
-__all__ = ["Display", "show_progress"]
+__all__ = ["Display", "duration", "show_progress"]
 
 _SILENCE = 10.0  # seconds after which plain lines give a sign of life
 _LAST = 3  # iterations whose mean time the next ones are expected to take
@@ -134,7 +134,7 @@ class _Shown:
 
     def _left(self) -> str:
         left = self._pace.seconds_left
-        return "" if left is None else f", about {_duration(left)} left"
+        return "" if left is None else f", about {duration(left)} left"
 
 
 class _JSONLines(_Shown):
@@ -229,7 +229,7 @@ def _words(event: Event) -> str:
             return f"{type(event).__name__.lower()}: {fields}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Put it in words, no more exactly than is known."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
