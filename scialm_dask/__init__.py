@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Confidence",
+    "Evaluation",
     "ExpressionMatrix",
     "Imputation",
     "InputError",
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "balanced_pools",
     "biological_zeros",
+    "evaluate_imputation",
     "gene_scores",
     "impute",
     "measure",
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from scialm_dask.data.factors import Imputation
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.errors import InputError, ScialmError
+    from scialm_dask.evaluate.compare import Evaluation, evaluate_imputation
     from scialm_dask.evaluate.gene_scores import gene_scores
     from scialm_dask.solve.alra import biological_zeros
     from scialm_dask.solve.pooled_als import PooledALS
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Confidence": "solve.scaling",
+    "Evaluation": "evaluate.compare",
     "ExpressionMatrix": "data.matrix",
     "Imputation": "data.factors",
     "InputError": "errors",
@@ -50,6 +54,7 @@ _HOME = {
     "Settings": "config",
     "balanced_pools": "solve.pools",
     "biological_zeros": "solve.alra",
+    "evaluate_imputation": "evaluate.compare",
     "gene_scores": "evaluate.gene_scores",
     "impute": "api",
     "measure": "solve.pools",

@@ -17,9 +17,12 @@ data.scratch data.factors data.design
 linalg.draws linalg.nnls linalg.tiles linalg.kernels linalg.cellwise linalg.tasks linalg.operator linalg.svd
 solve.rank solve.stopping solve.scaling solve.reference solve.ialm solve.zeros solve.alra solve.transform
 solve.pools solve.pooled solve.pooled_als solve.pooled_admm solve.pooled_nuclear
-evaluate.masking evaluate.metrics evaluate.gene_scores evaluate.simulation evaluate.figures
+evaluate.masking evaluate.predictions evaluate.metrics evaluate.gene_scores evaluate.simulation evaluate.figures
 run.plan run.job run.demo
-api cli cli_impute cli_evaluate cli_pooled __main__
+api
+evaluate.soft_impute evaluate.peers evaluate.methods evaluate.isolated evaluate.experiments evaluate.downstream
+evaluate.compare evaluate.charts evaluate.written
+cli cli_impute cli_evaluate cli_pooled __main__
 """
 ORDER = LINES.split()
 HANDS_OVER = {"data.factors": {"solve.transform"}}  # a method that calls the solver, imported when it is called

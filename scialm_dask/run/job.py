@@ -33,7 +33,7 @@ from scialm_dask.solve.stopping import ThresholdStop
 from scialm_dask.solve.transform import cell_model
 from scialm_dask.solve.zeros import choose_zeros, refit
 
-__all__ = ["complete_matrix"]
+__all__ = ["complete_matrix", "peak_memory"]
 
 
 def complete_matrix(
@@ -100,7 +100,7 @@ def complete_matrix(
         report = _report(matrix, found, blocks, operator, completion, settings)
         result = _result(matrix, blocks, operator, report, None if confidence is None else refit_kept(operator))
         result.summary["seconds"] = time.perf_counter() - began
-        result.summary["peak_memory_bytes"] = _peak_memory()
+        result.summary["peak_memory_bytes"] = peak_memory()
         result.summary["forecast_memory_bytes"] = (need.memory if folder is None else need.zarr).memory
         result.summary["scratch"] = "memory" if folder is None else "zarr"
     except BaseException as error:
@@ -229,7 +229,7 @@ def _mean(result: Imputation) -> float:
     return float(sums @ result.right.sum(axis=0, dtype=np.float64)) / (result.shape[0] * result.shape[1])
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Most memory this process has held, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage tells on Linux includes the process that started this one
