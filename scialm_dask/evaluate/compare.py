@@ -159,9 +159,6 @@ def evaluate_imputation(
     collected = _Collected()
     with tempfile.TemporaryDirectory(prefix="scialm-evaluate-", dir=scratch_folder) as folder:
         work = Path(folder)
-        if hasattr(source, "write_zarr"):
-            source.write_zarr(work / "matrix.zarr")
-            source = work / "matrix.zarr"
         opened = open_source(source, work, layer=layer)
         known = None if labels is None else downstream.labels_of(opened.matrix.obs, labels, opened.name)
         if split and opened.counts is None:

@@ -87,8 +87,8 @@ class Experiment:
     all_entries: bool
 
 
-def open_source(source: str | os.PathLike[str], folder: Path, *, layer: str | None = None) -> Source:
-    """Bring a matrix into both views, in `folder`.
+def open_source(source: str | os.PathLike[str] | Any, folder: Path, *, layer: str | None = None) -> Source:
+    """Bring a matrix, an AnnData or the path of a store, into both views in `folder`.
 
     Whole numbers are taken for raw counts and normalised to the median total. Anything else is taken as normalised;
     with the raw totals in ``obs["total_counts"]``, as ``scialm-dask qc`` leaves them, its counts are restored.
@@ -98,21 +98,32 @@ def open_source(source: str | os.PathLike[str], folder: Path, *, layer: str | No
     InputError
         If the source cannot be read.
     """
+    if not isinstance(source, str | os.PathLike):
+        source, layer = _stored(source, folder / "matrix.zarr", layer), None
     matrix = ExpressionMatrix.open(source, layer)
     name = Path(source).name.removesuffix(".h5ad").removesuffix(".zarr")
     sums, whole = _totals(matrix)
     normalised, counts = folder / "normalised.zarr", folder / "counts.zarr"
     if whole:
         quality_control(source, normalised, layer=layer)
-        _write(counts, matrix, matrix.stream(), obs=matrix.obs)
+        _write(counts, matrix.stream(), obs=matrix.obs, var=matrix.var)
         return Source(name, normalised, counts, _factors(sums))
-    _write(normalised, matrix, matrix.stream(), obs=matrix.obs)
+    _write(normalised, matrix.stream(), obs=matrix.obs, var=matrix.var)
     if "total_counts" in matrix.obs:
         totals = matrix.obs["total_counts"].to_numpy(np.float64)
         factors = np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0)
         if _restore(matrix, factors, counts):
             return Source(name, normalised, counts, factors)
     return Source(name, normalised, None, None)
+
+
+def _stored(cells: Any, path: Path, layer: str | None) -> Path:
+    """Write what is needed of an AnnData."""
+    if layer is not None and layer not in cells.layers:
+        raise InputError(f"no layer is called {layer!r}; there are {', '.join(cells.layers) or 'none'}")
+    matrix = ExpressionMatrix.of(cells.X if layer is None else cells.layers[layer])
+    _write(path, matrix.stream(), obs=cells.obs, var=cells.var)
+    return path
 
 
 def _totals(matrix: ExpressionMatrix) -> tuple[Doubles, bool]:
@@ -129,9 +140,9 @@ def _factors(totals: Doubles) -> Doubles:
     return np.divide(median, totals, out=np.zeros_like(totals), where=totals > 0)
 
 
-def _write(path: Path, matrix: ExpressionMatrix, blocks: Iterator[sp.csr_matrix], *, obs: Any) -> None:
-    root = new_anndata(path, obs=obs, var=matrix.var)
-    with CSRWriter(root, "X", n_columns=matrix.shape[1]) as writer:
+def _write(path: Path, blocks: Iterator[sp.csr_matrix], *, obs: Any, var: Any) -> None:
+    root = new_anndata(path, obs=obs, var=var)
+    with CSRWriter(root, "X", n_columns=len(var)) as writer:
         for block in blocks:
             writer.append(block)
     zarr.consolidate_metadata(root.store)
@@ -149,7 +160,7 @@ def _restore(matrix: ExpressionMatrix, factors: Doubles, path: Path) -> bool:
             whole = whole and bool(np.all(np.abs(exact - block.data) <= _WHOLE) and block.data.all())
             yield block
 
-    _write(path, matrix, restored(), obs=matrix.obs)
+    _write(path, restored(), obs=matrix.obs, var=matrix.var)
     return whole
 
 
@@ -185,12 +196,12 @@ def count_split(source: Source, seed: int, folder: Path) -> Experiment:
     counts, factors = ExpressionMatrix.open(source.counts), source.factors
     given = Source(source.name, folder / "normalised.zarr", folder / "counts.zarr", factors / TRAIN_SHARE)
     obs = counts.obs.drop(columns="total_counts", errors="ignore")
-    _write(folder / "counts.zarr", counts, _parts(counts, seed, train=True, factors=None), obs=obs)
+    _write(folder / "counts.zarr", _parts(counts, seed, train=True, factors=None), obs=obs, var=counts.var)
     totals, _ = _totals(ExpressionMatrix.open(folder / "counts.zarr"))
     train = _parts(counts, seed, train=True, factors=factors / TRAIN_SHARE)
-    _write(given.normalised, counts, train, obs=obs.assign(total_counts=totals.astype(np.float32)))
+    _write(given.normalised, train, obs=obs.assign(total_counts=totals.astype(np.float32)), var=counts.var)
     test = _parts(counts, seed, train=False, factors=factors / (1 - TRAIN_SHARE))
-    _write(folder / "target.zarr", counts, test, obs=obs)
+    _write(folder / "target.zarr", test, obs=obs, var=counts.var)
     target = ExpressionMatrix.open(folder / "target.zarr")
     return Experiment("count split", 1 - TRAIN_SHARE, seed, given, target, all_entries=True)
 
@@ -232,7 +243,7 @@ def against_truth(source: Source, reference: str | os.PathLike[str], seed: int, 
             )
     wanted, totals = _totals(given)[0], _totals(truth)[0]
     factors = np.divide(wanted, totals, out=np.zeros_like(totals), where=totals > 0)
-    _write(folder / "target.zarr", truth, _scaled(truth, factors), obs=truth.obs)
+    _write(folder / "target.zarr", _scaled(truth, factors), obs=truth.obs, var=truth.var)
     target = ExpressionMatrix.open(folder / "target.zarr")
     return Experiment("truth", None, seed, source, target, all_entries=True)
 
