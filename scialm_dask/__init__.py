@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "IALM",
     "Confidence",
     "Evaluation",
     "ExpressionMatrix",
@@ -20,12 +21,15 @@ __all__ = [
     "__version__",
     "balanced_pools",
     "biological_zeros",
+    "connect",
     "evaluate_imputation",
     "gene_scores",
     "impute",
     "measure",
     "pool_report",
     "random_pools",
+    "show_progress",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -34,8 +38,12 @@ if TYPE_CHECKING:
     from scialm_dask.data.factors import Imputation
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.errors import InputError, ScialmError
-    from scialm_dask.evaluate.compare import Evaluation, evaluate_imputation
+    from scialm_dask.estimator import IALM
+    from scialm_dask.evaluate.contest import Evaluation, evaluate_imputation
     from scialm_dask.evaluate.gene_scores import gene_scores
+    from scialm_dask.report import write_report
+    from scialm_dask.run.cluster import connect
+    from scialm_dask.run.progress import show_progress
     from scialm_dask.solve.alra import biological_zeros
     from scialm_dask.solve.pooled_als import PooledALS
     from scialm_dask.solve.pooled_nuclear import PooledNuclearNorm
@@ -44,8 +52,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Confidence": "solve.scaling",
-    "Evaluation": "evaluate.compare",
+    "Evaluation": "evaluate.contest",
     "ExpressionMatrix": "data.matrix",
+    "IALM": "estimator",
     "Imputation": "data.factors",
     "InputError": "errors",
     "PooledALS": "solve.pooled_als",
@@ -54,12 +63,15 @@ _HOME = {
     "Settings": "config",
     "balanced_pools": "solve.pools",
     "biological_zeros": "solve.alra",
-    "evaluate_imputation": "evaluate.compare",
+    "connect": "run.cluster",
+    "evaluate_imputation": "evaluate.contest",
     "gene_scores": "evaluate.gene_scores",
     "impute": "api",
     "measure": "solve.pools",
     "pool_report": "solve.pools",
     "random_pools": "solve.pools",
+    "show_progress": "run.progress",
+    "write_report": "report",
 }
 
 

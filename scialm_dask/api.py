@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
+from scialm_dask.config import configured
 from scialm_dask.config import preset as settings_of
+from scialm_dask.data.annotated import as_matrix, is_anndata, refuse_logarithms
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.errors import InputError
-from scialm_dask.solve.ialm import Iteration
+from scialm_dask.events import Listener, silent
 from scialm_dask.solve.scaling import Confidence
 
 __all__ = ["impute"]
@@ -21,12 +22,13 @@ def impute(
     *,
     preset: str = "auto",
     layer: str | None = None,
+    key_added: str | None = "scialm",
     observed: Observed = "nonzero",
-    scratch: str = "auto",
+    scratch: str | None = None,
     memory_limit: int | str | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
     confidence: Confidence | None = None,
-    on_iteration: Callable[[Iteration], None] = lambda _: None,
+    listen: Listener = silent,
     **settings: Any,
 ) -> Imputation:
     """Complete an expression matrix by low-rank matrix completion (scIALM).
@@ -34,26 +36,31 @@ def impute(
     Parameters
     ----------
     matrix
-        An `ExpressionMatrix`; a path to an AnnData store (.zarr or .h5ad) or a bare 2-D Zarr array; or a NumPy or
-        SciPy sparse matrix. Cells × genes, counts or normalised counts, without logarithm.
+        An AnnData, in memory, backed or lazy; a path to an AnnData store (.zarr or .h5ad) or a bare 2-D Zarr array;
+        a NumPy, SciPy sparse or Dask array; or an `ExpressionMatrix`. Cells × genes, counts or normalised counts,
+        without logarithm.
     preset
         ``"auto"`` stops before noise is fitted; ``"paper"`` is the published method.
     layer
-        Layer of the store to read instead of X.
+        Layer of the store or AnnData to read instead of X.
+    key_added
+        Of an AnnData only: what is found is put into it too, as ``obsm["X_" + key_added]`` (cells × rank),
+        ``varm[key_added]`` (genes × rank) and ``uns[key_added]``; None leaves it as it is. The matrix itself stays.
     observed
         ``"nonzero"``: zeros are unknown, as in the paper. ``"finite"``: NaN is unknown and zeros are observed, for
         general matrices.
     scratch
         Where the working state is kept: ``"memory"``, ``"zarr:PATH"`` for a folder on a local disk, or ``"auto"``:
-        in memory if the forecast fits there.
+        in memory if the forecast fits there. Dask's configuration, ``scialm.scratch``, by default: ``"auto"``.
     memory_limit
-        Bytes that each process may take in all, or words such as ``"8 GB"``; what is free by default.
+        Bytes that each process may take in all, or words such as ``"8 GB"``; Dask's configuration,
+        ``scialm.memory-limit``, by default: what is free.
     scratch_folder
         Folder for Zarr scratch that ``"auto"`` chooses; Dask's ``temporary-directory`` by default.
     confidence
         In zeros, where it is not the same for all cells and genes; the setting ``zeros`` is for where it is.
-    on_iteration
-        Called with an `Iteration` after each iteration.
+    listen
+        Called with every event of the work, such as `scialm_dask.show_progress()`; see `scialm_dask.events`.
     **settings
         Fields of `Settings` that are to differ from the preset's, such as ``max_rank=50`` or ``seed=1``.
 
@@ -72,19 +79,20 @@ def impute(
     from scialm_dask.run.job import complete_matrix
 
     chosen = settings_of(preset, **settings)
-    if isinstance(matrix, str | os.PathLike):
-        matrix = ExpressionMatrix.open(matrix, layer, observed=observed)
-    elif not isinstance(matrix, ExpressionMatrix):
-        matrix = ExpressionMatrix.of(matrix, observed=observed)
-    return complete_matrix(
-        matrix,
+    source = as_matrix(matrix, layer, observed=observed)
+    refuse_logarithms(source, matrix, layer)
+    result = complete_matrix(
+        source,
         chosen,
-        scratch=scratch,
-        memory_limit=parse_limit(memory_limit),
+        scratch=configured("scratch", scratch),
+        memory_limit=parse_limit(configured("memory-limit", memory_limit)),
         scratch_folder=scratch_folder,
         confidence=confidence,
-        on_iteration=on_iteration,
+        listen=listen,
     )
+    if key_added is not None and is_anndata(matrix):
+        result.add_to(matrix, key_added)
+    return result
 
 
 def parse_limit(limit: int | str | None) -> int | None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from scialm_dask import __version__
 from scialm_dask.errors import ScialmError
+from scialm_dask.events import silent
 
 _INTERRUPTED = 130
 
@@ -31,7 +31,7 @@ class _Commands(click.Group):
             sys.exit(_INTERRUPTED)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group("scialm", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="scialm-dask")
 def main() -> None:
     """Complete single-cell expression matrices by low-rank matrix completion, out of core."""
@@ -68,22 +68,74 @@ def _readable(value: Any) -> str:
     return str(value)
 
 
+def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say where to compute, as one argument `connected`.
+
+    It is a function that gives a context manager: a command opens it once it knows that its input is fit.
+    """
+
+    @click.option("--scheduler", default=None, metavar="ADDRESS", help="Compute on this running scheduler.")
+    @click.option("--scheduler-file", default=None, metavar="FILE", help="The same, by the file that it has written.")
+    @click.option("--cluster", default=None, metavar="KIND", help="Start local, slurm, pbs, sge or lsf workers.")
+    @click.option("--workers", type=click.IntRange(min=1), default=None, help="Of --cluster: number of processes.")
+    @click.option("--threads", type=click.IntRange(min=1), default=None, help="Of each worker, or of this process.")
+    @click.option("--worker-memory", default=None, help="Of each worker of --cluster, such as 8GB.")
+    @click.option("--tls/--no-tls", default=None, help="Encrypt and authenticate all connections.")
+    @functools.wraps(command)
+    def wrapper(
+        *args: Any,
+        scheduler: str | None,
+        scheduler_file: str | None,
+        cluster: str | None,
+        workers: int | None,
+        threads: int | None,
+        worker_memory: str | None,
+        tls: bool | None,
+        **kwargs: Any,
+    ) -> Any:
+        def connected() -> Any:
+            from scialm_dask.run.cluster import connect
+
+            return connect(
+                scheduler,
+                scheduler_file=scheduler_file,
+                cluster=cluster,
+                workers=workers,
+                threads=threads,
+                worker_memory=worker_memory,
+                tls=tls,
+                notify=lambda line: click.echo(f"scialm-dask: note: {line}", err=True),
+            )
+
+        return command(*args, connected=connected, **kwargs)
+
+    return wrapper
+
+
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
 layer_option = click.option("--layer", default=None, help="Read this layer instead of X.")
-quiet_option = click.option("--quiet", is_flag=True, help="Show no progress.")
 missing_chunks_option = click.option(
     "--missing-chunks-are-zeros", is_flag=True, help="Read absent chunks of a dense Zarr as zeros; else refuse."
 )
 
 
-@contextlib.contextmanager
-def progress(label: str, quiet: bool) -> Iterator[Callable[[float], None]]:
-    """Show a bar on a terminal; give a function to tell the share of the work done since the last call."""
-    from tqdm import tqdm
+def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options --quiet and --log-json, and the argument `listen` that follows from them."""
 
-    form = "{l_bar}{bar}| {elapsed}<{remaining}"
-    with tqdm(total=1.0, desc=label, bar_format=form, disable=True if quiet else None, leave=False) as bar:
-        yield lambda share: None if bar.disable else bar.update(min(share, bar.total - bar.n))
+    @click.option("--quiet", is_flag=True, help="Show no progress.")
+    @click.option("--log-json", is_flag=True, help="Show progress as JSON lines on standard error.")
+    @functools.wraps(command)
+    def wrapper(*args: Any, quiet: bool, log_json: bool, **kwargs: Any) -> Any:
+        from scialm_dask.run.progress import show_progress
+
+        if quiet and log_json:
+            raise click.UsageError("--quiet shows no progress and --log-json does; give one of them")
+        if quiet:
+            return command(*args, listen=silent, **kwargs)
+        with show_progress(json_lines=log_json) as listen:
+            return command(*args, listen=listen, **kwargs)
+
+    return wrapper
 
 
 @main.command()
@@ -93,20 +145,16 @@ def progress(label: str, quiet: bool) -> Iterator[Callable[[float], None]]:
 @click.option("--genome", default=None, help="Take this genome of a 10x .h5 file that holds several.")
 @missing_chunks_option
 @overwrite_option
-@quiet_option
 @reports
-def convert(src: str, dst: str, quiet: bool, **options: Any) -> dict[str, Any]:
+@shows_progress
+def convert(src: str, dst: str, **options: Any) -> dict[str, Any]:
     """Turn .h5ad, 10x .h5, a 10x MEX folder or Zarr into chunked AnnData Zarr.
 
     Memory does not grow with the size of the matrix. X and all layers are taken, with obs and var.
     """
     from scialm_dask.data.ingest import convert
 
-    with progress("converting", quiet) as advance:
-        result = convert(src, dst, **options, advance=advance)
-    for note in result["notes"]:
-        click.echo(f"scialm-dask: note: {note}", err=True)
-    return result
+    return convert(src, dst, **options)
 
 
 @main.command()
@@ -120,12 +168,11 @@ def convert(src: str, dst: str, quiet: bool, **options: Any) -> dict[str, Any]:
 @layer_option
 @missing_chunks_option
 @overwrite_option
-@quiet_option
 @reports
+@shows_progress
 def qc(
     src: str,
     dst: str,
-    quiet: bool,
     min_genes: int | None,
     max_genes: int | None,
     max_mito: float | None,
@@ -137,8 +184,7 @@ def qc(
     from scialm_dask.data.quality import Thresholds, quality_control
 
     thresholds = Thresholds(min_genes, max_genes, max_mito, mito_prefix, min_cells)
-    with progress("quality control", quiet) as advance:
-        return quality_control(src, dst, thresholds, **source, advance=advance)
+    return quality_control(src, dst, thresholds, **source)
 
 
 @main.command()
@@ -149,14 +195,13 @@ def qc(
 @layer_option
 @missing_chunks_option
 @overwrite_option
-@quiet_option
 @reports
-def mask(src: str, dst: str, fraction: float, seed: int, quiet: bool, **source: Any) -> dict[str, Any]:
+@shows_progress
+def mask(src: str, dst: str, **options: Any) -> dict[str, Any]:
     """Hide non-zeros, gene by gene, in layer held_out, to score their recovery."""
     from scialm_dask.evaluate.masking import mask
 
-    with progress("masking", quiet) as advance:
-        return mask(src, dst, fraction=fraction, seed=seed, **source, advance=advance)
+    return mask(src, dst, **options)
 
 
 @main.command()
@@ -167,22 +212,10 @@ def mask(src: str, dst: str, fraction: float, seed: int, quiet: bool, **source: 
 @click.option("--rank", type=int, default=20, help="Number of expression programs.")
 @click.option("--seed", type=int, default=0)
 @overwrite_option
-@quiet_option
 @reports
-def simulate(
-    dst: str, cells: int, genes: int, density: float, rank: int, seed: int, overwrite: bool, quiet: bool
-) -> dict[str, Any]:
+@shows_progress
+def simulate(dst: str, cells: int, genes: int, **options: Any) -> dict[str, Any]:
     """Simulate counts of low rank with known factors, of any size."""
     from scialm_dask.evaluate.simulation import simulate
 
-    with progress("simulating", quiet) as advance:
-        return simulate(
-            dst,
-            n_cells=cells,
-            n_genes=genes,
-            density=density,
-            rank=rank,
-            seed=seed,
-            overwrite=overwrite,
-            advance=advance,
-        )
+    return simulate(dst, n_cells=cells, n_genes=genes, **options)

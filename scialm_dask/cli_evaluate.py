@@ -1,27 +1,43 @@
-"""The commands that look at results: `score` and `evaluate`."""
+"""The commands that look at results: `score`, `report` and `evaluate`."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import click
 
-from scialm_dask.cli import layer_option, main, overwrite_option, quiet_option, reports
+from scialm_dask.cli import layer_option, main, overwrite_option, reports, shows_progress
+from scialm_dask.events import Listener
 
 
 @main.command()
 @click.argument("result", metavar="RESULT.zarr")
 @click.option("--held-out", "masked", required=True, metavar="MASKED", help="What `mask` has written.")
 @reports
-def score(result: str, masked: str) -> dict[str, Any]:
+@shows_progress
+def score(result: str, masked: str, listen: Listener) -> dict[str, Any]:
     """Score a result on the hidden entries of MASKED, beside the prediction of each gene's mean."""
     from scialm_dask.data.factors import Imputation
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.evaluate.metrics import score_held_out
 
     held_out = ExpressionMatrix.open(masked, "held_out")
-    return score_held_out(Imputation.open(result), held_out, ExpressionMatrix.open(masked))
+    return score_held_out(Imputation.open(result), held_out, ExpressionMatrix.open(masked), listen)
+
+
+@main.command()
+@click.argument("result", metavar="RESULT.zarr")
+@click.option("-o", "--output", "path", required=True, metavar="FILE.html", help="What to write.")
+@click.option("--source", default=None, metavar="SRC", help="What was imputed.  [default: where it was then]")
+@click.option("--color", default=None, metavar="COLUMN", help="Column of obs to colour cells by.")
+@overwrite_option
+@reports
+@shows_progress
+def report(result: str, path: str, **options: Any) -> dict[str, Any]:
+    """Write a report on a result: one HTML file that needs no network."""
+    from scialm_dask.report import write_report
+
+    return write_report(result, path, **options)
 
 
 @main.command()
@@ -38,8 +54,8 @@ def score(result: str, masked: str) -> dict[str, Any]:
 @click.option("--time-limit", type=float, default=None, metavar="SECONDS", help="What each method may take.")
 @layer_option
 @overwrite_option
-@quiet_option
 @reports
+@shows_progress
 def evaluate(
     src: str,
     folder: str,
@@ -48,7 +64,7 @@ def evaluate(
     seeds: int,
     memory_limit: str | None,
     overwrite: bool,
-    quiet: bool,
+    listen: Listener,
     **options: Any,
 ) -> dict[str, Any]:
     """Compare methods on SRC: hide entries, impute, score; write tables and figures to FOLDER.
@@ -57,9 +73,9 @@ def evaluate(
     scimpute quote the publication. module:function runs a function of your own. Each runs in a process of its own.
     """
     from scialm_dask.api import parse_limit
-    from scialm_dask.data.store import atomic_output, check_output
+    from scialm_dask.data.store import atomic_output, check_output, scratch_folder_for
     from scialm_dask.errors import InputError
-    from scialm_dask.evaluate.compare import evaluate_imputation
+    from scialm_dask.evaluate.contest import evaluate_imputation
     from scialm_dask.evaluate.written import summary_table, write_evaluation
 
     try:
@@ -74,23 +90,14 @@ def evaluate(
         shares=hidden,
         seeds=range(seeds),
         memory_limit=parse_limit(memory_limit),
-        scratch_folder=os.path.dirname(os.path.abspath(folder)),
-        on_row=lambda row: None if quiet else click.echo(_words_of(row), err=True),
+        scratch_folder=scratch_folder_for(folder),
+        listen=listen,
         **options,
     )
     with atomic_output(folder, overwrite=overwrite, sources=sources) as partial:
         partial.mkdir()
         write_evaluation(found, partial, {"source": src, "methods": methods, "mask": hidden, "seeds": seeds, **options})
     return {"destination": folder, **_scores_of(summary_table(found))}
-
-
-def _words_of(row: dict[str, Any]) -> str:
-    """Say in one line what became of a method."""
-    what = [row["experiment"], f"{row['share']:.0%}" if row["share"] == row["share"] else "", f"seed {row['seed']}"]
-    words = f"{' '.join(filter(None, what))}: {' '.join(filter(None, [row['method'], row['setting']]))}"
-    for name, form in (("mse", ".4g"), ("pearson", ".4f"), ("relative_error", ".4g"), ("seconds", ".1f")):
-        words += f", {name.replace('_', ' ')} {row[name]:{form}}" if row[name] == row[name] else ""
-    return words if row["status"] == "ok" else f"{words}, {row['status']}: {row['note']}"
 
 
 def _scores_of(table: Any) -> dict[str, Any]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-from scialm_dask.cli import layer_option, main, missing_chunks_option, overwrite_option, quiet_option, reports
+from scialm_dask.cli import (
+    cluster_options,
+    layer_option,
+    main,
+    missing_chunks_option,
+    overwrite_option,
+    reports,
+    shows_progress,
+)
+from scialm_dask.events import Listener
 
 preset_option = click.option(
     "--preset",
@@ -35,23 +41,24 @@ preset_option = click.option(
 @click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
 @click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5.")
 @click.option("--seed", type=int, default=None)
-@click.option("--scratch", default="auto", help="Where the working state is kept: auto, memory, or zarr:PATH.")
+@click.option("--scratch", default=None, help="Where the working state is kept: auto, memory, or zarr:PATH.")
 @click.option("--memory-limit", default=None, help="Most memory to use, such as 8GB.  [default: what is free]")
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @click.option("--write", type=click.Choice(["factors", "dense"]), default="factors", help="dense: the matrix as X too.")
 @click.option("--keep-observed", is_flag=True, help="In X, leave observed entries as they were.")
 @click.option("--preserve-zeros", is_flag=True, help="Write X, sparse: biological zeros (rule of ALRA) stay zero.")
+@cluster_options
 @layer_option
 @missing_chunks_option
 @overwrite_option
-@quiet_option
 @reports
+@shows_progress
 def impute(
     src: str,
     dst: str,
     preset: str,
     observed: Any,
-    scratch: str,
+    scratch: str | None,
     memory_limit: str | None,
     blocks: int | None,
     write: str,
@@ -60,14 +67,15 @@ def impute(
     layer: str | None,
     missing_chunks_are_zeros: bool,
     overwrite: bool,
-    quiet: bool,
+    listen: Listener,
+    connected: Callable[[], Any],
     **settings: Any,
 ) -> dict[str, Any]:
     """Complete the matrix SRC by low-rank matrix completion and write its factors to DST.zarr."""
     from scialm_dask.api import impute
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.matrix import ExpressionMatrix
-    from scialm_dask.data.store import check_output
+    from scialm_dask.data.store import check_output, scratch_folder_for
 
     if keep_observed and write != "dense" and not preserve_zeros:
         raise click.UsageError("--keep-observed goes with --write dense or --preserve-zeros")
@@ -78,34 +86,36 @@ def impute(
     matrix = ExpressionMatrix.open(
         src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
     )
-    with iterations(quiet) as show:
+    with connected():
         result = impute(
             matrix,
             preset=preset,
             scratch=scratch,
             memory_limit=memory_limit,
-            scratch_folder=os.path.dirname(os.path.abspath(dst)),
-            on_iteration=show,
+            scratch_folder=scratch_folder_for(dst),
+            listen=listen,
             **settings,
         )
-    result.to_zarr(
-        dst,
-        dense=write == "dense",
-        keep_observed=matrix if keep_observed else None,
-        preserve_zeros=_zeros_of(matrix, result, dst) if preserve_zeros else None,
-        overwrite=overwrite,
-        sources=(src,),
-    )
+        result.to_zarr(
+            dst,
+            dense=write == "dense",
+            keep_observed=matrix if keep_observed else None,
+            preserve_zeros=_zeros_of(matrix, result, dst, listen) if preserve_zeros else None,
+            overwrite=overwrite,
+            sources=(src,),
+            listen=listen,
+        )
     hidden = ("settings", "singular_values")
     return {"destination": dst} | {key: value for key, value in result.summary.items() if key not in hidden}
 
 
-def _zeros_of(matrix: Any, result: Any, dst: str) -> Any:
+def _zeros_of(matrix: Any, result: Any, dst: str, listen: Listener) -> Any:
     """Find biological zeros, with the working state where that of the fit was."""
+    from scialm_dask.data.store import scratch_folder_for
     from scialm_dask.solve.alra import biological_zeros
 
-    folder = os.path.dirname(os.path.abspath(dst)) if result.summary["scratch"] == "zarr" else None
-    return biological_zeros(matrix, seed=result.summary["settings"]["seed"], scratch_folder=folder)
+    folder = scratch_folder_for(dst) if result.summary["scratch"] == "zarr" else None
+    return biological_zeros(matrix, seed=result.summary["settings"]["seed"], scratch_folder=folder, listen=listen)
 
 
 @main.command()
@@ -115,9 +125,18 @@ def _zeros_of(matrix: Any, result: Any, dst: str) -> Any:
 @layer_option
 @missing_chunks_option
 @overwrite_option
+@cluster_options
 @reports
+@shows_progress
 def transform(
-    result: str, src: str, dst: str, layer: str | None, missing_chunks_are_zeros: bool, overwrite: bool
+    result: str,
+    src: str,
+    dst: str,
+    layer: str | None,
+    missing_chunks_are_zeros: bool,
+    overwrite: bool,
+    listen: Listener,
+    connected: Callable[[], Any],
 ) -> dict[str, Any]:
     """Complete the cells of SRC, which were not in the fit, with the gene factors of RESULT.zarr.
 
@@ -129,8 +148,9 @@ def transform(
 
     check_output(dst, overwrite=overwrite, sources=(src, result))
     matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
-    completed = Imputation.open(result).transform(matrix)
-    completed.to_zarr(dst, overwrite=overwrite, sources=(src, result))
+    with connected():
+        completed = Imputation.open(result).transform(matrix)
+        completed.to_zarr(dst, overwrite=overwrite, sources=(src, result), listen=listen)
     return {"destination": dst, **completed.summary}
 
 
@@ -140,48 +160,37 @@ def transform(
 @click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @layer_option
+@cluster_options
 @reports
-def plan(src: str, preset: str, max_rank: int | None, blocks: int | None, layer: str | None) -> dict[str, Any]:
-    """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time. Computes nothing."""
+def plan(
+    src: str,
+    preset: str,
+    max_rank: int | None,
+    blocks: int | None,
+    layer: str | None,
+    connected: Callable[[], Any],
+) -> dict[str, Any]:
+    """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time. Computes nothing.
+
+    With --scheduler or --cluster, on those workers.
+    """
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.run.plan import plan
 
-    return plan(ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank))
+    matrix, settings = ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank)
+    with connected():
+        return plan(matrix, settings)
 
 
 @main.command()
 @click.argument("folder", default="scialm-demo")
 @overwrite_option
-@quiet_option
 @reports
-def demo(folder: str, overwrite: bool, quiet: bool) -> dict[str, Any]:
+@shows_progress
+def demo(folder: str, overwrite: bool, listen: Listener) -> dict[str, Any]:
     """Impute 700 real blood cells, offline, and score the result. Makes FOLDER."""
     from scialm_dask.config import Settings
     from scialm_dask.run.demo import demo
 
-    with iterations(quiet) as show:
-        return demo(folder, Settings(), overwrite=overwrite, on_iteration=show)
-
-
-@contextlib.contextmanager
-def iterations(quiet: bool) -> Iterator[Callable[[Any], None]]:
-    """Show iterations as they are made: one changing line on a terminal, else a line each; nothing when quiet."""
-    from tqdm import tqdm
-
-    terminal = sys.stderr.isatty()
-    with tqdm(desc="imputing", unit=" iterations", disable=quiet or not terminal, leave=False) as bar:
-
-        def show(latest: Any) -> None:
-            if quiet:
-                return
-            words = f"rank {latest.rank}, residual {latest.residual:.3g}"
-            if latest.held_out == latest.held_out:
-                words += f", held-out error {latest.held_out:.4g}"
-            if terminal:
-                bar.update()
-                bar.set_postfix_str(words)
-            else:
-                click.echo(f"iteration {latest.iteration}: {words}", err=True)
-
-        yield show
+    return demo(folder, Settings(), overwrite=overwrite, listen=listen)

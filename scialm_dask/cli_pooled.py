@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from scialm_dask.cli import layer_option, main, overwrite_option, quiet_option, reports
+from scialm_dask.cli import layer_option, main, overwrite_option, reports, shows_progress
+from scialm_dask.events import Listener, Note
 
 
 @main.command()
@@ -76,8 +77,8 @@ def _gene_names(source: str | None, genes: int) -> list[str]:
 @click.option("--max-iterations", type=int, default=None, help="Most sweeps (als, 100) or iterations (nuclear, 1000).")
 @layer_option
 @overwrite_option
-@quiet_option
 @reports
+@shows_progress
 def unpool(
     src: str,
     dst: str,
@@ -91,7 +92,7 @@ def unpool(
     max_iterations: int | None,
     layer: str | None,
     overwrite: bool,
-    quiet: bool,
+    listen: Listener,
 ) -> dict[str, Any]:
     """Recover expression from SRC, cells × pools, measured through the pools P; write its factors to DST.zarr."""
     from scialm_dask.data.design import read_design
@@ -105,11 +106,12 @@ def unpool(
     matrix = ExpressionMatrix.open(src, layer)
     if method == "als":
         als = PooledALS(rank, seed, ridge=ridge, restarts=restarts, max_sweeps=max_iterations or 100)
-        result = als.fit(matrix, table.to_numpy())
+        result = als.fit(matrix, table.to_numpy(), listen=listen)
     else:
-        result = PooledNuclearNorm(delta, max_iterations=max_iterations or 1000).fit(matrix, table.to_numpy())
+        nuclear = PooledNuclearNorm(delta, max_iterations=max_iterations or 1000)
+        result = nuclear.fit(matrix, table.to_numpy(), listen=listen)
     imputation = result.to_imputation(obs=matrix.obs, var=table[[]])
-    imputation.to_zarr(dst, overwrite=overwrite, sources=(src, design))
-    if not quiet and not result.converged:
-        click.echo("scialm-dask: note: not converged; raise --max-iterations", err=True)
+    imputation.to_zarr(dst, overwrite=overwrite, sources=(src, design), listen=listen)
+    if not result.converged:
+        listen(Note("not converged; raise --max-iterations"))
     return {"destination": dst, **imputation.summary}

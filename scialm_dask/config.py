@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from scialm_dask.errors import InputError
 
-__all__ = ["Preset", "Settings", "preset"]
+__all__ = ["Preset", "Settings", "configured", "preset"]
 
 RankPolicy = Literal["paper", "adaptive"]
 Stop = Literal["residual", "held-out", "count-split"]
@@ -124,6 +126,36 @@ def preset(name: str, **changes: Any) -> Settings:
         return Settings(**{"stop": "count-split", "zeros": "auto", **changes})
     _choice("preset", name, Preset)
     return Settings(**changes)
+
+
+def configured(name: str, given: Any = None) -> Any:
+    """Give `given`, or if it is None, what Dask's configuration has for `name` in the namespace ``scialm``.
+
+    That is the environment (``DASK_SCIALM__WORKER_MEMORY``), else a file in ``~/.config/dask``, else what is shipped as
+    ``scialm.yaml``, of which a commented copy is put there.
+    """
+    import dask
+
+    known = _ship_defaults()
+    unknown = {key.replace("_", "-") for key in dask.config.get("scialm")} - known
+    if unknown:
+        raise InputError(
+            f"scialm.{min(unknown)} in Dask's configuration is unknown; choose of {', '.join(sorted(known))}"
+        )
+    return dask.config.get(f"scialm.{name}") if given is None else given
+
+
+@functools.cache
+def _ship_defaults() -> set[str]:
+    """Tell Dask of our defaults, as its other packages do, and give their names."""
+    import dask
+    import yaml
+
+    path = Path(__file__).with_name("scialm.yaml")
+    dask.config.ensure_file(source=str(path))
+    defaults = yaml.safe_load(path.read_text())
+    dask.config.update_defaults(defaults)
+    return set(defaults["scialm"])
 
 
 def _number(field: str, word: str) -> float:

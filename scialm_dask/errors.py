@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DoesNotFitError", "InputError", "OutputError", "ScialmError"]
+__all__ = ["ClusterError", "DoesNotFitError", "InputError", "OutputError", "ScialmError"]
 
 
 class ScialmError(Exception):
@@ -24,3 +24,9 @@ class OutputError(ScialmError, OSError):
 
 class DoesNotFitError(ScialmError, MemoryError):
     """The forecast is larger than the memory or the disk at hand."""
+
+
+class ClusterError(ScialmError, ConnectionError):
+    """Scheduler or workers cannot be reached, or were lost. The same command may well succeed later."""
+
+    exit_code = 69  # EX_UNAVAILABLE

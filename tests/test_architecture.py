@@ -11,18 +11,20 @@ import scialm_dask
 ROOT = Path(scialm_dask.__file__).parent
 
 LINES = """
-errors config
-data.layout data.store data.stream data.rows data.transpose data.matrix data.tenx data.ingest data.quality
+errors config events
+data.layout data.remote data.store data.writer data.stream data.rows data.temporary data.transpose data.matrix data.annotated
+data.tenx data.ingest data.quality
 data.scratch data.factors data.design
 linalg.draws linalg.nnls linalg.tiles linalg.kernels linalg.cellwise linalg.tasks linalg.operator linalg.svd
 solve.rank solve.stopping solve.scaling solve.reference solve.ialm solve.zeros solve.alra solve.transform
 solve.pools solve.pooled solve.pooled_als solve.pooled_admm solve.pooled_nuclear
 evaluate.masking evaluate.predictions evaluate.metrics evaluate.gene_scores evaluate.simulation evaluate.figures
-run.plan run.job run.demo
+evaluate.compare evaluate.panels evaluate.svg evaluate.verdict
+run.cluster run.plan run.job run.demo run.progress
 api
 evaluate.soft_impute evaluate.peers evaluate.methods evaluate.isolated evaluate.experiments evaluate.downstream
-evaluate.compare evaluate.charts evaluate.written
-cli cli_impute cli_evaluate cli_pooled __main__
+evaluate.contest evaluate.charts evaluate.written
+markup report estimator cli cli_impute cli_evaluate cli_pooled __main__
 """
 ORDER = LINES.split()
 HANDS_OVER = {"data.factors": {"solve.transform"}}  # a method that calls the solver, imported when it is called

@@ -8,16 +8,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import dask
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from scialm_dask.data.annotated import add_factors
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.store import CSRWriter, atomic_output, new_anndata, open_store, set_encoding
+from scialm_dask.data.matrix import ExpressionMatrix, Observed
+from scialm_dask.data.store import atomic_store, new_anndata, open_store, set_encoding
+from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
+from scialm_dask.events import Advance, Listener, begin, silent
 
 if TYPE_CHECKING:
+    import anndata
     import dask.array as da
     import pandas as pd
     import scipy.sparse as sp
@@ -127,7 +132,7 @@ class Imputation:
         self.summary = summary
         self.model = model
         self._history = history
-        self._clip = clip
+        self.clip = clip
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Imputation:
@@ -139,7 +144,6 @@ class Imputation:
             If there is no such result at `path`.
         """
         import anndata
-        import dask.array as da
 
         root: Any = open_store(path)
         held = {"obsm": f"X_{_KEY}", "varm": _KEY, "uns": _KEY}
@@ -148,7 +152,7 @@ class Imputation:
         uns = anndata.io.read_elem(root["uns"][_KEY])
         summary = json.loads(str(uns["summary"]))
         return cls(
-            da.from_zarr(os.fspath(path), component=f"obsm/X_{_KEY}"),
+            _stored_left(os.fspath(path), root[f"obsm/X_{_KEY}"]),
             np.asarray(root[f"varm/{_KEY}"][...]),
             obs=anndata.io.read_elem(root["obs"]),
             var=anndata.io.read_elem(root["var"]),
@@ -167,6 +171,11 @@ class Imputation:
     def rank(self) -> int:
         """Number of factors, r."""
         return int(self.right.shape[1])
+
+    @property
+    def observed(self) -> Observed:
+        """Which entries were observed; see `ExpressionMatrix`."""
+        return "nonzero" if self.clip else "finite"
 
     @property
     def history(self) -> pd.DataFrame:
@@ -191,7 +200,7 @@ class Imputation:
     def product(self, left: NDArray[np.float32]) -> NDArray[np.float32]:
         """Impute the cells whose left factors are given, ``(k, r)``: float32, ``(k, n)``."""
         dense: NDArray[np.float32] = left @ self.right.T
-        return np.maximum(dense, 0, out=dense) if self._clip else dense
+        return np.maximum(dense, 0, out=dense) if self.clip else dense
 
     def transform(self, matrix: Any, *, layer: str | None = None) -> Imputation:
         """Complete cells that were not in the fit, with its gene factors: one pass, a small problem for each cell.
@@ -241,7 +250,7 @@ class Imputation:
             var=self.var,
             summary=summary,
             history={},
-            clip=self._clip,
+            clip=self.clip,
             model=self.model,
         )
 
@@ -258,7 +267,7 @@ class Imputation:
         columns, one_gene = _positions(genes, self.var.index, "gene")
         left = np.atleast_2d(self.left[rows].compute())
         dense = left @ self.right[columns].T
-        values: NDArray[np.float32] = np.maximum(dense, 0) if self._clip else dense
+        values: NDArray[np.float32] = np.maximum(dense, 0) if self.clip else dense
         return values[0 if one_cell else slice(None), 0 if one_gene else slice(None)]
 
     def to_zarr(
@@ -270,6 +279,7 @@ class Imputation:
         preserve_zeros: ZeroRule | None = None,
         overwrite: bool = False,
         sources: tuple[str | os.PathLike[str], ...] = (),
+        listen: Listener = silent,
     ) -> None:
         """Write an AnnData Zarr store: the factors in ``obsm["X_scialm"]`` and ``varm["scialm"]``.
 
@@ -288,6 +298,8 @@ class Imputation:
             Replace what is at `path`.
         sources
             Stores that are read meanwhile.
+        listen
+            Called with every event of the work; see `scialm_dask.events`.
 
         Raises
         ------
@@ -296,25 +308,54 @@ class Imputation:
         """
         import anndata
 
-        with atomic_output(path, overwrite=overwrite, sources=sources) as partial:
+        advance = begin(listen, "writing")
+        parts = 2 if dense or preserve_zeros is not None else 1
+
+        def advance_part(share: float) -> None:
+            advance(share / parts)
+
+        with atomic_store(path, overwrite=overwrite, sources=sources) as partial:
             root = new_anndata(partial, obs=self.obs, var=self.var)
-            self._write_left(root)
+            self._write_left(root, advance_part)
             anndata.io.write_elem(root["varm"], _KEY, self.right)
-            notes: dict[str, Any] = {
-                "summary": json.dumps(self.summary),
-                "history": self.history,
-                "clip": self._clip,
-            }
-            if self.model is not None:
-                notes["model"] = asdict(self.model)
-            anndata.io.write_elem(root["uns"], _KEY, notes)
+            anndata.io.write_elem(root["uns"], _KEY, self._notes())
             if preserve_zeros is not None:
-                self._write_sparse(root, preserve_zeros, keep_observed is not None)
+                self._write_sparse(root, preserve_zeros, keep_observed is not None, advance_part)
             elif dense:
-                self._write_dense(root, keep_observed)
+                self._write_dense(root, keep_observed, advance_part)
             zarr.consolidate_metadata(root.store)
 
-    def _write_left(self, root: zarr.Group) -> None:
+    def to_anndata(self) -> anndata.AnnData:
+        """Give an AnnData whose X is the imputed matrix, as a lazy dense Dask array, with the factors beside it.
+
+        The left factor, ``obsm["X_scialm"]``, is lazy too. Take a part and ``to_memory()`` it; to write all of it to
+        a store use `to_zarr`.
+        """
+        import anndata
+
+        adata = anndata.AnnData(self.to_dask(), obs=self.obs.copy(), var=self.var.copy())
+        self.add_to(adata)
+        return adata
+
+    def add_to(self, adata: anndata.AnnData, key: str = _KEY) -> None:
+        """Put the factors into an AnnData of the same cells and genes, as `impute` does.
+
+        Parameters
+        ----------
+        adata
+            Gets ``obsm["X_" + key]``, ``varm[key]`` and ``uns[key]``, as a store has them that `to_zarr` writes. The
+            left factor is computed unless X is lazy. A view becomes an AnnData of its own.
+        key
+            Name.
+        """
+        add_factors(adata, key, self.left, self.right, self._notes())
+
+    def _notes(self) -> dict[str, Any]:
+        """Make what is kept in ``uns``."""
+        notes = {"summary": json.dumps(self.summary), "history": self.history, "clip": self.clip}
+        return notes if self.model is None else notes | {"model": asdict(self.model)}
+
+    def _write_left(self, root: zarr.Group, advance: Advance) -> None:
         rows = max(1, min(self.shape[0], _CHUNK_BYTES // (4 * max(1, self.rank))))
         chunks = (rows, max(1, self.rank))
         array = root.require_group("obsm").create_array(
@@ -323,8 +364,9 @@ class Imputation:
         set_encoding(array, "array", "0.2.0")
         for start, block in _blocks_of(self.left):
             array[start : start + len(block)] = block
+            advance(len(block) / self.shape[0])
 
-    def _write_dense(self, root: zarr.Group, keep_observed: ExpressionMatrix | None) -> None:
+    def _write_dense(self, root: zarr.Group, keep_observed: ExpressionMatrix | None, advance: Advance) -> None:
         panels = self._panels()
         rows = panels.sizes[0]
         array = root.create_array(
@@ -338,8 +380,9 @@ class Imputation:
                 csr = observed.read_block(number)
                 values[_cells_of(csr), csr.indices] = csr.data
             array[start:stop] = values
+            advance(1 / len(panels))
 
-    def _write_sparse(self, root: zarr.Group, zeros: ZeroRule, keep_observed: bool) -> None:
+    def _write_sparse(self, root: zarr.Group, zeros: ZeroRule, keep_observed: bool, advance: Advance) -> None:
         import scipy.sparse as sp
 
         panels = self._panels()
@@ -353,11 +396,26 @@ class Imputation:
                 values *= zeros.expressed(start, stop)
                 values[at] = csr.data if keep_observed else np.where(imputed > 0, imputed, csr.data)
                 writer.append(sp.csr_matrix(values))
+                advance(1 / len(panels))
 
     def _panels(self) -> RowBlocks:
         """Rows of which the dense form is small."""
         rows = max(1, min(self.shape[0], _DENSE_CHUNK_ROWS, _CHUNK_BYTES // (4 * self.shape[1])))
         return RowBlocks((*range(0, self.shape[0], rows), self.shape[0]))
+
+
+def _stored_left(path: str, stored: Any) -> da.Array:
+    """Left factor of a result as a Dask array whose tasks open the store themselves."""
+    import dask.array as da
+
+    read, (cells, rank), step = dask.delayed(_rows_of_left, pure=True), stored.shape, stored.chunks[0]
+    spans = [(start, min(start + step, cells)) for start in range(0, cells, step)]
+    pieces = [da.from_delayed(read(path, *span), (span[1] - span[0], rank), stored.dtype) for span in spans]
+    return da.concatenate(pieces, axis=0)
+
+
+def _rows_of_left(path: str, start: int, stop: int) -> NDArray[np.float32]:
+    return np.asarray(open_store(path)[f"obsm/X_{_KEY}"][start:stop])
 
 
 def _cells_of(csr: sp.csr_matrix) -> NDArray[np.intp]:

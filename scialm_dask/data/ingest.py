@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.matrix import check_values, read_annotation
 from scialm_dask.data.rows import StoredRows, blocks_of, check_chunks, describe, numeric, sum_duplicates
-from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata, open_store
-from scialm_dask.data.stream import Advance, in_order
+from scialm_dask.data.store import atomic_store, check_output, new_anndata, open_store
+from scialm_dask.data.stream import in_order
 from scialm_dask.data.tenx import MatrixMarket, h5_annotation, h5_group, h5_rows, is_10x_h5
 from scialm_dask.data.transpose import Entries, columns_of, csr_of, rows_in_order
+from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
+from scialm_dask.events import Advance, Listener, Note, begin, silent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +63,7 @@ def convert(
     genome: str | None = None,
     missing_chunks_are_zeros: bool = False,
     overwrite: bool = False,
-    advance: Advance = lambda _: None,
+    listen: Listener = silent,
 ) -> dict[str, Any]:
     """Write counts in any usual format as a chunked, compressed AnnData Zarr store.
 
@@ -84,8 +86,8 @@ def convert(
         Read the absent chunks of a dense Zarr array as zeros instead of refusing them.
     overwrite
         Replace `destination` if it exists.
-    advance
-        Called again and again with the share of the work that has been done since the last call.
+    listen
+        Called with every event of the work; see `scialm_dask.events`.
 
     Returns
     -------
@@ -102,13 +104,16 @@ def convert(
     source = os.fspath(source)
     check_output(destination, overwrite=overwrite, sources=(source,))
     found = _open(source, layer, genome, missing_chunks_are_zeros)
-    with atomic_output(destination, overwrite=overwrite, sources=(source,)) as partial:
+    advance = begin(listen, "converting")
+    with atomic_store(destination, overwrite=overwrite, sources=(source,)) as partial:
         root = new_anndata(partial, obs=found.obs, var=found.var)
         n_stored = {
             name: _write(root, name, matrix, source, lambda share: advance(share / len(found.matrices)))
             for name, matrix in found.matrices.items()
         }
         zarr.consolidate_metadata(root.store)
+    for note in found.notes:
+        listen(Note(note))
     return {
         "destination": os.fspath(destination),
         "n_cells": len(found.obs),

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import dask
 import numpy as np
@@ -14,9 +14,10 @@ import scipy.sparse as sp
 import zarr
 
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.rows import MemoryRows, Rows, blocks_of, check_chunks, describe, sum_duplicates
+from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
 from scialm_dask.data.store import open_store
 from scialm_dask.data.stream import in_order
+from scialm_dask.data.temporary import current_client, temporary_csr
 from scialm_dask.data.transpose import spill_to_csr
 from scialm_dask.errors import InputError
 
@@ -24,10 +25,25 @@ if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
-__all__ = ["ExpressionMatrix", "Observed", "check_observed", "check_values", "read_annotation", "tree_reduce"]
+__all__ = [
+    "Annotation",
+    "ExpressionMatrix",
+    "Observed",
+    "check_observed",
+    "check_values",
+    "read_annotation",
+    "tree_reduce",
+]
 
 Observed = Literal["nonzero", "finite"]
 T = TypeVar("T")
+
+
+class Annotation(NamedTuple):
+    """Data frames of cells and genes."""
+
+    obs: pd.DataFrame
+    var: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ class ExpressionMatrix:
         Parameters
         ----------
         path
-            The store. It is only read.
+            The store, or its URL, if it is Zarr. It is only read.
         layer
             Name of the layer; X by default.
         blocks
@@ -99,8 +115,17 @@ class ExpressionMatrix:
     def of(
         cls, matrix: Any, *, blocks: int | None = None, observed: Observed = "nonzero", name: str = "matrix"
     ) -> ExpressionMatrix:
-        """Take a NumPy array or SciPy sparse matrix that is in memory."""
-        csr = sp.csr_matrix(matrix)
+        """Take a NumPy array or SciPy sparse matrix that is in memory, or a Dask array with chunks of either kind.
+
+        A Dask array is computed here, once, a row of chunks at a time, into a temporary store; see `temporary_csr`.
+        """
+        if dask.is_dask_collection(matrix):
+            rows = _computed(matrix, name)
+            return cls(rows, blocks_of(rows, open_store(rows.path)["X"], blocks), observed)
+        try:
+            csr = sp.csr_matrix(matrix)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name}: a {type(matrix).__name__}, not a matrix of numbers ({error})") from error
         if csr.shape[0] == 0 or csr.shape[1] == 0:
             raise InputError(f"{name}: empty, {csr.shape[0]} cells × {csr.shape[1]} genes; nothing to do")
         cuts = RowBlocks.even(csr.shape[0], blocks) if blocks else RowBlocks.by_nonzeros(csr.indptr)
@@ -108,7 +133,8 @@ class ExpressionMatrix:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Annotation that has been read stays here; workers need only the rows.
-        return type(self), (self.rows, self.blocks, self.observed, self.annotation)
+        path = self.annotation if isinstance(self.annotation, str) else None
+        return type(self), (self.rows, self.blocks, self.observed, path)
 
     @property
     def name(self) -> str:
@@ -138,6 +164,21 @@ class ExpressionMatrix:
     def with_blocks(self, blocks: RowBlocks) -> ExpressionMatrix:
         """Return the same matrix, cut otherwise."""
         return replace(self, blocks=blocks)
+
+    def annotated(self, annotation: Annotation) -> ExpressionMatrix:
+        """Return the same matrix with this annotation of cells and genes."""
+        return replace(self, annotation=annotation)
+
+    def for_workers(self) -> ExpressionMatrix:
+        """Return the same matrix, small enough to go into tasks.
+
+        If a `distributed.Client` is in force, what is in memory is written to a temporary store, from which workers
+        read their blocks; see `temporary_csr`.
+        """
+        if not isinstance(self.rows, MemoryRows) or current_client() is None:
+            return self
+        csr = self.rows.matrix
+        return replace(self, rows=temporary_csr((csr[a:b] for a, b in self.blocks), csr.shape[1], csr.dtype, self.name))
 
     def read_block(self, block: int, *, as_stored: bool = False) -> sp.csr_matrix:
         """Read one block.
@@ -178,10 +219,10 @@ class ExpressionMatrix:
         """Give the matrix as a Dask array of float32 CSR chunks, one for each block."""
         import dask.array as da
 
-        read = dask.delayed(ExpressionMatrix.read_block, pure=True)
+        matrix, read = self.for_workers(), dask.delayed(ExpressionMatrix.read_block, pure=True)
         meta = sp.csr_matrix((0, 0), dtype=np.float32)
         chunks = [
-            da.from_delayed(read(self, block), shape=(stop - start, self.shape[1]), meta=meta)
+            da.from_delayed(read(matrix, block), shape=(stop - start, self.shape[1]), meta=meta)
             for block, (start, stop) in enumerate(self.blocks)
         ]
         return da.concatenate(chunks, axis=0)
@@ -208,21 +249,37 @@ class ExpressionMatrix:
         return tree_reduce(parts, combine).compute()  # type: ignore[no-any-return]
 
 
-def read_annotation(path: str | None, axis: str, length: int) -> pd.DataFrame:
-    """Read ``obs`` or ``var`` of an AnnData store; number the rows if there is no store."""
+def read_annotation(path: str | Annotation | None, axis: str, length: int) -> pd.DataFrame:
+    """Read ``obs`` or ``var`` of an AnnData store, unless they are given; number the rows if there is no store."""
     import pandas as pd
 
+    if isinstance(path, Annotation):
+        return path.obs if axis == "obs" else path.var
     if path is None:
         return pd.DataFrame(index=pd.RangeIndex(length).astype(str))
     import anndata
 
     try:
         frame = anndata.io.read_elem(open_store(path)[axis])
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{path}: {axis} cannot be read ({error}); write the store again") from error
     if len(frame) != length:
         raise InputError(f"{path}: {axis} has {len(frame)} rows, the matrix {length}; write the store again")
     return frame
+
+
+def _computed(array: da.Array, name: str) -> StoredRows:
+    if array.ndim != 2 or any(np.isnan(n) or n == 0 for n in array.shape):
+        raise InputError(
+            f"{name}: shape {array.shape}; a matrix of known size, of one cell and gene at least, is needed"
+        )
+    if array.dtype.kind not in "buif":
+        raise InputError(f"{name}: values are of type {array.dtype}, not numbers; convert them first")
+    array = array.rechunk({1: -1})
+    blocks = (sp.csr_matrix(array.blocks[i].compute()) for i in range(array.numblocks[0]))
+    return temporary_csr(blocks, array.shape[1], array.dtype, name)
 
 
 def tree_reduce(parts: list[Any], combine: Callable[[T, T], T]) -> Any:

@@ -12,9 +12,10 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
-from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata
-from scialm_dask.data.stream import Advance
+from scialm_dask.data.store import atomic_store, check_output, new_anndata
+from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
+from scialm_dask.events import Listener, begin, silent
 
 __all__ = ["Thresholds", "quality_control"]
 
@@ -72,7 +73,7 @@ def quality_control(
     layer: str | None = None,
     missing_chunks_are_zeros: bool = False,
     overwrite: bool = False,
-    advance: Advance = lambda _: None,
+    listen: Listener = silent,
 ) -> dict[str, Any]:
     """Drop poor cells and rare genes, then scale every cell to the median total. No logarithm is taken.
 
@@ -95,8 +96,8 @@ def quality_control(
         See `ExpressionMatrix.open`.
     overwrite
         Replace `destination` if it exists.
-    advance
-        Called again and again with the share of the work that has been done since the last call.
+    listen
+        Called with every event of the work; see `scialm_dask.events`.
 
     Returns
     -------
@@ -116,6 +117,7 @@ def quality_control(
     matrix = ExpressionMatrix.open(source, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
     is_mito = matrix.var.index.str.upper().str.startswith(thresholds.mito_prefix.upper())
     step = 1 / _PASSES / len(matrix.blocks)
+    advance = begin(listen, "quality control")
 
     cells = _measure_cells(matrix, np.asarray(is_mito, np.float64), lambda: advance(step))
     check_observed(int(cells.n_genes.sum()), matrix.name)
@@ -135,7 +137,7 @@ def quality_control(
     )
     scale = np.zeros(len(keep_cells))
     scale[keep_cells] = np.divide(median, totals, out=np.zeros_like(totals), where=totals > 0)
-    with atomic_output(destination, overwrite=overwrite, sources=(source,)) as partial:
+    with atomic_store(destination, overwrite=overwrite, sources=(source,)) as partial:
         root = new_anndata(partial, obs=obs, var=matrix.var[keep_genes])
         n_observed = _write_scaled(root, matrix, keep_cells, keep_genes, scale, lambda: advance(step))
         zarr.consolidate_metadata(root.store)

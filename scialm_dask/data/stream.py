@@ -9,10 +9,9 @@ from typing import TypeVar
 
 from dask.system import CPU_COUNT
 
-__all__ = ["Advance", "in_order"]
+__all__ = ["in_order"]
 
 _MOST_THREADS = 4  # one thread takes what they make, so more would only hold more memory
-Advance = Callable[[float], None]  # told what share of the work has been done since the last time
 A = TypeVar("A")
 B = TypeVar("B")
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import atexit
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import dask
 import numpy as np
 import scipy.sparse as sp
-import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.rows import StoredRows, narrowed, numeric, widened
-from scialm_dask.data.store import ZARR_FORMAT, CSRWriter, open_store, output_error
+from scialm_dask.data.store import open_store
+from scialm_dask.data.temporary import temporary_csr, temporary_folder
 from scialm_dask.errors import InputError
 
-__all__ = ["Entries", "columns_of", "csr_of", "rows_in_order", "spill_to_csr", "temporary_folder"]
+__all__ = ["Entries", "columns_of", "csr_of", "rows_in_order", "spill_to_csr"]
 
 _PIECE = 1 << 20  # entries handled at once
 _BUCKET = 1 << 21  # entries sorted at once
@@ -37,49 +31,12 @@ class Entries(NamedTuple):
     values: NDArray[Any]
 
 
-@contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """Give a folder for temporary files, where Dask is configured to have them, removed at the end.
-
-    Raises
-    ------
-    OutputError
-        If the disk is full.
-    """
-    folder = _new_folder()
-    try:
-        yield folder
-    except OSError as error:
-        raise output_error(folder, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _new_folder() -> Path:
-    parent = dask.config.get("temporary-directory", None)
-    if parent is not None:
-        os.makedirs(parent, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="scialm-", dir=parent))
-
-
 def spill_to_csr(rows: StoredRows) -> StoredRows:
-    """Write a CSC element as CSR to a temporary store, which is removed when the process ends.
-
-    It lies in the configuration's ``temporary-directory`` of Dask, else in the system's. Workers on other machines
-    see it only if that is a shared folder.
-    """
-    folder = _new_folder()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    """Write a CSC element as CSR to a temporary store; see `temporary_csr`."""
     data = open_store(rows.path)[rows.element]["data"]
     dtype, n_stored = numeric(data.dtype), int(data.shape[0])
-    try:
-        root = zarr.open_group(os.fspath(folder / "rows.zarr"), mode="w-", zarr_format=ZARR_FORMAT)
-        with CSRWriter(root, "X", n_columns=rows.shape[1], dtype=dtype) as writer:
-            for block in rows_in_order(columns_of(rows), rows.shape, dtype, n_stored, rows.name):
-                writer.append(block)
-    except OSError as error:
-        raise output_error(folder, error) from error
-    return StoredRows(os.fspath(folder / "rows.zarr"), "X", "csr_matrix", rows.shape, label=rows.name)
+    ordered = rows_in_order(columns_of(rows), rows.shape, dtype, n_stored, rows.name)
+    return temporary_csr(ordered, rows.shape[1], dtype, rows.name)
 
 
 def columns_of(rows: StoredRows) -> Iterator[Entries]:

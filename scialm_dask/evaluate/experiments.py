@@ -17,9 +17,10 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
+from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.quality import quality_control
-from scialm_dask.data.store import CSRWriter, new_anndata
+from scialm_dask.data.store import new_anndata
+from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.masking import mask
 from scialm_dask.linalg.draws import thinned
@@ -87,27 +88,37 @@ class Experiment:
     all_entries: bool
 
 
-def open_source(source: str | os.PathLike[str] | Any, folder: Path, *, layer: str | None = None) -> Source:
-    """Bring a matrix, an AnnData or the path of a store, into both views in `folder`.
+def open_source(source: Any, folder: Path, *, layer: str | None = None) -> Source:
+    """Bring a matrix into both views, in `folder`.
 
     Whole numbers are taken for raw counts and normalised to the median total. Anything else is taken as normalised;
     with the raw totals in ``obs["total_counts"]``, as ``scialm-dask qc`` leaves them, its counts are restored.
 
+    Parameters
+    ----------
+    source
+        Whatever `as_matrix` takes: a path, an AnnData, an array.
+    folder
+        Where to write.
+    layer
+        Read this layer instead of X.
+
     Raises
     ------
     InputError
-        If the source cannot be read.
+        If the source cannot be read, or holds logarithms.
     """
-    if not isinstance(source, str | os.PathLike):
-        source, layer = _stored(source, folder / "matrix.zarr", layer), None
-    matrix = ExpressionMatrix.open(source, layer)
-    name = Path(source).name.removesuffix(".h5ad").removesuffix(".zarr")
+    matrix = as_matrix(source, layer)
+    refuse_logarithms(matrix, source, layer)
     sums, whole = _totals(matrix)
+    name = Path(source).stem if isinstance(source, str | os.PathLike) else matrix.name
     normalised, counts = folder / "normalised.zarr", folder / "counts.zarr"
     if whole:
-        quality_control(source, normalised, layer=layer)
+        factors = _factors(sums)
+        obs = matrix.obs.assign(total_counts=sums.astype(np.float32))
+        _write(normalised, _scaled(matrix, factors), obs=obs, var=matrix.var)
         _write(counts, matrix.stream(), obs=matrix.obs, var=matrix.var)
-        return Source(name, normalised, counts, _factors(sums))
+        return Source(name, normalised, counts, factors)
     _write(normalised, matrix.stream(), obs=matrix.obs, var=matrix.var)
     if "total_counts" in matrix.obs:
         totals = matrix.obs["total_counts"].to_numpy(np.float64)
@@ -115,15 +126,6 @@ def open_source(source: str | os.PathLike[str] | Any, folder: Path, *, layer: st
         if _restore(matrix, factors, counts):
             return Source(name, normalised, counts, factors)
     return Source(name, normalised, None, None)
-
-
-def _stored(cells: Any, path: Path, layer: str | None) -> Path:
-    """Write what is needed of an AnnData."""
-    if layer is not None and layer not in cells.layers:
-        raise InputError(f"no layer is called {layer!r}; there are {', '.join(cells.layers) or 'none'}")
-    matrix = ExpressionMatrix.of(cells.X if layer is None else cells.layers[layer])
-    _write(path, matrix.stream(), obs=cells.obs, var=cells.var)
-    return path
 
 
 def _totals(matrix: ExpressionMatrix) -> tuple[Doubles, bool]:
@@ -250,5 +252,5 @@ def against_truth(source: Source, reference: str | os.PathLike[str], seed: int, 
 
 def _scaled(matrix: ExpressionMatrix, factors: Doubles) -> Iterator[sp.csr_matrix]:
     for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
-        block.data *= np.repeat(factors[start:stop], np.diff(block.indptr)).astype(np.float32)
+        block.data = (block.data * np.repeat(factors[start:stop], np.diff(block.indptr))).astype(np.float32)
         yield block

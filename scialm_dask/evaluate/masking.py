@@ -11,9 +11,10 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
-from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata
-from scialm_dask.data.stream import Advance
+from scialm_dask.data.store import atomic_store, check_output, new_anndata
+from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
+from scialm_dask.events import Advance, Listener, begin, silent
 from scialm_dask.linalg.draws import hidden_entries, n_to_hide
 
 __all__ = ["gene_counts", "mask"]
@@ -37,7 +38,7 @@ def mask(
     layer: str | None = None,
     missing_chunks_are_zeros: bool = False,
     overwrite: bool = False,
-    advance: Advance = lambda _: None,
+    listen: Listener = silent,
 ) -> dict[str, Any]:
     """Hide a share of the non-zeros of each gene, uniformly and without replacement.
 
@@ -61,8 +62,8 @@ def mask(
         See `ExpressionMatrix.open`.
     overwrite
         Replace `destination` if it exists.
-    advance
-        Called again and again with the share of the work that has been done since the last call.
+    listen
+        Called with every event of the work; see `scialm_dask.events`.
 
     Returns
     -------
@@ -80,12 +81,13 @@ def mask(
     if not 0 < fraction < 1:
         raise InputError(f"fraction is {fraction}; give the share to hide, between 0 and 1")
     matrix = ExpressionMatrix.open(source, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
+    advance = begin(listen, "masking")
     counts = gene_counts(matrix, lambda share: advance(share / 2))
     check_observed(int(counts.sum()), matrix.name)
     n_hidden = n_to_hide(counts, fraction)
     if not n_hidden.any():
         raise InputError(f"{matrix.name}: no gene has enough non-zeros to hide {fraction} of them; give a larger share")
-    with atomic_output(destination, overwrite=overwrite, sources=(source,)) as partial:
+    with atomic_store(destination, overwrite=overwrite, sources=(source,)) as partial:
         root = new_anndata(partial, obs=matrix.obs, var=matrix.var)
         _split(root, matrix, counts, n_hidden, seed, lambda share: advance(share / 2))
         zarr.consolidate_metadata(root.store)

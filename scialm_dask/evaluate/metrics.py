@@ -14,6 +14,7 @@ from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.predictions import Factors, Prediction, panels
+from scialm_dask.events import Listener, Stage, silent
 
 __all__ = ["Moments", "Scores", "compare_all", "compare_stored", "gene_means", "score_held_out"]
 
@@ -138,7 +139,9 @@ def _add(one: tuple[Moments, Moments], other: tuple[Moments, Moments]) -> tuple[
     return one[0] + other[0], one[1] + other[1]
 
 
-def score_held_out(result: Imputation, held_out: ExpressionMatrix, observed: ExpressionMatrix) -> dict[str, float]:
+def score_held_out(
+    result: Imputation, held_out: ExpressionMatrix, observed: ExpressionMatrix, listen: Listener = silent
+) -> dict[str, float]:
     """Score a result on hidden entries, beside the prediction of each gene's mean over its observed entries.
 
     Parameters
@@ -149,6 +152,8 @@ def score_held_out(result: Imputation, held_out: ExpressionMatrix, observed: Exp
         The entries that were hidden, with their true values.
     observed
         What was left, for the gene means.
+    listen
+        Called with every event of the work; see `scialm_dask.events`.
 
     Returns
     -------
@@ -166,6 +171,7 @@ def score_held_out(result: Imputation, held_out: ExpressionMatrix, observed: Exp
                 f"{matrix.name}: {matrix.shape[0]} cells × {matrix.shape[1]} genes, but the result has "
                 f"{result.shape[0]} × {result.shape[1]}; score a result with the matrix it was made from"
             )
+    listen(Stage("scoring"))
     means = gene_means(observed)
     left = result.left.rechunk((held_out.blocks.sizes, -1)).to_delayed().ravel()
     visit, right = dask.delayed(_block_moments), dask.delayed(result.right)

@@ -11,9 +11,11 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata, set_encoding
-from scialm_dask.data.stream import Advance, in_order
+from scialm_dask.data.store import atomic_store, check_output, new_anndata, set_encoding
+from scialm_dask.data.stream import in_order
+from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
+from scialm_dask.events import Advance, Listener, begin, silent
 from scialm_dask.linalg.draws import mixed
 
 __all__ = ["Programs", "draw_cells", "simulate"]
@@ -104,7 +106,7 @@ def simulate(
     rank: int = 20,
     seed: int = 0,
     overwrite: bool = False,
-    advance: Advance = lambda _: None,
+    listen: Listener = silent,
 ) -> dict[str, Any]:
     """Write simulated counts of low rank, with the truth, as an AnnData Zarr store.
 
@@ -128,8 +130,8 @@ def simulate(
         Any integer.
     overwrite
         Replace `destination` if it exists.
-    advance
-        Called again and again with the share of the work that has been done since the last call.
+    listen
+        Called with every event of the work; see `scialm_dask.events`.
 
     Returns
     -------
@@ -152,8 +154,8 @@ def simulate(
         raise InputError(f"density is {density}; give the share of non-zeros, between 0 and 1")
     check_output(destination, overwrite=overwrite)
     programs = Programs.draw(n_genes, rank, density, seed)
-    with atomic_output(destination, overwrite=overwrite) as partial:
-        n_observed = _write(partial, programs, n_cells, density, seed, advance)
+    with atomic_store(destination, overwrite=overwrite) as partial:
+        n_observed = _write(partial, programs, n_cells, density, seed, begin(listen, "simulating"))
     return {
         "destination": os.fspath(destination),
         "n_cells": n_cells,

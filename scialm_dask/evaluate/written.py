@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scialm_dask.evaluate import charts
-from scialm_dask.evaluate.compare import Evaluation
+from scialm_dask.evaluate.contest import Evaluation
 
 if TYPE_CHECKING:
     import pandas as pd

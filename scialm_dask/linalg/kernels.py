@@ -18,7 +18,18 @@ from numpy.typing import NDArray
 
 from scialm_dask.linalg.tiles import gather, sampled, scatter
 
-__all__ = ["Block", "BlockState", "Step", "Sums", "View", "add_sums", "quadratic", "sampled_product", "visit"]
+__all__ = [
+    "Block",
+    "BlockState",
+    "GiveBack",
+    "Step",
+    "Sums",
+    "View",
+    "add_sums",
+    "quadratic",
+    "sampled_product",
+    "visit",
+]
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -102,6 +113,24 @@ class Step:
 
 
 @dataclass(frozen=True)
+class GiveBack:
+    """How held-out entries become observed ones: with the estimate they would have, had A always been as it is.
+
+    The multiplier update then makes w = a + (1 + t + … + tᵏ)(d − a), with t = (1 − ω)/ρ.
+
+    Parameters
+    ----------
+    ratio
+        1 / ρ.
+    steps
+        k, how often the estimate was updated so far.
+    """
+
+    ratio: float
+    steps: int
+
+
+@dataclass(frozen=True)
 class View:
     """What a pass carries to every block.
 
@@ -122,6 +151,8 @@ class View:
         RᵀQ, float32, or None.
     step
         Taken before the products, or None.
+    give_back
+        Done before the products, or None; goes without a step.
     """
 
     right: Floats
@@ -130,6 +161,7 @@ class View:
     basis: Floats | None = None
     overlap: Floats | None = None
     step: Step | None = None
+    give_back: GiveBack | None = None
 
 
 class Sums(NamedTuple):
@@ -160,6 +192,8 @@ def visit(block: Block, state: BlockState, view: View) -> tuple[BlockState, Sums
     if view.step is not None:
         state = replace(state, left=state.sketch @ view.step.rotation)
     sparse, trust = sampled_product(block, state.left, view.right), _trust(block, view)
+    if view.give_back is not None:
+        state = replace(state, estimate=_given_back(block.observed, state.estimate, trust, sparse, view.give_back))
     if view.step is not None:
         estimate = np.empty_like(state.estimate)
         growth, ratio = np.float32(view.step.growth), np.float32(view.step.ratio)
@@ -207,6 +241,14 @@ def _spread_left(block: Block, left: Floats, view: View) -> Floats:
     if view.confidence is None or block.confidence is None:
         return left
     return np.hstack([left, block.confidence[:, None] * left])
+
+
+def _given_back(observed: Floats, estimate: Floats, trust: Floats, a: Floats, how: GiveBack) -> Floats:
+    hidden = np.flatnonzero(np.isnan(estimate))
+    weight = sum((trust[hidden] * np.float32(how.ratio)) ** k for k in range(how.steps + 1))
+    estimate = estimate.copy()
+    estimate[hidden] = a[hidden] + weight * (observed[hidden] - a[hidden])
+    return estimate
 
 
 def project(block: Block, state: BlockState, view: View) -> Sums:

@@ -14,7 +14,7 @@ from dask.delayed import Delayed
 from threadpoolctl import threadpool_limits
 
 from scialm_dask.linalg import tasks
-from scialm_dask.linalg.kernels import Doubles, Floats, Step, Sums, View, add_sums
+from scialm_dask.linalg.kernels import Doubles, Floats, GiveBack, Step, Sums, View, add_sums
 from scialm_dask.linalg.tasks import BlockSource, Store
 
 __all__ = ["LowRankPlusSparse", "Observations", "Product"]
@@ -43,6 +43,14 @@ class Product(NamedTuple):
     held_out: float
 
 
+class _Kept(NamedTuple):
+    """State without the sketch, V, and the versions of what the state refers to."""
+
+    state: tuple[Delayed, ...]
+    right: Floats
+    versions: dict[str, int]
+
+
 _PANEL_ROWS = 1024
 
 
@@ -60,6 +68,8 @@ class LowRankPlusSparse:
         Keeps the working state of the blocks.
     resident
         Keep the blocks themselves in memory too, rather than read them in every pass.
+    on_pass
+        Called after each pass with their number so far.
 
     Attributes
     ----------
@@ -73,10 +83,17 @@ class LowRankPlusSparse:
         How many times the blocks were visited so far.
     """
 
-    def __init__(self, source: BlockSource, store: Store, *, resident: bool) -> None:
+    def __init__(
+        self,
+        source: BlockSource,
+        store: Store,
+        *,
+        resident: bool,
+        on_pass: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.shape = source.shape
         self.bounds = source.bounds
-        self.passes = 0
+        self.passes, self._on_pass = 0, on_pass
         self._id = uuid.uuid4().hex[:12]
         self._source = dask.delayed(source, name=f"source-{self._id}", traverse=False)
         self._store = store
@@ -84,7 +101,7 @@ class LowRankPlusSparse:
         self._row_confidence = source.has_row_confidence
         self._right = np.zeros((self.shape[1], 0), np.float32)
         self._versions: dict[str, int] = dict.fromkeys(("estimate", "left", "sketch"), 0)
-        self._best: tuple[tuple[Delayed, ...], Floats, int] | None = None
+        self._best: _Kept | None = None
         self._blocks: tuple[Delayed | None, ...] = (None,) * self.n_blocks
         if resident:
             load = dask.delayed(tasks.load)
@@ -95,7 +112,7 @@ class LowRankPlusSparse:
         *state, total = _run([refs for refs, _ in parts] + [total])
         self._state: tuple[Delayed, ...] = tuple(state)
         self.observations = Observations(*total.compute())
-        self.passes = 1
+        self._count_pass()
 
     @property
     def size(self) -> float:
@@ -108,12 +125,23 @@ class LowRankPlusSparse:
         return self._confidence is None
 
     @property
+    def right(self) -> Floats:
+        """V, float32, shape ``(n, r)``, of the A in force."""
+        return self._right
+
+    @property
     def n_blocks(self) -> int:
         """Number of row blocks."""
         return len(self.bounds) - 1
 
-    def multiply(self, basis: Floats | None, step: Step | None = None, right: Floats | None = None) -> Product:
-        """Take a step, if given, then compute WᵀWQ. One pass.
+    def multiply(
+        self,
+        basis: Floats | None,
+        step: Step | None = None,
+        right: Floats | None = None,
+        give_back: GiveBack | None = None,
+    ) -> Product:
+        """Take a step or give back the held-out entries, if told to, then compute WᵀWQ. One pass.
 
         Parameters
         ----------
@@ -121,15 +149,19 @@ class LowRankPlusSparse:
             Q, shape ``(n, l)``; None to take the step only.
         step, right
             The new A, as its left factor in terms of the last pass's W Q, and its right factor, ``(n, r)``.
+        give_back
+            Make held-out entries observed ones.
         """
         if step is not None and right is not None:
             self._right = right
         changed = {"sketch"} if basis is not None else set()
         if step is not None:
             changed |= {"estimate", "left"}
+        if give_back is not None:
+            changed |= {"estimate"}
         view = self._view()
         overlap = None if basis is None else view.spread.T @ basis
-        view = replace(view, basis=basis, overlap=overlap, step=step)
+        view = replace(view, basis=basis, overlap=overlap, step=step, give_back=give_back)
         return self._pass(tasks.visit, view, [None] * self.n_blocks, changed)
 
     def project(self, vectors: Floats) -> Product:
@@ -143,7 +175,7 @@ class LowRankPlusSparse:
         carried, visit = self._carry(view), dask.delayed(tasks.column_gram)
         parts = [visit(self._store, self._source, b, self._blocks[b], self._state[b], carried) for b in self._each()]
         (total,) = _run([_tree(parts, dask.delayed(tasks.add))])
-        self.passes += 1
+        self._count_pass()
         left_gram, cross, sparse_gram = total.compute()
         right = view.spread.astype(np.float64)
         gram = right @ cross
@@ -165,7 +197,7 @@ class LowRankPlusSparse:
                 for i, j in corners
             ]
         )
-        self.passes += 1
+        self._count_pass()
         gram = np.empty((self.shape[0], self.shape[0]))
         for (i, j), tile in zip(corners, dask.compute(*tiles), strict=True):
             rows, columns = slice(*self.bounds[i : i + 2]), slice(*self.bounds[j : j + 2])
@@ -196,26 +228,32 @@ class LowRankPlusSparse:
         carried, visit = self._carry(view), dask.delayed(tasks.quadratic)
         parts = [visit(self._store, source, b, blocks[b], self._state[b], carried) for b in self._each()]
         (total,) = _run([_tree(parts, dask.delayed(tasks.add))])
-        self.passes += 1
+        self._count_pass()
         linear, square, rows = total.compute()
         if view.confidence is not None:
             square = square + rows * (right.T.astype(np.float64) @ (view.confidence[:, None] * right))
         return linear, square
 
     def keep(self) -> None:
-        """Remember the A in force as the best so far; `factors` gives it back."""
-        pick = dask.delayed(tasks.left_of)
-        forgotten, version = self._best, self._versions["left"]
-        self._best = _run([pick(state) for state in self._state]), self._right, version
-        if forgotten is not None and forgotten[2] != version:
-            self._store.drop("left", forgotten[2])
+        """Remember the A in force, and W, as the best so far; `factors` gives that A back."""
+        pick = dask.delayed(tasks.without_sketch)
+        versions = {name: self._versions[name] for name in ("estimate", "left")}
+        forgotten, self._best = self._best, _Kept(_run([pick(at) for at in self._state]), self._right, versions)
+        if forgotten is not None:
+            for name, version in forgotten.versions.items():
+                if version != versions[name]:
+                    self._store.drop(name, version)
 
     def restore(self) -> None:
-        """Put the A last kept in force again. What follows may look at it, but the loop cannot go on from it."""
+        """Put the A last kept in force again, and W with it."""
         if self._best is not None:
-            put = dask.delayed(tasks.with_left)
-            self._state = _run([put(at, left) for at, left in zip(self._state, self._best[0], strict=True)])
-            self._right = self._best[1]
+            put = dask.delayed(tasks.with_kept)
+            self._state = _run([put(at, kept) for at, kept in zip(self._state, self._best.state, strict=True)])
+            self._right = self._best.right
+            for name, version in self._best.versions.items():
+                if version != self._versions[name]:
+                    self._store.drop(name, self._versions[name])
+                self._versions[name] = version
 
     def factors(self) -> tuple[list[Delayed], Floats]:
         """Left factor, a delayed float32 array of shape ``(rows of the block, r)`` for each block, and right factor.
@@ -225,9 +263,8 @@ class LowRankPlusSparse:
         if self._best is None:
             self.keep()
         assert self._best is not None
-        lefts, right, _ = self._best
-        get = dask.delayed(tasks.get)
-        return [get(self._store, left) for left in lefts], right
+        get = dask.delayed(tasks.get_left)
+        return [get(self._store, kept) for kept in self._best.state], self._best.right
 
     def _pass(self, function: Callable[..., Any], view: View, extra: list[Any], changed: set[str]) -> Product:
         """Run `function` once for each block and add up the sums that it returns beside the block's new state."""
@@ -241,15 +278,20 @@ class LowRankPlusSparse:
         total = _tree([sums for _, sums in parts], dask.delayed(add_sums))
         *state, total = _run([state for state, _ in parts] + [total])
         sums: Sums = total.compute()
-        self._state, self.passes = tuple(state), number
+        self._state = tuple(state)
+        self._count_pass()
         for name in changed:
-            if not (name == "left" and self._best is not None and self._best[2] == self._versions["left"]):
+            if self._best is None or self._best.versions.get(name) != self._versions[name]:
                 self._store.drop(name, self._versions[name])
             self._versions[name] = number
         cross = sums.sparse_cross.astype(np.float64)
         if cross.size:
             _add_product(cross, view.spread, sums.left_cross)
         return Product(cross, sums.gram, sums.misfit, sums.held_out)
+
+    def _count_pass(self) -> None:
+        self.passes += 1
+        self._on_pass(self.passes)
 
     def _view(self) -> View:
         """Make what a pass carries, without a basis."""

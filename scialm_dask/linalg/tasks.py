@@ -168,16 +168,16 @@ def _put_changes(store: Store, block: int, number: int, at: References, old: Blo
     return replace(at, **{name: store.put(name, number, block, array) for name, array in changed.items()})
 
 
-def left_of(at: References) -> Any:
-    return at.left
+def without_sketch(at: References) -> References:
+    return replace(at, sketch=None)
 
 
-def with_left(at: References, left: Any) -> References:
-    return replace(at, left=left)
+def with_kept(at: References, kept: References) -> References:
+    return replace(kept, sketch=at.sketch)
 
 
-def get(store: Store, reference: Any) -> Floats:
-    return store.get(reference)
+def get_left(store: Store, at: References) -> Floats:
+    return store.get(at.left)
 
 
 def add(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import atomic_output, check_output, new_anndata
 from scialm_dask.evaluate.masking import mask
 from scialm_dask.evaluate.metrics import score_held_out
+from scialm_dask.events import Listener, silent
 from scialm_dask.run.job import complete_matrix
-from scialm_dask.solve.ialm import Iteration
 
 __all__ = ["demo"]
 
 
 def demo(
-    folder: str | os.PathLike[str], settings: Settings, *, overwrite: bool, on_iteration: Callable[[Iteration], None]
+    folder: str | os.PathLike[str], settings: Settings, *, overwrite: bool = False, listen: Listener = silent
 ) -> dict[str, Any]:
     """Hide a tenth of the entries of real cells, impute, and score beside each gene's mean. Needs no network.
 
@@ -34,8 +33,8 @@ def demo(
         How to impute.
     overwrite
         Replace `folder` if it exists.
-    on_iteration
-        Called after each iteration.
+    listen
+        Called with every event of the work; see `scialm_dask.events`.
 
     Returns
     -------
@@ -46,11 +45,12 @@ def demo(
     with atomic_output(folder, overwrite=overwrite) as partial:
         partial.mkdir()
         _write_cells(partial / "cells.zarr")
-        mask(partial / "cells.zarr", partial / "masked.zarr", fraction=0.1, seed=settings.seed)
+        mask(partial / "cells.zarr", partial / "masked.zarr", fraction=0.1, seed=settings.seed, listen=listen)
         masked = ExpressionMatrix.open(partial / "masked.zarr")
-        result = complete_matrix(masked, settings, on_iteration=on_iteration)
-        result.to_zarr(partial / "imputed.zarr")
-        scores = score_held_out(result, ExpressionMatrix.open(partial / "masked.zarr", "held_out"), masked)
+        result = complete_matrix(masked, settings, listen=listen)
+        result.summary["source"] = f"{Path(folder) / 'masked.zarr'}:X"  # where it is going to be
+        result.to_zarr(partial / "imputed.zarr", listen=listen)
+        scores = score_held_out(result, ExpressionMatrix.open(partial / "masked.zarr", "held_out"), masked, listen)
     return {
         "cells": result.shape[0],
         "genes": result.shape[1],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import resource
 import shutil
@@ -10,7 +11,6 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,16 @@ import numpy as np
 from scialm_dask.config import Settings
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.rows import MemoryRows
 from scialm_dask.data.scratch import MemoryScratch, Scratch, ZarrScratch
 from scialm_dask.data.store import output_error
 from scialm_dask.errors import InputError
+from scialm_dask.events import Listener, Pass, Stage, silent
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.run.cluster import team
 from scialm_dask.run.plan import forecast, place_scratch
-from scialm_dask.solve.ialm import Completion, Iteration, complete
+from scialm_dask.solve.ialm import Completion, complete
 from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepare, survey
 from scialm_dask.solve.stopping import ThresholdStop
 from scialm_dask.solve.transform import cell_model
@@ -44,7 +47,7 @@ def complete_matrix(
     memory_limit: int | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
     confidence: Confidence | None = None,
-    on_iteration: Callable[[Iteration], None] = lambda _: None,
+    listen: Listener = silent,
 ) -> Imputation:
     """Complete a matrix, on whatever scheduler Dask has.
 
@@ -64,8 +67,8 @@ def complete_matrix(
         Dask's ``temporary-directory`` by default, else the system's.
     confidence
         In zeros, where it is not the same for all; see `Confidence`.
-    on_iteration
-        Called after each iteration.
+    listen
+        Called with every event of the work; see `scialm_dask.events`.
 
     Raises
     ------
@@ -75,28 +78,40 @@ def complete_matrix(
         If the forecast does not fit memory or disk.
     """
     began = time.perf_counter()
-    need = forecast(matrix, settings)
+    matrix = matrix.for_workers()
+    here = team()
+    need = forecast(matrix, settings, here.threads, here.workers)
     folder_for_scratch = scratch_folder or dask.config.get("temporary-directory", None) or tempfile.gettempdir()
-    scratch = place_scratch(scratch, need, memory_limit=memory_limit, folder=folder_for_scratch)
+    of_workers = here.memory is not None and here.memory < (memory_limit or math.inf)
+    scratch = place_scratch(
+        scratch,
+        need,
+        memory_limit=here.memory if of_workers else memory_limit,
+        folder=folder_for_scratch,
+        raised_by="--worker-memory" if of_workers else "--memory-limit",
+    )
+    listen(Stage("surveying"))
     found = survey(matrix)
     store, folder = _open_scratch(scratch)
 
     def operator_of(blocks: PreparedBlocks) -> LowRankPlusSparse:
-        return LowRankPlusSparse(blocks, store, resident=folder is None)
+        return LowRankPlusSparse(blocks, store, resident=folder is None, on_pass=lambda n: listen(Pass(n)))
 
     try:
         stop = None
         if settings.stop == "count-split" or settings.zeros == "auto":
-            choice = choose_zeros(matrix, found, settings, operator_of, on_iteration)
+            choice = choose_zeros(matrix, found, settings, operator_of, listen)
             exponents = choice.gene_exponent, settings.exponents[1]
             settings = replace(settings, zeros=choice.omega, scaling=exponents)
             stop = ThresholdStop(choice.threshold) if settings.stop == "count-split" else None
         if confidence is None:
             confidence = Confidence.uniform(float(settings.zeros), matrix.shape[1])
+        listen(Stage("reading"))
         blocks = prepare(matrix, found, settings, confidence=confidence)
         operator = operator_of(blocks)
         _check_validation(operator, settings)
-        completion = complete(operator, settings, on_iteration, stop)
+        listen(Stage("iterating", iterations=need.iterations))
+        completion = complete(operator, settings, listen, stop)
         report = _report(matrix, found, blocks, operator, completion, settings)
         result = _result(matrix, blocks, operator, report, None if confidence is None else refit_kept(operator))
         result.summary["seconds"] = time.perf_counter() - began
@@ -113,7 +128,14 @@ def complete_matrix(
         raise
     if folder is not None:  # the result reads its left factor from there
         weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
+    # Blocks of a worker that is lost are made anew: a temporary copy of the matrix stays as long as the result.
+    if not isinstance(matrix.rows, MemoryRows):
+        weakref.finalize(result, _let_go, matrix.rows)
     return result
+
+
+def _let_go(*held: object) -> None:
+    """Hold something until called."""
 
 
 def refit_kept(operator: LowRankPlusSparse) -> Floats:
@@ -156,7 +178,7 @@ def _report(
     completion: Completion,
     settings: Settings,
 ) -> dict[str, Any]:
-    last = completion.history[completion.chosen - 1]
+    last = completion.returned
     return {
         "n_cells": matrix.shape[0],
         "n_genes": matrix.shape[1],

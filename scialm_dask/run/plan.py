@@ -19,7 +19,8 @@ from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import DoesNotFitError, InputError
 from scialm_dask.linalg.kernels import Block, BlockState, View, visit
-from scialm_dask.solve.rank import basis_width
+from scialm_dask.run.cluster import team
+from scialm_dask.solve.rank import basis_width, prefers_short_side, widest_basis
 
 __all__ = ["Forecast", "Need", "forecast", "place_scratch", "plan", "usable_memory"]
 
@@ -27,7 +28,10 @@ _FLOAT = 4
 _TASK_VALUES = 10  # arrays as long as a block's entries that a task holds: as read, scaled, old and new estimate, …
 _TASK_ROWS = 7  # arrays as large as a block's sketch
 _DRIVER_PANELS = 9  # float64 arrays of n × l that the small algebra of an SVD holds
-_LIKELY_SHARE = 1 / 3  # of the short side: the rank at which the paper's runs end
+_DOUBLE = 8
+_LIKELY_RANK = (
+    0.65  # times √N: where the paper's runs end (0.55 to 0.64 on three data sets; √2 is the most there can be)
+)
 _STARTED = 200 << 20  # what compiling, reading and scheduling add to a process that has imported everything
 _STOP_AT = 0.03  # threshold, relative to the first, at which held-out stops were seen
 
@@ -80,7 +84,7 @@ class Forecast:
         return 5 + self.iterations * self.passes_per_iteration
 
 
-def forecast(matrix: ExpressionMatrix, settings: Settings, threads: int | None = None) -> Forecast:
+def forecast(matrix: ExpressionMatrix, settings: Settings, threads: int | None = None, workers: int = 1) -> Forecast:
     """Foresee what a run will take; reads nothing.
 
     Parameters
@@ -91,27 +95,34 @@ def forecast(matrix: ExpressionMatrix, settings: Settings, threads: int | None =
         How it is to be completed.
     threads
         Tasks that one process runs at once.
+    workers
+        Number of processes, among which the blocks are shared out.
     """
     threads = threads or int(dask.config.get("num_workers", None) or CPU_COUNT)
     (m, n), n_observed = matrix.shape, matrix.n_stored
     n_blocks = len(matrix.blocks)
     threads = min(threads, n_blocks)
-    rank = _likely_rank(settings, min(m, n))
-    width = basis_width(np.ones(rank), 0.5, rank)
+    rank = _likely_rank(settings, min(m, n), n_observed)
+    wanted = basis_width(np.ones(rank), 0.5, rank)
+    exact = prefers_short_side(wanted, (m, n))
+    width = widest_basis((m, n)) if exact else wanted
     rows = max(matrix.blocks.sizes)
     values = min(n_observed, int(1.3 * n_observed / n_blocks))  # rows differ in length
-    panel = n * width
+    panel, levels = n * width, math.ceil(math.log2(n_blocks) + 1)
     task = _FLOAT * (_TASK_VALUES * values + _TASK_ROWS * rows * width + 2 * panel)
-    tree = _FLOAT * panel * math.ceil(math.log2(n_blocks) + 1)
-    driver = 2 * _FLOAT * panel * _DRIVER_PANELS + 2 * _FLOAT * n * n_blocks
-    working = _base_memory() + threads * task + tree + driver
-    state = _FLOAT * (2 * n_observed + m * (2 * width + 2 * rank))
+    products = threads * task + _FLOAT * panel * levels + _DOUBLE * panel * _DRIVER_PANELS
+    if exact:
+        products = max(products, _short_side_memory((m, n), rows, rank, threads, levels))
+    working = _base_memory() + products + _DOUBLE * n * n_blocks
+    kept = 1 if settings.stop == "held-out" else 0  # the estimate of the best iteration
+    state = _FLOAT * ((2 + kept) * n_observed + m * (2 * wanted + 2 * rank))
     resident = 2 * _FLOAT * n_observed
+    share = math.ceil(n_blocks / workers) / n_blocks  # what one process holds
     log_rho = math.log(1.1 + 2.5 * n_observed / (m * n))
     return Forecast(
-        memory=Need(int(working + state + resident), 0),
+        memory=Need(int(working + share * (state + resident)), 0),
         zarr=Need(int(working), int(state + _FLOAT * m * rank)),
-        basis_width=width,
+        basis_width=wanted,
         iterations=min(settings.max_iterations, round(math.log(_shrinkage(settings)) / log_rho)),
         passes_per_iteration=settings.svd_passes if settings.svd_tolerance == 0 else 3,
         tasks_per_pass=2 * n_blocks - 1,
@@ -119,15 +130,25 @@ def forecast(matrix: ExpressionMatrix, settings: Settings, threads: int | None =
     )
 
 
+def _short_side_memory(shape: tuple[int, int], rows: int, rank: int, threads: int, levels: int) -> int:
+    """Bytes that the exact triplets by the Gram of the short side take, at their peak."""
+    m, n = shape
+    gram = _DOUBLE * min(shape) ** 2
+    if m > n:
+        return gram * (threads + levels + 2)
+    pairs = gram // 2 + threads * (2 * _FLOAT * rows * n + 2 * _DOUBLE * rows**2)
+    projected = _FLOAT * n * rank * max(threads + levels - 1, 4)  # by the workers; then here, in float64
+    return max(gram + pairs, 2 * gram, projected) + _FLOAT * (m + n) * rank
+
+
 def _shrinkage(settings: Settings) -> float:
     """How far the threshold falls until a run stops."""
     return 1 / (0.3 * _STOP_AT) if settings.stop == "held-out" else 2.5 / settings.epsilon
 
 
-def _likely_rank(settings: Settings, short_side: int) -> int:
-    if settings.max_rank is not None:
-        return min(settings.max_rank, short_side)
-    return max(1, int(_LIKELY_SHARE * short_side))
+def _likely_rank(settings: Settings, short_side: int, n_observed: int) -> int:
+    most = min(short_side, settings.max_rank or short_side)
+    return most if settings.max_rank else min(most, max(1, int(_LIKELY_RANK * math.sqrt(n_observed))))
 
 
 def _base_memory() -> int:
@@ -141,7 +162,14 @@ def usable_memory() -> int:
     return int(min(MEMORY_LIMIT, psutil.virtual_memory().available + psutil.Process().memory_info().rss))
 
 
-def place_scratch(scratch: str, need: Forecast, *, memory_limit: int | None, folder: str | os.PathLike[str]) -> str:
+def place_scratch(
+    scratch: str,
+    need: Forecast,
+    *,
+    memory_limit: int | None,
+    folder: str | os.PathLike[str],
+    raised_by: str = "--memory-limit",
+) -> str:
     """Choose where the working state is kept, or refuse.
 
     Parameters
@@ -154,6 +182,8 @@ def place_scratch(scratch: str, need: Forecast, *, memory_limit: int | None, fol
         Bytes for each process; None for what is left here.
     folder
         Where Zarr scratch goes if it is chosen here.
+    raised_by
+        The option that raises `memory_limit`, for the message.
 
     Returns
     -------
@@ -182,7 +212,7 @@ def place_scratch(scratch: str, need: Forecast, *, memory_limit: int | None, fol
         )
         raise DoesNotFitError(
             f"the forecast is {format_bytes(wanted.memory)} of memory and the limit {format_bytes(limit)}; {remedy}, "
-            "or raise --memory-limit"
+            f"or raise {raised_by}"
         )
     if kind == "memory":
         return "memory"
@@ -206,15 +236,20 @@ def time_of_pass(matrix: ExpressionMatrix, width: int, threads: int | None = Non
         began = time.perf_counter()
         csr = matrix.read_block(0)
         state = BlockState(csr.data, np.ones((csr.shape[0], rank), np.float32), np.zeros((0, 0), np.float32))
-        visit(Block(csr.indptr, csr.indices, csr.data, csr.shape[1]), state, View(right, basis, right.T @ basis))
+        visit(
+            Block(csr.indptr, csr.indices, csr.data, csr.shape[1]),
+            state,
+            View(right, right, basis=basis, overlap=right.T @ basis),
+        )
         seconds = time.perf_counter() - began
     return seconds * len(matrix.blocks) / min(threads, len(matrix.blocks))
 
 
 def plan(matrix: ExpressionMatrix, settings: Settings) -> dict[str, Any]:
     """Say what a run will take, for people: the forecast and an estimate of the time after timing one block."""
-    need = forecast(matrix, settings)
-    seconds = time_of_pass(matrix, need.basis_width)
+    here = team()
+    need = forecast(matrix, settings, here.threads, here.workers)
+    seconds = time_of_pass(matrix, need.basis_width, here.threads * here.workers)
     return {
         "n_cells": matrix.shape[0],
         "n_genes": matrix.shape[1],
@@ -223,7 +258,9 @@ def plan(matrix: ExpressionMatrix, settings: Settings) -> dict[str, Any]:
         "peak_memory_bytes": need.memory.memory,
         "peak_memory_bytes_with_zarr_scratch": need.zarr.memory,
         "zarr_scratch_bytes": need.zarr.disk,
-        "memory_limit_bytes": usable_memory(),
+        "memory_limit_bytes": here.memory or usable_memory(),
+        "workers": here.workers,
+        "threads_per_worker": here.threads,
         "basis_width": need.basis_width,
         "iterations": need.iterations,
         "passes": need.passes,

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
 from scialm_dask.data.scratch import MemoryScratch, Scratch, ZarrScratch
 from scialm_dask.errors import InputError
+from scialm_dask.events import Listener, Pass, Stage, silent
 from scialm_dask.linalg.cellwise import column_minima
 from scialm_dask.linalg.kernels import Block, Doubles, Floats, Step
 from scialm_dask.linalg.operator import LowRankPlusSparse
@@ -101,7 +102,9 @@ class _Detected:
         return None
 
 
-def biological_zeros(matrix: ExpressionMatrix, *, seed: int = 0, scratch_folder: str | None = None) -> BiologicalZeros:
+def biological_zeros(
+    matrix: ExpressionMatrix, *, seed: int = 0, scratch_folder: str | None = None, listen: Listener = silent
+) -> BiologicalZeros:
     """Find the biological zeros of a matrix, with a dozen passes over it.
 
     Parameters
@@ -113,6 +116,8 @@ def biological_zeros(matrix: ExpressionMatrix, *, seed: int = 0, scratch_folder:
     scratch_folder
         Where to keep the working state, while the matrix is read anew in every pass; both are held in memory if
         None. What is kept there goes when the result does.
+    listen
+        Called with every event of the work; see `scialm_dask.events`.
 
     Raises
     ------
@@ -126,10 +131,13 @@ def biological_zeros(matrix: ExpressionMatrix, *, seed: int = 0, scratch_folder:
             f"{matrix.name}: {matrix.shape[0]} cells × {matrix.shape[1]} genes; at least {_LEAST_SIDE} of both are "
             "needed to tell biological zeros"
         )
+    listen(Stage("finding biological zeros"))
     folder = None if scratch_folder is None else tempfile.mkdtemp(prefix="scialm-zeros-", dir=scratch_folder)
     try:
         store: Scratch = MemoryScratch() if folder is None else ZarrScratch(folder)
-        operator = LowRankPlusSparse(_Detected(matrix), store, resident=folder is None)
+        operator = LowRankPlusSparse(
+            _Detected(matrix.for_workers()), store, resident=folder is None, on_pass=lambda n: listen(Pass(n))
+        )
         lefts, right = _approximation(operator, seed)
         thresholds = np.maximum(-_minima(lefts, right), 0)
     except BaseException:

@@ -13,13 +13,14 @@ where the update of w takes place in the first pass of the next SVD.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from scialm_dask.config import Settings
-from scialm_dask.linalg.kernels import Floats, Step
+from scialm_dask.events import Iteration, Listener, silent
+from scialm_dask.linalg.kernels import Floats, GiveBack, Step
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
 from scialm_dask.linalg.svd import PartialSVD, extended_basis, leading_triplets, short_side_svd
 from scialm_dask.solve.rank import basis_width, prefers_short_side, rank_rule
@@ -28,35 +29,7 @@ from scialm_dask.solve.stopping import StopRule, stop_rule
 _FIRST_PASSES = 20
 _FIRST_TOLERANCE = 1e-6  # σ₁ sets every threshold that follows
 
-__all__ = ["Completion", "Iteration", "complete"]
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """One line of the history.
-
-    Parameters
-    ----------
-    iteration
-        From 1, as in the paper.
-    rank
-        svp, the number of singular values over the threshold that were kept.
-    threshold
-        1/μ.
-    residual
-        ‖P_Ω(D − A)‖ / ‖D‖.
-    held_out
-        The same over the held-out entries; NaN if there are none.
-    passes
-        Passes over the data so far.
-    """
-
-    iteration: int
-    rank: int
-    threshold: float
-    residual: float
-    held_out: float
-    passes: int
+__all__ = ["Completion", "complete"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +42,9 @@ class Completion:
         One entry for each iteration.
     chosen
         The iteration whose A was kept.
+    returned
+        What holds of the A that is returned: the chosen one, or what became of it by giving back the held-out entries,
+        of whose error only the one before can be told.
     values
         Its singular values, after thresholding.
     converged
@@ -79,6 +55,7 @@ class Completion:
 
     history: tuple[Iteration, ...]
     chosen: int
+    returned: Iteration
     values: tuple[float, ...]
     converged: bool
     reason: str
@@ -118,10 +95,10 @@ class _LowRank:
 def complete(
     operator: LowRankPlusSparse,
     settings: Settings,
-    on_iteration: Callable[[Iteration], None] = lambda _: None,
+    listen: Listener = silent,
     stop: StopRule | None = None,
 ) -> Completion:
-    """Run Algorithm 3 until the stop rule ends it.
+    """Run Algorithm 3 until the stop rule ends it, then give back what was held out.
 
     Parameters
     ----------
@@ -129,28 +106,33 @@ def complete(
         Starts at W = D, and ends holding the factors of the result.
     settings
         What to do.
-    on_iteration
-        Called after each iteration.
+    listen
+        Called with each `Iteration`.
     stop
         Instead of the rule that the settings name.
     """
+    completion = iterate(operator, settings, listen, stop or stop_rule(settings))
+    return give_back(operator, completion, settings) if operator.observations.n_held_out else completion
+
+
+def iterate(operator: LowRankPlusSparse, settings: Settings, listen: Listener, stop: StopRule) -> Completion:
+    """Make the iterations."""
     rank = rank_rule(settings, min(operator.shape))
-    stop = stop or stop_rule(settings)
     svd = first_svd(operator, settings)
     penalty = first_penalty(float(svd.values[0]), operator.observations.n_observed / operator.size)
     history, growth = zero_iterations(
         float(svd.values[0]), penalty, operator.passes, settings.max_iterations, grow=operator.zeros_unknown
     )
     for iteration in history:
-        on_iteration(iteration)
+        listen(iteration)
         rank.update(0)
         penalty = penalty.next()
     too_many = f"{settings.max_iterations} iterations made, the most allowed"
     if len(history) == settings.max_iterations:
-        return Completion(tuple(history), len(history), (), False, too_many)
+        return Completion(tuple(history), len(history), history[-1], (), False, too_many)
     svd = replace(svd, values=svd.values * growth)
+    best = history[-1]
     values: tuple[float, ...] = ()
-    chosen = 0
     while True:
         low_rank = singular_value_thresholding(svd, penalty.threshold, rank.limit)
         rank.update(low_rank.rank)
@@ -162,16 +144,37 @@ def complete(
         product = operator.multiply(basis, step, low_rank.right)
         latest = _iteration(len(history) + 1, low_rank, penalty, product, operator)
         history.append(latest)
-        on_iteration(latest)
+        listen(latest)
         verdict = stop.judge(latest)
         if verdict.best_so_far:
             operator.keep()
-            chosen, values = latest.iteration, low_rank.values
+            best, values = latest, low_rank.values
         if verdict.reason or len(history) >= settings.max_iterations:
             break
         penalty, growth = following, 1.0
         svd = next_svd(operator, None if short_side else product, rank.limit, penalty.threshold, settings)
-    return Completion(tuple(history), chosen, values, bool(verdict.reason), verdict.reason or too_many)
+    reason = verdict.reason or too_many
+    return Completion(tuple(history), best.iteration, best, values, bool(verdict.reason), reason)
+
+
+def give_back(operator: LowRankPlusSparse, completion: Completion, settings: Settings) -> Completion:
+    """Make one more iteration from the chosen A, with all of Ω, at its threshold and rank."""
+    chosen = completion.returned
+    if chosen.rank == 0:
+        return completion
+    operator.restore()
+    penalty = Penalty(1 / chosen.threshold, first_penalty(1.0, operator.observations.n_observed / operator.size).rho)
+    width = basis_width(np.array(completion.values) + chosen.threshold, chosen.threshold, chosen.rank)
+    short_side = prefers_short_side(width, operator.shape)
+    basis = None if short_side else extended_basis(operator.right, width, settings.seed)
+    product = operator.multiply(basis, give_back=GiveBack(1 / penalty.rho, chosen.iteration))
+    svd = next_svd(operator, None if short_side else product, chosen.rank, chosen.threshold, settings)
+    low_rank = singular_value_thresholding(svd, chosen.threshold, chosen.rank)
+    product = operator.multiply(None, Step(low_rank.rotation, 1 / penalty.rho), low_rank.right)
+    operator.keep()
+    residual = math.sqrt(product.misfit / (operator.observations.sum_squares + operator.observations.held_out_squares))
+    returned = replace(chosen, rank=low_rank.rank, residual=residual, passes=operator.passes)
+    return replace(completion, returned=returned, values=low_rank.values)
 
 
 def first_svd(operator: LowRankPlusSparse, settings: Settings) -> PartialSVD:

@@ -94,7 +94,12 @@ class Admm:
         inner = np.asarray(np.linalg.inv(self.P.T @ self.P + weight**2 * np.eye(self.P.shape[1])), np.float64)
         return Projection(self.P, weight, inner, self.non_negative)
 
-    def run(self, visit: Callable[[Iteration], Sums], start: Float) -> Solution:
+    def run(
+        self,
+        visit: Callable[[Iteration], Sums],
+        start: Float,
+        on_sweep: Callable[[int, float], None] = lambda *_: None,
+    ) -> Solution:
         """Iterate until the stopping rule is met.
 
         Parameters
@@ -103,6 +108,8 @@ class Admm:
             Does one iteration on all cells and returns the sums.
         start
             Gram of the first a, genes × genes.
+        on_sweep
+            Called after each iteration with its number and objective.
         """
         shrink, slack = np.eye(len(self.P)), 1.0
         step, rescale = 0.1 * float(np.sqrt(np.linalg.eigvalsh(start)[-1])), 1.0
@@ -118,6 +125,7 @@ class Admm:
             bound = max(bound, self.dual_value(sums))
             size = float(np.sqrt(np.trace(sums["XX"])))
             history.append({"objective": objective, "primal": primal / size, "dual": dual / size, "step": step})
+            on_sweep(len(history), objective)
             converged = self._converged(history[-1], bound)
             if converged or len(history) == self.max_iterations:
                 return Solution(shrink, slack, bound, tuple(history), converged)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scialm_dask.errors import InputError
+from scialm_dask.events import Listener, Stage, Sweep, silent
 from scialm_dask.solve.pooled import Float, Measurements, PooledResult, Sums, batches, dense_block
 from scialm_dask.solve.pools import check_pools
 
@@ -85,7 +86,7 @@ class PooledALS:
         self.loadings_: Float | None = None
         self.pools_: Float | None = None
 
-    def fit(self, D: Any, P: ArrayLike) -> PooledResult:
+    def fit(self, D: Any, P: ArrayLike, *, listen: Listener = silent) -> PooledResult:
         """Recover expression.
 
         Parameters
@@ -95,6 +96,8 @@ class PooledALS:
             `to_dask()`. Read once a sweep; persist it first if it is costly to make.
         P
             The design, genes × pools, binary.
+        listen
+            Called with every event of the work; see `scialm_dask.events`.
 
         Returns
         -------
@@ -119,7 +122,7 @@ class PooledALS:
                 "components, so its components cannot be identified; lower the rank or add pools",
                 stacklevel=2,
             )
-        fits = (self._descend(measured, P, restart) for restart in range(self.restarts))
+        fits = (self._descend(measured, P, restart, listen) for restart in range(self.restarts))
         fit = min(fits, key=lambda fit: fit.objective)
         self.pools_, self.loadings_ = P, fit.loadings
         return self._result(measured, fit.history, fit.converged)
@@ -150,13 +153,15 @@ class PooledALS:
         last = history[-1]
         return PooledResult(left, self.loadings_, last["objective"], last["residual"], None, history, converged)
 
-    def _descend(self, measured: Measurements, P: Float, restart: int) -> Fit:
+    def _descend(self, measured: Measurements, P: Float, restart: int, listen: Listener) -> Fit:
+        listen(Stage("factorising", f"start {restart + 1} of {self.restarts}" if self.restarts > 1 else ""))
         loadings = start_loadings(len(P), self.rank, self.random_state, restart)
         basis = np.linalg.eigh(P @ P.T)
         history: list[dict[str, float]] = []
         while True:
             sums = measured.total(visit_cells, P.T @ loadings, self.ridge)
             history.append(_record(sums, loadings, self.ridge))
+            listen(Sweep(len(history), history[-1]["objective"]))
             converged = self._stalled(history, float(sums["measured"]))
             if converged or len(history) == self.max_sweeps:
                 return Fit(loadings, tuple(history), converged)

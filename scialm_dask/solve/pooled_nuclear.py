@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from scialm_dask.data.matrix import tree_reduce
 from scialm_dask.errors import InputError
+from scialm_dask.events import Listener, Stage, Sweep, silent
 from scialm_dask.solve.pooled import Float, Measurements, PooledResult, Sums, add_sums, batches, dense_block
 from scialm_dask.solve.pooled_admm import (
     Admm,
@@ -75,7 +76,9 @@ class PooledNuclearNorm:
             raise InputError(f"max_iterations {max_iterations} is below 1")
         self.delta, self.tol, self.max_iterations = float(delta), tol, max_iterations
 
-    def fit(self, D: Any, P: ArrayLike, *, start: PooledResult | None = None) -> PooledResult:
+    def fit(
+        self, D: Any, P: ArrayLike, *, start: PooledResult | None = None, listen: Listener = silent
+    ) -> PooledResult:
         """Recover expression.
 
         Parameters
@@ -87,6 +90,8 @@ class PooledNuclearNorm:
             The design, genes × pools, binary.
         start
             Where to start when non-negativity binds, such as the result for another δ.
+        listen
+            Called with every event of the work; see `scialm_dask.events`.
 
         Returns
         -------
@@ -105,6 +110,7 @@ class PooledNuclearNorm:
         """
         P = check_pools(P)
         measured = Measurements.of(D, P.shape[1])
+        listen(Stage("solving"))
         gram = measured.total(visit_gram)["DD"]
         scale = float(np.sqrt(np.trace(gram)))
         if scale <= self.delta:
@@ -114,7 +120,8 @@ class PooledNuclearNorm:
         seen = measured.total(visit_linear, closed.matrix, P, scale)
         if not seen["negative"]:
             return _linear_result(measured, closed, seen, scale)
-        return BlockIterate(measured, P, delta, scale, closed.matrix, start).solve(self.tol, self.max_iterations)
+        iterate = BlockIterate(measured, P, delta, scale, closed.matrix, start)
+        return iterate.solve(self.tol, self.max_iterations, listen)
 
     def _unconstrained(self, gram: Float, P: Float, delta: float) -> Linear:
         """Solve without X ≥ 0, from DᵀD alone: X = D C."""
@@ -170,7 +177,7 @@ class BlockIterate:
         shared = dask.delayed(matrix, traverse=False)
         self.states = list(dask.persist(*(begin(first, shared, P.shape[1]) for first in firsts)))
 
-    def solve(self, tol: float, max_iterations: int) -> PooledResult:
+    def solve(self, tol: float, max_iterations: int, listen: Listener) -> PooledResult:
         """Iterate, move the last iterate into the feasible set, and factor it."""
         loop = Admm(self.P, self.delta, tol, max_iterations)
         unmoved = Solution(np.eye(len(self.P)), 1.0, 0.0, (), False)
@@ -180,7 +187,7 @@ class BlockIterate:
                 f"delta {self.delta * self.scale:.6g}: no non-negative expression comes nearer to D than about "
                 f"{np.sqrt(first['misfit']) * self.scale:.6g}; raise delta above that"
             )
-        found = loop.run(self.advance, first["XX"])
+        found = loop.run(self.advance, first["XX"], lambda sweep, value: listen(Sweep(sweep, value * self.scale)))
         for weight, share in MOVES:
             settings = found, loop.projection(weight), share
             sums = self._judge(settings)

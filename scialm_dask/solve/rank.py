@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from scialm_dask.config import Settings
 from scialm_dask.linalg.kernels import Doubles
 
-__all__ = ["RankRule", "basis_width", "prefers_short_side", "rank_rule"]
+__all__ = ["RankRule", "basis_width", "prefers_short_side", "rank_rule", "widest_basis"]
 
 _LANES = 16  # columns are computed this many at a time anyhow
 _SHORT_SIDE_SHARE = 0.1  # a wider basis takes many passes to settle, as singular values lie close together there
@@ -80,5 +81,9 @@ _GROWTH = 1.1  # of a singular value from one iteration to the next, near the th
 
 def prefers_short_side(width: int, shape: tuple[int, int]) -> bool:
     """Whether the exact eigenvectors of the short side are cheaper than iterating on `width` columns."""
-    short = min(shape)
-    return short <= _SHORT_SIDE_MOST and width >= _SHORT_SIDE_SHARE * short
+    return min(shape) <= _SHORT_SIDE_MOST and width >= widest_basis(shape)
+
+
+def widest_basis(shape: tuple[int, int]) -> int:
+    """Columns from which on `prefers_short_side` holds, if the short side is not too long."""
+    return math.ceil(_SHORT_SIDE_SHARE * min(shape))

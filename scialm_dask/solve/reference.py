@@ -17,13 +17,15 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class DenseCompletion:
-    """What `ialm_dense` gives: A, the iteration that it is from, and one entry of the rest for each iteration.
+    """What `ialm_dense` gives.
 
-    `held_out` is the relative error over the held-out entries, NaN if there are none.
+    A, the iteration that was chosen, its A before held-out entries were given back, and one entry of the
+    rest for each iteration. `held_out` is the relative error over the held-out entries, NaN if there are none.
     """
 
     A: Doubles
     chosen: int
+    before: Doubles
     ranks: tuple[int, ...]
     residuals: tuple[float, ...]
     held_out: tuple[float, ...]
@@ -69,6 +71,15 @@ def ialm_dense(D: Doubles, observed: Mask, settings: Settings, held_out: Mask | 
         errors.append(float(np.linalg.norm(truth - A[hidden]) / np.linalg.norm(truth)) if truth.size else np.nan)
         if settings.stop == "residual" or svp == 0 or errors[-1] < lowest:
             best, chosen, lowest = A, k, errors[-1] if svp else np.inf
+            chosen_W, threshold = D - E + Y / mu, rho / mu
         if residuals[-1] < settings.epsilon or (settings.stop == "held-out" and k - chosen >= settings.patience):
             break
-    return DenseCompletion(best, chosen, tuple(ranks), tuple(residuals), tuple(errors))
+    if truth.size:
+        grown = sum(rho**-j for j in range(chosen + 1))  # w − a over d − a, had A always been as it is now
+        chosen_W[hidden] = best[hidden] + grown * (truth - best[hidden])
+        U, S, Vt = np.linalg.svd(chosen_W, full_matrices=False)
+        svp = min(ranks[chosen - 1], np.count_nonzero(S / threshold > 1))
+        A = (U[:, :svp] * (S[:svp] - threshold)) @ Vt[:svp]
+    else:
+        A = best
+    return DenseCompletion(A, chosen, best, tuple(ranks), tuple(residuals), tuple(errors))

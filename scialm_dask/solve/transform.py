@@ -12,6 +12,7 @@ import numpy as np
 from dask.delayed import Delayed
 from numpy.typing import NDArray
 
+from scialm_dask.data.annotated import as_matrix
 from scialm_dask.data.factors import CellModel, Imputation
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
@@ -63,7 +64,8 @@ def transform(
     InputError
         If fewer genes match than the result has factors, names are ambiguous, or one is of counts and the other not.
     """
-    matrix, obs, names = _cells_of(matrix, layer)
+    matrix = as_matrix(matrix, layer, observed="nonzero" if result.clip else "finite").for_workers()
+    obs, names = matrix.obs, None if matrix.annotation is None else matrix.var.index
     if result.model is None:
         raise InputError(
             "the result says nothing of other cells: zeros had weight in it, or it is not of `impute`; fit with "
@@ -163,19 +165,6 @@ class _Solver:
                     break
                 noise, least = noise * factor, latest
         return noise
-
-
-def _cells_of(matrix: Any, layer: str | None) -> tuple[ExpressionMatrix, pd.DataFrame, pd.Index | None]:
-    """Give the matrix, the annotation of its cells, and the names of its genes, None if it has none."""
-    if isinstance(matrix, str | os.PathLike):
-        matrix = ExpressionMatrix.open(matrix, layer)
-    if isinstance(matrix, ExpressionMatrix):
-        return matrix, matrix.obs, None if matrix.annotation is None else matrix.var.index
-    if hasattr(matrix, "var_names"):
-        values = matrix.layers[layer] if layer else matrix.X
-        return ExpressionMatrix.of(values), matrix.obs, matrix.var_names
-    plain = ExpressionMatrix.of(matrix)
-    return plain, plain.obs, None
 
 
 def _matching(result: Imputation, names: pd.Index | None, matrix: ExpressionMatrix) -> NDArray[np.intp]:

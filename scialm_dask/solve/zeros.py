@@ -16,9 +16,10 @@ import numpy as np
 from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
+from scialm_dask.events import Listener, Stage
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
-from scialm_dask.solve.ialm import Iteration, complete
+from scialm_dask.solve.ialm import complete
 from scialm_dask.solve.scaling import Confidence, Molecules, PreparedBlocks, Survey, prepare
 from scialm_dask.solve.stopping import Measured, Verdict
 
@@ -56,7 +57,7 @@ def choose_zeros(
     found: Survey,
     settings: Settings,
     operator_of: Callable[[PreparedBlocks], LowRankPlusSparse],
-    on_iteration: Callable[[Iteration], None],
+    listen: Listener,
 ) -> Choice:
     """Fit a share of the molecules along paths of falling threshold and keep what predicts the others best.
 
@@ -81,6 +82,7 @@ def choose_zeros(
     )
 
     def try_out(omega: float, gene_exponent: float) -> Choice:
+        listen(Stage("choosing zeros", f"confidence {omega:g}, gene exponent {gene_exponent:g}"))
         scaled = replace(settings, scaling=(gene_exponent, settings.exponents[1]), stop="count-split")
         train = prepare(
             matrix,
@@ -91,7 +93,7 @@ def choose_zeros(
         )
         operator = operator_of(train)
         stop = _SplitStop(operator, reference, _ratio(reference.scales.gene, train.scales.gene), settings.patience)
-        complete(operator, scaled, on_iteration, stop)
+        complete(operator, scaled, listen, stop)
         return Choice(omega, gene_exponent, stop.threshold / math.sqrt(TRAIN_SHARE), stop.lowest)
 
     own = settings.exponents[0]

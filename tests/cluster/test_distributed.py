@@ -10,6 +10,7 @@ from problems import low_rank_counts
 
 from scialm_dask import ExpressionMatrix, Imputation, impute
 from scialm_dask.evaluate.metrics import score_held_out
+from scialm_dask.events import Iteration
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,28 @@ def test_the_scheduler_holds_no_more_tasks_from_iteration_to_iteration(client, p
     """The state is a task for each block; what is done is forgotten."""
     held = []
 
-    def count(_):
-        held.append(client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
+    def count(event):
+        if isinstance(event, Iteration):
+            held.append(client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
 
-    result = impute(ExpressionMatrix.open(path, blocks=5), preset="paper", max_iterations=20, on_iteration=count)
+    result = impute(ExpressionMatrix.open(path, blocks=5), preset="paper", max_iterations=20, listen=count)
     assert result.rank > 0
     assert max(held[10:]) <= 1.5 * max(held[:10])
+
+
+def test_a_matrix_in_memory_is_not_sent_in_graphs(client, tmp_path):
+    """Distributed warns of large graphs, and warnings are errors here."""
+    counts = low_rank_counts(1200, 300, density=0.5, seed=3)
+    settings = {"max_rank": 4, "max_iterations": 5}
+    options = {"temporary-directory": str(tmp_path), "distributed.admin.large-graph-warning-threshold": "500 kB"}
+    with client.as_current(), dask.config.set(options):
+        result = impute(counts, **settings)
+        new = result.transform(counts[:1000])
+        assert len(os.listdir(tmp_path)) == 2
+        left, others = result.left.compute(), new.left.compute()
+    with dask.config.set(scheduler="threads"):
+        again = impute(counts, **settings)
+        np.testing.assert_allclose(left, again.left.compute(), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(others, again.transform(counts[:1000]).left.compute(), rtol=1e-3, atol=1e-3)
+    del result, new
+    assert os.listdir(tmp_path) == []

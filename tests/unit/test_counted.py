@@ -51,14 +51,14 @@ def test_two_passes_an_iteration_one_visit_and_one_read_of_each_block_a_pass(tmp
         assert passes == 2
         assert reads == passes * n_blocks
         assert tasks["visit"] == passes * n_blocks
-        assert tasks.keys() <= {"visit", "getitem", "add_sums", "left_of"}
+        assert tasks.keys() <= {"visit", "getitem", "add_sums", "without_sketch"}
         # state and sums of each block are picked; then a tree's n − 1 sums, and its end is fetched
         assert tasks["getitem"] + tasks["add_sums"] == passes * (2 * n_blocks + n_blocks)
-        assert tasks["left_of"] <= n_blocks
+        assert tasks["without_sketch"] <= n_blocks
 
 
 def test_the_exact_short_side_takes_three_passes(tmp_path):
     iterations = cost_of_iterations(tmp_path, 3, max_iterations=9)
     assert {passes for passes, _, _ in iterations} <= {2, 3}
     assert iterations[-1][0] == 3
-    assert len({tasks.total() - tasks["left_of"] for passes, tasks, _ in iterations if passes == 3}) == 1
+    assert len({tasks.total() - tasks["without_sketch"] for passes, tasks, _ in iterations if passes == 3}) == 1

@@ -78,10 +78,15 @@ def test_the_held_out_stop_follows_the_twin_and_returns_its_best(m, n, density, 
     assert [i.rank for i in completion.history] == list(expected.ranks)
     np.testing.assert_allclose(errors, expected.held_out, rtol=1e-3)
     assert np.linalg.norm(A - expected.A) < 1e-3 * np.linalg.norm(expected.A)
-    # so A is not the last one
+    # so A is not the last one, and has seen the entries that were held out
     D, mask = matrix.toarray(), np.zeros(matrix.shape, bool)
     mask[np.nonzero(D)] = hidden
-    assert np.linalg.norm((A - D)[mask]) / np.linalg.norm(D[mask]) == pytest.approx(min(errors), rel=1e-4)
+    error_on_hidden = [np.linalg.norm((X - D)[mask]) / np.linalg.norm(D[mask]) for X in (expected.before, A)]
+    assert error_on_hidden[0] == pytest.approx(min(errors), rel=1e-3)
+    assert error_on_hidden[1] < 0.9 * error_on_hidden[0]
+    observed = matrix.data - A[matrix.nonzero()]
+    assert completion.returned.residual == pytest.approx(np.linalg.norm(observed) / np.linalg.norm(D), rel=1e-4)
+    assert completion.returned.rank == len(completion.values) <= completion.history[completion.chosen - 1].rank
 
 
 def test_two_passes_come_close_to_exact_svds():

@@ -1,7 +1,6 @@
 """Conversion: every format gives the same store; bad ones, full disks and Ctrl-C leave nothing."""
 
 import gzip
-import io
 import json
 import os
 import resource
@@ -19,13 +18,13 @@ import scanpy as sc
 import scipy.sparse as sp
 import zarr
 
-from scialm_dask.cli import progress
-from scialm_dask.data import layout, store, tenx, transpose
+from scialm_dask.data import layout, tenx, transpose, writer
 from scialm_dask.data.ingest import convert
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.quality import quality_control
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.masking import mask
+from scialm_dask.events import Advanced, Stage
 
 
 def read(path):
@@ -41,8 +40,8 @@ def small_pieces(monkeypatch):
     """Sizes at which a small matrix takes many blocks, pieces, buckets and chunks."""
     for module, name, value in (
         (layout, "_LEAST_NONZEROS", 100),
-        (store, "_CHUNK_VALUES", 512),
-        (store, "_CHUNK_ROWS", 50),
+        (writer, "_CHUNK_VALUES", 512),
+        (writer, "_CHUNK_ROWS", 50),
         (transpose, "_PIECE", 100),
         (transpose, "_BUCKET", 200),
         (tenx, "_PIECE", 100),
@@ -57,7 +56,7 @@ FORMS = {"csr": sp.csr_matrix, "csc": sp.csc_matrix, "dense": lambda m: m.toarra
 @pytest.mark.parametrize("form", list(FORMS))
 def test_anndata_of_any_form(cli, counts, store_of, tmp_path, small_pieces, form, name):
     path = store_of(FORMS[form](counts), name, scaled=FORMS[form](counts * -0.5))
-    result = cli("convert", path, tmp_path / "out.zarr", "--json")
+    result = cli("convert", path, tmp_path / "out.zarr", "--quiet", "--json")
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout.splitlines()[-1])
     assert (summary["n_cells"], summary["n_genes"], summary["n_observed"]) == (120, 40, counts.nnz)
@@ -69,7 +68,7 @@ def test_anndata_of_any_form(cli, counts, store_of, tmp_path, small_pieces, form
     assert same(got.layers["scaled"], counts * -0.5)
     pd.testing.assert_frame_equal(got.obs, source.obs)
     pd.testing.assert_frame_equal(got.var, source.var, check_column_type=False)
-    assert result.stderr == ""  # no bar where there is no terminal
+    assert result.stderr == ""
 
 
 def test_a_bare_array_and_what_zarr_left_out(cli, counts, tmp_path):
@@ -260,7 +259,7 @@ HEADER = "%%MatrixMarket matrix coordinate integer general\n"
 )
 def test_bad_mex(cli, counts, tmp_path, text, message):
     folder = write_mex(tmp_path / "mex", counts, compress=False, text=text)
-    result = cli("convert", folder, tmp_path / "out.zarr")
+    result = cli("convert", folder, tmp_path / "out.zarr", "--quiet")
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
@@ -296,7 +295,7 @@ def test_mex_files_that_are_cut_or_absent(cli, counts, tmp_path):
 )
 def test_bad_matrices(cli, counts, store_of, tmp_path, command, spoil, message):
     path = store_of(spoil(counts))
-    result = cli(*command, path, tmp_path / "out.zarr")
+    result = cli(*command, path, tmp_path / "out.zarr", "--quiet")
     assert result.exit_code == 2
     assert message in result.stderr
     assert path in result.stderr
@@ -343,7 +342,7 @@ def test_a_full_disk(store_of, tmp_path, form, command):
     (tmp_path / "tmp").mkdir()
     result = run(
         "from scialm_dask.__main__ import main; main()",
-        command, path, tmp_path / "out.zarr",
+        command, path, tmp_path / "out.zarr", "--quiet",
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)),
     )  # fmt: skip
@@ -358,16 +357,15 @@ def test_a_full_disk(store_of, tmp_path, form, command):
 INTERRUPT = """
 import os, signal, sys
 from scialm_dask.__main__ import main
-from scialm_dask.cli import progress
-from scialm_dask.data import layout, store
+from scialm_dask.data import layout, writer
 layout._LEAST_NONZEROS = 100
-append, calls = store.CSRWriter.append, []
+append, calls = writer.CSRWriter.append, []
 def interrupted(self, rows):
     calls.append(1)
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGINT)
     append(self, rows)
-store.CSRWriter.append = interrupted
+writer.CSRWriter.append = interrupted
 main()
 """
 
@@ -378,7 +376,7 @@ def test_ctrl_c(counts, store_of, tmp_path, form, command):
     (tmp_path / "tmp").mkdir()
     env = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
     code = INTERRUPT.replace("== 4", "== 1") if form == "csc" else INTERRUPT
-    result = run(code, command, path, tmp_path / "out.zarr", env=env)
+    result = run(code, command, path, tmp_path / "out.zarr", "--quiet", env=env)
     assert result.returncode == 130, result.stderr
     assert result.stderr == "scialm-dask: interrupted; nothing was written\n"
     assert sorted(os.listdir(tmp_path)) == ["source.zarr", "tmp"]
@@ -387,36 +385,21 @@ def test_ctrl_c(counts, store_of, tmp_path, form, command):
 
 @pytest.mark.parametrize("source", ["csr", "csc", "dense", "mex", "mixed mex"])
 def test_progress_adds_up(counts, store_of, tmp_path, small_pieces, source):
-    shares = []
+    events = []
     if "mex" in source:
         order = (lambda coo: np.lexsort((coo.col, coo.row))) if source == "mixed mex" else None
         path = write_mex(tmp_path / "mex", counts, compress=True, order=order)
     else:
         path = store_of(FORMS[source](counts), again=FORMS[source](counts))
-    convert(path, tmp_path / "out.zarr", advance=shares.append)
-    assert len(shares) > 1
-    assert sum(shares) == pytest.approx(1)
-    if source == "csr":
-        for command in (quality_control, mask):
-            shares.clear()
-            command(path, tmp_path / f"{command.__name__}.zarr", advance=shares.append)
-            assert sum(shares) == pytest.approx(1)
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize(
-    ("stream", "quiet", "shown"), [(Terminal, False, True), (Terminal, True, False), (io.StringIO, False, False)]
-)
-def test_a_bar_is_shown_on_a_terminal_unless_quiet(monkeypatch, stream, quiet, shown):
-    monkeypatch.setattr(sys, "stderr", stream())
-    with progress("working", quiet) as advance:
-        advance(0.5)
-        advance(0.7)  # rounding must not overrun the bar
-    assert ("working:   0%" in sys.stderr.getvalue()) == shown
+    for command in (convert, quality_control, mask) if source == "csr" else (convert,):
+        events.clear()
+        command(path, tmp_path / f"{command.__name__}.zarr", listen=events.append)
+        stage, *shares = events
+        assert isinstance(stage, Stage)
+        done = [event.done for event in shares if isinstance(event, Advanced)]
+        assert len(done) > 1
+        assert done == sorted(done)
+        assert done[-1] == pytest.approx(1)
 
 
 # Memory

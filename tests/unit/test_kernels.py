@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 
 from scialm_dask.linalg import kernels
-from scialm_dask.linalg.kernels import Block, BlockState, Step, View
+from scialm_dask.linalg.kernels import Block, BlockState, GiveBack, Step, View
 
 M, N = 23, 17
 RANKS = [0, 1, 5, 13]
@@ -70,6 +70,28 @@ def test_sampled_product(block, rank):
     got = kernels.sampled_product(block, left, right)
     assert got.dtype == np.float32
     close(got, (left.astype(np.float64) @ right.T)[rows, block.indices])
+
+
+@pytest.mark.parametrize("omega", [None, 0.3])
+def test_given_back_entries_are_estimated_as_if_a_had_always_been_as_it_is(block, omega):
+    """Against the multiplier update, repeated; the others stay as they are."""
+    rng = np.random.default_rng(2)
+    state, right, basis = state_of(block, 3), rough(rng, N, 3), rough(rng, N, 4)
+    beta = None if omega is None else np.full(N, omega, np.float32)
+    trust, ratio, steps = 1 - (omega or 0), 0.8, 5
+    view = View(right, trust * right, beta, basis, trust * (right.T @ basis), give_back=GiveBack(ratio, steps))
+    a = kernels.sampled_product(block, state.left, right).astype(np.float64)
+    w = block.observed.astype(np.float64)
+    for _ in range(steps):
+        w = block.observed + trust * ratio * (w - a)
+    hidden = np.isnan(state.estimate)
+    before = state.estimate.copy()
+    new, sums = kernels.visit(block, state, view)
+    close(new.estimate[hidden], w[hidden])
+    np.testing.assert_array_equal(new.estimate[~hidden], before[~hidden])
+    np.testing.assert_array_equal(state.estimate, before)
+    S = dense_of(block, new.estimate - trust * a)
+    close(new.sketch, (S + trust * state.left.astype(np.float64) @ right.T) @ basis)
 
 
 @pytest.mark.parametrize("rank", RANKS)

@@ -138,13 +138,16 @@ def test_versions_that_nobody_needs_are_dropped_from_disk(tmp_path):
     assert on_disk(tmp_path) == ["estimate.3", "left.3", "sketch.3"]
     operator.keep()
     operator.multiply(START, step, right)
-    assert on_disk(tmp_path) == ["estimate.4", "left.3", "left.4", "sketch.4"]
+    assert on_disk(tmp_path) == ["estimate.3", "estimate.4", "left.3", "left.4", "sketch.4"]
     operator.multiply(START, step, right)
-    assert on_disk(tmp_path) == ["estimate.5", "left.3", "left.5", "sketch.5"]
+    assert on_disk(tmp_path) == ["estimate.3", "estimate.5", "left.3", "left.5", "sketch.5"]
     operator.keep()
     assert on_disk(tmp_path) == ["estimate.5", "left.5", "sketch.5"]
     operator.keep()
     assert on_disk(tmp_path) == ["estimate.5", "left.5", "sketch.5"]
+    operator.multiply(START, step, right)
+    operator.restore()
+    assert on_disk(tmp_path) == ["estimate.5", "left.5", "sketch.6"]
 
 
 def test_factors_are_those_that_were_kept(tmp_path):

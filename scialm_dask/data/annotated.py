@@ -1,0 +1,138 @@
+"""AnnData objects: the matrix in one, and the factors put beside it, by scanpy's conventions."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scialm_dask.data.matrix import Annotation, ExpressionMatrix, Observed
+from scialm_dask.data.rows import StoredRows
+from scialm_dask.data.store import open_store
+from scialm_dask.errors import InputError
+
+if TYPE_CHECKING:
+    import anndata
+    import dask.array as da
+    from numpy.typing import NDArray
+
+__all__ = ["add_factors", "as_matrix", "is_anndata", "refuse_logarithms"]
+
+_LOOKED_AT = 1 << 10  # cells at the start, to see whether they are whole numbers
+
+
+def is_anndata(thing: Any) -> bool:
+    """Tell, without loading AnnData."""
+    return hasattr(thing, "obs_names") and hasattr(thing, "var_names")
+
+
+def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed = "nonzero") -> ExpressionMatrix:
+    """Take whatever holds cells × genes.
+
+    Parameters
+    ----------
+    matrix
+        An `ExpressionMatrix`, as it is; an AnnData; a path to a store; or an array, as `ExpressionMatrix.of` takes
+        them.
+    layer
+        Of a store or an AnnData, instead of X.
+    observed
+        See `ExpressionMatrix`.
+
+    Raises
+    ------
+    InputError
+        If it cannot be used.
+    """
+    if isinstance(matrix, ExpressionMatrix):
+        return matrix
+    if isinstance(matrix, str | os.PathLike):
+        return ExpressionMatrix.open(matrix, layer, observed=observed)
+    if is_anndata(matrix):
+        return _of_anndata(matrix, layer, observed)
+    if layer is not None:
+        raise InputError(f"layer is {layer!r}, but a {type(matrix).__name__} has none; leave the layer out")
+    return ExpressionMatrix.of(matrix, observed=observed)
+
+
+def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -> ExpressionMatrix:
+    """Take X or a layer with the annotation; X of a backed AnnData is read from its file, block by block."""
+    annotation = Annotation(*(_in_memory(frame) for frame in (adata.obs, adata.var)))
+    if layer is not None and layer not in adata.layers:
+        raise InputError(f"AnnData: has no layer {layer!r}; its layers are: {', '.join(adata.layers) or 'none'}")
+    if adata.isbacked and layer is None:
+        if adata.is_view:
+            raise InputError(
+                f"{adata.filename}: this is a view of a backed AnnData; give view.to_memory(), or write the view to a "
+                "file by view.copy(filename) and give that"
+            )
+        return ExpressionMatrix.open(adata.filename, observed=observed).annotated(annotation)
+    values, name = (adata.X, "AnnData:X") if layer is None else (adata.layers[layer], f"AnnData:layers/{layer}")
+    if values is None:
+        raise InputError(f"AnnData: has no X; name one of its layers: {', '.join(adata.layers) or 'there are none'}")
+    return ExpressionMatrix.of(values, observed=observed, name=name).annotated(annotation)
+
+
+def _in_memory(frame: Any) -> Any:
+    return frame.to_memory() if hasattr(frame, "to_memory") else frame.copy()
+
+
+def refuse_logarithms(matrix: ExpressionMatrix, given: Any, layer: str | None) -> None:
+    """Raise `InputError` if X is marked as logarithms, as scanpy's ``log1p`` does, and does not hold whole numbers.
+
+    Parameters
+    ----------
+    matrix
+        Made of `given`.
+    given
+        An AnnData, which has ``uns``; else the matrix's own store is looked at.
+    layer
+        Layers are not looked at: the mark is about X.
+    """
+    if layer is not None or matrix.observed == "finite" or not _marked(matrix, given):
+        return
+    first = matrix.rows.read(0, min(_LOOKED_AT, matrix.shape[0]))
+    if np.any(first.data % 1):
+        raise InputError(
+            f"{matrix.name}: holds logarithms, as uns['log1p'] says; give the layer that holds counts, or delete "
+            "uns['log1p'] if it is wrong"
+        )
+
+
+def _marked(matrix: ExpressionMatrix, given: Any) -> bool:
+    if is_anndata(given):
+        return "log1p" in given.uns
+    if isinstance(matrix.annotation, str) and isinstance(matrix.rows, StoredRows) and matrix.rows.element == "X":
+        return "uns/log1p" in open_store(matrix.annotation)
+    return False
+
+
+def add_factors(
+    adata: anndata.AnnData, key: str, left: da.Array, right: NDArray[np.float32], notes: dict[str, Any]
+) -> None:
+    """Put factors into an AnnData: ``obsm["X_" + key]``, ``varm[key]`` and ``uns[key]``.
+
+    The left factor is computed, unless the AnnData is lazy itself. A view becomes an AnnData of its own.
+
+    Parameters
+    ----------
+    adata
+        To change.
+    key
+        Name.
+    left, right
+        Shapes ``(m, r)`` and ``(n, r)``.
+    notes
+        For ``uns``.
+    """
+    import anndata
+    import dask
+
+    lazy = not adata.isbacked and dask.is_dask_collection(adata.X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", anndata.ImplicitModificationWarning)
+        adata.obsm[f"X_{key}"] = left if lazy else left.compute()
+        adata.varm[key] = right
+        adata.uns[key] = notes

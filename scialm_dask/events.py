@@ -1,0 +1,152 @@
+"""What happens in long work, as typed events. Who listens decides how they look; nothing else prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = [
+    "Advance",
+    "Advanced",
+    "Event",
+    "Iteration",
+    "Listener",
+    "Note",
+    "Pass",
+    "Scored",
+    "Stage",
+    "Sweep",
+    "begin",
+    "silent",
+]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events. They carry facts of the work and no clock: whoever listens has one."""
+
+
+@dataclass(frozen=True)
+class Stage(Event):
+    """Another part of the work begins.
+
+    Parameters
+    ----------
+    name
+        Such as ``"surveying"`` or ``"iterating"``.
+    detail
+        What is particular to it this time.
+    iterations
+        How many are expected; None if nobody knows.
+    """
+
+    name: str
+    detail: str = ""
+    iterations: int | None = None
+
+
+@dataclass(frozen=True)
+class Advanced(Event):
+    """A share of the stage is done, from 0 to 1."""
+
+    done: float
+
+
+@dataclass(frozen=True)
+class Pass(Event):
+    """All blocks of the matrix have been visited once more, `passes` times so far."""
+
+    passes: int
+
+
+@dataclass(frozen=True)
+class Iteration(Event):
+    """One iteration of Algorithm 3, a line of the history.
+
+    Parameters
+    ----------
+    iteration
+        From 1, as in the paper.
+    rank
+        svp, the number of singular values over the threshold that were kept.
+    threshold
+        1/μ.
+    residual
+        ‖P_Ω(D − A)‖ / ‖D‖.
+    held_out
+        The same over the held-out entries; NaN if there are none.
+    passes
+        Passes over the data so far.
+    """
+
+    iteration: int
+    rank: int
+    threshold: float
+    residual: float
+    held_out: float
+    passes: int
+
+
+@dataclass(frozen=True)
+class Sweep(Event):
+    """One iteration of a recovery from pooled measurements."""
+
+    sweep: int
+    objective: float
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """Something the user should know, in words."""
+
+    words: str
+
+
+@dataclass(frozen=True)
+class Scored(Event):
+    """A method has been tried on an experiment of an evaluation; numbers are NaN where there are none.
+
+    Parameters
+    ----------
+    experiment
+        What was asked, with the share hidden and the seed.
+    method
+        With its setting.
+    status
+        ``"ok"``, or what went wrong.
+    mse, relative_error
+        Over the entries asked for.
+    seconds
+        That it took.
+    note
+        What it says of itself, or what went wrong.
+    """
+
+    experiment: str
+    method: str
+    status: str
+    mse: float
+    relative_error: float
+    seconds: float
+    note: str
+
+
+Listener = Callable[[Event], None]
+Advance = Callable[[float], None]  # told what share of the stage has been done since the last time
+
+
+def silent(_: Event) -> None:
+    """Listen to nothing."""
+
+
+def begin(listen: Listener, name: str) -> Advance:
+    """Begin a stage of known length; what is returned is to be told the share of it done since the last call."""
+    listen(Stage(name))
+    done = 0.0
+
+    def advance(share: float) -> None:
+        nonlocal done
+        done = min(done + share, 1.0)  # rounding must not overrun
+        listen(Advanced(done))
+
+    return advance

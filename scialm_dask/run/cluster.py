@@ -1,0 +1,418 @@
+"""Who computes: the one file that knows `Client`, `LocalCluster` and dask-jobqueue."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from scialm_dask.config import configured
+from scialm_dask.data.temporary import current_client
+from scialm_dask.errors import ClusterError, InputError
+
+if TYPE_CHECKING:
+    from distributed import Client, Security
+
+__all__ = ["CLUSTERS", "Team", "connect", "current_client", "team"]
+
+_JOBQUEUE = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "sge": "SGECluster", "lsf": "LSFCluster"}
+CLUSTERS = ("local", *_JOBQUEUE)
+_RETRIES = 10  # of a lost connection; a network that fails for a minute must not end a run of hours
+_SAME_EVERYWHERE = ("python", "dask", "distributed", "scialm_dask")
+
+
+@dataclass(frozen=True)
+class Team:
+    """Who computes.
+
+    Parameters
+    ----------
+    workers
+        Number of processes.
+    threads
+        Tasks that each runs at once.
+    memory
+        Bytes that each may take before it stops taking tasks; None if nothing but the machine sets a limit.
+    """
+
+    workers: int
+    threads: int
+    memory: int | None
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
+@contextmanager
+def connect(
+    scheduler: str | None = None,
+    *,
+    scheduler_file: str | os.PathLike[str] | None = None,
+    cluster: str | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    worker_memory: str | None = None,
+    tls: bool | None = None,
+    notify: Callable[[str], None] = _say_nothing,
+) -> Iterator[Client | None]:
+    """Find workers for what is computed within the block: ``with scialm_dask.connect(cluster="local"): …``.
+
+    What is not given is taken from Dask's configuration, namespace ``scialm``. All that is started here listens on
+    the loopback interface, or on the one that dask-jobqueue's configuration names, and is closed at the end.
+
+    Parameters
+    ----------
+    scheduler
+        Address of a running scheduler.
+    scheduler_file
+        The file that ``dask scheduler --scheduler-file`` has written, or will in a moment.
+    cluster
+        Start one: ``"local"``, or ``"slurm"``, ``"pbs"``, ``"sge"`` or ``"lsf"`` as dask-jobqueue's own configuration
+        describes it. Without any of the three: threads of this process.
+    workers
+        Number of worker processes of `cluster`.
+    threads
+        Of each of them; without a cluster, of this process.
+    worker_memory
+        Of each of them, such as ``"8GB"``.
+    tls
+        Encrypt and authenticate all connections: by a certificate made for this cluster alone, or, for a running
+        scheduler, by the files that Dask's configuration names under ``distributed.comm.tls``.
+    notify
+        Called with a line of text when people should know why it waits, or that it goes on with fewer workers.
+
+    Yields
+    ------
+    distributed.Client or None
+        None: threads of this process.
+
+    Raises
+    ------
+    InputError
+        If the options contradict one another, or a program or package that they need is missing.
+    ClusterError
+        If the scheduler does not answer, no worker comes, or they are lost on the way.
+    """
+    import dask
+
+    if scheduler is scheduler_file is cluster is None:
+        scheduler, scheduler_file, cluster = map(configured, ("scheduler", "scheduler-file", "cluster"))
+    _check_places(scheduler, scheduler_file, cluster, workers=workers, threads=threads, memory=worker_memory, tls=tls)
+    workers, threads = configured("workers", workers), configured("threads", threads)
+    worker_memory, tls = configured("worker-memory", worker_memory), bool(configured("tls", tls))
+    _check_values(workers, threads, worker_memory)
+    if scheduler is scheduler_file is cluster is None:
+        with dask.config.set({} if threads is None else {"num_workers": threads}):
+            yield None
+        return
+    import distributed  # noqa: F401  its settings are Dask's from here on
+
+    with ExitStack() as stack:
+        stack.enter_context(dask.config.set(_patient()))
+        if cluster is None:
+            client = stack.enter_context(_standing(scheduler, scheduler_file, tls))
+            wanted = 1
+        else:
+            start = _local if cluster == "local" else _jobqueue
+            client, wanted = start(stack, cluster, workers, threads, worker_memory, _temporary(tls))
+        _wait(client, wanted, notify)
+        _same_versions(client)
+        with _losses_explained():
+            yield client
+
+
+def team() -> Team:
+    """Say who would compute just now."""
+    import dask
+    from dask.system import CPU_COUNT
+
+    client = current_client()
+    workers = {} if client is None else client.scheduler_info(n_workers=-1)["workers"]
+    if not workers:
+        return Team(1, int(dask.config.get("num_workers", None) or CPU_COUNT), None)
+    pause = float(dask.config.get("distributed.worker.memory.pause") or 1)
+    limits = [worker["memory_limit"] for worker in workers.values() if worker["memory_limit"]]
+    threads = max(worker["nthreads"] for worker in workers.values())
+    return Team(len(workers), threads, int(pause * min(limits)) if limits else None)
+
+
+def _patient() -> dict[str, Any]:
+    """Give settings for runs that take hours and send V, of some megabytes, to every worker once per pass."""
+    import dask
+
+    return {
+        "distributed.comm.retry.count": dask.config.get("distributed.comm.retry.count") or _RETRIES,
+        "distributed.admin.large-graph-warning-threshold": "1GB",
+    }
+
+
+def _check_places(scheduler: Any, scheduler_file: Any, cluster: Any, **given: Any) -> None:
+    """Refuse options that contradict one another."""
+    places = {"--scheduler": scheduler, "--scheduler-file": scheduler_file, "--cluster": cluster}
+    named = [option for option, value in places.items() if value is not None]
+    if len(named) > 1:
+        raise InputError(f"{' and '.join(named)} exclude one another; give one of them")
+    if cluster is not None and cluster not in CLUSTERS:
+        raise InputError(f"cluster is {cluster!r}; choose one of {', '.join(CLUSTERS)}")
+    if cluster is None and (given["workers"] is not None or given["memory"] is not None):
+        raise InputError("--workers and --worker-memory describe a cluster to start; give --cluster too")
+    if cluster is None and named and given["threads"] is not None:
+        raise InputError(f"--threads goes with --cluster, or alone; the workers of {named[0]} have theirs already")
+    if given["tls"] and not named:
+        raise InputError("--tls is for workers in other processes; give --cluster, --scheduler or --scheduler-file too")
+
+
+def _check_values(workers: Any, threads: Any, memory: Any) -> None:
+    from dask.utils import parse_bytes
+
+    for name, number in {"workers": workers, "threads": threads}.items():
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise InputError(f"{name} is {number!r}; give a whole number, 1 at least")
+    try:
+        parse_bytes(memory or 0)
+    except ValueError:
+        raise InputError(f"worker memory is {memory!r}; give a number with a unit, such as 8GB") from None
+
+
+def _seconds(name: str) -> float:
+    from dask.utils import parse_timedelta
+
+    words = configured(name)
+    try:
+        return float(parse_timedelta(words))
+    except (TypeError, ValueError, KeyError):
+        raise InputError(f"{name} is {words!r}; give a time with a unit, such as 30s") from None
+
+
+def _standing(scheduler: str | None, scheduler_file: Any, tls: bool) -> Client:
+    """Connect to a scheduler that somebody else has started."""
+    from distributed import Client
+
+    timeout = _seconds("connect-timeout")
+    address = scheduler or _address_in(scheduler_file, timeout)
+    if tls and "://" not in address:
+        address = f"tls://{address}"
+    if tls and not address.startswith("tls://"):
+        raise InputError(f"{address}: not encrypted, and --tls was given; give the address as tls://HOST:PORT")
+    security = _from_files() if address.startswith("tls://") else None
+    try:
+        # One that fails would stay Dask's default, and all that is computed later would fail too.
+        Client(address, timeout=timeout, security=security, set_as_default=False).close()
+        return Client(address, timeout=timeout, security=security)
+    except ValueError as error:
+        raise InputError(
+            f"{address}: not an address ({error}); give it as tcp://HOST:PORT or tls://HOST:PORT"
+        ) from error
+    except (OSError, TimeoutError) as error:
+        raise ClusterError(
+            f"{address}: no scheduler answered within {timeout:g} s; check that it runs and can be reached from here, "
+            "and that both sides or neither use TLS"
+        ) from error
+
+
+def _address_in(scheduler_file: str | os.PathLike[str], timeout: float) -> str:
+    """Read the address, waiting for a scheduler that is just being started."""
+    path = os.fspath(scheduler_file)
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            with open(path) as file:
+                return str(json.load(file)["address"])
+        except FileNotFoundError:
+            problem = "no such file"
+        except (ValueError, KeyError, TypeError, OSError, UnicodeDecodeError):
+            problem = "not what a scheduler writes"
+        if time.monotonic() > end:
+            raise ClusterError(
+                f"{path}: {problem} after {timeout:g} s; start `dask scheduler --scheduler-file {path}` on a "
+                "disk that both see"
+            )
+        time.sleep(0.05)
+
+
+def _from_files() -> Security:
+    """TLS by the files that Dask's configuration names."""
+    import dask
+    from distributed import Security
+
+    for key in ("ca-file", "client.cert"):
+        path = dask.config.get(f"distributed.comm.tls.{key}")
+        if path is None:
+            raise InputError(f"distributed.comm.tls.{key} is not set in Dask's configuration; TLS needs that file")
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: no such file; it is distributed.comm.tls.{key} of Dask's configuration")
+    return Security(require_encryption=True)
+
+
+def _temporary(tls: bool) -> Security | None:
+    """TLS by a certificate made now, which only this cluster knows."""
+    if not tls:
+        return None
+    from distributed import Security
+
+    try:
+        return Security.temporary()
+    except ImportError as error:
+        raise InputError("--tls needs cryptography; pip install 'scialm-dask[tls]'") from error
+
+
+def _local(
+    stack: ExitStack, _: str, workers: int | None, threads: int | None, memory: str | None, security: Security | None
+) -> tuple[Client, int]:
+    """Start worker processes on this machine."""
+    from distributed import Client, LocalCluster
+
+    started = stack.enter_context(
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=threads,
+            memory_limit=memory or "auto",
+            host="127.0.0.1",
+            dashboard_address=configured("dashboard-address"),
+            security=security,
+        )
+    )
+    return stack.enter_context(Client(started)), len(started.workers)
+
+
+def _jobqueue(
+    stack: ExitStack, name: str, workers: int | None, threads: int | None, memory: str | None, security: Security | None
+) -> tuple[Client, int]:
+    """Submit jobs, each of which runs workers, as dask-jobqueue's configuration has them."""
+    from dask.utils import format_bytes, parse_bytes
+    from distributed import Client
+
+    if workers is None:
+        raise InputError(f"--cluster {name} needs a number of --workers")
+    kind = _jobqueue_class(name)
+    options, get = _jobqueue_options(name), _of_jobqueue(name)
+    processes = options["processes"]
+    if threads is not None:
+        options["cores"] = threads * processes
+    if memory is not None:
+        options["memory"] = format_bytes(parse_bytes(memory) * processes)
+    for option, key in {"threads": "cores", "worker-memory": "memory"}.items():
+        if options.get(key, get(key)) is None:
+            raise InputError(f"--cluster {name} needs --{option}, or jobqueue.{name}.{key} in Dask's configuration")
+    if security is not None and get("shared-temp-directory") is None:
+        options["shared_temp_directory"] = os.getcwd()  # readable by this user alone, gone at the end
+    started = stack.enter_context(kind(**options, security=security))
+    jobs = -(-workers // processes)
+    _submit(started, jobs)
+    started.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # a job that ends or is cancelled is replaced
+    return stack.enter_context(Client(started)), workers
+
+
+def _submit(started: Any, jobs: int) -> None:
+    """Submit the first jobs and see that they are taken; `scale` would only log that they are not."""
+    from distributed import Status
+
+    async def all_of_them() -> None:
+        await started
+
+    for _ in range(jobs):
+        started.worker_spec.update(started.new_worker_spec())
+    try:
+        started.sync(all_of_them)
+    except RuntimeError as error:
+        for job in started.workers.values():
+            job.status = Status.failed  # the cluster cannot be closed around jobs that were never started
+        words = [line for line in str(error).splitlines() if line.strip()]
+        raise ClusterError(f"the job was not taken: {words[-1]}") from error
+
+
+def _jobqueue_class(name: str) -> Any:
+    try:
+        kind = getattr(importlib.import_module("dask_jobqueue"), _JOBQUEUE[name])
+    except ImportError as error:
+        raise InputError(f"--cluster {name} needs dask-jobqueue; pip install 'scialm-dask[jobqueue]'") from error
+    program = shlex.split(kind.job_cls.submit_command)[0]
+    if shutil.which(program) is None:
+        raise InputError(
+            f"--cluster {name} submits jobs by `{program}`, which is not on PATH; run this on a login node"
+        )
+    return kind
+
+
+def _of_jobqueue(name: str) -> Callable[[str], Any]:
+    import dask
+
+    return lambda key: dask.config.get(f"jobqueue.{name}.{key}", None)
+
+
+def _jobqueue_options(name: str) -> dict[str, Any]:
+    """Settle what dask-jobqueue would do otherwise: listen on all interfaces, and start many small processes."""
+    get = _of_jobqueue(name)
+    of_scheduler = {"dashboard_address": configured("dashboard-address"), **(get("scheduler-options") or {})}
+    if get("interface") is None and not {"host", "interface"} & of_scheduler.keys():
+        raise InputError(
+            f"jobqueue.{name}.interface is not set in Dask's configuration; name the network interface by which "
+            "workers reach this machine, such as ib0, or lo if they run here"
+        )
+    return {"processes": get("processes") or 1, "scheduler_options": of_scheduler}
+
+
+def _wait(client: Client, wanted: int, notify: Callable[[str], None]) -> None:
+    """Wait for all workers, or, once the time is over, go on with those that came."""
+    if _count(client) >= wanted:
+        return
+    timeout = _seconds("worker-timeout")
+    notify(f"waiting for {wanted} worker{'s' * (wanted > 1)}, {timeout:g} s at most")
+    try:
+        client.wait_for_workers(wanted, timeout=timeout)
+    except TimeoutError:
+        here = _count(client)
+        if here == 0:
+            raise ClusterError(
+                f"{client.scheduler.address}: no worker came within {timeout:g} s; look at the queue and the logs of "
+                "the jobs, or raise scialm.worker-timeout in Dask's configuration"
+            ) from None
+        notify(f"going on with {here} of {wanted} workers")
+
+
+def _count(client: Client) -> int:
+    return len(client.scheduler_info(n_workers=-1)["workers"])
+
+
+def _same_versions(client: Client) -> None:
+    """Refuse workers that have not what this process has; they would fail later, and less clearly."""
+    found = client.get_versions(packages=["scialm_dask"])
+    here = found["client"]["packages"]
+    everyone = {"the scheduler": found["scheduler"], **{f"worker {k}": v for k, v in found["workers"].items()}}
+    for who, what in everyone.items():
+        for package in _SAME_EVERYWHERE:
+            theirs, ours = _short(package, what["packages"].get(package)), _short(package, here[package])
+            if theirs != ours:
+                raise ClusterError(
+                    f"{who} has {package} {theirs or 'not at all'}, this process {ours}; install the same on both"
+                )
+
+
+def _short(package: str, version: str | None) -> str | None:
+    return ".".join(version.split(".")[:2]) if package == "python" and version else version
+
+
+@contextmanager
+def _losses_explained() -> Iterator[None]:
+    """Say in one line that workers, or the scheduler, were lost."""
+    from distributed import KilledWorker
+    from distributed.client import FutureCancelledError
+    from distributed.comm import CommClosedError
+
+    try:
+        yield
+    except KilledWorker as error:
+        raise ClusterError(
+            f"workers died {error.allowed_failures + 1} times over the same task, most likely for want of memory; give "
+            "more --worker-memory, fewer --threads or --scratch zarr:FOLDER"
+        ) from error
+    except (CommClosedError, FutureCancelledError) as error:
+        raise ClusterError("lost the scheduler, or all workers with their data; look at their logs") from error
