@@ -77,14 +77,14 @@ def impute(
     missing_chunks_are_zeros: bool,
     overwrite: bool,
     listen: Listener,
-    connected: Callable[[], Any],
+    connected: Callable[[Listener], Any],
     **settings: Any,
 ) -> dict[str, Any]:
     """Complete the matrix SRC by low-rank matrix completion and write its factors to DST.zarr."""
     from scialm_dask.api import impute
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.matrix import ExpressionMatrix
-    from scialm_dask.data.store import check_output
+    from scialm_dask.data.store import check_output, lasting, scratch_folder_for
     from scialm_dask.run.keeper import Checkpointing
 
     if checkpoint_every is not None and checkpoint is None:
@@ -99,21 +99,21 @@ def impute(
         src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
     )
     asked = {
-        "destination": os.path.abspath(dst),
+        "destination": lasting(dst),
         "write": write,
         "keep_observed": keep_observed,
         "preserve_zeros": preserve_zeros,
         "overwrite": overwrite,
         "run": uuid.uuid4().hex,
     }
-    with connected():
+    with connected(listen):
         with _resumable(checkpoint) as stop:
             result = impute(
                 matrix,
                 preset=preset,
                 scratch=scratch,
                 memory_limit=memory_limit,
-                scratch_folder=os.path.dirname(os.path.abspath(dst)),
+                scratch_folder=scratch_folder_for(dst),
                 checkpoint=Checkpointing(checkpoint, result=asked, stop=stop) if checkpoint else None,
                 checkpoint_every=checkpoint_every,
                 listen=listen,
@@ -135,7 +135,7 @@ def resume(
     dst: str | None,
     scratch: str | None,
     memory_limit: str | None,
-    connected: Callable[[], Any],
+    connected: Callable[[Listener], Any],
     listen: Listener,
 ) -> dict[str, Any]:
     """Go on with `impute --checkpoint DIR` from its last whole checkpoint.
@@ -143,7 +143,7 @@ def resume(
     The result is written where it was to be, or to DST.zarr. Checkpoints are written to DIR again.
     """
     from scialm_dask.api import resume
-    from scialm_dask.data.store import check_output
+    from scialm_dask.data.store import check_output, lasting
     from scialm_dask.run.job import notes_of
     from scialm_dask.run.keeper import ended, source_of
 
@@ -151,13 +151,13 @@ def resume(
     if words := ended(folder, notes) or _ended_now(folder, notes["result"]):
         listen(Note(words))
         return {"destination": notes["finished"] or notes["result"]["destination"]}
-    asked = notes["result"] | ({"destination": os.path.abspath(dst)} if dst else {})
+    asked = notes["result"] | ({"destination": lasting(dst)} if dst else {})
     if "destination" not in asked:
         raise InputError(f"{folder}: the run was begun from Python; say where to write its result: resume DIR DST.zarr")
     matrix = source_of(notes)
     source = notes["run"]["source"]["path"]
     check_output(asked["destination"], overwrite=asked.get("overwrite", False), sources=(source, folder))
-    with connected():
+    with connected(listen):
         with _resumable(folder) as stop:
             result = resume(folder, scratch=scratch, memory_limit=memory_limit, stop=stop, listen=listen)
         return _write(result, matrix, asked, source, folder, listen)
@@ -185,7 +185,7 @@ def _resumable(checkpoint: str | None, *, deferred: bool = True) -> Iterator[Cal
         with on_sigterm(deferred=deferred and checkpoint is not None) as stop:
             yield stop
     except KeyboardInterrupt:
-        if checkpoint is None or not os.path.isdir(checkpoint):
+        if checkpoint is None or not ("://" in checkpoint or os.path.isdir(checkpoint)):
             raise
         raise StoppedError(f"interrupted; go on by `scialm-dask resume {checkpoint}`") from None
 
@@ -217,9 +217,10 @@ def _write(
 
 def _zeros_of(matrix: Any, result: Any, dst: str, listen: Listener) -> Any:
     """Find biological zeros, with the working state where that of the fit was."""
+    from scialm_dask.data.store import scratch_folder_for
     from scialm_dask.solve.alra import biological_zeros
 
-    folder = os.path.dirname(os.path.abspath(dst)) if result.summary["scratch"] == "zarr" else None
+    folder = scratch_folder_for(dst) if result.summary["scratch"] == "zarr" else None
     return biological_zeros(matrix, seed=result.summary["settings"]["seed"], scratch_folder=folder, listen=listen)
 
 
@@ -241,7 +242,7 @@ def transform(
     missing_chunks_are_zeros: bool,
     overwrite: bool,
     listen: Listener,
-    connected: Callable[[], Any],
+    connected: Callable[[Listener], Any],
 ) -> dict[str, Any]:
     """Complete the cells of SRC, which were not in the fit, with the gene factors of RESULT.zarr.
 
@@ -253,7 +254,7 @@ def transform(
 
     check_output(dst, overwrite=overwrite, sources=(src, result))
     matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
-    with connected():
+    with connected(listen):
         completed = Imputation.open(result).transform(matrix)
         completed.to_zarr(dst, overwrite=overwrite, sources=(src, result), listen=listen)
     return {"destination": dst, **completed.summary}
@@ -267,13 +268,15 @@ def transform(
 @layer_option
 @cluster_options
 @reports
+@shows_progress
 def plan(
     src: str,
     preset: str,
     max_rank: int | None,
     blocks: int | None,
     layer: str | None,
-    connected: Callable[[], Any],
+    connected: Callable[[Listener], Any],
+    listen: Listener,
 ) -> dict[str, Any]:
     """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time. Computes nothing.
 
@@ -284,7 +287,7 @@ def plan(
     from scialm_dask.run.plan import plan
 
     matrix, settings = ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank)
-    with connected():
+    with connected(listen):
         return plan(matrix, settings)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,32 @@ def cli() -> Callable[..., Any]:
     from scialm_dask.__main__ import main
 
     return lambda *words: CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture(scope="session")
+def proxied_s3() -> Iterator[Any]:
+    """Proxy before an S3 server of this machine."""
+    from moto.server import ThreadedMotoServer
+    from objects import Proxy, served
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    with served(Proxy(server.get_host_and_port()[1])) as proxy:
+        yield proxy
+    server.stop()
+
+
+@pytest.fixture
+def bucket(proxied_s3: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Proxy before an S3 server with one empty bucket, ``s3://bucket``, to which the environment points."""
+    from urllib.request import Request, urlopen
+
+    keys = {"ACCESS_KEY_ID": "nobody", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}
+    for name, value in (keys | {"ENDPOINT_URL": proxied_s3.url}).items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    proxied_s3.reset()
+    for method, path in {"POST": "moto-api/reset", "PUT": "bucket"}.items():
+        urlopen(Request(f"{proxied_s3.url}/{path}", b"", method=method)).close()
+    proxied_s3.log.clear()
+    return proxied_s3

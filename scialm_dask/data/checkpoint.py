@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
@@ -20,88 +19,24 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from scialm_dask.data.array_files import ArrayFile, ArrayFolder, folder_at, sync_file
 from scialm_dask.data.store import output_error
 from scialm_dask.errors import CheckpointError, InputError, OutputError
 
-__all__ = ["ArrayFile", "ArrayFolder", "Checkpoint", "Checkpoints"]
+__all__ = ["Arrays", "Checkpoint", "Checkpoints", "manifest_of", "read_checkpoint", "read_manifest"]
 
 FORMAT = 1
 _KIND = "scialm-dask checkpoint"
-_KEPT = 2
-_MANIFEST = "manifest.json"
+KEPT = 2
+MANIFEST = "manifest.json"
 _LOCK = ".lock"
 _OWNED = ".scratch"
 _PARTIAL = ".partial"
-_NUMBERED = re.compile(r"\d{6,}")
+NUMBERED = re.compile(r"\d{6,}")
 _ARRAY_NAME = re.compile(r"[a-z_]+\.\d+\.npy")  # so that none leads out of the folder
-_PIECE = 8 << 20
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # some network disks have none
-
-
-class ArrayFile(NamedTuple):
-    """An array of a checkpoint: the name of its file, its bytes and their SHA-256."""
-
-    name: str
-    n_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class ArrayFolder:
-    """Writes and reads the arrays of one checkpoint, in whichever process; small, to be sent to workers.
-
-    Parameters
-    ----------
-    path
-        A folder on a disk that all workers see.
-    """
-
-    path: str
-
-    def put(self, name: str, block: int, array: NDArray[Any]) -> ArrayFile:
-        """Write an array and sync it. The same call again, even at once, does no harm."""
-        final = os.path.join(self.path, f"{name}.{block}.npy")
-        aside = f"{final}.{uuid.uuid4().hex[:8]}"
-        with open(aside, "wb") as file:
-            writer = _Hashing(file)
-            np.lib.format.write_array(writer, array, allow_pickle=False)
-            _sync(file)
-        os.replace(aside, final)
-        return ArrayFile(os.path.basename(final), writer.n_bytes, writer.digest.hexdigest())
-
-    def get(self, file: ArrayFile) -> NDArray[Any]:
-        """Read what `put` wrote; raises `CheckpointError` if that is no longer what is there."""
-        try:
-            with open(os.path.join(self.path, file.name), "rb") as opened:
-                content = opened.read()
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.path}: {file.name} is missing") from None
-        self._compare(file, len(content), hashlib.sha256(content).hexdigest())
-        array: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
-        return array
-
-    def verify(self, file: ArrayFile) -> None:
-        """Raise `CheckpointError` if the file is not as it was written. Takes next to no memory."""
-        path, digest = os.path.join(self.path, file.name), hashlib.sha256()
-        try:
-            self._compare(file, os.path.getsize(path), None)
-            with open(path, "rb") as opened:
-                while piece := opened.read(_PIECE):
-                    digest.update(piece)
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.path}: {file.name} is missing") from None
-        self._compare(file, file.n_bytes, digest.hexdigest())
-
-    def _compare(self, file: ArrayFile, n_bytes: int, sha256: str | None) -> None:
-        if n_bytes != file.n_bytes:
-            raise CheckpointError(f"{self.path}: {file.name} has {n_bytes} bytes of {file.n_bytes}; it is truncated")
-        if sha256 not in (None, file.sha256):
-            raise CheckpointError(f"{self.path}: {file.name} is not what was written; it is damaged or edited")
 
 
 Arrays = Mapping[str, Sequence[ArrayFile]]
@@ -128,7 +63,7 @@ class Checkpoint:
     @property
     def files(self) -> ArrayFolder:
         """What reads them."""
-        return ArrayFolder(self.path)
+        return folder_at(self.path)
 
 
 class Checkpoints:
@@ -169,7 +104,7 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Names of all that were completed, newest first; those refused are left out."""
-        there = (name for name in os.listdir(self.folder) if _NUMBERED.fullmatch(name))
+        there = (name for name in os.listdir(self.folder) if NUMBERED.fullmatch(name))
         return sorted((name for name in there if name not in self._refused), key=int, reverse=True)
 
     def read(self, name: str) -> Checkpoint:
@@ -217,16 +152,15 @@ class Checkpoints:
                     f"{self.folder}: {file.name}, which a worker has written, is not there; choose a folder on a disk "
                     "that all workers share"
                 )
-        content = {"kind": _KIND, "format": FORMAT, "notes": notes, "arrays": arrays}
-        with open(os.path.join(files.path, _MANIFEST), "w") as manifest:
-            manifest.write(json.dumps(content | {"sha256": _digest(content)}, indent=1))
-            _sync(manifest)
+        with open(os.path.join(files.path, MANIFEST), "w") as manifest:
+            manifest.write(manifest_of(notes, arrays))
+            sync_file(manifest)
         _sync_folder(files.path)
-        newest = max((int(name) for name in os.listdir(self.folder) if _NUMBERED.fullmatch(name)), default=0)
+        newest = max((int(name) for name in os.listdir(self.folder) if NUMBERED.fullmatch(name)), default=0)
         final = os.path.join(self.folder, f"{newest + 1:06d}")
         os.rename(files.path, final)
         _sync_folder(self.folder)
-        for name in self.names()[_KEPT:]:
+        for name in self.names()[KEPT:]:
             self.remove(name)
         return Checkpoint(final, dict(notes), {name: tuple(group) for name, group in arrays.items()})
 
@@ -275,25 +209,32 @@ def read_checkpoint(path: str) -> Checkpoint:
 def read_manifest(path: str) -> Checkpoint:
     """Read one without a look at its arrays."""
     try:
-        with open(os.path.join(path, _MANIFEST)) as manifest:
-            content = json.load(manifest)
+        manifest = folder_at(path).read(MANIFEST)
+    except CheckpointError:
+        raise CheckpointError(f"{path}: has no {MANIFEST}; it is torn") from None
+    try:
+        content = json.loads(manifest)
         kind, version = content["kind"], int(content["format"])
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: has no {_MANIFEST}; it is torn") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: {_MANIFEST} is damaged ({error})") from error
+        raise CheckpointError(f"{path}: {MANIFEST} is damaged ({error})") from error
     if kind != _KIND or version > FORMAT:
         raise CheckpointError(
             f"{path}: of format {version}, and this program reads format {FORMAT} at most; use the newer scialm-dask "
             "that wrote it"
         )
     if content.pop("sha256", None) != _digest(content):
-        raise CheckpointError(f"{path}: {_MANIFEST} is not what was written; it is damaged or edited")
+        raise CheckpointError(f"{path}: {MANIFEST} is not what was written; it is damaged or edited")
     arrays = {name: tuple(ArrayFile(*file) for file in group) for name, group in content["arrays"].items()}
     for name in (file.name for group in arrays.values() for file in group):
         if not _ARRAY_NAME.fullmatch(name):
             raise CheckpointError(f"{path}: names a file {name!r}, which is no array of a checkpoint")
     return Checkpoint(path, content["notes"], arrays)
+
+
+def manifest_of(notes: Mapping[str, Any], arrays: Arrays) -> str:
+    """Write a manifest, JSON."""
+    content = {"kind": _KIND, "format": FORMAT, "notes": notes, "arrays": arrays}
+    return json.dumps(content | {"sha256": _digest(content)}, indent=1)
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -315,23 +256,6 @@ def _locked(folder: str) -> IO[str]:
             lock.close()
             raise
     return lock
-
-
-class _Hashing:
-    """Passes on what is written, and its digest and length."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.digest, self.n_bytes = file, hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.n_bytes += len(data)
-        return self._file.write(data)
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _sync_folder(path: str) -> None:

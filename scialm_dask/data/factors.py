@@ -8,14 +8,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import dask
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import add_factors
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.store import CSRWriter, atomic_output, new_anndata, open_store, set_encoding
+from scialm_dask.data.matrix import ExpressionMatrix, Observed
+from scialm_dask.data.store import atomic_store, new_anndata, open_store, set_encoding
+from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin, silent
 
@@ -142,7 +144,6 @@ class Imputation:
             If there is no such result at `path`.
         """
         import anndata
-        import dask.array as da
 
         root: Any = open_store(path)
         held = {"obsm": f"X_{_KEY}", "varm": _KEY, "uns": _KEY}
@@ -151,7 +152,7 @@ class Imputation:
         uns = anndata.io.read_elem(root["uns"][_KEY])
         summary = json.loads(str(uns["summary"]))
         return cls(
-            da.from_zarr(os.fspath(path), component=f"obsm/X_{_KEY}"),
+            _stored_left(os.fspath(path), root[f"obsm/X_{_KEY}"]),
             np.asarray(root[f"varm/{_KEY}"][...]),
             obs=anndata.io.read_elem(root["obs"]),
             var=anndata.io.read_elem(root["var"]),
@@ -170,6 +171,11 @@ class Imputation:
     def rank(self) -> int:
         """Number of factors, r."""
         return int(self.right.shape[1])
+
+    @property
+    def observed(self) -> Observed:
+        """Which entries were observed; see `ExpressionMatrix`."""
+        return "nonzero" if self.clip else "finite"
 
     @property
     def history(self) -> pd.DataFrame:
@@ -308,7 +314,7 @@ class Imputation:
         def advance_part(share: float) -> None:
             advance(share / parts)
 
-        with atomic_output(path, overwrite=overwrite, sources=sources) as partial:
+        with atomic_store(path, overwrite=overwrite, sources=sources) as partial:
             root = new_anndata(partial, obs=self.obs, var=self.var)
             self._write_left(root, advance_part)
             anndata.io.write_elem(root["varm"], _KEY, self.right)
@@ -396,6 +402,20 @@ class Imputation:
         """Rows of which the dense form is small."""
         rows = max(1, min(self.shape[0], _DENSE_CHUNK_ROWS, _CHUNK_BYTES // (4 * self.shape[1])))
         return RowBlocks((*range(0, self.shape[0], rows), self.shape[0]))
+
+
+def _stored_left(path: str, stored: Any) -> da.Array:
+    """Left factor of a result as a Dask array whose tasks open the store themselves."""
+    import dask.array as da
+
+    read, (cells, rank), step = dask.delayed(_rows_of_left, pure=True), stored.shape, stored.chunks[0]
+    spans = [(start, min(start + step, cells)) for start in range(0, cells, step)]
+    pieces = [da.from_delayed(read(path, *span), (span[1] - span[0], rank), stored.dtype) for span in spans]
+    return da.concatenate(pieces, axis=0)
+
+
+def _rows_of_left(path: str, start: int, stop: int) -> NDArray[np.float32]:
+    return np.asarray(open_store(path)[f"obsm/X_{_KEY}"][start:stop])
 
 
 def _cells_of(csr: sp.csr_matrix) -> NDArray[np.intp]:

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.matrix import check_values, read_annotation
 from scialm_dask.data.rows import StoredRows, blocks_of, check_chunks, describe, numeric, sum_duplicates
-from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata, open_store
+from scialm_dask.data.store import atomic_store, check_output, new_anndata, open_store
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.tenx import MatrixMarket, h5_annotation, h5_group, h5_rows, is_10x_h5
 from scialm_dask.data.transpose import Entries, columns_of, csr_of, rows_in_order
+from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, Note, begin, silent
 
@@ -104,7 +105,7 @@ def convert(
     check_output(destination, overwrite=overwrite, sources=(source,))
     found = _open(source, layer, genome, missing_chunks_are_zeros)
     advance = begin(listen, "converting")
-    with atomic_output(destination, overwrite=overwrite, sources=(source,)) as partial:
+    with atomic_store(destination, overwrite=overwrite, sources=(source,)) as partial:
         root = new_anndata(partial, obs=found.obs, var=found.var)
         n_stored = {
             name: _write(root, name, matrix, source, lambda share: advance(share / len(found.matrices)))

@@ -17,7 +17,7 @@ from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
 from scialm_dask.data.store import open_store
 from scialm_dask.data.stream import in_order
-from scialm_dask.data.temporary import client_in_force, temporary_csr
+from scialm_dask.data.temporary import current_client, temporary_csr
 from scialm_dask.data.transpose import spill_to_csr
 from scialm_dask.errors import InputError
 
@@ -96,7 +96,7 @@ class ExpressionMatrix:
         Parameters
         ----------
         path
-            The store. It is only read.
+            The store, or its URL, if it is Zarr. It is only read.
         layer
             Name of the layer; X by default.
         blocks
@@ -187,7 +187,7 @@ class ExpressionMatrix:
         If a `distributed.Client` is in force, what is in memory is written to a temporary store, from which workers
         read their blocks; see `temporary_csr`.
         """
-        if not isinstance(self.rows, MemoryRows) or client_in_force() is None:
+        if not isinstance(self.rows, MemoryRows) or current_client() is None:
             return self
         csr = self.rows.matrix
         return replace(self, rows=temporary_csr((csr[a:b] for a, b in self.blocks), csr.shape[1], csr.dtype, self.name))
@@ -273,6 +273,8 @@ def read_annotation(path: str | Annotation | None, axis: str, length: int) -> pd
 
     try:
         frame = anndata.io.read_elem(open_store(path)[axis])
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{path}: {axis} cannot be read ({error}); write the store again") from error
     if len(frame) != length:

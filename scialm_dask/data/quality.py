@@ -12,7 +12,8 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
-from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata
+from scialm_dask.data.store import atomic_store, check_output, new_anndata
+from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, begin, silent
 
@@ -136,7 +137,7 @@ def quality_control(
     )
     scale = np.zeros(len(keep_cells))
     scale[keep_cells] = np.divide(median, totals, out=np.zeros_like(totals), where=totals > 0)
-    with atomic_output(destination, overwrite=overwrite, sources=(source,)) as partial:
+    with atomic_store(destination, overwrite=overwrite, sources=(source,)) as partial:
         root = new_anndata(partial, obs=obs, var=matrix.var[keep_genes])
         n_observed = _write_scaled(root, matrix, keep_cells, keep_genes, scale, lambda: advance(step))
         zarr.consolidate_metadata(root.store)

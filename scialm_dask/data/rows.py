@@ -85,6 +85,8 @@ class StoredRows:
             indptr = np.asarray(element["indptr"][start : stop + 1], dtype=np.int64)
             span = slice(int(indptr[0]), int(indptr[-1]))
             data, indices = element["data"][span], element["indices"][span]
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(
                 f"{self.name}: rows {start} to {stop} cannot be read ({error}); the store is damaged, write it again"
@@ -140,6 +142,8 @@ def describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]
         element, name = store, ""
     else:
         name = f"layers/{layer}" if layer else "X"
+        if not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise InputError(f"{path}: a layer cannot be named {layer!r}; give a name without . and .. parts")
         if name not in store:
             layers = sorted(store["layers"]) if "layers" in store else []
             raise InputError(f"{path}: has no {name}; its layers are: {', '.join(layers) or 'none'}")

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import functools
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import numpy as np
+import dask
 import zarr
+from zarr.abc.store import RangeByteRequest
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
+from scialm_dask.data.remote import RemoteStore, is_url
+from scialm_dask.data.remote_output import NewStore, check_new, new_store
 from scialm_dask.errors import InputError, OutputError
 
-if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
-
-__all__ = ["CSRWriter", "atomic_output", "missing_chunks", "new_anndata", "open_store", "output_error", "set_encoding"]
+__all__ = [
+    "atomic_output",
+    "atomic_store",
+    "check_apart",
+    "check_output",
+    "lasting",
+    "missing_chunks",
+    "new_anndata",
+    "open_store",
+    "output_error",
+    "scratch_folder_for",
+    "set_encoding",
+]
 
 ZARR_FORMAT: Literal[2] = 2  # what AnnData writes by default: the widest choice of readers
-_CHUNK_VALUES = 1 << 18  # values in one chunk of `data` or `indices`; a block reads few values it does not want
-_CHUNK_ROWS = 1 << 16
 
 
 def open_store(path: str | os.PathLike[str]) -> Any:
@@ -40,8 +54,10 @@ def open_store(path: str | os.PathLike[str]) -> Any:
     InputError
         If there is nothing at `path`, or it is neither Zarr nor HDF5.
     """
-    path = os.fspath(path)
-    if "://" not in path and not os.path.exists(path):
+    path = _plain(path)
+    if is_url(path):
+        return _open_url(path)
+    if not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder; check the path")
     if os.path.isfile(path):
         return _open_hdf5(path)
@@ -53,15 +69,55 @@ def open_store(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
+def _plain(path: str | os.PathLike[str]) -> str:
+    return os.fspath(path).removeprefix("file://")
+
+
+def _open_url(url: str) -> Any:
+    store = RemoteStore.at(url, read_only=True)
+    try:
+        root = zarr.open(store, mode="r")
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{url}: no Zarr store that we may read ({error.__class__.__name__}); check the URL, and fetch other "
+            "formats before `scialm-dask convert`"
+        ) from error
+    if isinstance(root, zarr.Group) and not store.supports_listing and root.metadata.consolidated_metadata is None:
+        raise InputError(f"{url}: a web server does not list keys; run zarr.consolidate_metadata on the store first")
+    return root
+
+
 def _open_hdf5(path: str) -> Any:
     import h5py
 
     try:
-        return h5py.File(path, "r")
+        file = h5py.File(path, "r")
     except OSError as error:
         raise InputError(
             f"{path}: not an HDF5 file ({error}); give an AnnData .zarr or .h5ad, or convert it first"
         ) from error
+    stray = _leads_out(path, os.stat(path).st_mtime_ns)
+    if stray:
+        file.close()
+        raise InputError(f"{path}:{stray}: leads to another file, which is not read; copy the data into one file")
+    return file
+
+
+@functools.lru_cache(maxsize=64)  # tasks open the same file again and again
+def _leads_out(path: str, _changed: int) -> str | None:
+    """Name the first node of an HDF5 file that lies in another: by a link, as raw storage or as a virtual dataset."""
+    import h5py
+
+    def look(name: str, link: Any) -> str | None:
+        if isinstance(link, h5py.ExternalLink):
+            return name
+        node = file[name] if isinstance(link, h5py.HardLink) else None
+        return name if isinstance(node, h5py.Dataset) and (node.external or node.is_virtual) else None
+
+    with h5py.File(path, "r") as file:
+        return file.visititems_links(look)  # type: ignore[no-any-return]
 
 
 def missing_chunks(array: zarr.Array[Any]) -> list[tuple[int, ...]]:
@@ -72,13 +128,24 @@ def missing_chunks(array: zarr.Array[Any]) -> list[tuple[int, ...]]:
     grid_step = array.shards or array.chunks
     grid = [range(-(-size // step)) for size, step in zip(array.shape, grid_step, strict=True)]
     prefix = f"{array.path}/" if array.path else ""
-    present = sync(_keys(array.store, prefix))
     encode = array.metadata.encode_chunk_key
-    return [position for position in product(*grid) if prefix + encode(position) not in present]
+    keys = {prefix + encode(position): position for position in product(*grid)}
+    present = sync(_present(array.store, prefix, keys))
+    return [position for key, position in keys.items() if key not in present]
 
 
-async def _keys(store: Any, prefix: str) -> set[str]:
-    return {key async for key in store.list_prefix(prefix)}
+async def _present(store: Any, prefix: str, keys: Iterable[str]) -> set[str]:
+    if store.supports_listing:
+        return {key async for key in store.list_prefix(prefix)}
+    one_byte, side_by_side = RangeByteRequest(0, 1), asyncio.Semaphore(zarr.config.get("async.concurrency"))
+
+    async def is_there(key: str) -> bool:
+        async with side_by_side:
+            return await store.get(key, default_buffer_prototype(), one_byte) is not None
+
+    keys = list(keys)
+    found = await asyncio.gather(*map(is_there, keys))
+    return {key for key, there in zip(keys, found, strict=True) if there}
 
 
 @contextmanager
@@ -106,6 +173,8 @@ def atomic_output(
     OutputError
         If `destination` exists (and not `overwrite`), is one of `sources`, cannot be written, or the disk is full.
     """
+    if is_url(destination := _plain(destination)):
+        raise OutputError(f"{destination}: only Zarr stores are written to a URL; give a path")
     final = Path(destination).absolute()
     check_output(final, overwrite=overwrite, sources=sources)
     partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -118,24 +187,78 @@ def atomic_output(
         _remove(partial)
 
 
+@contextmanager
+def atomic_store(
+    destination: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    sources: tuple[str | os.PathLike[str], ...] = (),
+) -> Iterator[Path | NewStore]:
+    """Give a place for a Zarr store, which is one at `destination`, a path or a URL, once the block ends well.
+
+    See `atomic_output`. What is at a URL is never replaced, for lack of a way to do so in one step.
+    """
+    destination = _plain(destination)
+    if is_url(destination):
+        check_apart(destination, sources)
+        with new_store(destination) as store:
+            yield store
+    else:
+        with atomic_output(destination, overwrite=overwrite, sources=sources) as partial:
+            yield partial
+
+
 def check_output(
     destination: str | os.PathLike[str],
     *,
     overwrite: bool,
     sources: tuple[str | os.PathLike[str], ...] = (),
 ) -> None:
-    """Raise `OutputError` if `destination` cannot take a result. Writes nothing."""
+    """Raise `OutputError` if `destination` cannot take a result. Leaves nothing there."""
+    destination = _plain(destination)
+    check_apart(destination, sources)
+    if is_url(destination):
+        check_new(destination)
+        return
     final = Path(destination).absolute()
-    for source in sources:
-        origin = Path(source).resolve()
-        if final.resolve() == origin or origin in final.resolve().parents or final.resolve() in origin.parents:
-            raise OutputError(f"{destination}: the output overlaps the input {source}; choose another path")
     if os.path.lexists(final) and not overwrite:
         raise OutputError(f"{destination}: exists already; choose another path or pass --overwrite")
     if not final.parent.is_dir():
         raise OutputError(f"{final.parent}: no such folder; create it first")
     if not os.access(final.parent, os.W_OK):
         raise OutputError(f"{final.parent}: not writable; choose another folder")
+
+
+def check_apart(destination: str | os.PathLike[str], sources: tuple[str | os.PathLike[str], ...]) -> None:
+    """Raise `OutputError` if an output is, lies within or holds one of the `sources`."""
+    final = _place(destination)
+    for source in sources:
+        origin = _place(source)
+        if final == origin or final.startswith(f"{origin}/") or origin.startswith(f"{final}/"):
+            raise OutputError(f"{destination}: the output overlaps the input {source}; choose another path")
+
+
+def _place(path: str | os.PathLike[str]) -> str:
+    """One spelling for each place."""
+    path = _plain(path)
+    if not is_url(path):
+        return str(Path(path).resolve())
+    protocol, _, rest = path.partition("://")
+    return f"{ {'s3a': 's3', 'gcs': 'gs'}.get(protocol, protocol) }://{rest.rstrip('/')}"
+
+
+def lasting(path: str | os.PathLike[str]) -> str:
+    """Spell a path so that it holds wherever the program is started next; a URL is left as it is."""
+    path = _plain(path)
+    return path if is_url(path) else os.path.abspath(path)
+
+
+def scratch_folder_for(destination: str | os.PathLike[str]) -> str:
+    """Where the working state goes by default: beside a local output, else where temporary files do."""
+    destination = _plain(destination)
+    if is_url(destination):
+        return dask.config.get("temporary-directory", None) or tempfile.gettempdir()
+    return os.path.dirname(os.path.abspath(destination))
 
 
 def _replace(partial: Path, final: Path) -> None:
@@ -178,110 +301,22 @@ def set_encoding(node: Any, kind: str, version: str, **attributes: Any) -> None:
     node.attrs.update({"encoding-type": kind, "encoding-version": version, **attributes})
 
 
-def new_anndata(path: str | os.PathLike[str], *, obs: Any, var: Any) -> zarr.Group:
+def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any) -> zarr.Group:
     """Create an AnnData Zarr store with annotation but no matrix yet.
 
     Parameters
     ----------
-    path
-        Where; must not exist.
+    place
+        A path, where there must be nothing yet, or what `atomic_store` has given.
     obs, var
         Data frames of cells and genes, index included.
     """
     import anndata
 
-    root = zarr.open_group(os.fspath(path), mode="w-", zarr_format=ZARR_FORMAT)
+    root = zarr.open_group(place, mode="w-", zarr_format=ZARR_FORMAT)
     set_encoding(root, "anndata", "0.1.0")
     for name, value in {"obs": obs, "var": var}.items():
         anndata.io.write_elem(root, name, value)
     for name in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
         set_encoding(root.create_group(name), "dict", "0.1.0")
     return root
-
-
-class CSRWriter:
-    """Writes a CSR matrix into an AnnData Zarr store, rows in order, whole chunks at a time.
-
-    Memory is a few chunks, whatever the number of rows. Use as a context manager; the matrix is whole only
-    after it has been left.
-
-    Parameters
-    ----------
-    parent
-        Zarr group to write under.
-    name
-        Name of the element, ``"X"`` or ``"layers/…"``.
-    n_columns
-        Number of columns (genes).
-    dtype
-        Of the values.
-    """
-
-    def __init__(self, parent: zarr.Group, name: str, *, n_columns: int, dtype: Any = np.float32) -> None:
-        self._group = parent.create_group(name)
-        self._columns = n_columns
-        self._rows = 0
-        self._stored = 0
-        self._data = _Appender(self._group, "data", np.dtype(dtype), _CHUNK_VALUES)
-        self._indices = _Appender(self._group, "indices", np.dtype(np.int32), _CHUNK_VALUES)
-        self._indptr = _Appender(self._group, "indptr", np.dtype(np.int64), _CHUNK_ROWS)
-        self._indptr.append(np.zeros(1, np.int64))
-
-    def append(self, rows: csr_matrix) -> None:
-        """Add the next rows, a CSR matrix with `n_columns` columns."""
-        self._data.append(rows.data)
-        self._indices.append(rows.indices)
-        self._indptr.append(rows.indptr[1:].astype(np.int64) - int(rows.indptr[0]) + self._stored)
-        self._stored += int(rows.nnz)
-        self._rows += rows.shape[0]
-
-    def __enter__(self) -> CSRWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            for appender in (self._data, self._indices, self._indptr):
-                appender.close()
-            if self._stored <= np.iinfo(np.int32).max:
-                self._narrow_indptr()
-            set_encoding(self._group, "csr_matrix", "0.1.0", shape=[self._rows, self._columns])
-
-    def _narrow_indptr(self) -> None:
-        """Give indptr the type of the indices: SciPy fails on a matrix that has two, as AnnData would read it."""
-        wide: Any = self._group["indptr"]
-        values = wide[...]
-        narrow = _Appender(self._group, "indptr", np.dtype(np.int32), _CHUNK_ROWS)
-        narrow.append(values)
-        narrow.close()
-
-
-class _Appender:
-    """A 1-D Zarr array that grows by whole chunks; what does not fill one waits in memory."""
-
-    def __init__(self, group: zarr.Group, name: str, dtype: np.dtype[Any], chunk: int) -> None:
-        # An absent chunk must mean a lost chunk, so chunks of zeros are written too.
-        self._array = group.create_array(
-            name, shape=(0,), chunks=(chunk,), dtype=dtype, config={"write_empty_chunks": True}, overwrite=True
-        )
-        set_encoding(self._array, "array", "0.2.0")
-        self._chunk = chunk
-        self._waiting: list[np.ndarray[Any, Any]] = []
-        self._n_waiting = 0
-
-    def append(self, values: np.ndarray[Any, Any]) -> None:
-        self._waiting.append(np.array(values, dtype=self._array.dtype))
-        self._n_waiting += len(values)
-        if self._n_waiting >= self._chunk:
-            self._write(self._n_waiting - self._n_waiting % self._chunk)
-
-    def close(self) -> None:
-        self._write(self._n_waiting)
-
-    def _write(self, count: int) -> None:
-        values = np.concatenate(self._waiting) if self._waiting else np.empty(0, self._array.dtype)
-        if count:
-            start = self._array.shape[0]
-            self._array.resize((start + count,))
-            self._array[start : start + count] = values[:count]
-        self._waiting = [values[count:].copy()]
-        self._n_waiting -= count

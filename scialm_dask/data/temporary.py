@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dask
 import numpy as np
@@ -17,10 +18,14 @@ import scipy.sparse as sp
 import zarr
 
 from scialm_dask.data.rows import StoredRows, numeric
-from scialm_dask.data.store import ZARR_FORMAT, CSRWriter, output_error
+from scialm_dask.data.store import ZARR_FORMAT, output_error
+from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 
-__all__ = ["client_in_force", "temporary_csr", "temporary_folder"]
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["current_client", "temporary_csr", "temporary_folder"]
 
 
 @contextmanager
@@ -84,16 +89,20 @@ def temporary_csr(blocks: Iterable[sp.csr_matrix], n_columns: int, dtype: np.dty
     return rows
 
 
-def client_in_force() -> Any:
-    """Give the `distributed.Client` that Dask would compute with now, or None for threads of this process."""
+def current_client() -> Client | None:
+    """Give the `distributed.Client` that Dask would compute with just now; None if it would use threads."""
     from dask.base import get_scheduler
 
+    if "distributed" not in sys.modules:  # then nobody has made one
+        return None
+    from distributed import Client
+
     owner = getattr(get_scheduler(), "__self__", None)
-    return owner if hasattr(owner, "scheduler_info") else None
+    return owner if isinstance(owner, Client) else None
 
 
 def _check_seen(folder: Path, name: str) -> None:
-    client = client_in_force()
+    client = current_client()
     if client is not None and not all(client.run(os.path.isdir, folder).values()):
         raise InputError(
             f"{name}: a temporary copy of it for the workers would lie in {folder.parent}, which they do not see; set "

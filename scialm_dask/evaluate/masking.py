@@ -11,7 +11,8 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
-from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata
+from scialm_dask.data.store import atomic_store, check_output, new_anndata
+from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin, silent
 from scialm_dask.linalg.draws import hidden_entries, n_to_hide
@@ -86,7 +87,7 @@ def mask(
     n_hidden = n_to_hide(counts, fraction)
     if not n_hidden.any():
         raise InputError(f"{matrix.name}: no gene has enough non-zeros to hide {fraction} of them; give a larger share")
-    with atomic_output(destination, overwrite=overwrite, sources=(source,)) as partial:
+    with atomic_store(destination, overwrite=overwrite, sources=(source,)) as partial:
         root = new_anndata(partial, obs=matrix.obs, var=matrix.var)
         _split(root, matrix, counts, n_hidden, seed, lambda share: advance(share / 2))
         zarr.consolidate_metadata(root.store)

@@ -11,8 +11,9 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scialm_dask.data.store import CSRWriter, atomic_output, check_output, new_anndata, set_encoding
+from scialm_dask.data.store import atomic_store, check_output, new_anndata, set_encoding
 from scialm_dask.data.stream import in_order
+from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin, silent
 from scialm_dask.linalg.draws import mixed
@@ -153,7 +154,7 @@ def simulate(
         raise InputError(f"density is {density}; give the share of non-zeros, between 0 and 1")
     check_output(destination, overwrite=overwrite)
     programs = Programs.draw(n_genes, rank, density, seed)
-    with atomic_output(destination, overwrite=overwrite) as partial:
+    with atomic_store(destination, overwrite=overwrite) as partial:
         n_observed = _write(partial, programs, n_cells, density, seed, begin(listen, "simulating"))
     return {
         "destination": os.fspath(destination),

@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from scialm_dask.config import configured
+from scialm_dask.data.temporary import current_client
 from scialm_dask.errors import ClusterError, InputError
 from scialm_dask.run.losses import loss_of_cluster
 
@@ -128,18 +128,6 @@ def connect(
         _same_versions(client)
         with _losses_explained():
             yield client
-
-
-def current_client() -> Client | None:
-    """Give the `distributed.Client` that Dask would compute with just now; None if it would use threads."""
-    from dask.base import get_scheduler
-
-    if "distributed" not in sys.modules:  # then nobody has made one
-        return None
-    from distributed import Client
-
-    owner = getattr(get_scheduler(), "__self__", None)
-    return owner if isinstance(owner, Client) else None
 
 
 def team() -> Team:

@@ -21,9 +21,11 @@ from scialm_dask.config import Settings
 from scialm_dask.data.checkpoint import Checkpoints
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.remote import is_url
+from scialm_dask.data.remote_checkpoint import checkpoints_at
 from scialm_dask.data.rows import MemoryRows
 from scialm_dask.data.scratch import MemoryScratch, Scratch, ZarrScratch
-from scialm_dask.data.store import check_output, output_error
+from scialm_dask.data.store import check_apart, output_error
 from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
 from scialm_dask.events import Listener, Note, Pass, Stage, silent
 from scialm_dask.linalg.kernels import Floats
@@ -101,8 +103,8 @@ def complete_matrix(
                 raise
             raise ClusterError(f"{loss}; with --checkpoint DIR a run can go on after that") from error
     if matrix.origin is not None:
-        check_output(checkpoint.folder, overwrite=True, sources=(matrix.origin.path,))
-    with Checkpoints(checkpoint.folder) as checkpoints:
+        check_apart(checkpoint.folder, (matrix.origin.path,))
+    with checkpoints_at(checkpoint.folder) as checkpoints:
         if checkpoints.names():
             raise OutputError(
                 f"{checkpoint.folder}: holds checkpoints already; go on from them by `scialm-dask resume "
@@ -148,7 +150,7 @@ def resume_matrix(
     """
     notes_of(folder)
     changes = {"scratch": scratch, "memory_limit": memory_limit}
-    with Checkpoints(folder) as checkpoints:
+    with checkpoints_at(folder) as checkpoints:
         return _persevere(checkpoints, stop, lambda saved: saved.job(matrix, changes), listen)
 
 
@@ -160,15 +162,15 @@ def notes_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
     InputError
         If there is none.
     """
-    if not os.path.isdir(folder):
+    if not is_url(folder) and not os.path.isdir(folder):
         raise InputError(f"{os.fspath(folder)}: no such folder of checkpoints; check the path")
-    with Checkpoints(folder) as checkpoints:
+    with checkpoints_at(folder) as checkpoints:
         return checkpoints.notes()
 
 
 def finish(folder: str | os.PathLike[str], destination: str) -> None:
     """Note that a run is finished and its result written, and remove its checkpoints."""
-    with Checkpoints(folder) as checkpoints:
+    with checkpoints_at(folder) as checkpoints:
         older = checkpoints.names()
         notes = checkpoints.notes() | {"finished": destination}
         checkpoints.commit(checkpoints.begin(), notes, {})
@@ -271,7 +273,6 @@ def _complete(
         return LowRankPlusSparse(
             blocks,
             store,
-            resident=folder is None,
             on_pass=lambda number: listen(Pass(number)),
             before_pass=keeper.before_pass,
         )

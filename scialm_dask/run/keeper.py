@@ -14,10 +14,12 @@ import numpy as np
 
 from scialm_dask import __version__
 from scialm_dask.config import Settings
-from scialm_dask.data.checkpoint import ArrayFile, ArrayFolder, Checkpoint, Checkpoints
+from scialm_dask.data.array_files import ArrayFile, ArrayFolder
+from scialm_dask.data.checkpoint import Checkpoint, Checkpoints
 from scialm_dask.data.fingerprint import fingerprint
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.store import lasting
 from scialm_dask.errors import CheckpointError, InputError, StoppedError
 from scialm_dask.events import Iteration
 from scialm_dask.linalg.operator import LowRankPlusSparse, Observations, Product
@@ -52,7 +54,7 @@ class Job:
     def notes(self) -> dict[str, Any]:
         """Plain values, of which `Saved.job` makes it again; but for the confidence."""
         origin = self.matrix.origin
-        source = None if origin is None else asdict(origin) | {"path": _lasting(origin.path)}
+        source = None if origin is None else asdict(origin) | {"path": lasting(origin.path)}
         return {
             "source": source,
             "name": self.matrix.name,
@@ -365,7 +367,3 @@ def _identity(found: Survey) -> dict[str, Any]:
     for counts in (found.block_gene_counts, found.cell_counts):
         digest.update(np.ascontiguousarray(counts).tobytes())
     return {"n_observed": found.n_observed, "integer": found.integer, "pattern": digest.hexdigest()}
-
-
-def _lasting(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)

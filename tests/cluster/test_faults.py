@@ -97,7 +97,7 @@ def at_iteration(number, do):
         ("memory", VISIT, [1, 40]),
         ("zarr", VISIT, [17]),
         pytest.param("memory", READ, [2, 5], marks=pytest.mark.slow),
-        pytest.param("zarr", READ, [2, 30], marks=pytest.mark.slow),
+        pytest.param("zarr", READ, [2, 5], marks=pytest.mark.slow),
     ],
 )
 def test_workers_that_die_in_a_pass(client, faulty, matrix, tmp_path, expected, kind, target, calls):

@@ -255,7 +255,7 @@ def test_score_refuses_what_does_not_belong_together(cli, counts, store_of, tmp_
         (nothing, "holds no entries; hide some with `scialm-dask mask`"),
         (tmp_path / "r.zarr", "has no layers/held_out"),
     ):
-        result = cli("score", tmp_path / "r.zarr", "--held-out", masked)
+        result = cli("score", tmp_path / "r.zarr", "--held-out", masked, "--quiet")
         assert result.exit_code == 2
         assert message in result.stderr
         assert result.stderr.count("\n") == 1

@@ -18,7 +18,7 @@ import scanpy as sc
 import scipy.sparse as sp
 import zarr
 
-from scialm_dask.data import layout, store, tenx, transpose
+from scialm_dask.data import layout, tenx, transpose, writer
 from scialm_dask.data.ingest import convert
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.quality import quality_control
@@ -40,8 +40,8 @@ def small_pieces(monkeypatch):
     """Sizes at which a small matrix takes many blocks, pieces, buckets and chunks."""
     for module, name, value in (
         (layout, "_LEAST_NONZEROS", 100),
-        (store, "_CHUNK_VALUES", 512),
-        (store, "_CHUNK_ROWS", 50),
+        (writer, "_CHUNK_VALUES", 512),
+        (writer, "_CHUNK_ROWS", 50),
         (transpose, "_PIECE", 100),
         (transpose, "_BUCKET", 200),
         (tenx, "_PIECE", 100),
@@ -357,15 +357,15 @@ def test_a_full_disk(store_of, tmp_path, form, command):
 INTERRUPT = """
 import os, signal, sys
 from scialm_dask.__main__ import main
-from scialm_dask.data import layout, store
+from scialm_dask.data import layout, writer
 layout._LEAST_NONZEROS = 100
-append, calls = store.CSRWriter.append, []
+append, calls = writer.CSRWriter.append, []
 def interrupted(self, rows):
     calls.append(1)
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGINT)
     append(self, rows)
-store.CSRWriter.append = interrupted
+writer.CSRWriter.append = interrupted
 main()
 """
 

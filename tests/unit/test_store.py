@@ -12,8 +12,9 @@ import pytest
 import scipy.sparse as sp
 import zarr
 
-from scialm_dask.data import store
-from scialm_dask.data.store import CSRWriter, atomic_output, missing_chunks, new_anndata
+from scialm_dask.data import writer
+from scialm_dask.data.store import atomic_output, missing_chunks, new_anndata
+from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError, OutputError
 
 
@@ -95,8 +96,8 @@ def test_errors_of_space_are_explained(tmp_path, code):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(store, "_CHUNK_VALUES", 64)
-    monkeypatch.setattr(store, "_CHUNK_ROWS", 16)
+    monkeypatch.setattr(writer, "_CHUNK_VALUES", 64)
+    monkeypatch.setattr(writer, "_CHUNK_ROWS", 16)
 
 
 @pytest.mark.parametrize("cuts", [[], [1, 2, 3], [50], [0, 60, 60, 119]])

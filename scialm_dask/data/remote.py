@@ -1,0 +1,249 @@
+"""Stores behind URLs: on S3, Google Cloud Storage, web servers, and whatever else fsspec knows."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+import random
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
+
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import FsspecStore
+
+from scialm_dask.errors import InputError, OutputError
+
+__all__ = ["RemoteStore", "all_of", "is_metadata", "is_url"]
+
+_METADATA = (".zarray", ".zgroup", ".zattrs", ".zmetadata", "zarr.json")
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
+_WEB = ("http", "https")
+_ARCHIVES = ("zip", "tar", "libarchive")
+_PATIENT = ("s3", "s3a", "gs", "gcs", "memory")  # try again by themselves, or need not
+_S3_ATTEMPTS = 6
+_WAITS = (0.25, 0.5, 1.0, 2.0, 4.0)  # seconds between attempts, where fsspec makes only one
+_PASSING = (408, 429, 500, 502, 503, 504)  # HTTP states worth another attempt
+_LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_file_systems: dict[str, Any] = {}
+_lock = threading.Lock()
+T = TypeVar("T")
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a store is named by a URL rather than by a path."""
+    return "://" in os.fspath(path)
+
+
+class RemoteStore(FsspecStore):
+    """A store behind a URL: tries again what may pass, and says of an error which URL it is about.
+
+    How to reach it, credentials above all, is fsspec's own configuration and the environment's, never ours, so that
+    a URL is all that travels to workers and into results.
+    """
+
+    url: str
+
+    @classmethod
+    def at(cls, url: str, *, read_only: bool) -> Self:
+        """Make one; reads and writes nothing yet.
+
+        Raises
+        ------
+        InputError
+            If the URL cannot name a store, or the package for its protocol is not installed.
+        OutputError
+            If it is to be written, and is of a web server.
+        """
+        url = url.rstrip("/")
+        protocol = _checked(url)
+        fs, path = _reached(url, protocol)
+        store = cls(fs=fs, path=path, read_only=read_only)
+        store.url = url
+        if not read_only and protocol in _WEB:
+            raise OutputError(f"{url}: {protocol} is only read; write to a folder, s3:// or gs://")
+        store.supports_listing = protocol not in _WEB  # pages of links are no list of keys
+        return store
+
+    @property
+    def protocol(self) -> str:
+        """How it is reached, such as ``"s3"``."""
+        return urlsplit(self.url).scheme
+
+    def with_read_only(self, read_only: bool = False) -> Self:
+        """Give the same store, to read only or to write too."""
+        other = copy.copy(self)
+        other._read_only = read_only
+        return other
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """Read a key; None if there is none.
+
+        Raises
+        ------
+        InputError
+            If it cannot be read.
+        """
+        read = super().get
+        try:
+            return await self._patiently(lambda: read(key, prototype, byte_range))
+        except Exception as error:
+            # Who may not list a bucket is refused where a key is absent, as the metadata of other formats are.
+            if is_metadata(key) and (isinstance(error, PermissionError) or getattr(error, "status", 0) == 403):
+                return None
+            raise InputError(
+                f"{self.url}: {key} cannot be read ({_cause(error)}); check the connection and the permissions"
+            ) from error
+
+    async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
+        """Write a key.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written.
+        """
+        write = super().set
+        try:
+            await self._patiently(lambda: write(key, value, byte_range))
+        except Exception as error:
+            raise OutputError(
+                f"{self.url}: {key} cannot be written ({_cause(error)}); check the connection and the permissions"
+            ) from error
+
+    async def delete(self, key: str) -> None:
+        """Delete a key.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be deleted.
+        """
+        try:
+            await super().delete(key)
+        except Exception as error:
+            raise OutputError(
+                f"{self.url}: {key} cannot be deleted ({_cause(error)}); check the connection and the permissions"
+            ) from error
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """List all keys that begin with `prefix`."""
+        for key in await self.looked(lambda: all_of(FsspecStore.list_prefix(self, prefix))):
+            yield key
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """List the names one level below `prefix`."""
+        for key in await self.looked(lambda: all_of(FsspecStore.list_dir(self, prefix))):
+            yield key
+
+    async def all_keys(self) -> list[str]:
+        """List all keys."""
+        return await all_of(self.list_prefix(""))
+
+    async def looked(self, look: Callable[[], Awaitable[T]]) -> T:
+        """Look what is there.
+
+        Raises
+        ------
+        InputError
+            If that cannot be done.
+        """
+        try:
+            return await self._patiently(look)
+        except Exception as error:
+            raise InputError(
+                f"{self.url}: cannot be listed ({_cause(error)}); check the connection and the permissions"
+            ) from error
+
+    async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Do it, again and again with growing waits while the error may pass, unless fsspec does so itself."""
+        for wait in () if self.protocol in _PATIENT else _WAITS:
+            try:
+                return await attempt()
+            except Exception as error:
+                if not _may_pass(error):
+                    raise
+            await asyncio.sleep(wait * random.uniform(0.5, 1.5))
+        return await attempt()
+
+
+def _checked(url: str) -> str:
+    """Refuse a URL that cannot name a store; give its protocol."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InputError(f"{url}: not a URL ({error}); check how it is spelled") from error
+    protocol = parts.scheme.lower()
+    if parts.username or parts.password:
+        raise InputError(
+            f"{protocol}://…@{parts.hostname}: a URL with credentials ends in logs and results; put them into the "
+            "environment or fsspec's configuration"
+        )
+    if "::" in url or protocol in _ARCHIVES:
+        raise InputError(f"{url}: archives and chained URLs are not read; unpack it into a folder or an object store")
+    if "?" in url or (protocol in _WEB and "#" in url):
+        raise InputError(f"{url}: a store is many keys below one URL; give it without ? and #")
+    if not parts.netloc or {".", ".."} & set(parts.path.split("/")):
+        raise InputError(f"{url}: not the URL of a store; spell it {protocol}://BUCKET/NAME, without . and ..")
+    return protocol
+
+
+def _reached(url: str, protocol: str) -> tuple[Any, str]:
+    """Give the file system of a URL, and the path there.
+
+    One for each process and host: fsspec makes one for every thread, and each has its own client.
+    """
+    import fsspec
+
+    options = _options(protocol)
+    key = fsspec.utils.tokenize(os.getpid(), protocol, urlsplit(url).netloc, options)
+    try:
+        with _lock:
+            if key not in _file_systems:
+                _file_systems[key] = FsspecStore.from_url(url, storage_options=options).fs
+        return _file_systems[key], fsspec.get_filesystem_class(protocol)._strip_protocol(url)
+    except Exception as error:
+        extra, remedy = _EXTRAS.get(protocol), "check the URL and the connection"
+        if isinstance(error, ImportError):
+            remedy = f"pip install 'scialm-dask[{extra}]'" if extra else "install that package"
+        raise InputError(f"{url}: cannot be opened ({_cause(error)}); {remedy}") from error
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    """Our defaults, beneath what the user's configuration says."""
+    from fsspec.config import conf
+
+    if protocol not in ("s3", "s3a"):
+        return {}
+    given: dict[str, Any] = conf.get("s3", {}) | conf.get("s3a", {})
+    config = dict(given.get("config_kwargs", {}))
+    if not os.environ.keys() & {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}:
+        config.setdefault("retries", {"mode": "standard", "total_max_attempts": _S3_ATTEMPTS})
+    # Other processes may have written since a listing. And Zarr reads chunks side by side, so one request each will
+    # do, without asking for the size first.
+    return {"use_listings_cache": False, "max_concurrency": 1} | given | {"config_kwargs": config}
+
+
+def _may_pass(error: Exception) -> bool:
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and status:
+        return status in _PASSING
+    by_network = type(error).__module__.partition(".")[0] == "aiohttp"
+    return by_network or (isinstance(error, OSError) and not isinstance(error, _LASTING))
+
+
+def _cause(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_metadata(key: str) -> bool:
+    """Tell whether a key of a Zarr store holds metadata, rather than a chunk."""
+    return key.rpartition("/")[2] in _METADATA
+
+
+async def all_of(keys: AsyncIterator[str]) -> list[str]:
+    """Gather keys."""
+    return [key async for key in keys]

@@ -1,0 +1,107 @@
+"""Writing sparse matrices into stores, a few rows at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+
+from scialm_dask.data.store import set_encoding
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+__all__ = ["CSRWriter"]
+
+_CHUNK_VALUES = 1 << 18  # values in one chunk of `data` or `indices`; a block reads few values it does not want
+_CHUNK_ROWS = 1 << 16
+
+
+class CSRWriter:
+    """Writes a CSR matrix into an AnnData Zarr store, rows in order, whole chunks at a time.
+
+    Memory is a few chunks, whatever the number of rows. Use as a context manager; the matrix is whole only
+    after it has been left.
+
+    Parameters
+    ----------
+    parent
+        Zarr group to write under.
+    name
+        Name of the element, ``"X"`` or ``"layers/…"``.
+    n_columns
+        Number of columns (genes).
+    dtype
+        Of the values.
+    """
+
+    def __init__(self, parent: zarr.Group, name: str, *, n_columns: int, dtype: Any = np.float32) -> None:
+        self._group = parent.create_group(name)
+        self._columns = n_columns
+        self._rows = 0
+        self._stored = 0
+        self._data = _Appender(self._group, "data", np.dtype(dtype), _CHUNK_VALUES)
+        self._indices = _Appender(self._group, "indices", np.dtype(np.int32), _CHUNK_VALUES)
+        self._indptr = _Appender(self._group, "indptr", np.dtype(np.int64), _CHUNK_ROWS)
+        self._indptr.append(np.zeros(1, np.int64))
+
+    def append(self, rows: csr_matrix) -> None:
+        """Add the next rows, a CSR matrix with `n_columns` columns."""
+        self._data.append(rows.data)
+        self._indices.append(rows.indices)
+        self._indptr.append(rows.indptr[1:].astype(np.int64) - int(rows.indptr[0]) + self._stored)
+        self._stored += int(rows.nnz)
+        self._rows += rows.shape[0]
+
+    def __enter__(self) -> CSRWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            for appender in (self._data, self._indices, self._indptr):
+                appender.close()
+            if self._stored <= np.iinfo(np.int32).max:
+                self._narrow_indptr()
+            set_encoding(self._group, "csr_matrix", "0.1.0", shape=[self._rows, self._columns])
+
+    def _narrow_indptr(self) -> None:
+        """Give indptr the type of the indices: SciPy fails on a matrix that has two, as AnnData would read it."""
+        wide: Any = self._group["indptr"]
+        values = wide[...]
+        del self._group["indptr"]
+        narrow = _Appender(self._group, "indptr", np.dtype(np.int32), _CHUNK_ROWS)
+        narrow.append(values)
+        narrow.close()
+
+
+class _Appender:
+    """A 1-D Zarr array that grows by whole chunks; what does not fill one waits in memory."""
+
+    def __init__(self, group: zarr.Group, name: str, dtype: np.dtype[Any], chunk: int) -> None:
+        # An absent chunk must mean a lost chunk, so chunks of zeros are written too.
+        self._array = group.create_array(
+            name, shape=(0,), chunks=(chunk,), dtype=dtype, config={"write_empty_chunks": True}
+        )
+        set_encoding(self._array, "array", "0.2.0")
+        self._chunk = chunk
+        self._waiting: list[np.ndarray[Any, Any]] = []
+        self._n_waiting = 0
+
+    def append(self, values: np.ndarray[Any, Any]) -> None:
+        self._waiting.append(np.array(values, dtype=self._array.dtype))
+        self._n_waiting += len(values)
+        if self._n_waiting >= self._chunk:
+            self._write(self._n_waiting - self._n_waiting % self._chunk)
+
+    def close(self) -> None:
+        self._write(self._n_waiting)
+
+    def _write(self, count: int) -> None:
+        values = np.concatenate(self._waiting) if self._waiting else np.empty(0, self._array.dtype)
+        if count:
+            start = self._array.shape[0]
+            self._array.resize((start + count,))
+            self._array[start : start + count] = values[:count]
+        self._waiting = [values[count:].copy()]
+        self._n_waiting -= count
