@@ -175,6 +175,7 @@ def finish(folder: str | os.PathLike[str], destination: str) -> None:
         older = checkpoints.names()
         notes = checkpoints.notes() | {"finished": destination}
         checkpoints.commit(checkpoints.begin(), notes, {})
+        checkpoints.own(None)
         for name in set(older) & set(checkpoints.names()):
             checkpoints.remove(name)
 
