@@ -28,6 +28,7 @@ __all__ = [
     "atomic_output",
     "atomic_store",
     "check_output",
+    "everywhere",
     "missing_chunks",
     "new_anndata",
     "open_store",
@@ -64,6 +65,12 @@ def open_store(path: str | os.PathLike[str]) -> Any:
         raise InputError(
             f"{path}: not a Zarr store ({error.__class__.__name__}); convert other formats with `scialm-dask convert`"
         ) from error
+
+
+def everywhere(path: str | os.PathLike[str]) -> str:
+    """Give the path, or URL, by which workers find the same: their current folder is another."""
+    plain = _plain(path)
+    return plain if is_url(plain) else os.path.abspath(plain)
 
 
 def _plain(path: str | os.PathLike[str]) -> str:
