@@ -26,12 +26,13 @@ __all__ = [
     "measure",
     "pool_report",
     "random_pools",
+    "resume",
     "show_progress",
     "write_report",
 ]
 
 if TYPE_CHECKING:
-    from scialm_dask.api import impute
+    from scialm_dask.api import impute, resume
     from scialm_dask.config import Settings
     from scialm_dask.data.factors import Imputation
     from scialm_dask.data.matrix import ExpressionMatrix
@@ -65,6 +66,7 @@ _HOME = {
     "measure": "solve.pools",
     "pool_report": "solve.pools",
     "random_pools": "solve.pools",
+    "resume": "api",
     "show_progress": "run.progress",
     "write_report": "report",
 }
@@ -75,3 +77,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    # What is imported when first used is found by completion too.
+    return __all__

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from scialm_dask.config import configured
 from scialm_dask.config import preset as settings_of
@@ -14,7 +16,10 @@ from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, silent
 from scialm_dask.solve.scaling import Confidence
 
-__all__ = ["impute"]
+if TYPE_CHECKING:
+    from scialm_dask.run.keeper import Checkpointing
+
+__all__ = ["impute", "resume"]
 
 
 def impute(
@@ -28,6 +33,8 @@ def impute(
     memory_limit: int | str | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
     confidence: Confidence | None = None,
+    checkpoint: str | os.PathLike[str] | Checkpointing | None = None,
+    checkpoint_every: int | str | None = None,
     listen: Listener = silent,
     **settings: Any,
 ) -> Imputation:
@@ -59,6 +66,11 @@ def impute(
         Folder for Zarr scratch that ``"auto"`` chooses; Dask's ``temporary-directory`` by default.
     confidence
         In zeros, where it is not the same for all cells and genes; the setting ``zeros`` is for where it is.
+    checkpoint
+        A new folder for checkpoints, on a disk that all workers see; `resume` goes on from the last one. They stay
+        when the run is complete.
+    checkpoint_every
+        A number of iterations, or a time such as ``"30min"``; 10 minutes by default.
     listen
         Called with every event of the work, such as `scialm_dask.show_progress()`; see `scialm_dask.events`.
     **settings
@@ -75,9 +87,16 @@ def impute(
         If the matrix or a setting cannot be used.
     DoesNotFitError
         If the forecast does not fit memory or disk.
+    ClusterError, StoppedError
+        If the cluster was lost: the latter if there are checkpoints, from which `resume` goes on.
     """
     from scialm_dask.run.job import complete_matrix
+    from scialm_dask.run.keeper import Checkpointing
 
+    if isinstance(checkpoint, str | os.PathLike):
+        checkpoint = Checkpointing(checkpoint)
+    if checkpoint is not None and checkpoint_every is not None:
+        checkpoint = replace(checkpoint, every=checkpoint_every)
     chosen = settings_of(preset, **settings)
     source = as_matrix(matrix, layer, observed=observed)
     refuse_logarithms(source, matrix, layer)
@@ -88,11 +107,50 @@ def impute(
         memory_limit=parse_limit(configured("memory-limit", memory_limit)),
         scratch_folder=scratch_folder,
         confidence=confidence,
+        checkpoint=checkpoint,
         listen=listen,
     )
     if key_added is not None and is_anndata(matrix):
         result.add_to(matrix, key_added)
     return result
+
+
+def resume(
+    folder: str | os.PathLike[str],
+    matrix: Any = None,
+    *,
+    scratch: str | None = None,
+    memory_limit: int | str | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    listen: Listener = silent,
+) -> Imputation:
+    """Go on with a run from its last whole checkpoint, on any scheduler and any number of workers.
+
+    The factors are those of a run that was not interrupted.
+
+    Parameters
+    ----------
+    folder
+        The `checkpoint` of `impute`. Checkpoints are written there again.
+    matrix
+        What was imputed, if that was in memory; a store is opened where it was.
+    scratch, memory_limit
+        To differ from those of the run; see `impute`.
+    stop
+        Asked before every pass whether to stop there with a checkpoint.
+    listen
+        Called with every event of the work; those that are a `Note` tell of checkpoints that cannot be used.
+
+    Raises
+    ------
+    InputError
+        If no checkpoint can be used, or the matrix is another.
+    """
+    from scialm_dask.run.job import resume_matrix
+
+    source = None if matrix is None else as_matrix(matrix)
+    limit = parse_limit(memory_limit)
+    return resume_matrix(folder, source, scratch=scratch, memory_limit=limit, stop=stop, listen=listen)
 
 
 def parse_limit(limit: int | str | None) -> int | None:

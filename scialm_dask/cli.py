@@ -12,9 +12,10 @@ import click
 
 from scialm_dask import __version__
 from scialm_dask.errors import ScialmError
-from scialm_dask.events import silent
+from scialm_dask.events import Listener, Note, silent
+from scialm_dask.run.termination import Terminated
 
-_INTERRUPTED = 130
+_INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal
 
 
 class _Commands(click.Group):
@@ -26,9 +27,11 @@ class _Commands(click.Group):
         except ScialmError as error:
             click.echo(f"scialm-dask: error: {' '.join(str(error).split())}", err=True)
             sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("scialm-dask: interrupted; nothing was written", err=True)
-            sys.exit(_INTERRUPTED)
+        except KeyboardInterrupt as error:
+            terminated = isinstance(error, Terminated)
+            what = "terminated" if terminated else "interrupted"
+            click.echo(f"scialm-dask: {what}; nothing was written", err=True)
+            sys.exit(_TERMINATED if terminated else _INTERRUPTED)
 
 
 @click.group("scialm", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -91,7 +94,7 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
         tls: bool | None,
         **kwargs: Any,
     ) -> Any:
-        def connected() -> Any:
+        def connected(listen: Listener) -> Any:
             from scialm_dask.run.cluster import connect
 
             return connect(
@@ -102,7 +105,7 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 threads=threads,
                 worker_memory=worker_memory,
                 tls=tls,
-                notify=lambda line: click.echo(f"scialm-dask: note: {line}", err=True),
+                notify=lambda line: listen(Note(line)),
             )
 
         return command(*args, connected=connected, **kwargs)

@@ -1,8 +1,10 @@
-"""The commands that impute: `plan`, `impute`, `transform` and `demo`."""
+"""The commands that impute: `plan`, `impute`, `resume`, `transform` and `demo`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -16,7 +18,9 @@ from scialm_dask.cli import (
     reports,
     shows_progress,
 )
-from scialm_dask.events import Listener
+from scialm_dask.errors import InputError, StoppedError
+from scialm_dask.events import Listener, Note
+from scialm_dask.run.termination import on_sigterm
 
 preset_option = click.option(
     "--preset",
@@ -47,6 +51,8 @@ preset_option = click.option(
 @click.option("--write", type=click.Choice(["factors", "dense"]), default="factors", help="dense: the matrix as X too.")
 @click.option("--keep-observed", is_flag=True, help="In X, leave observed entries as they were.")
 @click.option("--preserve-zeros", is_flag=True, help="Write X, sparse: biological zeros (rule of ALRA) stay zero.")
+@click.option("--checkpoint", default=None, metavar="DIR", help="Write checkpoints to this new folder, for `resume`.")
+@click.option("--checkpoint-every", default=None, help="Iterations, or a time such as 30min.  [default: 10 minutes]")
 @cluster_options
 @layer_option
 @missing_chunks_option
@@ -64,47 +70,131 @@ def impute(
     write: str,
     keep_observed: bool,
     preserve_zeros: bool,
+    checkpoint: str | None,
+    checkpoint_every: str | None,
     layer: str | None,
     missing_chunks_are_zeros: bool,
     overwrite: bool,
     listen: Listener,
-    connected: Callable[[], Any],
+    connected: Callable[[Listener], Any],
     **settings: Any,
 ) -> dict[str, Any]:
     """Complete the matrix SRC by low-rank matrix completion and write its factors to DST.zarr."""
     from scialm_dask.api import impute
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.matrix import ExpressionMatrix
-    from scialm_dask.data.store import check_output, scratch_folder_for
+    from scialm_dask.data.store import check_output, lasting, scratch_folder_for
+    from scialm_dask.run.keeper import Checkpointing
 
+    if checkpoint_every is not None and checkpoint is None:
+        raise click.UsageError("--checkpoint-every goes with --checkpoint")
     if keep_observed and write != "dense" and not preserve_zeros:
         raise click.UsageError("--keep-observed goes with --write dense or --preserve-zeros")
     if preserve_zeros and (write == "dense" or observed == "finite"):
         raise click.UsageError("--preserve-zeros writes a sparse X and goes neither with dense nor with finite")
     settings_of(preset, **settings)
-    check_output(dst, overwrite=overwrite, sources=(src,))
+    check_output(dst, overwrite=overwrite, sources=(src, checkpoint) if checkpoint else (src,))
     matrix = ExpressionMatrix.open(
         src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
     )
-    with connected():
-        result = impute(
-            matrix,
-            preset=preset,
-            scratch=scratch,
-            memory_limit=memory_limit,
-            scratch_folder=scratch_folder_for(dst),
-            listen=listen,
-            **settings,
-        )
+    asked = {
+        "destination": lasting(dst),
+        "write": write,
+        "keep_observed": keep_observed,
+        "preserve_zeros": preserve_zeros,
+        "overwrite": overwrite,
+    }
+    with connected(listen):
+        with _resumable(checkpoint) as stop:
+            result = impute(
+                matrix,
+                preset=preset,
+                scratch=scratch,
+                memory_limit=memory_limit,
+                scratch_folder=scratch_folder_for(dst),
+                checkpoint=Checkpointing(checkpoint, result=asked, stop=stop) if checkpoint else None,
+                checkpoint_every=checkpoint_every,
+                listen=listen,
+                **settings,
+            )
+        return _write(result, matrix, asked, src, checkpoint, listen)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.argument("dst", metavar="[DST.zarr]", required=False)
+@click.option("--scratch", default=None, help="Instead of what the run was begun with.")
+@click.option("--memory-limit", default=None, help="Instead of what the run was begun with.")
+@cluster_options
+@reports
+@shows_progress
+def resume(
+    folder: str,
+    dst: str | None,
+    scratch: str | None,
+    memory_limit: str | None,
+    connected: Callable[[Listener], Any],
+    listen: Listener,
+) -> dict[str, Any]:
+    """Go on with `impute --checkpoint DIR` from its last whole checkpoint.
+
+    The result is written where it was to be, or to DST.zarr. Checkpoints are written to DIR again.
+    """
+    from scialm_dask.api import resume
+    from scialm_dask.data.store import check_output, lasting
+    from scialm_dask.run.job import notes_of
+    from scialm_dask.run.keeper import ended, source_of
+
+    notes = notes_of(folder)
+    if words := ended(folder, notes):
+        listen(Note(words))
+        return {"destination": notes["finished"]}
+    asked = notes["result"] | ({"destination": lasting(dst)} if dst else {})
+    if "destination" not in asked:
+        raise InputError(f"{folder}: the run was begun from Python; say where to write its result: resume DIR DST.zarr")
+    matrix = source_of(notes)
+    source = notes["run"]["source"]["path"]
+    check_output(asked["destination"], overwrite=asked.get("overwrite", False), sources=(source, folder))
+    with connected(listen):
+        with _resumable(folder) as stop:
+            result = resume(folder, scratch=scratch, memory_limit=memory_limit, stop=stop, listen=listen)
+        return _write(result, matrix, asked, source, folder, listen)
+
+
+@contextlib.contextmanager
+def _resumable(checkpoint: str | None, *, deferred: bool = True) -> Iterator[Callable[[], bool]]:
+    """Give a function that tells whether SIGTERM came; say how to go on if work is interrupted.
+
+    Without checkpoints, or if it is not `deferred`, SIGTERM interrupts at once.
+    """
+    try:
+        with on_sigterm(deferred=deferred and checkpoint is not None) as stop:
+            yield stop
+    except KeyboardInterrupt:
+        if checkpoint is None or not ("://" in checkpoint or os.path.isdir(checkpoint)):
+            raise
+        raise StoppedError(f"interrupted; go on by `scialm-dask resume {checkpoint}`") from None
+
+
+def _write(
+    result: Any, matrix: Any, asked: dict[str, Any], src: str, checkpoint: str | None, listen: Listener
+) -> dict[str, Any]:
+    """Write the result as it was asked for, and be done with the checkpoints."""
+    from scialm_dask.run.job import finish
+
+    dst, preserve_zeros = asked["destination"], asked.get("preserve_zeros", False)
+    with _resumable(checkpoint, deferred=False):
         result.to_zarr(
             dst,
-            dense=write == "dense",
-            keep_observed=matrix if keep_observed else None,
+            dense=asked.get("write") == "dense",
+            keep_observed=matrix if asked.get("keep_observed") else None,
             preserve_zeros=_zeros_of(matrix, result, dst, listen) if preserve_zeros else None,
-            overwrite=overwrite,
+            overwrite=asked.get("overwrite", False),
             sources=(src,),
             listen=listen,
         )
+        if checkpoint is not None:
+            finish(checkpoint, dst)
     hidden = ("settings", "singular_values")
     return {"destination": dst} | {key: value for key, value in result.summary.items() if key not in hidden}
 
@@ -136,7 +226,7 @@ def transform(
     missing_chunks_are_zeros: bool,
     overwrite: bool,
     listen: Listener,
-    connected: Callable[[], Any],
+    connected: Callable[[Listener], Any],
 ) -> dict[str, Any]:
     """Complete the cells of SRC, which were not in the fit, with the gene factors of RESULT.zarr.
 
@@ -148,7 +238,7 @@ def transform(
 
     check_output(dst, overwrite=overwrite, sources=(src, result))
     matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
-    with connected():
+    with connected(listen):
         completed = Imputation.open(result).transform(matrix)
         completed.to_zarr(dst, overwrite=overwrite, sources=(src, result), listen=listen)
     return {"destination": dst, **completed.summary}
@@ -162,13 +252,15 @@ def transform(
 @layer_option
 @cluster_options
 @reports
+@shows_progress
 def plan(
     src: str,
     preset: str,
     max_rank: int | None,
     blocks: int | None,
     layer: str | None,
-    connected: Callable[[], Any],
+    connected: Callable[[Listener], Any],
+    listen: Listener,
 ) -> dict[str, Any]:
     """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time. Computes nothing.
 
@@ -179,7 +271,7 @@ def plan(
     from scialm_dask.run.plan import plan
 
     matrix, settings = ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank)
-    with connected():
+    with connected(listen):
         return plan(matrix, settings)
 
 

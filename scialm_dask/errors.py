@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["ClusterError", "DoesNotFitError", "InputError", "OutputError", "ScialmError"]
+__all__ = [
+    "CheckpointError",
+    "ClusterError",
+    "DoesNotFitError",
+    "InputError",
+    "OutputError",
+    "ScialmError",
+    "StoppedError",
+]
 
 
 class ScialmError(Exception):
@@ -30,3 +38,13 @@ class ClusterError(ScialmError, ConnectionError):
     """Scheduler or workers cannot be reached, or were lost. The same command may well succeed later."""
 
     exit_code = 69  # EX_UNAVAILABLE
+
+
+class CheckpointError(InputError):
+    """A checkpoint is torn, truncated, edited, of another matrix or of a newer version."""
+
+
+class StoppedError(ScialmError, RuntimeError):
+    """A run was stopped before its end through no fault of its input, and can go on from a checkpoint."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: the same again, later

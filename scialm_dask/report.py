@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
-from html import escape
 from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Any
 
 from scialm_dask import __version__
+from scialm_dask.data.annotated import as_matrix, is_anndata
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import atomic_output, check_output
 from scialm_dask.errors import InputError
-from scialm_dask.evaluate.compare import Comparison, compare
+from scialm_dask.evaluate.compare import GENES_OF_PLANE, Comparison, compare
 from scialm_dask.evaluate.panels import (
     LEAST_DETECTED,
     Groups,
-    Panel,
     cell_panels,
     fit_panels,
     groups_of,
     held_out_known,
     inflation_panel,
 )
-from scialm_dask.evaluate.svg import plain, svg_of
 from scialm_dask.evaluate.verdict import warnings_of
 from scialm_dask.events import Listener, Stage, silent
+from scialm_dask.markup import figures, readable_bytes, section, short, table, text, with_code
+from scialm_dask.run.progress import duration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +42,7 @@ def write_report(
     result: Imputation | str | os.PathLike[str],
     path: str | os.PathLike[str],
     *,
-    source: ExpressionMatrix | str | os.PathLike[str] | None = None,
+    source: Any = None,
     color: str | None = None,
     overwrite: bool = False,
     listen: Listener = silent,
@@ -57,8 +56,8 @@ def write_report(
     path
         The .html file to write.
     source
-        The matrix that the result was made from; by default looked for where it was. Without it there is nothing
-        about single genes and cells. A sample of 2,000 cells is looked at, in one pass.
+        The matrix that the result was made from, as `impute` takes it; by default looked for where it was. Without
+        it there is nothing about single genes and cells. A sample of 2,000 cells is looked at, in one pass.
     color
         Column of ``obs`` to colour cells by; by the number of genes seen if None.
     overwrite
@@ -95,15 +94,13 @@ def write_report(
     return {"destination": os.fspath(path), "warnings": [what.rstrip(".") for what, _ in warnings]}
 
 
-def _compare(
-    result: Imputation, source: ExpressionMatrix | str | os.PathLike[str] | None, listen: Listener
-) -> tuple[Comparison | None, str]:
+def _compare(result: Imputation, source: Any, listen: Listener) -> tuple[Comparison | None, str]:
     """Compare with the source, or tell why not."""
     if result.observed == "finite":
         return None, "Zeros of this matrix are observed values, so this is about no expression that could be inflated."
     if source is not None:
-        matrix = source if isinstance(source, ExpressionMatrix) else ExpressionMatrix.open(source, _layer(result))
-        return compare(result, matrix, listen=listen), ""
+        layered = isinstance(source, str | os.PathLike) or is_anndata(source)
+        return compare(result, as_matrix(source, _layer(result) if layered else None), listen=listen), ""
     where = str(result.summary.get("source", ""))
     try:
         return compare(
@@ -136,36 +133,36 @@ def _page(
     panels = fit_panels(result)
     sections = [
         _warnings(warnings),
-        _section("Convergence", _convergence_words(result), _figures(panels["convergence"])),
-        _section("Held-out error", _held_out_words(result), _figures(panels["held_out"])),
-        _section("Spectrum", _spectrum_words(result), _figures(panels["spectrum"])),
+        section("Convergence", _convergence_words(result), figures(panels["convergence"])),
+        section("Held-out error", _held_out_words(result), figures(panels["held_out"])),
+        section("Spectrum", _spectrum_words(result), figures(panels["spectrum"])),
         *_compared(result, compared, why_not, color),
         _facts(result),
     ]
     cells, genes = result.shape
     template = Template((files("scialm_dask") / "report.html").read_text("utf-8"))
     return template.substitute(
-        title=_text(f"{name} – imputation report"),
-        heading=_text(name),
-        subheading=_text(f"{cells:,} cells × {genes:,} genes. {_sentence(result.summary.get('stop_reason', ''))}"),
+        title=text(f"{name} – imputation report"),
+        heading=text(name),
+        subheading=text(f"{cells:,} cells × {genes:,} genes. {_sentence(result.summary.get('stop_reason', ''))}"),
         tiles=_tiles(result),
         sections="\n".join(section for section in sections if section),
-        version=_text(__version__),
+        version=text(__version__),
     )
 
 
 def _warnings(warnings: list[tuple[str, str]]) -> str:
     if not warnings:
-        return _section("Warnings", "", '<p class="fine">Nothing to warn of.</p>')
-    items = "\n".join(f"<li><strong>{_text(what)}</strong> {_words(remedy)}</li>" for what, remedy in warnings)
-    return _section("Warnings", "", f'<ul class="notices">\n{items}\n</ul>')
+        return section("Warnings", "", '<p class="fine">Nothing to warn of.</p>')
+    items = "\n".join(f"<li><strong>{text(what)}</strong> {with_code(remedy)}</li>" for what, remedy in warnings)
+    return section("Warnings", "", f'<ul class="notices">\n{items}\n</ul>')
 
 
 def _convergence_words(result: Imputation) -> str:
     if not len(result.history):
         return "These cells were completed by a fit that was made before; its own report tells how it converged."
     words = f"{len(result.history)} iterations."
-    if "residual" in result.history:
+    if "rank" in result.history:
         words += (
             " The residual is what the completed matrix leaves of the observed entries, relative to their norm; the "
             "rank rises as singular values come over the falling threshold."
@@ -199,7 +196,7 @@ def _spectrum_words(result: Imputation) -> str:
 def _compared(result: Imputation, compared: Comparison | None, why_not: str, color: str | None) -> list[str]:
     """Make the sections that need the source, or one that tells why there are none."""
     if compared is None:
-        return [_section("Inflation, genes and cells", why_not, "")]
+        return [section("Inflation, genes and cells", why_not, "")]
     k, m = len(compared.cells), result.shape[0]
     sampled = f"Over all {m:,} cells." if k == m else f"Over a sample of {k:,} of the {m:,} cells."
     overall = result.summary.get("mean_imputed_over_observed")
@@ -209,22 +206,22 @@ def _compared(result: Imputation, compared: Comparison | None, why_not: str, col
     groups = _groups(result, compared, color)
     seen = f"genes seen in {LEAST_DETECTED:.0%} of the cells or more"
     return [
-        _section(
+        section(
             "Inflation check",
             f"{words}, or higher. The histogram is of {seen}.",
-            _figures([] if histogram is None else [histogram]),
+            figures([] if histogram is None else [histogram]),
         ),
-        _section(
+        section(
             "Most changed genes",
             f"{sampled} Of {seen}, those that changed most: root mean square of imputed less observed, in units of the "
             "counting noise, √(mean observed). Where nothing but noise was taken away it is about 1.",
             _gene_table(compared),
         ),
-        _section(
+        section(
             "Cells before and after",
-            f"{sampled} Principal components of the logarithms of the 1,000 most variable genes, cells scaled to the "
-            "same total; each picture has components of its own.",
-            _figures(cell_panels(compared, groups)) + _legend(groups),
+            f"{sampled} Principal components of the logarithms of the {min(GENES_OF_PLANE, result.shape[1]):,} most "
+            "variable genes, cells scaled to the same total; each picture has components of its own.",
+            figures(cell_panels(compared, groups)) + _legend(groups),
         ),
     ]
 
@@ -261,7 +258,7 @@ def _gene_table(compared: Comparison) -> str:
 def _gene_row(name: str, gene: pd.Series, share: float) -> str:
     before, after = gene["mean_observed"], gene["mean_imputed"]
     return (
-        f'<tr><th scope="row">{_text(name)}</th><td class="aside">{gene["detected"]:.1%}</td>'
+        f'<tr><th scope="row">{text(name)}</th><td class="aside">{gene["detected"]:.1%}</td>'
         f'<td class="aside">{before:.3g}</td><td class="aside">{after:.3g}</td><td>{after / before:.3g}×</td>'
         f"<td>{gene['filled']:.1%}</td>"
         f'<td class="share" style="--part: {100 * share:.0f}%">{gene["noise"]:.2f}</td></tr>'
@@ -272,21 +269,9 @@ def _facts(result: Imputation) -> str:
     """Make the tables of the summary and of the settings."""
     hidden = ("settings", "singular_values")
     summary = {key: value for key, value in result.summary.items() if key not in hidden}
-    tables = _section("Summary", "", _table(summary))
+    tables = section("Summary", "", table(summary))
     settings = result.summary.get("settings")
-    return f'<div class="columns">{tables}{_section("Settings", "", _table(settings)) if settings else ""}</div>'
-
-
-def _table(facts: Mapping[str, Any]) -> str:
-    rows = "\n".join(
-        f'<tr><th scope="row">{_text(_label(key))}</th><td>{_text(_value(key, value))}</td></tr>'
-        for key, value in facts.items()
-    )
-    return f'<div class="card"><table class="facts"><tbody>\n{rows}\n</tbody></table></div>'
-
-
-def _label(key: str) -> str:
-    return "time" if key == "seconds" else key.removeprefix("n_").removesuffix("_bytes").replace("_", " ")
+    return f'<div class="columns">{tables}{section("Settings", "", table(settings)) if settings else ""}</div>'
 
 
 def _tiles(result: Imputation) -> str:
@@ -295,7 +280,7 @@ def _tiles(result: Imputation) -> str:
     tiles = [("Rank", f"{result.rank:,}", f"of at most {min(m, n):,}")]
     if "n_observed" in known:
         tiles.append(
-            ("Observed entries", _short(known["n_observed"]), f"{known['n_observed'] / (m * n):.1%} of the matrix")
+            ("Observed entries", short(known["n_observed"]), f"{known['n_observed'] / (m * n):.1%} of the matrix")
         )
     if "chosen_iteration" in known:
         tiles.append(("Kept iteration", f"{known['chosen_iteration']:,}", f"of {known['iterations']:,} made"))
@@ -307,83 +292,20 @@ def _tiles(result: Imputation) -> str:
         tiles.append(("Imputed ÷ observed", f"{known['mean_imputed_over_observed']:.2f}×", "ratio of the means"))
     if "seconds" in known:
         memory = known.get("peak_memory_bytes")
-        tiles.append(("Time", _duration(known["seconds"]), f"peak memory {_bytes(memory)}" if memory else ""))
+        tiles.append(("Time", duration(known["seconds"]), f"peak memory {readable_bytes(memory)}" if memory else ""))
     return "\n".join(
-        f'<div class="tile"><dt>{_text(name)}</dt><dd>{_text(value)}<small>{_text(about)}</small></dd></div>'
+        f'<div class="tile"><dt>{text(name)}</dt><dd>{text(value)}<small>{text(about)}</small></dd></div>'
         for name, value, about in tiles
     )
 
 
-def _section(title: str, words: str, body: str) -> str:
-    told = f"<p>{_words(words)}</p>" if words else ""
-    beside = ' class="beside"' if body.count("<figure") == 1 else ""
-    return f"<section{beside}>\n<div><h2>{_text(title)}</h2>\n{told}</div>\n{body}\n</section>"
-
-
-def _figures(panels: Iterable[Panel]) -> str:
-    figures = "\n".join(
-        f'<figure class="card"><figcaption>{_text(panel.title)}</figcaption>\n{svg_of(panel)}</figure>'
-        for panel in panels
-    )
-    return f'<div class="panels">\n{figures}\n</div>' if figures else ""
+def _sentence(words: str) -> str:
+    return f"Stopped: {words}." if words else ""
 
 
 def _legend(groups: Groups) -> str:
     items = "".join(
-        f'<li><i style="background: var(--{colour})"></i>{_text(name)}</li>'
+        f'<li><i style="background: var(--{colour})"></i>{text(name)}</li>'
         for name, colour in zip(groups.names, groups.colours, strict=True)
     )
-    return f'<p class="legend">Coloured by {_text(groups.by)}</p>\n<ul class="legend">{items}</ul>'
-
-
-def _text(value: object) -> str:
-    """Make it safe to stand in HTML, whatever a gene is called."""
-    return escape(plain(str(value)))
-
-
-def _words(text: str) -> str:
-    """Make it safe too, and set commands and options as such."""
-    return re.sub(r"`([^`]+)`|(--[a-z-]+)", lambda found: f"<code>{found[1] or found[2]}</code>", _text(text))
-
-
-def _value(key: str, value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if key.endswith("_bytes"):
-        return _bytes(value)
-    if key == "seconds":
-        return _duration(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_value("", each) for each in value)
-    return str(value)
-
-
-def _short(number: int) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:,}"
-
-
-def _bytes(number: float) -> str:
-    from dask.utils import format_bytes
-
-    return str(format_bytes(int(number)))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.3g} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.3g} min"
-    return f"{seconds / 3600:.3g} h"
-
-
-def _sentence(words: str) -> str:
-    return f"Stopped: {words}." if words else ""
+    return f'<p class="legend">Coloured by {text(groups.by)}</p>\n<ul class="legend">{items}</ul>'

@@ -15,7 +15,7 @@ import zarr
 
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
-from scialm_dask.data.store import everywhere, open_store
+from scialm_dask.data.store import lasting, open_store
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.temporary import current_client, temporary_csr
 from scialm_dask.data.transpose import spill_to_csr
@@ -29,6 +29,7 @@ __all__ = [
     "Annotation",
     "ExpressionMatrix",
     "Observed",
+    "Origin",
     "check_observed",
     "check_values",
     "read_annotation",
@@ -44,6 +45,15 @@ class Annotation(NamedTuple):
 
     obs: pd.DataFrame
     var: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a matrix was opened from, so that it can be opened again: arguments of `ExpressionMatrix.open`."""
+
+    path: str
+    layer: str | None
+    missing_chunks_are_zeros: bool
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class ExpressionMatrix:
     blocks: RowBlocks
     observed: Observed = "nonzero"
     annotation: Any = field(default=None, compare=False, repr=False)
+    origin: Origin | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -102,14 +113,15 @@ class ExpressionMatrix:
             If the store, the layer or the numbers cannot be used.
         """
         store = open_store(path)
-        path = everywhere(path)
+        path = lasting(path)
         rows, element = describe(path, store, layer)
         check_chunks(rows, element, missing_chunks_are_zeros)
         if rows.encoding == "csc_matrix":
             rows = spill_to_csr(rows)
             element = open_store(rows.path)[rows.element]
         cuts = blocks_of(rows, element, blocks)
-        return cls(rows, cuts, observed, path if not isinstance(store, zarr.Array) else None)
+        origin = Origin(path, layer, missing_chunks_are_zeros)
+        return cls(rows, cuts, observed, path if not isinstance(store, zarr.Array) else None, origin)
 
     @classmethod
     def of(

@@ -21,14 +21,16 @@ from zarr.abc.store import RangeByteRequest
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from scialm_dask.data.remote import NewStore, RemoteStore, check_new, is_url, new_store
+from scialm_dask.data.remote import RemoteStore, is_url
+from scialm_dask.data.remote_output import NewStore, check_new, new_store
 from scialm_dask.errors import InputError, OutputError
 
 __all__ = [
     "atomic_output",
     "atomic_store",
+    "check_apart",
     "check_output",
-    "everywhere",
+    "lasting",
     "missing_chunks",
     "new_anndata",
     "open_store",
@@ -65,12 +67,6 @@ def open_store(path: str | os.PathLike[str]) -> Any:
         raise InputError(
             f"{path}: not a Zarr store ({error.__class__.__name__}); convert other formats with `scialm-dask convert`"
         ) from error
-
-
-def everywhere(path: str | os.PathLike[str]) -> str:
-    """Give the path, or URL, by which workers find the same: their current folder is another."""
-    plain = _plain(path)
-    return plain if is_url(plain) else os.path.abspath(plain)
 
 
 def _plain(path: str | os.PathLike[str]) -> str:
@@ -204,7 +200,7 @@ def atomic_store(
     """
     destination = _plain(destination)
     if is_url(destination):
-        _check_apart(destination, sources)
+        check_apart(destination, sources)
         with new_store(destination) as store:
             yield store
     else:
@@ -220,7 +216,7 @@ def check_output(
 ) -> None:
     """Raise `OutputError` if `destination` cannot take a result. Leaves nothing there."""
     destination = _plain(destination)
-    _check_apart(destination, sources)
+    check_apart(destination, sources)
     if is_url(destination):
         check_new(destination)
         return
@@ -233,7 +229,8 @@ def check_output(
         raise OutputError(f"{final.parent}: not writable; choose another folder")
 
 
-def _check_apart(destination: str, sources: tuple[str | os.PathLike[str], ...]) -> None:
+def check_apart(destination: str | os.PathLike[str], sources: tuple[str | os.PathLike[str], ...]) -> None:
+    """Raise `OutputError` if an output is, lies within or holds one of the `sources`."""
     final = _place(destination)
     for source in sources:
         origin = _place(source)
@@ -248,6 +245,12 @@ def _place(path: str | os.PathLike[str]) -> str:
         return str(Path(path).resolve())
     protocol, _, rest = path.partition("://")
     return f"{ {'s3a': 's3', 'gcs': 'gs'}.get(protocol, protocol) }://{rest.rstrip('/')}"
+
+
+def lasting(path: str | os.PathLike[str]) -> str:
+    """Spell a path so that it holds in any folder: of workers, and of the next start. A URL is left as it is."""
+    path = _plain(path)
+    return path if is_url(path) else os.path.abspath(path)
 
 
 def scratch_folder_for(destination: str | os.PathLike[str]) -> str:

@@ -19,10 +19,10 @@ from scialm_dask.events import Advance, Listener, begin, silent
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["MOST_CELLS", "Comparison", "compare"]
+__all__ = ["GENES_OF_PLANE", "MOST_CELLS", "Comparison", "compare"]
 
 MOST_CELLS = 2000
-_GENES_OF_PLANE = 1000  # the most variable ones, by which cells are laid out
+GENES_OF_PLANE = 1000  # the most variable ones, by which cells are laid out
 _PANEL_BYTES = 32 << 20
 Doubles = NDArray[np.float64]
 
@@ -140,7 +140,7 @@ def _variable_genes(observed: sp.csr_matrix) -> NDArray[np.intp]:
     mean = np.asarray(even.mean(axis=0)).ravel()
     even.data **= 2
     variance = np.asarray(even.mean(axis=0)).ravel() - mean**2
-    return np.sort(np.argsort(-variance, kind="stable")[:_GENES_OF_PLANE])
+    return np.sort(np.argsort(-variance, kind="stable")[:GENES_OF_PLANE])
 
 
 def _by_gene(

@@ -39,6 +39,8 @@ _MANY_DECADES = 30.0  # largest over smallest value from which a scale is logari
 _MOST_GROUPS = 10
 _RATIOS = (-2.0, 7.0)  # log₂ of the least and the largest inflation shown
 
+_CURVES = {"objective": "Objective", "residual": "Residual on what was observed", "rank": "Singular values kept"}
+
 Draw = Callable[[Any], None]
 
 
@@ -81,12 +83,11 @@ def fit_panels(result: Imputation) -> dict[str, list[Panel]]:
     """Draw what the fit has left: lists ``convergence``, ``held_out`` and ``spectrum``, empty if there is nothing."""
     history, kept = result.history, result.summary.get("chosen_iteration")
     panels: dict[str, list[Panel]] = {"convergence": [], "held_out": [], "spectrum": []}
-    for name, title in (("residual", "Residual on observed entries"), ("rank", "Singular values kept")):
-        if name in history:
+    if "iteration" not in history:
+        history = history.assign(iteration=np.arange(1, len(history) + 1))
+    for name, title in _CURVES.items():
+        if name in history and len(history):
             panels["convergence"].append(_curve(history, name, title, kept))
-    if "residual" not in history and "objective" in history:
-        numbered = history.assign(iteration=np.arange(1, len(history) + 1))
-        panels["convergence"].append(_curve(numbered, "objective", "Objective", None))
     if held_out_known(history):
         panels["held_out"].append(_curve(history, "held_out", "Error on held-out entries", kept))
     values = np.asarray(result.summary.get("singular_values", ()))
@@ -123,16 +124,16 @@ def _curve(history: pd.DataFrame, column: str, title: str, kept: int | None) -> 
 
 
 def _label(axes: Any, words: str, x: float, y: float) -> None:
-    """Write beside a vertical line, at the end that is far from the point (x, y)."""
+    """Write beside a vertical line, at its upper end, unless the point (x, y) is there."""
     across, up = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
     axes.annotate(
         words,
-        (x, 0.0 if up > 0.5 else 1.0),
+        (x, 0.0 if up > 0.8 else 1.0),
         xycoords=axes.get_xaxis_transform(),
-        xytext=(-5 if across > 0.5 else 5, 4 if up > 0.5 else -4),
+        xytext=(-5 if across > 0.5 else 5, 4 if up > 0.8 else -4),
         textcoords="offset points",
         ha="right" if across > 0.5 else "left",
-        va="bottom" if up > 0.5 else "top",
+        va="bottom" if up > 0.8 else "top",
         color=COLOURS["muted"],
     )
 
@@ -195,8 +196,12 @@ def groups_of(name: str, values: pd.Series) -> Groups:
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values) and values.nunique() > 5:
         edges = np.unique(np.quantile(values.dropna(), np.linspace(0, 1, 6), method="nearest"))
         codes = np.clip(np.searchsorted(edges, values.to_numpy(np.float64), side="right") - 1, 0, len(edges) - 2)
-        names = tuple(f"{a:.4g} – {b:.4g}" for a, b in pairwise(edges))
-        return Groups(name, codes.astype(np.intp), names, tuple(f"shade{n}" for n in range(len(names))))
+        names = [f"{a:.4g} – {b:.4g}" for a, b in pairwise(edges)]
+        colours = [f"shade{n}" for n in range(len(names))]
+        if values.isna().any():
+            codes[values.isna()] = len(names)
+            names, colours = [*names, "unknown"], [*colours, "muted"]
+        return Groups(name, codes.astype(np.intp), tuple(names), tuple(colours))
     text = values.astype(object).where(values.notna(), "unknown").astype(str)
     counts = text.value_counts()
     common = sorted(counts.index, key=lambda label: (-counts[label], label))

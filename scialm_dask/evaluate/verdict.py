@@ -33,22 +33,16 @@ def warnings_of(result: Imputation, compared: Comparison | None = None) -> list[
 
 def _of_the_end(result: Imputation) -> Warnings:
     summary, history = result.summary, result.history
+    known = held_out_known(history)
     if summary.get("converged") is False:
-        reason = str(summary.get("stop_reason") or "the most iterations allowed were made").rstrip(".")
-        yield "It did not converge.", f"It ended because {reason}. Raise --max-iterations."
-    if not held_out_known(history):
-        if summary.get("settings", {}).get("stop") == "residual":
-            yield (
-                "Nothing was held out.",
-                "The fit went on until observed entries were met, noise included, and no error tells whether that was "
-                "too far. Preset auto stops before.",
-            )
-        return
-    errors = history["held_out"].to_numpy()
-    if len(errors) > 1 and int(summary.get("chosen_iteration", 0)) == len(errors) and errors[-1] < errors[-2]:
+        falling = known and bool(history["held_out"].idxmin() == history.index[-1])
+        so = ", and the held-out error was still falling" if falling else ""
+        yield "It did not converge.", f"The most iterations allowed were made{so}: raise --max-iterations."
+    if not known and summary.get("settings", {}).get("stop") == "residual":
         yield (
-            "The held-out error was still falling at the end.",
-            "More iterations would lower it: raise --max-iterations.",
+            "Nothing was held out.",
+            "The fit went on until observed entries were met, noise included, and no error tells whether that was too "
+            "far. Preset auto stops before.",
         )
 
 

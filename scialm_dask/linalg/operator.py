@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import dask
 import numpy as np
+from dask.base import get_scheduler
 from dask.delayed import Delayed
 from threadpoolctl import threadpool_limits
 
 from scialm_dask.linalg import tasks
 from scialm_dask.linalg.kernels import Doubles, Floats, GiveBack, Step, Sums, View, add_sums
-from scialm_dask.linalg.tasks import BlockSource, Store
+from scialm_dask.linalg.tasks import BlockSource, Files, Store
 
 __all__ = ["LowRankPlusSparse", "Observations", "Product"]
 
@@ -46,12 +47,13 @@ class Product(NamedTuple):
 class _Kept(NamedTuple):
     """State without the sketch, V, and the versions of what the state refers to."""
 
-    state: tuple[Delayed, ...]
+    state: tuple[Any, ...]
     right: Floats
     versions: dict[str, int]
 
 
 _PANEL_ROWS = 1024
+_UNUSED = 1  # a version that no pass makes
 
 
 class LowRankPlusSparse:
@@ -65,11 +67,11 @@ class LowRankPlusSparse:
     source
         Hands out the blocks.
     store
-        Keeps the working state of the blocks.
-    resident
-        Keep the blocks themselves in memory too, rather than read them in every pass.
+        Keeps the blocks, as they were read once, and their working state.
     on_pass
         Called after each pass with their number so far.
+    before_pass
+        Called before each pass but the first. If it raises, all is as after the pass before.
 
     Attributes
     ----------
@@ -88,30 +90,26 @@ class LowRankPlusSparse:
         source: BlockSource,
         store: Store,
         *,
-        resident: bool,
         on_pass: Callable[[int], None] = lambda _: None,
+        before_pass: Callable[[], None] = lambda: None,
     ) -> None:
         self.shape = source.shape
         self.bounds = source.bounds
-        self.passes, self._on_pass = 0, on_pass
+        self.passes, self._on_pass, self._before_pass = 0, on_pass, before_pass
         self._id = uuid.uuid4().hex[:12]
-        self._source = dask.delayed(source, name=f"source-{self._id}", traverse=False)
         self._store = store
         self._confidence = source.column_confidence
         self._row_confidence = source.has_row_confidence
         self._right = np.zeros((self.shape[1], 0), np.float32)
         self._versions: dict[str, int] = dict.fromkeys(("estimate", "left", "sketch"), 0)
         self._best: _Kept | None = None
-        self._blocks: tuple[Delayed | None, ...] = (None,) * self.n_blocks
-        if resident:
-            load = dask.delayed(tasks.load)
-            self._blocks = _run([load(self._source, b) for b in range(self.n_blocks)])
-        begin = dask.delayed(tasks.begin, pure=False, nout=2)
-        parts = [begin(self._store, self._source, b, self._blocks[b]) for b in self._each()]
+        source_task = dask.delayed(source, name=f"source-{self._id}", traverse=False)
+        hold, begin = dask.delayed(tasks.hold, pure=False), dask.delayed(tasks.begin, pure=False, nout=2)
+        self._blocks = self._hold([hold(self._store, source_task, b) for b in self._each()])
+        parts = [begin(self._store, source_task, b, self._blocks[b]) for b in self._each()]
         total = _tree([counted for _, counted in parts], dask.delayed(tasks.add))
-        *state, total = _run([refs for refs, _ in parts] + [total])
-        self._state: tuple[Delayed, ...] = tuple(state)
-        self.observations = Observations(*total.compute())
+        self._state, counted = self._settle([refs for refs, _ in parts], total)
+        self.observations = Observations(*counted)
         self._count_pass()
 
     @property
@@ -152,14 +150,12 @@ class LowRankPlusSparse:
         give_back
             Make held-out entries observed ones.
         """
-        if step is not None and right is not None:
-            self._right = right
         changed = {"sketch"} if basis is not None else set()
         if step is not None:
             changed |= {"estimate", "left"}
         if give_back is not None:
             changed |= {"estimate"}
-        view = self._view()
+        view = self._view(right)
         overlap = None if basis is None else view.spread.T @ basis
         view = replace(view, basis=basis, overlap=overlap, step=step, give_back=give_back)
         return self._pass(tasks.visit, view, [None] * self.n_blocks, changed)
@@ -173,7 +169,7 @@ class LowRankPlusSparse:
         """WᵀW, shape ``(n, n)``, when columns are the short side. One pass."""
         view = self._view()
         carried, visit = self._carry(view), dask.delayed(tasks.column_gram)
-        parts = [visit(self._store, self._source, b, self._blocks[b], self._state[b], carried) for b in self._each()]
+        parts = [visit(self._store, self._blocks[b], self._state[b], carried) for b in self._each()]
         (total,) = _run([_tree(parts, dask.delayed(tasks.add))])
         self._count_pass()
         left_gram, cross, sparse_gram = total.compute()
@@ -189,13 +185,10 @@ class LowRankPlusSparse:
         view = self._view()
         core, carried = view.spread.T.astype(np.float64) @ view.spread, self._carry(view)
         prepare, pair = dask.delayed(tasks.row_half), dask.delayed(tasks.row_gram)
-        halves = [prepare(self._store, self._source, b, self._blocks[b], self._state[b], carried) for b in self._each()]
+        halves = [prepare(self._store, self._blocks[b], self._state[b], carried) for b in self._each()]
         corners = [(i, j) for i in self._each() for j in range(i, self.n_blocks)]
         tiles = _run(
-            [
-                pair(self._source, (i, j), self._blocks[i], self._blocks[j], halves[i], halves[j], core)
-                for i, j in corners
-            ]
+            [pair(self._store, self._blocks[i], self._blocks[j], halves[i], halves[j], core) for i, j in corners]
         )
         self._count_pass()
         gram = np.empty((self.shape[0], self.shape[0]))
@@ -217,16 +210,15 @@ class LowRankPlusSparse:
         columns
             Multiply the columns of A by these numbers first, shape ``(n,)``.
         """
-        source, blocks, right = self._source, self._blocks, self._right
+        right, source = self._right, None
         if columns is not None:
             right = columns[:, None] * right
         view = replace(self._view(), right=right)
         if other is not None:
             source = dask.delayed(other, name=f"source-{uuid.uuid4().hex[:12]}", traverse=False)
-            blocks = (None,) * self.n_blocks
             view = replace(view, confidence=other.column_confidence)
         carried, visit = self._carry(view), dask.delayed(tasks.quadratic)
-        parts = [visit(self._store, source, b, blocks[b], self._state[b], carried) for b in self._each()]
+        parts = [visit(self._store, source, b, self._blocks[b], self._state[b], carried) for b in self._each()]
         (total,) = _run([_tree(parts, dask.delayed(tasks.add))])
         self._count_pass()
         linear, square, rows = total.compute()
@@ -236,9 +228,8 @@ class LowRankPlusSparse:
 
     def keep(self) -> None:
         """Remember the A in force, and W, as the best so far; `factors` gives that A back."""
-        pick = dask.delayed(tasks.without_sketch)
         versions = {name: self._versions[name] for name in ("estimate", "left")}
-        forgotten, self._best = self._best, _Kept(_run([pick(at) for at in self._state]), self._right, versions)
+        forgotten, self._best = self._best, _Kept(self._pick(tasks.without_sketch, self._state), self._right, versions)
         if forgotten is not None:
             for name, version in forgotten.versions.items():
                 if version != versions[name]:
@@ -247,8 +238,7 @@ class LowRankPlusSparse:
     def restore(self) -> None:
         """Put the A last kept in force again, and W with it."""
         if self._best is not None:
-            put = dask.delayed(tasks.with_kept)
-            self._state = _run([put(at, kept) for at, kept in zip(self._state, self._best.state, strict=True)])
+            self._state = self._pick(tasks.with_kept, self._state, self._best.state)
             self._right = self._best.right
             for name, version in self._best.versions.items():
                 if version != self._versions[name]:
@@ -266,19 +256,82 @@ class LowRankPlusSparse:
         get = dask.delayed(tasks.get_left)
         return [get(self._store, kept) for kept in self._best.state], self._best.right
 
+    def release(self) -> None:
+        """Forget the blocks and all that is known of them."""
+        names = {*self._versions.items(), *((name, 0) for name in tasks.BLOCK_ARRAYS)}
+        for name, version in names if self._best is None else names | {*self._best.versions.items()}:
+            self._store.drop(name, version)
+
+    def save(self, files: Files, *, sketch: bool) -> dict[str, list[Any]]:
+        """Write the state, each block from the worker that has it, so that `load` can put it back.
+
+        Parameters
+        ----------
+        files
+            Where to.
+        sketch
+            Write the sketch of the last pass too, from which the next step is made.
+
+        Returns
+        -------
+        dict
+            What `files` gave for each array, by what the array holds.
+        """
+        names = ("estimate", "left", "sketch") if sketch else ("estimate", "left")
+        apart = self._best if self._best is not None and self._best.versions["left"] != self._versions["left"] else None
+        best = (None,) * self.n_blocks if apart is None else apart.state
+        save = dask.delayed(tasks.save, pure=False)
+        parts = _run([save(self._store, files, b, self._state[b], names, best[b]) for b in self._each()], dask.compute)
+        saved = {name: [part[name] for part in parts] for name in parts[0]}
+        saved["right"] = [files.put("right", 0, self._right)]
+        if apart is not None:
+            saved["best_right"] = [files.put("best_right", 0, apart.right)]
+        return saved
+
+    def load(self, files: Files, saved: Mapping[str, Sequence[Any]], passes: int) -> None:
+        """Put back what `save` wrote, of this operator or of one over the same blocks.
+
+        Parameters
+        ----------
+        files
+            Where from.
+        saved
+            What `save` returned.
+        passes
+            Their number then.
+        """
+        of_all = {name: saved[name][0] for name in ("right", "best_right") if name in saved}
+        apart = "best_right" in of_all
+        restore = dask.delayed(tasks.restore, pure=False, nout=2)
+        parts = []
+        for b in self._each():
+            of_block = {name: group[b] for name, group in saved.items() if name not in of_all}
+            parts.append(restore(self._store, files, b, of_block, passes, _UNUSED))
+        held = self._hold([part for pair in parts for part in pair])
+        for name, version in self._versions.items():
+            self._store.drop(name, version)
+        self._state, self._right, self.passes = held[::2], files.get(of_all["right"]), passes
+        self._versions = dict.fromkeys(self._versions, passes)
+        best_right = files.get(of_all["best_right"]) if apart else self._right
+        self._best = _Kept(held[1::2], best_right, dict.fromkeys(("estimate", "left"), _UNUSED if apart else passes))
+
+    @property
+    def depends_on_workers(self) -> bool:
+        """Whether a block that a worker loses is made again by all the passes since the state was last put back."""
+        return not self._store.durable and _on_cluster()
+
     def _pass(self, function: Callable[..., Any], view: View, extra: list[Any], changed: set[str]) -> Product:
         """Run `function` once for each block and add up the sums that it returns beside the block's new state."""
         number = self.passes + 1
         carried = self._carry(view)
         visit = dask.delayed(function, pure=False, nout=2)
         parts = [
-            visit(self._store, self._source, b, self._blocks[b], self._state[b], carried, number, extra[b])
-            for b in self._each()
+            visit(self._store, b, self._blocks[b], self._state[b], carried, number, extra[b]) for b in self._each()
         ]
         total = _tree([sums for _, sums in parts], dask.delayed(add_sums))
-        *state, total = _run([state for state, _ in parts] + [total])
-        sums: Sums = total.compute()
-        self._state = tuple(state)
+        sums: Sums
+        state, sums = self._settle([state for state, _ in parts], total)
+        self._state, self._right = state, view.right
         self._count_pass()
         for name in changed:
             if self._best is None or self._best.versions.get(name) != self._versions[name]:
@@ -293,9 +346,28 @@ class LowRankPlusSparse:
         self.passes += 1
         self._on_pass(self.passes)
 
-    def _view(self) -> View:
-        """Make what a pass carries, without a basis."""
-        right, beta = self._right, self._confidence
+    def _settle(self, states: list[Delayed], total: Delayed) -> tuple[tuple[Any, ...], Any]:
+        """Compute the new states of the blocks and what they add up to.
+
+        Where states are but references to a disk they come here: a scheduler that held them would make a lost one
+        again from versions that are gone. Else they stay with the workers.
+        """
+        *settled, total = self._hold([*states, total])
+        return tuple(settled), total if self._store.durable else total.compute()
+
+    def _hold(self, values: list[Delayed]) -> tuple[Any, ...]:
+        return _run(values, dask.compute if self._store.durable else dask.persist)
+
+    def _pick(self, function: Callable[..., Any], *columns: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Apply a function that moves no data to what is held of each block."""
+        if self._store.durable:
+            return tuple(map(function, *columns))
+        pick = dask.delayed(function)
+        return _run([pick(*parts) for parts in zip(*columns, strict=True)])
+
+    def _view(self, right: Floats | None = None) -> View:
+        """Make what a pass carries, without a basis; `right` is that of a new A."""
+        right, beta = self._right if right is None else right, self._confidence
         if beta is None:
             return View(right, right)
         if self._row_confidence:
@@ -303,17 +375,23 @@ class LowRankPlusSparse:
         return View(right, (1 - beta)[:, None] * right, beta)
 
     def _carry(self, view: View) -> Delayed:
-        """Wrap what every task of a pass needs as one task, which is sent to each worker once."""
+        """Begin a pass: wrap what every task of it needs as one task, which is sent to each worker once."""
+        self._before_pass()
         return dask.delayed(view, name=f"view-{self._id}-{uuid.uuid4().hex[:8]}", traverse=False)
 
     def _each(self) -> range:
         return range(self.n_blocks)
 
 
-def _run(values: list[Any]) -> tuple[Any, ...]:
+def _run(values: list[Any], how: Callable[..., Any] = dask.persist) -> tuple[Any, ...]:
     """Compute and hold on the scheduler in force, where threads of this process leave BLAS one thread each."""
     with threadpool_limits(1, user_api="blas"):
-        return dask.persist(*values)  # type: ignore[no-any-return]
+        return how(*values)  # type: ignore[no-any-return]
+
+
+def _on_cluster() -> bool:
+    """Whether tasks run in other processes, which may die."""
+    return hasattr(getattr(get_scheduler(), "__self__", None), "persist")
 
 
 def _add_product(total: Doubles, tall: Floats, wide: Doubles) -> None:

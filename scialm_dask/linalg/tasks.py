@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scialm_dask.linalg import kernels
 from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, RowHalf, Sums, View
 
-__all__ = ["BlockSource", "References", "Store"]
+__all__ = ["BlockSource", "Files", "References", "Store"]
 
 
 class BlockSource(Protocol):
@@ -49,6 +49,11 @@ class BlockSource(Protocol):
 class Store(Protocol):
     """Keeps a block's working arrays between passes; see `scialm_dask.data.scratch`."""
 
+    @property
+    def durable(self) -> bool:
+        """Whether references are small and outlive the process that made them."""
+        ...
+
     def put(self, name: str, version: int, block: int, array: NDArray[Any]) -> Any:
         """Keep an array and return what to refer to it by."""
         ...
@@ -59,6 +64,18 @@ class Store(Protocol):
 
     def drop(self, name: str, version: int) -> None:
         """Forget a version."""
+        ...
+
+
+class Files(Protocol):
+    """Keeps arrays for good; see `scialm_dask.data.checkpoint`."""
+
+    def put(self, name: str, block: int, array: NDArray[Any]) -> Any:
+        """Write an array and return what to refer to it by."""
+        ...
+
+    def get(self, file: Any) -> NDArray[Any]:
+        """Read an array."""
         ...
 
 
@@ -74,12 +91,34 @@ class References:
     sketch: Any
 
 
-def load(source: BlockSource, block: int) -> Block:
-    return source.load(block)
+@dataclass(frozen=True)
+class HeldBlock:
+    """Where the arrays of a `Block` are."""
+
+    indptr: Any
+    indices: Any
+    observed: Any
+    confidence: Any
+    n_columns: int
 
 
-def begin(store: Store, source: BlockSource, block: int, loaded: Block | None) -> tuple[References, tuple[float, ...]]:
-    data = loaded or source.load(block)
+BLOCK_ARRAYS = ("indptr", "indices", "observed", "confidence")
+
+
+def hold(store: Store, source: BlockSource, block: int) -> HeldBlock:
+    data = source.load(block)
+    arrays = {name: getattr(data, name) for name in BLOCK_ARRAYS}
+    held = {name: None if array is None else store.put(name, 0, block, array) for name, array in arrays.items()}
+    return HeldBlock(**held, n_columns=data.n_columns)
+
+
+def _block(store: Store, held: HeldBlock) -> Block:
+    confidence = None if held.confidence is None else store.get(held.confidence)
+    return Block(store.get(held.indptr), store.get(held.indices), store.get(held.observed), held.n_columns, confidence)
+
+
+def begin(store: Store, source: BlockSource, block: int, held: HeldBlock) -> tuple[References, tuple[float, ...]]:
+    data = _block(store, held)
     hidden = source.held_out(block, data)
     estimate, n_hidden, held_out_squares, n_emptied = data.observed, 0, 0.0, 0
     if hidden is not None:
@@ -99,9 +138,8 @@ def _squares(values: Floats) -> float:
 
 def visit(
     store: Store,
-    source: BlockSource,
     block: int,
-    loaded: Block | None,
+    held: HeldBlock,
     at: References,
     view: View,
     number: int,
@@ -111,61 +149,77 @@ def visit(
     unneeded = np.zeros((0, 0), np.float32)
     left, sketch = (unneeded, store.get(at.sketch)) if view.step else (store.get(at.left), unneeded)
     state = BlockState(store.get(at.estimate), left, sketch)
-    new, sums = kernels.visit(loaded or source.load(block), state, view)
+    new, sums = kernels.visit(_block(store, held), state, view)
     return _put_changes(store, block, number, at, state, new), sums
 
 
 def project(
     store: Store,
-    source: BlockSource,
     block: int,
-    loaded: Block | None,
+    held: HeldBlock,
     at: References,
     view: View,
     number: int,
     vectors: Floats,
 ) -> tuple[References, Sums]:
     state = BlockState(store.get(at.estimate), store.get(at.left), vectors)
-    sums = kernels.project(loaded or source.load(block), state, view)
+    sums = kernels.project(_block(store, held), state, view)
     return replace(at, sketch=store.put("sketch", number, block, vectors)), sums
 
 
-def column_gram(
-    store: Store, source: BlockSource, block: int, loaded: Block | None, at: References, view: View
-) -> tuple[Doubles, Doubles, Doubles]:
+def column_gram(store: Store, held: HeldBlock, at: References, view: View) -> tuple[Doubles, Doubles, Doubles]:
     state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
-    return kernels.column_gram(loaded or source.load(block), state, view)
+    return kernels.column_gram(_block(store, held), state, view)
 
 
-def row_half(
-    store: Store, source: BlockSource, block: int, loaded: Block | None, at: References, view: View
-) -> RowHalf:
+def row_half(store: Store, held: HeldBlock, at: References, view: View) -> RowHalf:
     state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
-    return kernels.row_half(loaded or source.load(block), state, view)
+    return kernels.row_half(_block(store, held), state, view)
 
 
 def row_gram(
-    source: BlockSource,
-    pair: tuple[int, int],
-    one: Block | None,
-    other: Block | None,
-    half: RowHalf,
-    other_half: RowHalf,
-    core: Doubles,
+    store: Store, one: HeldBlock, other: HeldBlock, half: RowHalf, other_half: RowHalf, core: Doubles
 ) -> Doubles:
-    blocks = one or source.load(pair[0]), other or source.load(pair[1])
-    return kernels.row_gram(blocks, (half, other_half), core)
+    return kernels.row_gram((_block(store, one), _block(store, other)), (half, other_half), core)
 
 
 def quadratic(
-    store: Store, source: BlockSource, block: int, loaded: Block | None, at: References, view: View
+    store: Store, other: BlockSource | None, block: int, held: HeldBlock, at: References, view: View
 ) -> tuple[Doubles, Doubles, Doubles]:
-    return kernels.quadratic(loaded or source.load(block), store.get(at.left), view)
+    data = _block(store, held) if other is None else other.load(block)
+    return kernels.quadratic(data, store.get(at.left), view)
 
 
 def _put_changes(store: Store, block: int, number: int, at: References, old: BlockState, new: BlockState) -> References:
     changed = {name: getattr(new, name) for name in ARRAYS if getattr(new, name) is not getattr(old, name)}
     return replace(at, **{name: store.put(name, number, block, array) for name, array in changed.items()})
+
+
+def save(
+    store: Store, files: Files, block: int, at: References, names: tuple[str, ...], best: References | None
+) -> dict[str, Any]:
+    kept = {name: getattr(at, name) for name in names}
+    if best is not None:
+        kept |= {"best_estimate": best.estimate, "best_left": best.left}
+    return {name: files.put(name, block, store.get(reference)) for name, reference in kept.items()}
+
+
+def restore(
+    store: Store, files: Files, block: int, saved: dict[str, Any], version: int, of_best: int
+) -> tuple[References, References]:
+    def keep(name: str, file: str, version: int) -> Any:
+        return store.put(name, version, block, files.get(saved[file]))
+
+    left = files.get(saved["left"])
+    sketch = files.get(saved["sketch"]) if "sketch" in saved else np.zeros((len(left), 0), np.float32)
+    at = References(
+        keep("estimate", "estimate", version),
+        store.put("left", version, block, left),
+        store.put("sketch", version, block, sketch),
+    )
+    if "best_left" not in saved:
+        return at, without_sketch(at)
+    return at, References(keep("estimate", "best_estimate", of_best), keep("left", "best_left", of_best), None)
 
 
 def without_sketch(at: References) -> References:

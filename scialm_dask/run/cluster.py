@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from scialm_dask.config import configured
 from scialm_dask.data.temporary import current_client
 from scialm_dask.errors import ClusterError, InputError
+from scialm_dask.run.losses import loss_of_cluster
 
 if TYPE_CHECKING:
     from distributed import Client, Security
@@ -403,16 +404,9 @@ def _short(package: str, version: str | None) -> str | None:
 @contextmanager
 def _losses_explained() -> Iterator[None]:
     """Say in one line that workers, or the scheduler, were lost."""
-    from distributed import KilledWorker
-    from distributed.client import FutureCancelledError
-    from distributed.comm import CommClosedError
-
     try:
         yield
-    except KilledWorker as error:
-        raise ClusterError(
-            f"workers died {error.allowed_failures + 1} times over the same task, most likely for want of memory; give "
-            "more --worker-memory, fewer --threads or --scratch zarr:FOLDER"
-        ) from error
-    except (CommClosedError, FutureCancelledError) as error:
-        raise ClusterError("lost the scheduler, or all workers with their data; look at their logs") from error
+    except Exception as error:
+        if (loss := loss_of_cluster(error)) is None:
+            raise
+        raise ClusterError(loss) from error

@@ -1,17 +1,16 @@
-"""One run: survey the matrix, complete it, hand out the result."""
+"""One run: survey the matrix, complete it, hand out the result; from the beginning or from a checkpoint."""
 
 from __future__ import annotations
 
 import atexit
 import math
 import os
-import resource
 import shutil
-import sys
 import tempfile
 import time
 import weakref
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,32 @@ import dask
 import numpy as np
 
 from scialm_dask.config import Settings
+from scialm_dask.data.checkpoint import Checkpoints
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.remote import is_url
+from scialm_dask.data.remote_checkpoint import checkpoints_at
 from scialm_dask.data.rows import MemoryRows
 from scialm_dask.data.scratch import MemoryScratch, Scratch, ZarrScratch
-from scialm_dask.data.store import output_error
-from scialm_dask.errors import InputError
-from scialm_dask.events import Listener, Pass, Stage, silent
-from scialm_dask.linalg.kernels import Doubles, Floats
+from scialm_dask.data.store import check_apart, output_error
+from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
+from scialm_dask.events import Listener, Note, Pass, Stage, silent
+from scialm_dask.linalg.kernels import Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.run.cluster import team
-from scialm_dask.run.plan import forecast, place_scratch
-from scialm_dask.solve.ialm import Completion, complete
+from scialm_dask.run.keeper import Checkpointing, Job, Keeper, Saved, ended
+from scialm_dask.run.losses import cluster_is_back, loss_of_cluster
+from scialm_dask.run.plan import Forecast, forecast, place_scratch
+from scialm_dask.run.result import make_report, make_result, peak_memory
+from scialm_dask.solve.ialm import complete
 from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepare, survey
 from scialm_dask.solve.stopping import ThresholdStop
-from scialm_dask.solve.transform import cell_model
 from scialm_dask.solve.zeros import choose_zeros, refit
 
-__all__ = ["complete_matrix"]
+__all__ = ["complete_matrix", "finish", "notes_of", "resume_matrix"]
+
+_RETRIES = 2  # of a task that raises
+_MOST_LOSSES = 3  # of the cluster, without a checkpoint between
 
 
 def complete_matrix(
@@ -47,6 +54,7 @@ def complete_matrix(
     memory_limit: int | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
     confidence: Confidence | None = None,
+    checkpoint: Checkpointing | None = None,
     listen: Listener = silent,
 ) -> Imputation:
     """Complete a matrix, on whatever scheduler Dask has.
@@ -67,65 +75,176 @@ def complete_matrix(
         Dask's ``temporary-directory`` by default, else the system's.
     confidence
         In zeros, where it is not the same for all; see `Confidence`.
+    checkpoint
+        Where and when to write checkpoints; None for none.
     listen
         Called with every event of the work; see `scialm_dask.events`.
 
     Raises
     ------
     InputError
-        If the matrix or the settings cannot be used.
+        If the matrix or the settings cannot be used, or the store changes meanwhile.
     DoesNotFitError
         If the forecast does not fit memory or disk.
+    OutputError
+        If checkpoints cannot be written.
+    ClusterError
+        If the cluster was lost, and there are no checkpoints.
+    StoppedError
+        If it was lost and there are, or the run was asked to stop.
     """
+    folder = None if scratch_folder is None else os.fspath(scratch_folder)
+    job = Job(matrix, settings, scratch, memory_limit, folder, confidence)
+    if checkpoint is None:
+        try:
+            return _attempt(job, Keeper(job, None, Checkpointing(""), None), listen)
+        except Exception as error:
+            if (loss := loss_of_cluster(error)) is None:
+                raise
+            raise ClusterError(f"{loss}; with --checkpoint DIR a run can go on after that") from error
+    if matrix.origin is not None:
+        check_apart(checkpoint.folder, (matrix.origin.path,))
+    with checkpoints_at(checkpoint.folder) as checkpoints:
+        if checkpoints.names():
+            raise OutputError(
+                f"{checkpoint.folder}: holds checkpoints already; go on from them by `scialm-dask resume "
+                f"{checkpoint.folder}`, or choose another folder"
+            )
+        Keeper(job, checkpoints, checkpoint, None).write()
+        try:
+            return _persevere(checkpoints, checkpoint.stop, lambda _: job, listen)
+        except (InputError, DoesNotFitError):
+            if not Saved(checkpoints.read(checkpoints.names()[0])).is_under_way:  # so it cannot be done
+                checkpoints.clear()
+            raise
+
+
+def resume_matrix(
+    folder: str | os.PathLike[str],
+    matrix: ExpressionMatrix | None = None,
+    *,
+    scratch: str | None = None,
+    memory_limit: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    listen: Listener = silent,
+) -> Imputation:
+    """Go on with a run from its last whole checkpoint, on whatever scheduler Dask has now.
+
+    Parameters
+    ----------
+    folder
+        Of the checkpoints, which are continued there.
+    matrix
+        Needed only if it was in memory.
+    scratch, memory_limit
+        Instead of what the run was begun with.
+    stop
+        See `Checkpointing`.
+    listen
+        See `complete_matrix`.
+
+    Raises
+    ------
+    InputError
+        If there is no checkpoint that can be used.
+    """
+    notes_of(folder)
+    changes = {"scratch": scratch, "memory_limit": memory_limit}
+    with checkpoints_at(folder) as checkpoints:
+        return _persevere(checkpoints, stop, lambda saved: saved.job(matrix, changes), listen)
+
+
+def notes_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Give what the last checkpoint that can be read says of its run.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    if not is_url(folder) and not os.path.isdir(folder):
+        raise InputError(f"{os.fspath(folder)}: no such folder of checkpoints; check the path")
+    with checkpoints_at(folder) as checkpoints:
+        return checkpoints.notes()
+
+
+def finish(folder: str | os.PathLike[str], destination: str) -> None:
+    """Note that a run is finished and its result written, and remove its checkpoints."""
+    with checkpoints_at(folder) as checkpoints:
+        older = checkpoints.names()
+        notes = checkpoints.notes() | {"finished": destination}
+        checkpoints.commit(checkpoints.begin(), notes, {})
+        for name in set(older) & set(checkpoints.names()):
+            checkpoints.remove(name)
+
+
+def _persevere(
+    checkpoints: Checkpoints, stop: Callable[[], bool], job_of: Callable[[Saved], Job], listen: Listener
+) -> Imputation:
+    """Go on from the last checkpoint that can be used; when the cluster is lost and back, again."""
+    refusals: list[str] = []
+    losses = 0
+    while True:
+        if not (names := checkpoints.names()):
+            why = "; ".join(refusals) or "there is none"
+            raise InputError(f"{checkpoints.folder}: no checkpoint can be used ({why}); begin anew in another folder")
+        try:
+            saved = Saved(checkpoints.read(names[0]))
+            notes = saved.checkpoint.notes
+            if words := ended(checkpoints.folder, notes):
+                raise InputError(words)
+            asked = Checkpointing(checkpoints.folder, notes["every"], notes["result"], stop)
+            job = job_of(saved)
+            return _attempt(job, Keeper(job, checkpoints, asked, saved), listen)
+        except CheckpointError as error:
+            refusals.append(str(error))
+            checkpoints.refuse(names[0])
+            listen(Note(f"{error}; the one before it is used"))
+        except OutputError as error:
+            raise OutputError(f"{error}; then go on by `scialm-dask resume {checkpoints.folder}`") from error
+        except Exception as error:
+            if (loss := loss_of_cluster(error)) is None:
+                raise
+            losses = losses + 1 if checkpoints.names()[0] == names[0] else 1
+            if losses > _MOST_LOSSES or not cluster_is_back():
+                again = f"go on by `scialm-dask resume {checkpoints.folder}` when there is a cluster again"
+                raise StoppedError(f"{loss}; {again}") from error
+            listen(Note(f"{loss}; going on from checkpoint {names[0]}"))
+
+
+def _attempt(job: Job, keeper: Keeper, listen: Listener) -> Imputation:
+    """Make the run once."""
     began = time.perf_counter()
-    matrix = matrix.for_workers()
-    here = team()
-    need = forecast(matrix, settings, here.threads, here.workers)
-    folder_for_scratch = scratch_folder or dask.config.get("temporary-directory", None) or tempfile.gettempdir()
-    of_workers = here.memory is not None and here.memory < (memory_limit or math.inf)
+    matrix, here = job.matrix.for_workers(), team()
+    need = forecast(matrix, job.settings, here.threads, here.workers)
+    folder_for_scratch = job.scratch_folder or dask.config.get("temporary-directory", None) or tempfile.gettempdir()
+    of_workers = here.memory is not None and here.memory < (job.memory_limit or math.inf)
     scratch = place_scratch(
-        scratch,
+        job.scratch,
         need,
-        memory_limit=here.memory if of_workers else memory_limit,
+        memory_limit=here.memory if of_workers else job.memory_limit,
         folder=folder_for_scratch,
         raised_by="--worker-memory" if of_workers else "--memory-limit",
     )
-    listen(Stage("surveying"))
-    found = survey(matrix)
-    store, folder = _open_scratch(scratch)
-
-    def operator_of(blocks: PreparedBlocks) -> LowRankPlusSparse:
-        return LowRankPlusSparse(blocks, store, resident=folder is None, on_pass=lambda n: listen(Pass(n)))
-
-    try:
-        stop = None
-        if settings.stop == "count-split" or settings.zeros == "auto":
-            choice = choose_zeros(matrix, found, settings, operator_of, listen)
-            exponents = choice.gene_exponent, settings.exponents[1]
-            settings = replace(settings, zeros=choice.omega, scaling=exponents)
-            stop = ThresholdStop(choice.threshold) if settings.stop == "count-split" else None
-        if confidence is None:
-            confidence = Confidence.uniform(float(settings.zeros), matrix.shape[1])
-        listen(Stage("reading"))
-        blocks = prepare(matrix, found, settings, confidence=confidence)
-        operator = operator_of(blocks)
-        _check_validation(operator, settings)
-        listen(Stage("iterating", iterations=need.iterations))
-        completion = complete(operator, settings, listen, stop)
-        report = _report(matrix, found, blocks, operator, completion, settings)
-        result = _result(matrix, blocks, operator, report, None if confidence is None else refit_kept(operator))
-        result.summary["seconds"] = time.perf_counter() - began
-        result.summary["peak_memory_bytes"] = _peak_memory()
-        result.summary["forecast_memory_bytes"] = (need.memory if folder is None else need.zarr).memory
-        result.summary["scratch"] = "memory" if folder is None else "zarr"
-    except BaseException as error:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            # Tasks that were under way may write once more; no thread does when the process ends.
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise output_error(folder, error) from error
-        raise
+    job = replace(job, matrix=matrix)
+    with dask.annotate(retries=_RETRIES):
+        listen(Stage("surveying"))
+        found = survey(matrix)
+        store, folder = _open_scratch(scratch)
+        try:
+            result = _complete(job, keeper, found, store, folder, need, listen)
+        except BaseException as error:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                # Tasks that were under way may write once more; no thread does when the process ends.
+                atexit.register(shutil.rmtree, folder, ignore_errors=True)
+                if isinstance(error, OSError):
+                    raise output_error(folder, error) from error
+            raise
+    result.summary["seconds"] = time.perf_counter() - began
+    result.summary["peak_memory_bytes"] = peak_memory()
+    result.summary["forecast_memory_bytes"] = (need.memory if folder is None else need.zarr).memory
+    result.summary["scratch"] = "memory" if folder is None else "zarr"
     if folder is not None:  # the result reads its left factor from there
         weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
     # Blocks of a worker that is lost are made anew: a temporary copy of the matrix stays as long as the result.
@@ -136,6 +255,46 @@ def complete_matrix(
 
 def _let_go(*held: object) -> None:
     """Hold something until called."""
+
+
+def _complete(
+    job: Job,
+    keeper: Keeper,
+    found: Survey,
+    store: Scratch,
+    folder: str | None,
+    need: Forecast,
+    listen: Listener,
+) -> Imputation:
+    keeper.surveyed(found, folder)
+
+    def operator_of(blocks: PreparedBlocks) -> LowRankPlusSparse:
+        return LowRankPlusSparse(
+            blocks,
+            store,
+            on_pass=lambda number: listen(Pass(number)),
+            before_pass=keeper.before_pass,
+        )
+
+    matrix, settings, confidence, stop = job.matrix, job.settings, job.confidence, None
+    if settings.stop == "count-split" or settings.zeros == "auto":
+        choice = choose_zeros(matrix, found, settings, operator_of, listen, keeper.tried, keeper.write)
+        settings = replace(settings, zeros=choice.omega, scaling=(choice.gene_exponent, settings.exponents[1]))
+        stop = ThresholdStop(choice.threshold) if settings.stop == "count-split" else None
+    if confidence is None:
+        confidence = Confidence.uniform(float(settings.zeros), matrix.shape[1])
+    listen(Stage("reading"))
+    blocks = prepare(matrix, found, settings, confidence=confidence)
+    operator = operator_of(blocks)
+    _check_validation(operator, settings)
+    state = keeper.watch(operator)
+    listen(Stage("iterating", iterations=need.iterations))
+    completion = complete(operator, settings, listen, stop, state=state, after=keeper.after_iteration)
+    keeper.check_source()
+    report = make_report(matrix, found, blocks, operator, completion, settings)
+    if state is not None:
+        report["resumed_after_iteration"] = len(state.history)
+    return make_result(matrix, blocks, operator, report, None if confidence is None else refit_kept(operator))
 
 
 def refit_kept(operator: LowRankPlusSparse) -> Floats:
@@ -168,94 +327,3 @@ def _check_validation(operator: LowRankPlusSparse, settings: Settings) -> None:
             f"validation is {settings.validation}, which leaves {seen.n_emptied} cells without an observed entry; "
             "give a smaller share, or drop cells with few genes by `scialm-dask qc --min-genes`"
         )
-
-
-def _report(
-    matrix: ExpressionMatrix,
-    found: Survey,
-    blocks: PreparedBlocks,
-    operator: LowRankPlusSparse,
-    completion: Completion,
-    settings: Settings,
-) -> dict[str, Any]:
-    last = completion.returned
-    return {
-        "n_cells": matrix.shape[0],
-        "n_genes": matrix.shape[1],
-        "n_observed": found.n_observed,
-        "n_empty_cells": int(np.count_nonzero(found.cell_counts == 0)),
-        "n_empty_genes": int(np.count_nonzero(found.gene_counts == 0)),
-        "n_blocks": operator.n_blocks,
-        "iterations": len(completion.history),
-        "chosen_iteration": completion.chosen,
-        "passes": operator.passes + 1,  # the survey is one
-        "rank": last.rank,
-        "residual": last.residual,
-        "held_out_error": None if np.isnan(last.held_out) else last.held_out,
-        "converged": completion.converged,
-        "stop_reason": completion.reason,
-        "scaling": blocks.scales.note,
-        "raw_counts": found.integer,
-        "zeros": settings.zeros,
-        "source": matrix.name,
-        "settings": settings.as_dict(),
-        "singular_values": list(completion.values),
-        "history": {name: [getattr(i, name) for i in completion.history] for name in asdict(completion.history[0])},
-        "mean_observed": float(found.gene_sums.sum()) / (matrix.shape[0] * matrix.shape[1]),
-    }
-
-
-def _result(
-    matrix: ExpressionMatrix,
-    blocks: PreparedBlocks,
-    operator: LowRankPlusSparse,
-    report: dict[str, Any],
-    factors: Floats | None,
-) -> Imputation:
-    """Put the factors back on the scale of the input, lazily."""
-    import dask.array as da
-
-    lefts, right = operator.factors()
-    unscaled = dask.delayed(_unscaled)
-    scale = blocks.scales
-    if factors is not None:
-        right = right * factors
-    rank, bounds = right.shape[1], operator.bounds
-    pieces = []
-    for b, left in enumerate(lefts):
-        rows = slice(bounds[b], bounds[b + 1])
-        piece = unscaled(left, None if scale.cell is None else scale.cell[rows])
-        pieces.append(da.from_delayed(piece, shape=(rows.stop - rows.start, rank), dtype=np.float32))
-    history = report.pop("history")
-    result = Imputation(
-        da.concatenate(pieces, axis=0),
-        right if scale.gene is None else right / scale.gene[:, None],
-        obs=matrix.obs,
-        var=matrix.var,
-        summary=report,
-        history=history,
-        clip=matrix.observed == "nonzero",
-        model=None if blocks.confidence is not None else cell_model(lefts, blocks, report),
-    )
-    result.summary["mean_imputed_over_observed"] = _mean(result) / report.pop("mean_observed")
-    return result
-
-
-def _unscaled(left: Floats, scale: Floats | None) -> Floats:
-    return left if scale is None else left / scale[:, None]
-
-
-def _mean(result: Imputation) -> float:
-    """Mean of the imputed matrix before clipping, from sums of the factors."""
-    sums: Doubles = result.left.sum(axis=0, dtype=np.float64).compute()
-    return float(sums @ result.right.sum(axis=0, dtype=np.float64)) / (result.shape[0] * result.shape[1])
-
-
-def _peak_memory() -> int:
-    """Most memory this process has held, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # what getrusage tells on Linux includes the process that started this one
-        kilobytes = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(kilobytes) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -16,10 +16,12 @@ from typing import Any, Protocol, Self, TextIO
 
 from scialm_dask.events import Advanced, Event, Iteration, Note, Pass, Stage, Sweep
 
-__all__ = ["Display", "show_progress"]
+__all__ = ["Display", "duration", "show_progress"]
 
 _SILENCE = 10.0  # seconds after which plain lines give a sign of life
 _LAST = 3  # iterations whose mean time the next ones are expected to take
+_UNKNOWN = "{desc} {elapsed}{postfix}"
+_KNOWN = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 Clock = Callable[[], float]
 
 
@@ -134,7 +136,7 @@ class _Shown:
 
     def _left(self) -> str:
         left = self._pace.seconds_left
-        return "" if left is None else f", about {_duration(left)} left"
+        return "" if left is None else f", about {duration(left)} left"
 
 
 class _JSONLines(_Shown):
@@ -187,10 +189,10 @@ class _Bar(_Shown):
             return
         if isinstance(event, Stage) or self._bar is None:
             self.close()
-            self._bar = self._tqdm(total=1.0, desc=self._pace.stage.name, file=sys.stderr, leave=self._leave)
+            name = self._pace.stage.name
+            self._bar = self._tqdm(total=1.0, desc=name, bar_format=_UNKNOWN, file=sys.stderr, leave=self._leave)
         bar, done = self._bar, self._pace.done
-        known = "{percentage:3.0f}%|{bar}| " if done is not None else ""
-        bar.bar_format = f"{{desc}} {known}{{elapsed}}{{postfix}}"
+        bar.bar_format = _UNKNOWN if done is None else _KNOWN
         bar.n = done or 0.0
         if isinstance(event, Stage):
             bar.set_postfix_str(event.detail)
@@ -229,7 +231,7 @@ def _words(event: Event) -> str:
             return f"{type(event).__name__.lower()}: {fields}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Put it in words, no more exactly than is known."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"

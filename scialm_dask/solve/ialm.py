@@ -14,6 +14,7 @@ where the update of w takes place in the first pass of the next SVD.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,13 +24,13 @@ from scialm_dask.events import Iteration, Listener, silent
 from scialm_dask.linalg.kernels import Floats, GiveBack, Step
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
 from scialm_dask.linalg.svd import PartialSVD, extended_basis, leading_triplets, short_side_svd
-from scialm_dask.solve.rank import basis_width, prefers_short_side, rank_rule
+from scialm_dask.solve.rank import RankRule, basis_width, prefers_short_side, rank_rule
 from scialm_dask.solve.stopping import StopRule, stop_rule
 
 _FIRST_PASSES = 20
 _FIRST_TOLERANCE = 1e-6  # σ₁ sets every threshold that follows
 
-__all__ = ["Completion", "complete"]
+__all__ = ["Completion", "LoopState", "Penalty", "complete"]
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,47 @@ class _LowRank:
         return len(self.values)
 
 
+@dataclass(frozen=True)
+class LoopState:
+    """What the loop knows after an iteration. All else is held by the operator, or follows from the history.
+
+    Parameters
+    ----------
+    history
+        The iterations so far.
+    penalty
+        Of the next one.
+    chosen, values
+        The iteration whose A is kept so far, and its singular values.
+    product
+        WᵀWQ from the pass that has updated W; None if the next SVD is by the short side.
+    growth
+        The factor by which W has grown in iterations made in closed form, which the next step has to apply.
+    reason
+        Why to stop here; empty if the loop is to go on.
+    """
+
+    history: tuple[Iteration, ...]
+    penalty: Penalty
+    chosen: int
+    values: tuple[float, ...] = ()
+    product: Product | None = None
+    growth: float = 1.0
+    reason: str = ""
+
+    def is_last(self, settings: Settings) -> bool:
+        """Whether no iteration is to follow."""
+        return bool(self.reason) or len(self.history) >= settings.max_iterations
+
+
 def complete(
     operator: LowRankPlusSparse,
     settings: Settings,
     listen: Listener = silent,
     stop: StopRule | None = None,
+    *,
+    state: LoopState | None = None,
+    after: Callable[[LoopState], None] = lambda _: None,
 ) -> Completion:
     """Run Algorithm 3 until the stop rule ends it, then give back what was held out.
 
@@ -110,51 +147,72 @@ def complete(
         Called with each `Iteration`.
     stop
         Instead of the rule that the settings name.
+    state
+        Go on from here, where the operator is as it was then.
+    after
+        Called with the state after each iteration.
     """
-    completion = iterate(operator, settings, listen, stop or stop_rule(settings))
+    rank, stop = rank_rule(settings, min(operator.shape)), stop or stop_rule(settings)
+    svd: PartialSVD | None = None
+    if state is None:
+        state, svd = first_state(operator, settings, listen)
+    for iteration in state.history:
+        rank.update(iteration.rank)
+        if iteration.rank:  # else A is zero, and nobody asks
+            stop.judge(iteration)
+    while not state.is_last(settings):
+        if svd is None:
+            svd = next_svd(operator, state.product, rank.limit, state.penalty.threshold, settings)
+        state = iterate(operator, svd, state, rank, stop, settings, listen)
+        after(state)
+        svd = None
+    reason = state.reason or f"{settings.max_iterations} iterations made, the most allowed"
+    best = state.history[state.chosen - 1]
+    completion = Completion(state.history, state.chosen, best, state.values, bool(state.reason), reason)
     return give_back(operator, completion, settings) if operator.observations.n_held_out else completion
 
 
-def iterate(operator: LowRankPlusSparse, settings: Settings, listen: Listener, stop: StopRule) -> Completion:
-    """Make the iterations."""
-    rank = rank_rule(settings, min(operator.shape))
+def first_state(operator: LowRankPlusSparse, settings: Settings, listen: Listener) -> tuple[LoopState, PartialSVD]:
+    """Give the state after the iterations whose A is zero, and the first SVD after them."""
     svd = first_svd(operator, settings)
     penalty = first_penalty(float(svd.values[0]), operator.observations.n_observed / operator.size)
-    history, growth = zero_iterations(
+    made, growth = zero_iterations(
         float(svd.values[0]), penalty, operator.passes, settings.max_iterations, grow=operator.zeros_unknown
     )
-    for iteration in history:
+    for iteration in made:
         listen(iteration)
-        rank.update(0)
         penalty = penalty.next()
-    too_many = f"{settings.max_iterations} iterations made, the most allowed"
-    if len(history) == settings.max_iterations:
-        return Completion(tuple(history), len(history), history[-1], (), False, too_many)
-    svd = replace(svd, values=svd.values * growth)
-    best = history[-1]
-    values: tuple[float, ...] = ()
-    while True:
-        low_rank = singular_value_thresholding(svd, penalty.threshold, rank.limit)
-        rank.update(low_rank.rank)
-        following = penalty.next()
-        width = basis_width(svd.values, following.threshold, rank.limit)
-        short_side = prefers_short_side(width, operator.shape)
-        basis = None if short_side else extended_basis(svd.right, width, settings.seed)
-        step = Step(low_rank.rotation, 1 / penalty.rho, growth)
-        product = operator.multiply(basis, step, low_rank.right)
-        latest = _iteration(len(history) + 1, low_rank, penalty, product, operator)
-        history.append(latest)
-        listen(latest)
-        verdict = stop.judge(latest)
-        if verdict.best_so_far:
-            operator.keep()
-            best, values = latest, low_rank.values
-        if verdict.reason or len(history) >= settings.max_iterations:
-            break
-        penalty, growth = following, 1.0
-        svd = next_svd(operator, None if short_side else product, rank.limit, penalty.threshold, settings)
-    reason = verdict.reason or too_many
-    return Completion(tuple(history), best.iteration, best, values, bool(verdict.reason), reason)
+    state = LoopState(tuple(made), penalty, chosen=len(made), growth=growth)
+    return state, replace(svd, values=svd.values * growth)
+
+
+def iterate(
+    operator: LowRankPlusSparse,
+    svd: PartialSVD,
+    state: LoopState,
+    rank: RankRule,
+    stop: StopRule,
+    settings: Settings,
+    listen: Listener,
+) -> LoopState:
+    """Make lines 6 to 10 from the SVD of W, and the first pass of the next SVD."""
+    low_rank = singular_value_thresholding(svd, state.penalty.threshold, rank.limit)
+    rank.update(low_rank.rank)
+    following = state.penalty.next()
+    width = basis_width(svd.values, following.threshold, rank.limit)
+    short_side = prefers_short_side(width, operator.shape)
+    basis = None if short_side else extended_basis(svd.right, width, settings.seed)
+    step = Step(low_rank.rotation, 1 / state.penalty.rho, state.growth)
+    product = operator.multiply(basis, step, low_rank.right)
+    latest = _iteration(len(state.history) + 1, low_rank, state.penalty, product, operator)
+    listen(latest)
+    verdict = stop.judge(latest)
+    chosen, values = state.chosen, state.values
+    if verdict.best_so_far:
+        operator.keep()
+        chosen, values = latest.iteration, low_rank.values
+    history = (*state.history, latest)
+    return LoopState(history, following, chosen, values, None if short_side else product, reason=verdict.reason)
 
 
 def give_back(operator: LowRankPlusSparse, completion: Completion, settings: Settings) -> Completion:

@@ -8,7 +8,7 @@ the test part, zeros too, can be predicted. In factor form the squared error ove
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -58,11 +58,26 @@ def choose_zeros(
     settings: Settings,
     operator_of: Callable[[PreparedBlocks], LowRankPlusSparse],
     listen: Listener,
+    tried: MutableMapping[tuple[float, float], Choice] | None = None,
+    after: Callable[[], None] = lambda: None,
 ) -> Choice:
     """Fit a share of the molecules along paths of falling threshold and keep what predicts the others best.
 
     Where ``settings.zeros`` is a number, only the threshold is chosen; where it is ``"auto"``, ω too (from 1 down,
     until the error rises) and then the exponent of the genes.
+
+    Parameters
+    ----------
+    matrix, found, settings
+        What is to be completed, and how.
+    operator_of
+        Gives the operator over some blocks.
+    listen
+        Called with every event.
+    tried
+        What was found before, by ω and exponent; that is not repeated, and what is found now is added.
+    after
+        Called after each fit.
 
     Raises
     ------
@@ -81,7 +96,11 @@ def choose_zeros(
         molecules=Molecules(TRAIN_SHARE, True, settings.seed),
     )
 
+    tried = {} if tried is None else tried
+
     def try_out(omega: float, gene_exponent: float) -> Choice:
+        if (omega, gene_exponent) in tried:
+            return tried[omega, gene_exponent]
         listen(Stage("choosing zeros", f"confidence {omega:g}, gene exponent {gene_exponent:g}"))
         scaled = replace(settings, scaling=(gene_exponent, settings.exponents[1]), stop="count-split")
         train = prepare(
@@ -94,7 +113,11 @@ def choose_zeros(
         operator = operator_of(train)
         stop = _SplitStop(operator, reference, _ratio(reference.scales.gene, train.scales.gene), settings.patience)
         complete(operator, scaled, listen, stop)
-        return Choice(omega, gene_exponent, stop.threshold / math.sqrt(TRAIN_SHARE), stop.lowest)
+        operator.release()
+        choice = Choice(omega, gene_exponent, stop.threshold / math.sqrt(TRAIN_SHARE), stop.lowest)
+        tried[omega, gene_exponent] = choice
+        after()
+        return choice
 
     own = settings.exponents[0]
     if settings.zeros != "auto":

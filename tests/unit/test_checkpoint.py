@@ -1,0 +1,185 @@
+"""Checkpoints on disk: whole or refused by name, two kept, one run at a time."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scialm_dask.data import checkpoint
+from scialm_dask.data.checkpoint import Checkpoints
+from scialm_dask.errors import CheckpointError, OutputError
+
+ARRAYS = {
+    "estimate": [np.arange(5, dtype=np.float32), np.zeros(0, np.float32)],
+    "left": [np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.zeros((3, 0))],
+    "gram": [np.array([[np.nan, np.inf], [-0.0, 1e-300]])],
+}
+
+
+def write(checkpoints, notes=None):
+    files = checkpoints.begin()
+    arrays = {name: [files.put(name, b, array) for b, array in enumerate(group)] for name, group in ARRAYS.items()}
+    return checkpoints.commit(files, notes or {"pi": np.pi, "list": [1, None, "ρ"]}, arrays)
+
+
+def visible(folder):
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    with Checkpoints(tmp_path / "c") as opened:
+        yield opened
+
+
+def test_what_is_written_is_read(checkpoints):
+    write(checkpoints)
+    read = checkpoints.read("000001")
+    assert read.notes == {"pi": np.pi, "list": [1, None, "ρ"]}
+    for name, group in ARRAYS.items():
+        for array, file in zip(group, read.arrays[name], strict=True):
+            again = read.files.get(file)
+            assert again.dtype == array.dtype
+            np.testing.assert_array_equal(again, array)
+
+
+def test_the_last_two_are_kept(checkpoints):
+    for _ in range(4):
+        write(checkpoints)
+    assert checkpoints.names() == ["000004", "000003"]
+    assert visible(checkpoints.folder) == ["000003", "000004"]
+
+
+def test_writing_the_same_array_twice_does_no_harm(checkpoints):
+    files = checkpoints.begin()
+    first, second = (files.put("left", 0, ARRAYS["left"][0]) for _ in range(2))
+    assert first == second
+    assert os.listdir(files.path) == ["left.0.npy"]
+
+
+def truncated(path):
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+
+
+def edited(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def of_manifest(change):
+    """Change the manifest as someone would who knows nothing of its digest."""
+
+    def damage(path):
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return damage
+
+
+def newer(content):
+    content["format"] += 1
+
+
+def notes_changed(content):
+    content["notes"]["pi"] = 3
+
+
+def climbing(content):
+    content["arrays"]["left"][0][0] = "../000001/left.0.npy"
+    del content["sha256"]
+    content["sha256"] = checkpoint._digest(content)
+
+
+DAMAGES = {
+    "an array is missing": ("left.0.npy", Path.unlink, "left.0.npy is missing"),
+    "an array is truncated": ("left.0.npy", truncated, "left.0.npy has 175 bytes of 176; it is truncated"),
+    "an array is edited": ("estimate.0.npy", edited, "estimate.0.npy is not what was written; it is damaged or edited"),
+    "the manifest is missing": ("manifest.json", Path.unlink, "has no manifest.json; it is torn"),
+    "the manifest is truncated": ("manifest.json", truncated, "manifest.json is damaged"),
+    "the manifest is edited": ("manifest.json", of_manifest(notes_changed), "manifest.json is not what was written"),
+    "the manifest is another file": ("manifest.json", lambda path: path.write_text("[]"), "manifest.json is damaged"),
+    "a newer version": ("manifest.json", of_manifest(newer), "of format 2, and this program reads format 1 at most"),
+    "names lead out": ("manifest.json", of_manifest(climbing), "names a file '../000001/left.0.npy'"),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_damage_is_told_by_name(checkpoints, damage):
+    write(checkpoints)
+    write(checkpoints)
+    name, harm, message = DAMAGES[damage]
+    harm(Path(checkpoints.folder) / "000002" / name)
+    with pytest.raises(CheckpointError) as told:
+        checkpoints.read("000002")
+    assert message in str(told.value)
+    assert str(told.value).startswith(f"{checkpoints.folder}/000002: ")
+    assert "\n" not in str(told.value)
+    assert checkpoints.read("000001").notes["pi"] == np.pi
+
+
+def test_an_array_that_is_damaged_later_is_not_handed_out(checkpoints):
+    written = write(checkpoints)
+    edited(Path(written.path) / "left.0.npy")
+    with pytest.raises(CheckpointError, match=r"left\.0\.npy is not what was written"):
+        written.files.get(written.arrays["left"][0])
+
+
+def test_refused_ones_are_neither_listed_nor_deleted(checkpoints):
+    for _ in range(2):
+        write(checkpoints)
+    checkpoints.refuse("000002")
+    for _ in range(2):
+        write(checkpoints)
+    assert checkpoints.names() == ["000004", "000003"]
+    assert visible(checkpoints.folder) == ["000002", "000003", "000004"]
+
+
+def test_nothing_is_seen_of_what_was_not_completed(tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        write(checkpoints)
+        checkpoints.begin().put("left", 0, ARRAYS["left"][0])
+        assert checkpoints.names() == ["000001"]
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert sorted(os.listdir(checkpoints.folder)) == [".lock", "000001"]
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    with (
+        Checkpoints(tmp_path / "c"),
+        pytest.raises(OutputError, match="another run writes its checkpoints there"),
+        Checkpoints(tmp_path / "c"),
+    ):
+        pass
+    with Checkpoints(tmp_path / "c"):
+        pass
+
+
+def test_folders_that_cannot_be(tmp_path):
+    with pytest.raises(OutputError, match="no such folder; create it first"):
+        Checkpoints(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="not writable"):
+        Checkpoints(tmp_path / "file")
+
+
+def test_workers_that_write_elsewhere(checkpoints):
+    files = checkpoints.begin()
+    written = files.put("left", 0, ARRAYS["left"][0])
+    os.remove(Path(files.path) / "left.0.npy")  # as if the worker's folder were another
+    with pytest.raises(OutputError, match="choose a folder on a disk that all workers share"):
+        checkpoints.commit(files, {}, {"left": [written]})
+    assert checkpoints.names() == []
+
+
+def test_temporary_files_of_a_killed_run_go(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.own(str(tmp_path / "scratch"))
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.own(None)
+    assert sorted(os.listdir(tmp_path)) == ["c"]

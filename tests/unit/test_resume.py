@@ -1,0 +1,374 @@
+"""A run that goes on from a checkpoint ends as one that was never interrupted; what cannot be used is refused."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import dask
+import faults
+import numpy as np
+import pytest
+from problems import low_rank_counts
+from test_checkpoint import edited, of_manifest, truncated
+
+from scialm_dask import Confidence, ExpressionMatrix, Imputation, InputError, impute, resume
+from scialm_dask.data.checkpoint import Checkpoints
+from scialm_dask.errors import OutputError, StoppedError
+from scialm_dask.events import Iteration, Note
+from scialm_dask.run.keeper import Checkpointing, cadence
+
+COUNTS = low_rank_counts(240, 180, density=0.3, seed=3)
+RUNS = {
+    "auto": {"validation": 0.05, "max_iterations": 14, "max_rank": 8},  # by subspace iteration
+    "paper": {"preset": "paper", "max_iterations": 12},  # by the short side
+    "denoise": {"preset": "denoise", "max_rank": 8, "patience": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Results of runs that were never interrupted, by their name."""
+    results = {}
+
+    def of(name):
+        if name not in results:
+            results[name] = impute(ExpressionMatrix.of(COUNTS, blocks=3), **RUNS[name])
+        return results[name]
+
+    return of
+
+
+@pytest.fixture
+def matrix(store_of):
+    return ExpressionMatrix.open(store_of(COUNTS), blocks=3)
+
+
+def same(result, expected):
+    for one, two in ((result.left.compute(), expected.left.compute()), (result.right, expected.right)):
+        assert np.linalg.norm(one - two) <= 1e-4 * np.linalg.norm(two)
+    for key in ("rank", "iterations", "chosen_iteration", "stop_reason", "settings", "converged", "zeros"):
+        assert result.summary[key] == expected.summary[key]
+    for column in ("rank", "threshold", "residual", "held_out"):  # passes that a stop cut short are made again
+        np.testing.assert_allclose(result.history[column], expected.history[column], rtol=1e-4)
+
+
+def on(kind, function):
+    """Listen to events of one kind."""
+    return lambda event: function(event) if isinstance(event, kind) else None
+
+
+def stopping(folder, after, **options):
+    """Checkpoints to a folder, and a stop before the pass of that number."""
+    asked = []
+    return Checkpointing(folder, stop=lambda: asked.append(1) or len(asked) > after, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "after", "scratch"),
+    [
+        *((name, after, s) for name, after in [("auto", 13), ("auto", 16), ("paper", 25)] for s in ("memory", "zarr")),
+        ("denoise", 100, "memory"),
+    ],
+)
+def test_a_resumed_run_ends_as_an_unbroken_one(whole, matrix, tmp_path, name, after, scratch):
+    where = "memory" if scratch == "memory" else f"zarr:{tmp_path}"
+    with pytest.raises(StoppedError, match="stopped as asked; go on by `scialm-dask resume"):
+        impute(matrix, scratch=where, checkpoint=stopping(tmp_path / "c", after), **RUNS[name])
+    assert sorted(os.listdir(tmp_path)) == ["c", "source.zarr"]
+    result = resume(tmp_path / "c")
+    assert result.summary["resumed_after_iteration"] > 0
+    assert result.summary["scratch"] == scratch
+    same(result, whole(name))
+
+
+def test_every_pass_is_a_place_to_stop(whole, matrix, tmp_path):
+    """Stopped again and again, before each pass that comes next: the same result, and never a step back."""
+    reached, result = [], None
+    with pytest.raises(StoppedError):
+        impute(matrix, checkpoint=stopping(tmp_path / "c", 8), **RUNS["auto"])
+    for passes in [2, 3, 4] * 6:  # one of them for the survey; an iteration makes two
+        with Checkpoints(tmp_path / "c") as checkpoints:
+            reached.append(len(checkpoints.read(checkpoints.names()[0]).notes["loop"]["history"]))
+        with contextlib.suppress(StoppedError):
+            result = resume(tmp_path / "c", stop=stopping("", passes).stop)
+            break
+    assert result is not None
+    assert reached == sorted(reached)
+    assert len(set(reached)) > 4
+    same(result, whole("auto"))
+
+
+def test_fits_that_choose_the_zeros_are_not_repeated(whole, matrix, tmp_path):
+    with pytest.raises(StoppedError):
+        impute(matrix, checkpoint=stopping(tmp_path / "c", 60), **RUNS["denoise"])
+    passes = []
+    result = resume(tmp_path / "c", stop=lambda: passes.append(1) or False)
+    assert len(passes) < 80  # of 114
+    same(result, whole("denoise"))
+
+
+def test_confidence_by_cell_and_gene_and_a_matrix_in_memory(tmp_path):
+    rng = np.random.default_rng(0)
+    matrix = ExpressionMatrix.of(COUNTS, blocks=3)
+    trust = Confidence(rng.random(180, dtype=np.float32), rng.random(240, dtype=np.float32))
+    expected = impute(matrix, confidence=trust, **RUNS["auto"])
+    with pytest.raises(StoppedError):
+        impute(matrix, confidence=trust, checkpoint=stopping(tmp_path / "c", 12), **RUNS["auto"])
+    with pytest.raises(InputError, match="matrix was in memory"):
+        resume(tmp_path / "c")
+    same(resume(tmp_path / "c", COUNTS), expected)
+
+
+def test_checkpoints_are_written_when_they_are_due(matrix, tmp_path):
+    written = []
+
+    def note(_):
+        written.append(max((int(n) for n in os.listdir(tmp_path / "c") if n.isdigit()), default=0))
+
+    impute(matrix, checkpoint=tmp_path / "c", checkpoint_every=5, listen=on(Iteration, note), **RUNS["paper"])
+    assert written == [1 + i // 5 for i in range(12)]  # the first one before the survey
+    assert max(int(n) for n in os.listdir(tmp_path / "c") if n.isdigit()) == 4  # the last one at the end
+
+
+def test_a_finished_loop_is_not_made_again(whole, matrix, tmp_path):
+    impute(matrix, checkpoint=tmp_path / "c", **RUNS["auto"])
+    told = []
+    same(resume(tmp_path / "c", listen=on(Iteration, told.append)), whole("auto"))
+    assert told == []
+
+
+@pytest.mark.parametrize(("every", "expected"), [(5, (5, np.inf)), ("7", (7, np.inf)), ("10min", (np.inf, 600))])
+def test_cadence(every, expected):
+    assert cadence(every) == expected
+
+
+@pytest.mark.parametrize("every", ["0", "soon", "-3", "0 s", "5 parsecs"])
+def test_a_cadence_that_is_none(matrix, tmp_path, every):
+    with pytest.raises(InputError, match="give a number of iterations, or a time such as 10min"):
+        impute(matrix, checkpoint=tmp_path / "c", checkpoint_every=every)
+    assert os.listdir(tmp_path) == ["source.zarr"]
+
+
+# What cannot be used
+
+
+@pytest.fixture
+def stopped(matrix, tmp_path):
+    """Folder of a run with two checkpoints of its loop."""
+    with pytest.raises(StoppedError):
+        impute(matrix, checkpoint=stopping(tmp_path / "c", 17, every=1), **RUNS["auto"])
+    return tmp_path / "c"
+
+
+def newest_two(folder):
+    return sorted((name for name in os.listdir(folder) if name.isdigit()), reverse=True)[:2]
+
+
+DAMAGES = {
+    "torn": ("manifest.json", Path.unlink),
+    "truncated": ("estimate.1.npy", truncated),
+    "edited": ("left.2.npy", edited),
+    "newer": ("manifest.json", of_manifest(lambda content: content.update(format=99))),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_the_one_before_is_used_and_said_so(whole, stopped, damage):
+    newest, before = newest_two(stopped)
+    name, harm = DAMAGES[damage]
+    harm(stopped / newest / name)
+    with Checkpoints(stopped) as checkpoints:
+        expected = len(checkpoints.read(before).notes["loop"]["history"])
+    said = []
+    result = resume(stopped, listen=on(Note, said.append))
+    assert len(said) == 1
+    assert said[0].words.startswith(f"{stopped}/{newest}: ")
+    assert said[0].words.endswith("; the one before it is used")
+    assert result.summary["resumed_after_iteration"] == expected
+    same(result, whole("auto"))
+
+
+def test_none_can_be_used(stopped):
+    for name in newest_two(stopped):
+        edited(stopped / name / "right.0.npy")
+    with pytest.raises(InputError, match=r"no checkpoint can be used \(.*right\.0\.npy.*right\.0\.npy.*begin anew"):
+        resume(stopped)
+
+
+def test_another_matrix(stopped, store_of):
+    others = {
+        "another pattern": low_rank_counts(240, 180, density=0.3, seed=4),
+        "another value": COUNTS + (COUNTS.max() == COUNTS).astype(float),
+        "fewer cells": COUNTS[:200],
+        "fewer genes": COUNTS[:, :160],
+    }
+    before = newest_two(stopped)
+    for other in others.values():
+        with pytest.raises(InputError, match=r"no checkpoint can be used \(.*is of a"):
+            resume(stopped, other)
+        store_of(other)  # where the run has read
+        with pytest.raises(InputError, match=r"no checkpoint can be used \(.*is of a"):
+            resume(stopped)
+    assert newest_two(stopped) == before
+
+
+def test_folders_without_checkpoints(tmp_path):
+    with pytest.raises(InputError, match="no such folder of checkpoints"):
+        resume(tmp_path / "c")
+    (tmp_path / "c").mkdir()
+    with pytest.raises(InputError, match="holds no checkpoint that can be read"):
+        resume(tmp_path / "c")
+
+
+def test_another_run_is_not_written_over(stopped, matrix):
+    before = newest_two(stopped)
+    with pytest.raises(OutputError, match="holds checkpoints already; go on from them by `scialm-dask resume"):
+        impute(matrix, checkpoint=stopped, **RUNS["paper"])
+    assert newest_two(stopped) == before
+
+
+def test_bad_input_leaves_no_checkpoints(store_of, tmp_path):
+    path = store_of(-COUNTS)
+    with pytest.raises(InputError, match="expression must be finite and not negative"):
+        impute(path, checkpoint=tmp_path / "c")
+    assert os.listdir(tmp_path) == ["source.zarr"]
+
+
+# Faults, in one process
+
+
+def harmed(tmp_path, target, at):
+    return faults.inject(target, tmp_path / "calls", at)
+
+
+def rewrite(path):
+    store = Path(path)
+    chunk = next(store.glob("X/data/0*"))
+    chunk.write_bytes(chunk.read_bytes())  # the same bytes at another time
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_a_source_that_changes_meanwhile(matrix, tmp_path, whole, checkpointed):
+    told = []
+
+    def change(iteration):
+        told.append(iteration)
+        if len(told) == 6:
+            rewrite(tmp_path / "source.zarr")
+
+    words = {"checkpoint": tmp_path / "c", "checkpoint_every": 2} if checkpointed else {}
+    with pytest.raises(InputError, match=r"source\.zarr:X: has changed since the run began; put back what was there"):
+        impute(matrix, listen=on(Iteration, change), **words, **RUNS["paper"])
+    assert len(told) == (7 if checkpointed else 12)
+    if checkpointed:  # it is the same matrix after all
+        same(resume(tmp_path / "c"), whole("paper"))
+
+
+FULL = {
+    "scratch": ("scialm_dask.data.scratch:ZarrScratch.put", 100),
+    "an array of a checkpoint": ("scialm_dask.data.checkpoint:ArrayFolder.put", 33),
+    "the manifest": ("scialm_dask.data.checkpoint:_sync_folder", 7),
+}
+
+
+@pytest.mark.parametrize("disk", list(FULL))
+def test_a_full_disk(matrix, tmp_path, whole, disk):
+    target, call = FULL[disk]
+    repair = harmed(tmp_path, target, {call: faults.fill_disk})
+    (tmp_path / "s").mkdir()
+    words = {"scratch": f"zarr:{tmp_path / 's'}", "checkpoint": tmp_path / "c", "checkpoint_every": 1}
+    try:
+        with pytest.raises(
+            OutputError, match=r"the disk is full; free some space .* then go on by `scialm-dask resume"
+        ):
+            impute(matrix, **words, **RUNS["paper"])
+    finally:
+        repair()
+    assert os.listdir(tmp_path / "s") == []
+    result = resume(tmp_path / "c")
+    assert result.summary["resumed_after_iteration"] >= 1
+    same(result, whole("paper"))
+
+
+# From the command line
+
+QUICK = ("--preset", "paper", "--max-iterations", "12", "--blocks", "3", "--quiet")
+
+
+def test_finished_runs_say_so(cli, matrix, tmp_path):
+    words = ("--checkpoint", tmp_path / "c", "--checkpoint-every", "5", *QUICK)
+    result = cli("impute", tmp_path / "source.zarr", tmp_path / "r.zarr", *words)
+    assert result.exit_code == 0, result.output
+    assert len(newest_two(tmp_path / "c")) == 1  # which holds no arrays
+    assert os.listdir(tmp_path / "c" / newest_two(tmp_path / "c")[0]) == ["manifest.json"]
+    again = cli("resume", tmp_path / "c", "--json")
+    assert again.exit_code == 0
+    assert "that run is finished; its result is" in again.stderr
+    assert json.loads(again.stdout) == {"destination": str(tmp_path / "r.zarr")}
+    with pytest.raises(InputError, match="that run is finished"):
+        resume(tmp_path / "c")
+
+
+def test_a_run_from_python_goes_on_from_the_command_line(cli, whole, stopped, tmp_path):
+    refused = cli("resume", stopped)
+    assert refused.exit_code == 2
+    assert "say where to write its result: resume DIR DST.zarr" in refused.stderr
+    assert cli("resume", stopped, stopped / "r.zarr").exit_code == 2  # within the checkpoints
+    result = cli("resume", stopped, tmp_path / "r.zarr", "--json", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["resumed_after_iteration"] > 0
+    np.testing.assert_array_equal(Imputation.open(tmp_path / "r.zarr").right, whole("auto").right)
+
+
+@pytest.mark.parametrize("words", [("--checkpoint-every", "3"), ("--checkpoint", "source.zarr/c")])
+def test_options_that_do_not_fit(cli, matrix, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    assert cli("impute", "source.zarr", "r.zarr", *words).exit_code == 2
+    assert os.listdir(tmp_path) == ["source.zarr"]
+
+
+TERMINATED = """
+import os, signal, sys
+import dask
+sys.path.insert(0, sys.argv.pop(1))
+import faults
+call = int(sys.argv.pop(1))
+faults.inject("scialm_dask.linalg.kernels:visit", sys.argv.pop(1), {call: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+from scialm_dask.__main__ import main
+dask.config.set(scheduler="synchronous")
+main(sys.argv[1:])
+"""
+
+
+def terminated(tmp_path, call, *words):
+    program = (sys.executable, "-c", TERMINATED, Path(faults.__file__).parent, call, tmp_path / f"calls{call}")
+    command = [*program, "impute", tmp_path / "source.zarr", tmp_path / "r.zarr", *words]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True)
+
+
+def test_sigterm_writes_a_checkpoint_and_exits_with_75(matrix, tmp_path, cli, whole):
+    done = terminated(tmp_path, 40, "--checkpoint", tmp_path / "c", *QUICK)
+    assert done.returncode == 75, done.stderr
+    assert done.stderr == (f"scialm-dask: error: stopped as asked; go on by `scialm-dask resume {tmp_path / 'c'}`\n")
+    assert sorted(n for n in os.listdir(tmp_path) if "calls" not in n) == ["c", "source.zarr"]
+    result = cli("resume", tmp_path / "c", "--json", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["resumed_after_iteration"] > 0
+    np.testing.assert_array_equal(Imputation.open(tmp_path / "r.zarr").right, whole("paper").right)
+
+
+def test_sigterm_without_checkpoints_leaves_nothing(matrix, tmp_path):
+    done = terminated(tmp_path, 40, "--scratch", f"zarr:{tmp_path}", *QUICK)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == "scialm-dask: terminated; nothing was written\n"
+    assert sorted(n for n in os.listdir(tmp_path) if "calls" not in n) == ["source.zarr"]
