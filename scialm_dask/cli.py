@@ -64,6 +64,8 @@ def _readable(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_readable(each)}" for key, each in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return str(value)
