@@ -314,7 +314,7 @@ def _open_scratch(scratch: str) -> tuple[Scratch, str | None]:
     path = scratch.removeprefix("zarr:")
     if not Path(path).is_dir():
         raise InputError(f"{path or scratch}: no such folder for scratch; create it first")
-    folder = tempfile.mkdtemp(prefix="scialm-", dir=path)
+    folder = tempfile.mkdtemp(prefix="scialm-", dir=os.path.abspath(path))
     return ZarrScratch(folder), folder
 
 
