@@ -23,7 +23,7 @@ def run(path: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         nbclient.NotebookClient(
             notebook,
-            timeout=500,
+            timeout=None,
             kernel_name="python3",
             record_timing=False,
             coalesce_streams=True,

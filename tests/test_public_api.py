@@ -34,6 +34,10 @@ def test_public_names_are_there(name):
     assert getattr(scialm_dask, name) is not None
 
 
+def test_completion_finds_them_in_a_fresh_interpreter():
+    assert loaded_after("import scialm_dask; assert dir(scialm_dask) == sorted(scialm_dask.__all__)") == []
+
+
 def test_there_is_nothing_else():
     assert sorted(scialm_dask.__all__, key=str.lower) == scialm_dask.__all__ or len(set(scialm_dask.__all__)) == len(
         scialm_dask.__all__

@@ -28,7 +28,7 @@ def demo(
     Parameters
     ----------
     folder
-        To make, with ``cells.zarr``, ``masked.zarr`` and ``imputed.zarr``.
+        To make, with ``cells.zarr`` (counts), ``masked.zarr`` and ``imputed.zarr``.
     settings
         How to impute.
     overwrite
@@ -68,6 +68,8 @@ def _write_cells(path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the file is older than the AnnData that reads it
         cells = sc.datasets.pbmc68k_reduced()
-    expression = sp.csr_matrix(cells.raw.X).expm1()  # undo the logarithm
+    # what is kept there are logarithms of counts that were scaled to 10,000 in every cell
+    scale = cells.obs["n_counts"].to_numpy()[:, None] / 1e4
+    counts = sp.csr_matrix(cells.raw.X).expm1().multiply(scale).rint().tocsr()
     root = new_anndata(path, obs=cells.obs[["bulk_labels"]], var=cells.raw.var[[]])
-    anndata.io.write_elem(root, "X", expression.astype("float32"))
+    anndata.io.write_elem(root, "X", counts.astype("float32"))
