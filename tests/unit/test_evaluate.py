@@ -137,7 +137,7 @@ def test_the_command_writes_tables_and_figures(cli, path, tmp_path):
         (["--methods", "magick"], "no method is called 'magick'"),
         (["--methods", "json:nothing"], "cannot be imported"),
         (["--mask", "1.5"], "between 0 and 1"),
-        (["--mask", "much"], "shares with commas"),
+        (["--mask", "much"], "numbers with commas"),
         (["--sweep", "rank=3"], "give field=value"),
         (["--sweep", "increment=10,x"], "give values of increment"),
         (["--sweep", "increment=0"], "must be 1 at least"),
