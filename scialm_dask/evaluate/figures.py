@@ -79,7 +79,7 @@ def quality(cells: CellMeasures, thresholds: Thresholds, title: str = "") -> Fig
 
     kept = chosen_cells(cells, thresholds)
     figure = Figure(figsize=(8, 3.4), layout="constrained")
-    panels = (
+    panels: tuple[tuple[Any, str, list[tuple[float | None, str]]], ...] = (
         (cells.pct_mito, "mitochondrial share of the counts, %", [(thresholds.max_mito, "over")]),
         (cells.n_genes, "genes with counts", [(thresholds.max_genes, "over"), (thresholds.min_genes, "under")]),
     )

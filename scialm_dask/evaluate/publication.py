@@ -37,8 +37,8 @@ PUBLISHED = {
     "Chen": ((14437, 23284), (14197, 17752)),
     "Campbell": ((21086, 26774), (11316, 21417)),
 }
-_EVERYWHERE = {"min_genes": 200, "min_cells": 3}
-_WITH_MITO = {"max_mito": 5.0, "max_genes": 2000}  # the publication's, for PBMC
+_EVERYWHERE = Thresholds(min_genes=200, min_cells=3)
+_WITH_MITO = Thresholds(min_genes=200, max_genes=2000, max_mito=5, min_cells=3)  # the publication's, for PBMC
 _SIMULATED_GENES = 2000
 
 
@@ -110,9 +110,8 @@ def publication(
     contestants(plan.methods)
     press = _Press(folder, plan, listen)
     with tempfile.TemporaryDirectory(prefix="scialm-publication-", dir=folder.parent) as work:
-        cleaned = [
-            press.clean(source, Path(work) / f"{name}.zarr") for source, name in zip(sources, names, strict=True)
-        ]
+        places = [Path(work) / f"{name}.zarr" for name in names]
+        cleaned = [press.clean(source, place) for source, place in zip(sources, places, strict=True)]
         press.table2()
         for clean in cleaned:
             press.compare(clean)
@@ -140,7 +139,7 @@ class _Press:
         """Apply the publication's quality control: a line of Table 2, and Figure 3."""
         matrix, name = ExpressionMatrix.open(source), to.stem
         is_mito = mitochondrial(matrix, Thresholds())
-        thresholds = Thresholds(**(_EVERYWHERE | (_WITH_MITO if is_mito.any() else {})))
+        thresholds = _WITH_MITO if is_mito.any() else _EVERYWHERE
         cells = measure_cells(matrix, is_mito)
         result = quality_control(source, to, thresholds, listen=self.listen)
         before, after = matrix.shape, (result["n_cells"], result["n_genes"])
@@ -200,12 +199,8 @@ class _Press:
             self.save(f"figure6-scores-{end}", charts.cluster_scores(rows, title), "Figure 6a, b: clusters")
             pictures = {charts.label_of(method): xy for (each, method), xy in found.umap.items() if each == kind}
             if kind == "masking":  # raw, masked, imputed
-                pictures = {"raw": found.umap["all data", "as observed"], **pictures}
-                pictures["masked"] = pictures.pop("as observed")
-                pictures = {
-                    key: pictures[key]
-                    for key in ("raw", "masked", *(k for k in pictures if k not in ("raw", "masked")))
-                }
+                raw, hidden = found.umap["all data", "as observed"], pictures.pop("as observed")
+                pictures = {"raw": raw, "masked": hidden, **pictures}
             assert found.labels is not None
             self.save(f"figure6-cells-{end}", charts.cell_pictures(pictures, found.labels, title), "Figure 6c: cells")
 

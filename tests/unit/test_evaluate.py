@@ -8,6 +8,7 @@ from problems import low_rank_counts
 
 from scialm_dask import InputError, evaluate_imputation
 from scialm_dask.evaluate.methods import METHODS, QUOTED, contestants, expanded
+from scialm_dask.events import Scored
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,8 @@ def path(cells, tmp_path_factory):
 def evaluation(cells):
     seen = []
     methods = ["softimpute", "own_methods:fails", "saver"]
-    found = evaluate_imputation(cells, methods=methods, seeds=[0, 1], split=False, labels="kind", on_row=seen.append)
-    assert len(seen) == len(found.scores)
+    found = evaluate_imputation(cells, methods=methods, seeds=[0, 1], split=False, labels="kind", listen=seen.append)
+    assert sum(isinstance(event, Scored) for event in seen) == len(found.scores)
     return found
 
 
