@@ -84,7 +84,7 @@ def evaluate(
         src,
         methods=_words_of(methods),
         shares=hidden,
-        seeds=range(seeds),
+        seeds=list(range(seeds)),
         memory_limit=parse_limit(memory_limit),
         scratch_folder=scratch_folder_for(folder),
         listen=listen,
@@ -131,7 +131,7 @@ def publication(
     plan = Plan(
         methods=_words_of(methods),
         shares=_numbers_of("--mask", shares),
-        seeds=range(seeds),
+        seeds=list(range(seeds)),
         sizes=[int(size) for size in _numbers_of("--sizes", sizes)],
         memory_limit=parse_limit(memory_limit),
         **options,
