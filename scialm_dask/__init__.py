@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 __all__ = [
     "IALM",
     "Confidence",
+    "Evaluation",
     "ExpressionMatrix",
     "Imputation",
     "InputError",
@@ -21,6 +22,7 @@ __all__ = [
     "balanced_pools",
     "biological_zeros",
     "connect",
+    "evaluate_imputation",
     "gene_scores",
     "impute",
     "measure",
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.errors import InputError, ScialmError
     from scialm_dask.estimator import IALM
+    from scialm_dask.evaluate.contest import Evaluation, evaluate_imputation
     from scialm_dask.evaluate.gene_scores import gene_scores
     from scialm_dask.report import write_report
     from scialm_dask.run.cluster import connect
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Confidence": "solve.scaling",
+    "Evaluation": "evaluate.contest",
     "ExpressionMatrix": "data.matrix",
     "IALM": "estimator",
     "Imputation": "data.factors",
@@ -61,6 +65,7 @@ _HOME = {
     "balanced_pools": "solve.pools",
     "biological_zeros": "solve.alra",
     "connect": "run.cluster",
+    "evaluate_imputation": "evaluate.contest",
     "gene_scores": "evaluate.gene_scores",
     "impute": "api",
     "measure": "solve.pools",

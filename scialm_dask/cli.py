@@ -12,7 +12,7 @@ import click
 
 from scialm_dask import __version__
 from scialm_dask.errors import ScialmError
-from scialm_dask.events import silent
+from scialm_dask.events import Listener, Note, silent
 from scialm_dask.run.termination import Terminated
 
 _INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal
@@ -64,6 +64,8 @@ def _readable(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_readable(each)}" for key, each in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return str(value)
@@ -94,7 +96,7 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
         tls: bool | None,
         **kwargs: Any,
     ) -> Any:
-        def connected() -> Any:
+        def connected(listen: Listener) -> Any:
             from scialm_dask.run.cluster import connect
 
             return connect(
@@ -105,7 +107,7 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 threads=threads,
                 worker_memory=worker_memory,
                 tls=tls,
-                notify=lambda line: click.echo(f"scialm-dask: note: {line}", err=True),
+                notify=lambda line: listen(Note(line)),
             )
 
         return command(*args, connected=connected, **kwargs)

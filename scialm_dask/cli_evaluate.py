@@ -1,4 +1,4 @@
-"""The commands that look at results: `score` and `report`."""
+"""The commands that look at results: `score`, `report` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from scialm_dask.cli import main, overwrite_option, reports, shows_progress
+from scialm_dask.cli import layer_option, main, overwrite_option, reports, shows_progress
 from scialm_dask.events import Listener
 
 
@@ -38,3 +38,75 @@ def report(result: str, path: str, **options: Any) -> dict[str, Any]:
     from scialm_dask.report import write_report
 
     return write_report(result, path, **options)
+
+
+@main.command()
+@click.argument("src", metavar="SRC")
+@click.argument("folder", default="scialm-evaluation")
+@click.option("--methods", default="auto,denoise", help="auto, denoise, paper, peers, all, or names as below.")
+@click.option("--mask", "shares", default="0.1", help="Shares of the non-zeros to hide, such as 0.1,0.3,0.5.")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, help="How often, each time with another seed.")
+@click.option("--count-split/--no-count-split", "split", default=None, help="[default: if the counts are known]")
+@click.option("--reference", default=None, metavar="STORE", help="The same cells and genes sequenced deeper.")
+@click.option("--labels", default=None, metavar="COLUMN", help="Known types in obs: cluster the cells and compare.")
+@click.option("--sweep", "sweeps", multiple=True, metavar="FIELD=VALUES", help="Such as increment=10,50,100,…,400.")
+@click.option("--memory-limit", default=None, help="What each method may hold, such as 8GB.  [default: no limit]")
+@click.option("--time-limit", type=float, default=None, metavar="SECONDS", help="What each method may take.")
+@layer_option
+@overwrite_option
+@reports
+@shows_progress
+def evaluate(
+    src: str,
+    folder: str,
+    methods: str,
+    shares: str,
+    seeds: int,
+    memory_limit: str | None,
+    overwrite: bool,
+    listen: Listener,
+    **options: Any,
+) -> dict[str, Any]:
+    """Compare methods on SRC: hide entries, impute, score; write tables and figures to FOLDER.
+
+    Peers: gene-mean (always there), knn, alra, softimpute, and with the extra [bench] magic and scvi; dca, saver and
+    scimpute quote the publication. module:function runs a function of your own. Each runs in a process of its own.
+    """
+    from scialm_dask.api import parse_limit
+    from scialm_dask.data.store import atomic_output, check_output, scratch_folder_for
+    from scialm_dask.errors import InputError
+    from scialm_dask.evaluate.contest import evaluate_imputation
+    from scialm_dask.evaluate.written import summary_table, write_evaluation
+
+    try:
+        hidden = [float(share) for share in shares.split(",") if share]
+    except ValueError:
+        raise InputError(f"--mask is {shares!r}; give shares with commas between, such as 0.1,0.3") from None
+    sources = tuple(path for path in (src, options["reference"]) if path)
+    check_output(folder, overwrite=overwrite, sources=sources)
+    found = evaluate_imputation(
+        src,
+        methods=[name.strip() for name in methods.split(",") if name.strip()],
+        shares=hidden,
+        seeds=range(seeds),
+        memory_limit=parse_limit(memory_limit),
+        scratch_folder=scratch_folder_for(folder),
+        listen=listen,
+        **options,
+    )
+    with atomic_output(folder, overwrite=overwrite, sources=sources) as partial:
+        partial.mkdir()
+        write_evaluation(found, partial, {"source": src, "methods": methods, "mask": hidden, "seeds": seeds, **options})
+    return {"destination": folder, **_scores_of(summary_table(found))}
+
+
+def _scores_of(table: Any) -> dict[str, Any]:
+    """Scores by experiment and method, for people and for --json."""
+    scores: dict[str, Any] = {}
+    for row in table.to_dict("records"):
+        share = f"{row['share']:.0%}" if row.get("share", None) == row.get("share", None) else ""
+        name = " ".join(filter(None, [row["experiment"], share, row["method"], row["setting"]]))
+        kept = {k: row[k] for k in ("mse", "mae", "pearson", "cosine", "relative_error", "leiden_ari") if k in row}
+        known = {k: v for k, v in kept.items() if v == v}
+        scores[name] = known if row["status"] == "ok" else row["status"]
+    return scores

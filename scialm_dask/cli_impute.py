@@ -76,7 +76,7 @@ def impute(
     missing_chunks_are_zeros: bool,
     overwrite: bool,
     listen: Listener,
-    connected: Callable[[], Any],
+    connected: Callable[[Listener], Any],
     **settings: Any,
 ) -> dict[str, Any]:
     """Complete the matrix SRC by low-rank matrix completion and write its factors to DST.zarr."""
@@ -104,7 +104,7 @@ def impute(
         "preserve_zeros": preserve_zeros,
         "overwrite": overwrite,
     }
-    with connected():
+    with connected(listen):
         with _resumable(checkpoint) as stop:
             result = impute(
                 matrix,
@@ -133,7 +133,7 @@ def resume(
     dst: str | None,
     scratch: str | None,
     memory_limit: str | None,
-    connected: Callable[[], Any],
+    connected: Callable[[Listener], Any],
     listen: Listener,
 ) -> dict[str, Any]:
     """Go on with `impute --checkpoint DIR` from its last whole checkpoint.
@@ -155,7 +155,7 @@ def resume(
     matrix = source_of(notes)
     source = notes["run"]["source"]["path"]
     check_output(asked["destination"], overwrite=asked.get("overwrite", False), sources=(source, folder))
-    with connected():
+    with connected(listen):
         with _resumable(folder) as stop:
             result = resume(folder, scratch=scratch, memory_limit=memory_limit, stop=stop, listen=listen)
         return _write(result, matrix, asked, source, folder, listen)
@@ -226,7 +226,7 @@ def transform(
     missing_chunks_are_zeros: bool,
     overwrite: bool,
     listen: Listener,
-    connected: Callable[[], Any],
+    connected: Callable[[Listener], Any],
 ) -> dict[str, Any]:
     """Complete the cells of SRC, which were not in the fit, with the gene factors of RESULT.zarr.
 
@@ -238,7 +238,7 @@ def transform(
 
     check_output(dst, overwrite=overwrite, sources=(src, result))
     matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
-    with connected():
+    with connected(listen):
         completed = Imputation.open(result).transform(matrix)
         completed.to_zarr(dst, overwrite=overwrite, sources=(src, result), listen=listen)
     return {"destination": dst, **completed.summary}
@@ -252,13 +252,15 @@ def transform(
 @layer_option
 @cluster_options
 @reports
+@shows_progress
 def plan(
     src: str,
     preset: str,
     max_rank: int | None,
     blocks: int | None,
     layer: str | None,
-    connected: Callable[[], Any],
+    connected: Callable[[Listener], Any],
+    listen: Listener,
 ) -> dict[str, Any]:
     """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time. Computes nothing.
 
@@ -269,7 +271,7 @@ def plan(
     from scialm_dask.run.plan import plan
 
     matrix, settings = ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank)
-    with connected():
+    with connected(listen):
         return plan(matrix, settings)
 
 

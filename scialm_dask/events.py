@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Advance", "Advanced", "Event", "Iteration", "Listener", "Note", "Pass", "Stage", "Sweep", "begin", "silent"]
+__all__ = [
+    "Advance",
+    "Advanced",
+    "Event",
+    "Iteration",
+    "Listener",
+    "Note",
+    "Pass",
+    "Scored",
+    "Stage",
+    "Sweep",
+    "begin",
+    "silent",
+]
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,35 @@ class Note(Event):
     """Something the user should know, in words."""
 
     words: str
+
+
+@dataclass(frozen=True)
+class Scored(Event):
+    """A method has been tried on an experiment of an evaluation; numbers are NaN where there are none.
+
+    Parameters
+    ----------
+    experiment
+        What was asked, with the share hidden and the seed.
+    method
+        With its setting.
+    status
+        ``"ok"``, or what went wrong.
+    mse, relative_error
+        Over the entries asked for.
+    seconds
+        That it took.
+    note
+        What it says of itself, or what went wrong.
+    """
+
+    experiment: str
+    method: str
+    status: str
+    mse: float
+    relative_error: float
+    seconds: float
+    note: str
 
 
 Listener = Callable[[Event], None]

@@ -45,9 +45,9 @@ def low_rank_counts(m, n, *, rank=4, density=0.3, seed=0, dispersion=20.0):
     return sp.csr_matrix(np.where(keep, counts, 0.0))
 
 
-def operator_of(matrix, n_blocks=1, *, hidden=None, store=None, resident=True):
+def operator_of(matrix, n_blocks=1, *, hidden=None, store=None):
     """The operator over a matrix."""
-    return LowRankPlusSparse(InMemory(matrix, n_blocks, hidden), store or MemoryScratch(), resident=resident)
+    return LowRankPlusSparse(InMemory(matrix, n_blocks, hidden), store or MemoryScratch())
 
 
 def product_of(lefts, right):

@@ -19,10 +19,13 @@ data.factors data.design
 linalg.draws linalg.nnls linalg.tiles linalg.kernels linalg.cellwise linalg.tasks linalg.operator linalg.svd
 solve.rank solve.stopping solve.scaling solve.reference solve.ialm solve.zeros solve.alra solve.transform
 solve.pools solve.pooled solve.pooled_als solve.pooled_admm solve.pooled_nuclear
-evaluate.masking evaluate.metrics evaluate.gene_scores evaluate.simulation evaluate.figures
+evaluate.masking evaluate.predictions evaluate.metrics evaluate.gene_scores evaluate.simulation evaluate.figures
 evaluate.compare evaluate.panels evaluate.svg evaluate.verdict
 run.termination run.losses run.cluster run.plan run.keeper run.result run.job run.demo run.progress
-api markup report estimator cli cli_impute cli_evaluate cli_pooled __main__
+api
+evaluate.soft_impute evaluate.peers evaluate.methods evaluate.isolated evaluate.experiments evaluate.downstream
+evaluate.contest evaluate.charts evaluate.written
+markup report estimator cli cli_impute cli_evaluate cli_pooled __main__
 """
 ORDER = LINES.split()
 HANDS_OVER = {"data.factors": {"solve.transform"}}  # a method that calls the solver, imported when it is called

@@ -1,10 +1,9 @@
-"""How well hidden entries were recovered: equations 9 to 12, block by block."""
+"""How well entries were recovered: equations 9 to 12, of all entries and of each gene, block by block."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any
 
 import dask
 import numpy as np
@@ -14,49 +13,130 @@ from numpy.typing import NDArray
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
 from scialm_dask.errors import InputError
+from scialm_dask.evaluate.predictions import Factors, Prediction, panels
 from scialm_dask.events import Listener, Stage, silent
 
-__all__ = ["Scores", "score_held_out"]
+__all__ = ["Moments", "Scores", "compare_all", "compare_stored", "gene_means", "score_held_out"]
+
+_ROUNDING = 1e-12  # what sums may leave of the variance of a constant, relative to its square
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Equations 9 to 12 over n entries: mean squared and absolute error, Pearson correlation, cosine similarity."""
+    """Equations 9 to 12 over n entries: mean squared and absolute error, Pearson correlation, cosine similarity.
 
-    n: int
-    mse: float
-    mae: float
-    pearson: float
-    cosine: float
+    Of single genes, these are arrays, NaN where there is nothing to tell.
+    """
+
+    n: Any
+    mse: Any
+    mae: Any
+    pearson: Any
+    cosine: Any
 
 
-class _Moments(NamedTuple):
-    """Sums over entries of imputed x and true y, float64, of which every score is made."""
+@dataclass(frozen=True)
+class Moments:
+    """Sums, gene by gene, of which every score is made.
 
-    n: float
-    x: float
-    y: float
-    xx: float
-    yy: float
-    xy: float
-    absolute: float
+    Parameters
+    ----------
+    sums
+        Over entries of imputed x and true y: number, x, y, x², y², xy and |x − y|; float64, shape ``(7, n)``.
+    """
+
+    sums: NDArray[np.float64]
 
     @classmethod
-    def of(cls, x: NDArray[np.floating], y: NDArray[np.floating]) -> _Moments:
+    def of_entries(cls, x: Any, y: Any, genes: NDArray[np.integer], n_genes: int) -> Moments:
+        """Of single entries and the genes that they are of."""
         x, y = x.astype(np.float64), y.astype(np.float64)
-        return cls(*(float(v) for v in (len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y, np.abs(x - y).sum())))
+        terms = (None, x, y, x * x, y * y, x * y, np.abs(x - y))
+        return cls(np.stack([np.bincount(genes, weights=term, minlength=n_genes) for term in terms]).astype(float))
 
-    def scores(self) -> Scores:
-        n, x, y, xx, yy, xy, absolute = self
-        spread = math.sqrt(max(xx - x * x / n, 0.0) * max(yy - y * y / n, 0.0))
-        norms = math.sqrt(xx * yy)
-        return Scores(
-            int(n),
-            (xx - 2 * xy + yy) / n,
-            absolute / n,
-            (xy - x * y / n) / spread if spread > 0 else math.nan,
-            xy / norms if norms > 0 else math.nan,
-        )
+    @classmethod
+    def of_rows(cls, X: Any, Y: Any) -> Moments:
+        """Of whole cells, cells × genes."""
+        X, Y = X.astype(np.float64), Y.astype(np.float64)
+        number = np.full(X.shape[1], float(len(X)))
+        products = (np.einsum("ij,ij->j", one, other) for one, other in ((X, X), (Y, Y), (X, Y)))
+        return cls(np.stack([number, X.sum(axis=0), Y.sum(axis=0), *products, np.abs(X - Y).sum(axis=0)]))
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.sums + other.sums)
+
+    def __sub__(self, other: Moments) -> Moments:
+        return Moments(self.sums - other.sums)
+
+    @property
+    def overall(self) -> Scores:
+        """Over the entries of all genes together, plain numbers."""
+        scores = _scores(self.sums.sum(axis=1))
+        return Scores(int(scores.n), *(float(v) for v in (scores.mse, scores.mae, scores.pearson, scores.cosine)))
+
+    @property
+    def by_gene(self) -> Scores:
+        """Of each gene, arrays of shape ``(n,)``."""
+        return _scores(self.sums)
+
+    @property
+    def relative_error(self) -> float:
+        """‖X − Y‖_F / ‖Y‖_F."""
+        _, _, _, xx, yy, xy, _ = self.sums.sum(axis=1)
+        return float(np.sqrt(max(xx - 2 * xy + yy, 0.0) / yy)) if yy > 0 else float("nan")
+
+    @property
+    def mean_ratio(self) -> float:
+        """Mean imputed over mean true."""
+        _, x, y, *_ = self.sums.sum(axis=1)
+        return float(x / y) if y > 0 else float("nan")
+
+
+def _scores(sums: NDArray[np.float64]) -> Scores:
+    n, x, y, xx, yy, xy, absolute = sums
+    with np.errstate(divide="ignore", invalid="ignore"):
+        vx, vy = xx - x * x / n, yy - y * y / n
+        varies = (vx > _ROUNDING * xx) & (vy > _ROUNDING * yy)
+        pearson = np.where(varies, (xy - x * y / n) / np.sqrt(vx * vy), np.nan)
+        return Scores(n, np.maximum(xx - 2 * xy + yy, 0) / n, absolute / n, pearson, xy / np.sqrt(xx * yy))
+
+
+def compare_stored(prediction: Prediction, target: ExpressionMatrix) -> Moments:
+    """Compare a prediction with the stored entries of a matrix, in one pass."""
+
+    def visit(csr: sp.csr_matrix, start: int) -> Moments:
+        return Moments.of_entries(prediction.at(csr, start), csr.data, csr.indices, csr.shape[1])
+
+    return target.reduce(visit, Moments.__add__)
+
+
+def compare_all(prediction: Prediction, target: ExpressionMatrix, given: ExpressionMatrix) -> tuple[Moments, Moments]:
+    """Compare a prediction with all entries of a matrix, zeros too.
+
+    Returns
+    -------
+    Moments, Moments
+        Of all entries, and of those that were zero in `given`.
+    """
+    target = target.with_blocks(panels(target.shape))
+    observed = given.with_blocks(target.blocks)
+
+    def visit(number: int) -> tuple[Moments, Moments]:
+        start, stop = target.blocks[number]
+        X, Y = prediction.rows(start, stop), target.read_block(number).toarray()
+        csr = observed.read_block(number)
+        rows = np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
+        everything = Moments.of_rows(X, Y)
+        x, y = X[rows, csr.indices], Y[rows, csr.indices]
+        return everything, everything - Moments.of_entries(x, y, csr.indices, csr.shape[1])
+
+    parts = [dask.delayed(visit)(number) for number in range(len(target.blocks))]
+    total: tuple[Moments, Moments] = tree_reduce(parts, _add).compute()
+    return total
+
+
+def _add(one: tuple[Moments, Moments], other: tuple[Moments, Moments]) -> tuple[Moments, Moments]:
+    return one[0] + other[0], one[1] + other[1]
 
 
 def score_held_out(
@@ -92,19 +172,19 @@ def score_held_out(
                 f"{result.shape[0]} × {result.shape[1]}; score a result with the matrix it was made from"
             )
     listen(Stage("scoring"))
-    means = _gene_means(observed)
+    means = gene_means(observed)
     left = result.left.rechunk((held_out.blocks.sizes, -1)).to_delayed().ravel()
     visit, right = dask.delayed(_block_moments), dask.delayed(result.right)
     parts = [visit(held_out, b, left[b], right, means) for b in range(len(held_out.blocks))]
-    total = tree_reduce(parts, _add)
-    ours, baseline = total.compute()
+    ours, baseline = (moments.overall for moments in tree_reduce(parts, _add).compute())
     if ours.n == 0:
         raise InputError(f"{held_out.name}: holds no entries; hide some with `scialm-dask mask`")
-    scored = asdict(ours.scores())
-    return scored | {f"gene_mean_{name}": value for name, value in asdict(baseline.scores()).items() if name != "n"}
+    return asdict(ours) | {f"gene_mean_{name}": value for name, value in asdict(baseline).items() if name != "n"}
 
 
-def _gene_means(matrix: ExpressionMatrix) -> NDArray[np.float32]:
+def gene_means(matrix: ExpressionMatrix) -> NDArray[np.float32]:
+    """Mean of each gene over its observed entries, shape ``(n,)``; 0 where there are none."""
+
     def visit(csr: sp.csr_matrix, _: int) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
         n = matrix.shape[1]
         sums = np.bincount(csr.indices, weights=csr.data, minlength=n).astype(np.float64)
@@ -121,16 +201,8 @@ def _block_moments(
     left: NDArray[np.float32],
     right: NDArray[np.float32],
     means: NDArray[np.float32],
-) -> tuple[_Moments, _Moments]:
-    from scialm_dask.linalg.kernels import Block, sampled_product
-
+) -> tuple[Moments, Moments]:
     csr = held_out.read_block(block)
-    imputed = sampled_product(Block(csr.indptr, csr.indices, csr.data, csr.shape[1]), left, right)
-    imputed = np.maximum(imputed, 0)
-    return _Moments.of(imputed, csr.data), _Moments.of(means[csr.indices], csr.data)
-
-
-def _add(one: tuple[_Moments, _Moments], other: tuple[_Moments, _Moments]) -> tuple[_Moments, _Moments]:
-    return tuple(  # type: ignore[return-value]
-        _Moments(*(a + b for a, b in zip(m, k, strict=True))) for m, k in zip(one, other, strict=True)
-    )
+    imputed, n = Factors(left, right).at(csr, 0), csr.shape[1]
+    baseline = Moments.of_entries(means[csr.indices], csr.data, csr.indices, n)
+    return Moments.of_entries(imputed, csr.data, csr.indices, n), baseline

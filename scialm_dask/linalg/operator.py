@@ -67,9 +67,7 @@ class LowRankPlusSparse:
     source
         Hands out the blocks.
     store
-        Keeps the working state of the blocks.
-    resident
-        Keep the blocks themselves in memory too, rather than read them in every pass.
+        Keeps the blocks, as they were read once, and their working state.
     on_pass
         Called after each pass with their number so far.
     before_pass
@@ -92,7 +90,6 @@ class LowRankPlusSparse:
         source: BlockSource,
         store: Store,
         *,
-        resident: bool,
         on_pass: Callable[[int], None] = lambda _: None,
         before_pass: Callable[[], None] = lambda: None,
     ) -> None:
@@ -100,19 +97,16 @@ class LowRankPlusSparse:
         self.bounds = source.bounds
         self.passes, self._on_pass, self._before_pass = 0, on_pass, before_pass
         self._id = uuid.uuid4().hex[:12]
-        self._source = dask.delayed(source, name=f"source-{self._id}", traverse=False)
         self._store = store
         self._confidence = source.column_confidence
         self._row_confidence = source.has_row_confidence
         self._right = np.zeros((self.shape[1], 0), np.float32)
         self._versions: dict[str, int] = dict.fromkeys(("estimate", "left", "sketch"), 0)
         self._best: _Kept | None = None
-        self._blocks: tuple[Delayed | None, ...] = (None,) * self.n_blocks
-        if resident:
-            load = dask.delayed(tasks.load)
-            self._blocks = _run([load(self._source, b) for b in range(self.n_blocks)])
-        begin = dask.delayed(tasks.begin, pure=False, nout=2)
-        parts = [begin(self._store, self._source, b, self._blocks[b]) for b in self._each()]
+        source_task = dask.delayed(source, name=f"source-{self._id}", traverse=False)
+        hold, begin = dask.delayed(tasks.hold, pure=False), dask.delayed(tasks.begin, pure=False, nout=2)
+        self._blocks = self._hold([hold(self._store, source_task, b) for b in self._each()])
+        parts = [begin(self._store, source_task, b, self._blocks[b]) for b in self._each()]
         total = _tree([counted for _, counted in parts], dask.delayed(tasks.add))
         self._state, counted = self._settle([refs for refs, _ in parts], total)
         self.observations = Observations(*counted)
@@ -175,7 +169,7 @@ class LowRankPlusSparse:
         """WᵀW, shape ``(n, n)``, when columns are the short side. One pass."""
         view = self._view()
         carried, visit = self._carry(view), dask.delayed(tasks.column_gram)
-        parts = [visit(self._store, self._source, b, self._blocks[b], self._state[b], carried) for b in self._each()]
+        parts = [visit(self._store, self._blocks[b], self._state[b], carried) for b in self._each()]
         (total,) = _run([_tree(parts, dask.delayed(tasks.add))])
         self._count_pass()
         left_gram, cross, sparse_gram = total.compute()
@@ -191,13 +185,10 @@ class LowRankPlusSparse:
         view = self._view()
         core, carried = view.spread.T.astype(np.float64) @ view.spread, self._carry(view)
         prepare, pair = dask.delayed(tasks.row_half), dask.delayed(tasks.row_gram)
-        halves = [prepare(self._store, self._source, b, self._blocks[b], self._state[b], carried) for b in self._each()]
+        halves = [prepare(self._store, self._blocks[b], self._state[b], carried) for b in self._each()]
         corners = [(i, j) for i in self._each() for j in range(i, self.n_blocks)]
         tiles = _run(
-            [
-                pair(self._source, (i, j), self._blocks[i], self._blocks[j], halves[i], halves[j], core)
-                for i, j in corners
-            ]
+            [pair(self._store, self._blocks[i], self._blocks[j], halves[i], halves[j], core) for i, j in corners]
         )
         self._count_pass()
         gram = np.empty((self.shape[0], self.shape[0]))
@@ -219,16 +210,15 @@ class LowRankPlusSparse:
         columns
             Multiply the columns of A by these numbers first, shape ``(n,)``.
         """
-        source, blocks, right = self._source, self._blocks, self._right
+        right, source = self._right, None
         if columns is not None:
             right = columns[:, None] * right
         view = replace(self._view(), right=right)
         if other is not None:
             source = dask.delayed(other, name=f"source-{uuid.uuid4().hex[:12]}", traverse=False)
-            blocks = (None,) * self.n_blocks
             view = replace(view, confidence=other.column_confidence)
         carried, visit = self._carry(view), dask.delayed(tasks.quadratic)
-        parts = [visit(self._store, source, b, blocks[b], self._state[b], carried) for b in self._each()]
+        parts = [visit(self._store, source, b, self._blocks[b], self._state[b], carried) for b in self._each()]
         (total,) = _run([_tree(parts, dask.delayed(tasks.add))])
         self._count_pass()
         linear, square, rows = total.compute()
@@ -265,6 +255,12 @@ class LowRankPlusSparse:
         assert self._best is not None
         get = dask.delayed(tasks.get_left)
         return [get(self._store, kept) for kept in self._best.state], self._best.right
+
+    def release(self) -> None:
+        """Forget the blocks and all that is known of them."""
+        names = {*self._versions.items(), *((name, 0) for name in tasks.BLOCK_ARRAYS)}
+        for name, version in names if self._best is None else names | {*self._best.versions.items()}:
+            self._store.drop(name, version)
 
     def save(self, files: Files, *, sketch: bool) -> dict[str, list[Any]]:
         """Write the state, each block from the worker that has it, so that `load` can put it back.
@@ -330,8 +326,7 @@ class LowRankPlusSparse:
         carried = self._carry(view)
         visit = dask.delayed(function, pure=False, nout=2)
         parts = [
-            visit(self._store, self._source, b, self._blocks[b], self._state[b], carried, number, extra[b])
-            for b in self._each()
+            visit(self._store, b, self._blocks[b], self._state[b], carried, number, extra[b]) for b in self._each()
         ]
         total = _tree([sums for _, sums in parts], dask.delayed(add_sums))
         sums: Sums

@@ -91,12 +91,34 @@ class References:
     sketch: Any
 
 
-def load(source: BlockSource, block: int) -> Block:
-    return source.load(block)
+@dataclass(frozen=True)
+class HeldBlock:
+    """Where the arrays of a `Block` are."""
+
+    indptr: Any
+    indices: Any
+    observed: Any
+    confidence: Any
+    n_columns: int
 
 
-def begin(store: Store, source: BlockSource, block: int, loaded: Block | None) -> tuple[References, tuple[float, ...]]:
-    data = loaded or source.load(block)
+BLOCK_ARRAYS = ("indptr", "indices", "observed", "confidence")
+
+
+def hold(store: Store, source: BlockSource, block: int) -> HeldBlock:
+    data = source.load(block)
+    arrays = {name: getattr(data, name) for name in BLOCK_ARRAYS}
+    held = {name: None if array is None else store.put(name, 0, block, array) for name, array in arrays.items()}
+    return HeldBlock(**held, n_columns=data.n_columns)
+
+
+def _block(store: Store, held: HeldBlock) -> Block:
+    confidence = None if held.confidence is None else store.get(held.confidence)
+    return Block(store.get(held.indptr), store.get(held.indices), store.get(held.observed), held.n_columns, confidence)
+
+
+def begin(store: Store, source: BlockSource, block: int, held: HeldBlock) -> tuple[References, tuple[float, ...]]:
+    data = _block(store, held)
     hidden = source.held_out(block, data)
     estimate, n_hidden, held_out_squares, n_emptied = data.observed, 0, 0.0, 0
     if hidden is not None:
@@ -116,9 +138,8 @@ def _squares(values: Floats) -> float:
 
 def visit(
     store: Store,
-    source: BlockSource,
     block: int,
-    loaded: Block | None,
+    held: HeldBlock,
     at: References,
     view: View,
     number: int,
@@ -128,56 +149,45 @@ def visit(
     unneeded = np.zeros((0, 0), np.float32)
     left, sketch = (unneeded, store.get(at.sketch)) if view.step else (store.get(at.left), unneeded)
     state = BlockState(store.get(at.estimate), left, sketch)
-    new, sums = kernels.visit(loaded or source.load(block), state, view)
+    new, sums = kernels.visit(_block(store, held), state, view)
     return _put_changes(store, block, number, at, state, new), sums
 
 
 def project(
     store: Store,
-    source: BlockSource,
     block: int,
-    loaded: Block | None,
+    held: HeldBlock,
     at: References,
     view: View,
     number: int,
     vectors: Floats,
 ) -> tuple[References, Sums]:
     state = BlockState(store.get(at.estimate), store.get(at.left), vectors)
-    sums = kernels.project(loaded or source.load(block), state, view)
+    sums = kernels.project(_block(store, held), state, view)
     return replace(at, sketch=store.put("sketch", number, block, vectors)), sums
 
 
-def column_gram(
-    store: Store, source: BlockSource, block: int, loaded: Block | None, at: References, view: View
-) -> tuple[Doubles, Doubles, Doubles]:
+def column_gram(store: Store, held: HeldBlock, at: References, view: View) -> tuple[Doubles, Doubles, Doubles]:
     state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
-    return kernels.column_gram(loaded or source.load(block), state, view)
+    return kernels.column_gram(_block(store, held), state, view)
 
 
-def row_half(
-    store: Store, source: BlockSource, block: int, loaded: Block | None, at: References, view: View
-) -> RowHalf:
+def row_half(store: Store, held: HeldBlock, at: References, view: View) -> RowHalf:
     state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
-    return kernels.row_half(loaded or source.load(block), state, view)
+    return kernels.row_half(_block(store, held), state, view)
 
 
 def row_gram(
-    source: BlockSource,
-    pair: tuple[int, int],
-    one: Block | None,
-    other: Block | None,
-    half: RowHalf,
-    other_half: RowHalf,
-    core: Doubles,
+    store: Store, one: HeldBlock, other: HeldBlock, half: RowHalf, other_half: RowHalf, core: Doubles
 ) -> Doubles:
-    blocks = one or source.load(pair[0]), other or source.load(pair[1])
-    return kernels.row_gram(blocks, (half, other_half), core)
+    return kernels.row_gram((_block(store, one), _block(store, other)), (half, other_half), core)
 
 
 def quadratic(
-    store: Store, source: BlockSource, block: int, loaded: Block | None, at: References, view: View
+    store: Store, other: BlockSource | None, block: int, held: HeldBlock, at: References, view: View
 ) -> tuple[Doubles, Doubles, Doubles]:
-    return kernels.quadratic(loaded or source.load(block), store.get(at.left), view)
+    data = _block(store, held) if other is None else other.load(block)
+    return kernels.quadratic(data, store.get(at.left), view)
 
 
 def _put_changes(store: Store, block: int, number: int, at: References, old: BlockState, new: BlockState) -> References:

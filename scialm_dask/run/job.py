@@ -272,7 +272,6 @@ def _complete(
         return LowRankPlusSparse(
             blocks,
             store,
-            resident=folder is None,
             on_pass=lambda number: listen(Pass(number)),
             before_pass=keeper.before_pass,
         )

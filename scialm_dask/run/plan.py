@@ -25,7 +25,8 @@ from scialm_dask.solve.rank import basis_width, prefers_short_side, widest_basis
 __all__ = ["Forecast", "Need", "forecast", "place_scratch", "plan", "usable_memory"]
 
 _FLOAT = 4
-_TASK_VALUES = 10  # arrays as long as a block's entries that a task holds: as read, scaled, old and new estimate, …
+_READ_VALUES = 10  # arrays as long as a block's entries that a task holds while it reads them: as stored, scaled, …
+_TASK_VALUES = 6  # while it visits them: columns, values, old and new estimate, A there
 _TASK_ROWS = 7  # arrays as large as a block's sketch
 _DRIVER_PANELS = 9  # float64 arrays of n × l that the small algebra of an SVD holds
 _DOUBLE = 8
@@ -67,7 +68,7 @@ class Forecast:
     tasks_per_pass
         One for each block, and those that add up.
     bytes_per_pass
-        Of values and indices, before compression, that a pass reads if the matrix is not held in memory.
+        That a pass reads and writes if the state is on disk: the matrix, the estimate and the sketch.
     """
 
     memory: Need
@@ -109,24 +110,25 @@ def forecast(matrix: ExpressionMatrix, settings: Settings, threads: int | None =
     rows = max(matrix.blocks.sizes)
     values = min(n_observed, int(1.3 * n_observed / n_blocks))  # rows differ in length
     panel, levels = n * width, math.ceil(math.log2(n_blocks) + 1)
-    task = _FLOAT * (_TASK_VALUES * values + _TASK_ROWS * rows * width + 2 * panel)
+    visit = _TASK_VALUES * values + _TASK_ROWS * rows * width + 2 * panel
+    task = _FLOAT * max(_READ_VALUES * values, visit)
     products = threads * task + _FLOAT * panel * levels + _DOUBLE * panel * _DRIVER_PANELS
     if exact:
         products = max(products, _short_side_memory((m, n), rows, rank, threads, levels))
     working = _base_memory() + products + _DOUBLE * n * n_blocks
     kept = 1 if settings.stop == "held-out" else 0  # the estimate of the best iteration
     state = _FLOAT * ((2 + kept) * n_observed + m * (2 * wanted + 2 * rank))
-    resident = 2 * _FLOAT * n_observed
+    blocks = 2 * _FLOAT * n_observed
     share = math.ceil(n_blocks / workers) / n_blocks  # what one process holds
     log_rho = math.log(1.1 + 2.5 * n_observed / (m * n))
     return Forecast(
-        memory=Need(int(working + share * (state + resident)), 0),
-        zarr=Need(int(working), int(state + _FLOAT * m * rank)),
+        memory=Need(int(working + share * (state + blocks)), 0),
+        zarr=Need(int(working), int(state + blocks + _FLOAT * m * rank)),
         basis_width=wanted,
         iterations=min(settings.max_iterations, round(math.log(_shrinkage(settings)) / log_rho)),
         passes_per_iteration=settings.svd_passes if settings.svd_tolerance == 0 else 3,
         tasks_per_pass=2 * n_blocks - 1,
-        bytes_per_pass=2 * _FLOAT * n_observed,
+        bytes_per_pass=_FLOAT * (4 * n_observed + m * (wanted + rank)),
     )
 
 

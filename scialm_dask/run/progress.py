@@ -14,12 +14,14 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
-from scialm_dask.events import Advanced, Event, Iteration, Note, Pass, Stage, Sweep
+from scialm_dask.events import Advanced, Event, Iteration, Note, Pass, Scored, Stage, Sweep
 
 __all__ = ["Display", "duration", "show_progress"]
 
 _SILENCE = 10.0  # seconds after which plain lines give a sign of life
 _LAST = 3  # iterations whose mean time the next ones are expected to take
+_UNKNOWN = "{desc} {elapsed}{postfix}"
+_KNOWN = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 Clock = Callable[[], float]
 
 
@@ -170,7 +172,7 @@ class _Lines(_Shown):
         words = _words(event)
         if passing:
             words = f"{self._pace.stage.name}: {words}"
-        print(words + ("" if isinstance(event, Note) else self._left()), file=self._stream, flush=True)
+        print(words + ("" if isinstance(event, Note | Scored) else self._left()), file=self._stream, flush=True)
 
 
 class _Bar(_Shown):
@@ -182,15 +184,15 @@ class _Bar(_Shown):
         self._bar: Any = None
 
     def _show(self, event: Event) -> None:
-        if isinstance(event, Note):
+        if isinstance(event, Note | Scored):
             self._tqdm.write(_words(event), file=sys.stderr)
             return
         if isinstance(event, Stage) or self._bar is None:
             self.close()
-            self._bar = self._tqdm(total=1.0, desc=self._pace.stage.name, file=sys.stderr, leave=self._leave)
+            name = self._pace.stage.name
+            self._bar = self._tqdm(total=1.0, desc=name, bar_format=_UNKNOWN, file=sys.stderr, leave=self._leave)
         bar, done = self._bar, self._pace.done
-        known = "{percentage:3.0f}%|{bar}| " if done is not None else ""
-        bar.bar_format = f"{{desc}} {known}{{elapsed}}{{postfix}}"
+        bar.bar_format = _UNKNOWN if done is None else _KNOWN
         bar.n = done or 0.0
         if isinstance(event, Stage):
             bar.set_postfix_str(event.detail)
@@ -222,11 +224,20 @@ def _words(event: Event) -> str:
             return words if math.isnan(held_out) else f"{words}, held-out error {held_out:.4g}"
         case Sweep(sweep, objective):
             return f"sweep {sweep}: objective {objective:.6g}"
+        case Scored():
+            return _score(event)
         case Note(words):
             return f"scialm-dask: note: {words}"
         case _:
             fields = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in asdict(event).items())
             return f"{type(event).__name__.lower()}: {fields}"
+
+
+def _score(event: Scored) -> str:
+    numbers = {"MSE": event.mse, "relative error": event.relative_error, "seconds": event.seconds}
+    told = [f"{name} {value:.4g}" for name, value in numbers.items() if math.isfinite(value)]
+    words = [] if event.status == "ok" else [f"{event.status}: {event.note}"]
+    return f"{event.experiment}, {event.method}: " + ", ".join([*words, *told])
 
 
 def duration(seconds: float) -> str:

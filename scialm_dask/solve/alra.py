@@ -135,9 +135,7 @@ def biological_zeros(
     folder = None if scratch_folder is None else tempfile.mkdtemp(prefix="scialm-zeros-", dir=scratch_folder)
     try:
         store: Scratch = MemoryScratch() if folder is None else ZarrScratch(folder)
-        operator = LowRankPlusSparse(
-            _Detected(matrix.for_workers()), store, resident=folder is None, on_pass=lambda n: listen(Pass(n))
-        )
+        operator = LowRankPlusSparse(_Detected(matrix.for_workers()), store, on_pass=lambda n: listen(Pass(n)))
         lefts, right = _approximation(operator, seed)
         thresholds = np.maximum(-_minima(lefts, right), 0)
     except BaseException:

@@ -113,6 +113,7 @@ def choose_zeros(
         operator = operator_of(train)
         stop = _SplitStop(operator, reference, _ratio(reference.scales.gene, train.scales.gene), settings.patience)
         complete(operator, scaled, listen, stop)
+        operator.release()
         choice = Choice(omega, gene_exponent, stop.threshold / math.sqrt(TRAIN_SHARE), stop.lowest)
         tried[omega, gene_exponent] = choice
         after()

@@ -67,7 +67,7 @@ def passes_of(source: str, folder: str, threads: int, passes: int) -> Record:
     with dask.config.set(scheduler="threads", num_workers=threads), tempfile.TemporaryDirectory(dir=folder) as state:
         matrix = ExpressionMatrix.open(source)
         blocks = prepare(matrix, survey(matrix), preset("paper", scaling=(0.5, 0.5)))
-        operator = LowRankPlusSparse(blocks, ZarrScratch(state), resident=False)
+        operator = LowRankPlusSparse(blocks, ZarrScratch(state))
         known = np.zeros((operator.shape[1], 0), np.float32)
         svd = rayleigh_ritz(operator.multiply(extended_basis(known, WIDTH, 0)))
         seconds = []

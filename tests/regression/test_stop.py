@@ -62,7 +62,7 @@ def test_the_default_stops_within_5_percent_of_the_best(cells, genes, rank, dens
     counts, truth = simulated(cells, genes, rank, density, depth, seed=cells + rank)
     matrix = ExpressionMatrix.of(counts)
     blocks = prepare(matrix, survey(matrix), Settings())
-    operator = LowRankPlusSparse(blocks, MemoryScratch(), resident=True)
+    operator = LowRankPlusSparse(blocks, MemoryScratch())
     follow = Follow(operator, blocks.scales, truth)
     complete(operator, Settings(), stop=follow)
     assert follow.errors[follow.chosen - 1] <= 1.05 * min(follow.errors), follow.errors

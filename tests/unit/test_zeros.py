@@ -40,7 +40,7 @@ def problem(request):
     confidence = confidence_of(request.param)
     settings = Settings(scaling=(0.0, 0.0), validation=0.1)
     blocks = prepare(matrix, survey(matrix), settings, confidence=confidence)
-    operator = LowRankPlusSparse(blocks, MemoryScratch(), resident=True)
+    operator = LowRankPlusSparse(blocks, MemoryScratch())
     basis, right = (rng.standard_normal((N, k)).astype(np.float32) for k in (6, 2))
     first = operator.multiply(basis)
     hidden = np.zeros((M, N), bool)
@@ -166,9 +166,7 @@ def test_a_number_is_kept_and_only_the_threshold_chosen(counts):
         matrix,
         survey(matrix),
         settings,
-        lambda blocks: (
-            tried.append(blocks.confidence.gene[0]) or LowRankPlusSparse(blocks, MemoryScratch(), resident=True)
-        ),
+        lambda blocks: tried.append(blocks.confidence.gene[0]) or LowRankPlusSparse(blocks, MemoryScratch()),
         lambda _: None,
     )
     assert (choice.omega, choice.gene_exponent, tried) == (0.3, 0.5, [np.float32(0.3)])

@@ -1,0 +1,279 @@
+"""Pictures of an evaluation: scores of methods, scores over a quantity, clusters, cells, time and memory.
+
+One colour for each method throughout (Okabe and Ito's, which the colour-blind can tell apart), named where it is drawn
+rather than in a legend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scialm_dask.evaluate.methods import METHODS, OURS, QUOTED
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["cell_pictures", "cluster_scores", "effort", "method_scores", "scores_over", "whole_scores"]
+
+METRICS = {"mse": "mean squared error", "mae": "mean absolute error", "pearson": "Pearson r", "cosine": "cosine"}
+_COLOURS = {
+    "auto": "#0072B2",
+    "denoise": "#009E73",
+    "paper": "#56B4E9",
+    "gene-mean": "#888888",
+    "as observed": "#444444",
+    "knn": "#E69F00",
+    "alra": "#CC79A7",
+    "softimpute": "#D55E00",
+    "magic": "#7A4FA0",
+    "scvi": "#8C6D1F",
+}
+_OTHERS = ("#117733", "#882255", "#332288", "#44AA99", "#AA4499")
+_GREY = "#666666"
+
+
+def colour_of(name: str) -> str:
+    """Of a method, the same in every figure."""
+    known = _COLOURS.get(name.split(" ")[0] if name not in _COLOURS else name)
+    return known or _OTHERS[sum(map(ord, name)) % len(_OTHERS)]
+
+
+def label_of(method: str, setting: str = "") -> str:
+    """Of a method, in figures and tables."""
+    known = METHODS.get(method) or QUOTED.get(method)
+    label = known.label if known else method
+    return f"{label} {setting}".strip()
+
+
+def _new(rows: int, columns: int, width: float, height: float, **kwargs: Any) -> tuple[Figure, NDArray[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
+    for each in axes.ravel():
+        each.spines[["top", "right"]].set_visible(False)
+        each.tick_params(labelsize=8, length=3)
+        each.title.set_fontsize(9)
+    return figure, axes
+
+
+def method_scores(scores: pd.DataFrame, title: str = "", metrics: Sequence[str] = tuple(METRICS)) -> Figure:
+    """Draw the scores of every method on hidden entries, best at the top: a dot for each seed, the mean in figures.
+
+    Parameters
+    ----------
+    scores
+        Rows of one experiment and one share of `Evaluation.scores`.
+    title
+        Over the figure.
+    metrics
+        Columns to draw.
+    """
+    return _dots(scores, [(name, METRICS[name], False) for name in metrics], title)
+
+
+def whole_scores(scores: pd.DataFrame, title: str = "") -> Figure:
+    """Draw how near all entries come to a truth or to unseen molecules, zeros included; see `method_scores`."""
+    panels = [
+        ("relative_error", "relative error", False),
+        ("mean_ratio", "mean imputed / mean true", True),
+        ("zeros_pearson", "Pearson r where zero was observed", False),
+    ]
+    return _dots(scores, panels, title)
+
+
+def _dots(
+    scores: pd.DataFrame, panels: Sequence[tuple[str, str, bool]], title: str, *, ascending: bool = True
+) -> Figure:
+    """Draw a panel for each (column, title, whether its axis is logarithmic), methods in the order of the first."""
+    names = _ranked(scores, panels[0][0], ascending)
+    figure, axes = _new(1, len(panels), 2.6 * len(panels) + 1.2, 0.3 * len(names) + 1.1, sharey=True)
+    for (column, words, logarithmic), each in zip(panels, axes[0], strict=True):
+        if logarithmic:
+            each.set_xscale("log")
+        for place, name in enumerate(names):
+            rows = scores[_names(scores) == name]
+            _one_line(each, rows, column, len(names) - 1 - place)
+        if column == "mean_ratio":
+            each.axvline(1, color=_GREY, linewidth=0.8, linestyle=":")
+        each.set_title(words, loc="left")
+        each.grid(axis="y", color="#eeeeee")
+        each.margins(x=0.18)
+        each.set_axisbelow(True)
+    labels = [label_of(*scores[_names(scores) == name].iloc[0][["method", "setting"]]) for name in names]
+    axes[0, 0].set_yticks(range(len(names))[::-1], labels)
+    for tick, name in zip(axes[0, 0].get_yticklabels(), names, strict=True):
+        if name.split(" ")[0] in OURS:
+            tick.set_fontweight("bold")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def _one_line(axes: Any, rows: pd.DataFrame, column: str, y: int) -> None:
+    values = rows[column].dropna().to_numpy(float)
+    if not len(values):
+        status = rows["status"].iloc[0]
+        words = "" if status == "ok" else status
+        axes.annotate(words, (0.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=7, color=_GREY)
+        return
+    colour, quoted = colour_of(rows["method"].iloc[0]), (rows["status"] == "quoted").all()
+    fill = "none" if quoted else colour
+    axes.scatter(values, np.full(len(values), y), s=28, facecolors=fill, edgecolors=colour, linewidths=1, zorder=3)
+    words = f"{values.mean():.3g}" + (" (quoted)" if quoted else "")
+    axes.annotate(
+        words, (values.max(), y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7, color="#333333"
+    )
+
+
+def _names(scores: pd.DataFrame) -> pd.Series:
+    return (scores["method"] + " " + scores["setting"]).str.strip()
+
+
+def _ranked(scores: pd.DataFrame, column: str, ascending: bool) -> list[str]:
+    """Names from the best to the worst, those without a score last."""
+    means = scores.assign(name=_names(scores)).groupby("name", sort=False)[column].mean()
+    return list(means.sort_values(ascending=ascending, na_position="last", kind="stable").index)
+
+
+def scores_over(scores: pd.DataFrame, column: str, words: str, title: str = "") -> Figure:
+    """Draw all four scores over a quantity, such as the share hidden or a setting, a line for each method.
+
+    Parameters
+    ----------
+    scores
+        Rows of `Evaluation.scores`, with the quantity in `column`.
+    column
+        A numeric column.
+    words
+        What it is.
+    title
+        Over the figure.
+    """
+    figure, axes = _new(2, 2, 8.2, 5.4)
+    for (metric, name), each in zip(METRICS.items(), axes.ravel(), strict=True):
+        ends: list[tuple[float, float, str]] = []
+        for method, rows in scores.dropna(subset=[metric]).groupby("method", sort=False):
+            line = rows.groupby(column)[metric].agg(["mean", "min", "max"])
+            colour = colour_of(str(method))
+            weight = 2.0 if method in OURS else 1.2
+            each.plot(line.index, line["mean"], ".-", color=colour, linewidth=weight, markersize=5)
+            each.fill_between(line.index, line["min"], line["max"], color=colour, alpha=0.15, linewidth=0)
+            ends.append((float(line.index[-1]), float(line["mean"].iloc[-1]), str(method)))
+        if metric in ("mse", "mae") and ends and max(e[1] for e in ends) > 5 * min(e[1] for e in ends):
+            each.set_yscale("log")
+        _label_ends(each, ends)
+        each.set_title(name, loc="left")
+        each.set_xlabel(words, fontsize=8)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def _label_ends(axes: Any, ends: list[tuple[float, float, str]]) -> None:
+    """Name lines at their right ends, moved apart where they would cover each other."""
+    figure = axes.figure
+    figure.canvas.draw()  # lays out, so that pixels mean something
+    box = axes.get_window_extent()
+    apart = 9 * figure.dpi / 72
+    placed: list[tuple[float, str]] = []
+    for x, y, name in sorted(ends, key=lambda end: end[1]):
+        at = float(axes.transData.transform((x, y))[1])
+        at = max(at, placed[-1][0] + apart) if placed else at
+        placed.append((at, name))
+    over = placed[-1][0] - box.y1 if placed else 0
+    for at, name in placed:
+        height = (at - max(over, 0) - box.y0) / box.height
+        weight = "bold" if name in OURS else "normal"
+        axes.annotate(
+            label_of(name),
+            (1.01, height),
+            xycoords="axes fraction",
+            va="center",
+            fontsize=7,
+            color=colour_of(name),
+            fontweight=weight,
+            annotation_clip=False,
+        )
+
+
+def cluster_scores(clusters: pd.DataFrame, title: str = "") -> Figure:
+    """Draw ARI and NMI of k-means and Leiden and the silhouette, for one experiment of `Evaluation.clusters`."""
+    panels = [
+        ("kmeans_ari", "ARI, k-means", False),
+        ("leiden_ari", "ARI, Leiden", False),
+        ("kmeans_nmi", "NMI, k-means", False),
+        ("leiden_nmi", "NMI, Leiden", False),
+        ("silhouette", "silhouette", False),
+    ]
+    return _dots(clusters.assign(status="ok"), panels, title, ascending=False)
+
+
+def cell_pictures(umap: dict[str, NDArray[np.float32]], labels: pd.Series, title: str = "") -> Figure:
+    """Draw cells by UMAP, one panel for each matrix, coloured by their labels.
+
+    Parameters
+    ----------
+    umap
+        Coordinates by the name of the panel, shapes ``(m, 2)``.
+    labels
+        Of the cells.
+    title
+        Over the figure.
+    """
+    from matplotlib import colormaps
+
+    columns = min(4, len(umap))
+    rows = -(-len(umap) // columns)
+    figure, axes = _new(rows, columns, 2.6 * columns, 2.6 * rows + 0.9)
+    kinds = sorted(labels.unique(), key=lambda kind: (len(kind) * kind[:1].isdigit(), kind))
+    palette = colormaps["tab20"].colors if len(kinds) > 10 else colormaps["tab10"].colors  # type: ignore[attr-defined]
+    size = float(np.clip(6000 / len(labels), 0.2, 6))
+    for each in axes.ravel()[len(umap) :]:
+        each.set_visible(False)
+    for (name, points), each in zip(umap.items(), axes.ravel(), strict=False):
+        for number, kind in enumerate(kinds):
+            chosen = points[(labels == kind).to_numpy()]
+            each.scatter(*chosen.T, s=size, color=palette[number % len(palette)], linewidths=0, rasterized=True)
+        each.set_title(name, loc="left")
+        each.set_xticks([])
+        each.set_yticks([])
+        each.spines[:].set_visible(False)
+    handles = [
+        figure.axes[0].scatter([], [], s=18, color=palette[number % len(palette)], label=kind)
+        for number, kind in enumerate(kinds)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def effort(scores: pd.DataFrame, title: str = "") -> Figure:
+    """Draw the time and the memory of each method against its error, means over the seeds."""
+    figure, axes = _new(1, 2, 8, 3.2, sharey=True)
+    rows = scores[scores["status"] == "ok"].groupby(["method", "setting"], sort=False).mean(numeric_only=True)
+    for each, column, unit, words in (
+        (axes[0, 0], "seconds", 1.0, "seconds"),
+        (axes[0, 1], "peak_bytes", 1e6, "peak memory over that of imports, MB"),
+    ):
+        for (method, setting), row in rows.dropna(subset=[column, "mse"]).iterrows():
+            x, colour = row[column] / unit, colour_of(method)
+            each.scatter(x, row["mse"], s=36, color=colour, zorder=3)
+            each.annotate(
+                label_of(method, setting),
+                (x, row["mse"]),
+                xytext=(5, 3),
+                textcoords="offset points",
+                fontsize=7,
+                color=colour,
+            )
+        each.set_xscale("log")
+        each.set_xlabel(words, fontsize=8)
+        each.grid(color="#eeeeee")
+        each.margins(x=0.25)
+    axes[0, 0].set_ylabel(METRICS["mse"], fontsize=8)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure

@@ -1,0 +1,161 @@
+"""An evaluation on disk: tables as CSV, JSON and Markdown, figures as SVG and PNG."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scialm_dask.evaluate import charts
+from scialm_dask.evaluate.contest import Evaluation
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["figures_of", "markdown", "save_figure", "summary_table", "write_evaluation"]
+
+_VERSIONS = (
+    *("scialm-dask", "numpy", "scipy", "scikit-learn", "scanpy", "dask", "dask-ml"),
+    *("magic-impute", "scvi-tools", "torch"),
+)
+_TITLES = {
+    "masking": "{dataset}, {share:.0%} of the non-zeros hidden",
+    "count split": "{dataset}, {share:.0%} of the molecules unseen, all entries",
+    "truth": "{dataset}, all entries against a truth",
+    "all data": "{dataset}, nothing hidden",
+}
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any]) -> None:
+    """Write everything into a folder, which must exist.
+
+    ``scores.csv`` (a row for each experiment, seed and method), ``summary.csv`` and ``summary.md`` (means over the
+    seeds), ``genes.csv.gz``, ``clusters.csv`` and ``umap.csv.gz`` where there were labels, ``evaluation.json`` (all
+    scores, with `about` and the versions of the libraries), and a folder ``figures``.
+    """
+    summary = summary_table(evaluation)
+    evaluation.scores.to_csv(folder / "scores.csv", index=False)
+    evaluation.genes.to_csv(folder / "genes.csv.gz", index=False, float_format="%.5g")
+    summary.to_csv(folder / "summary.csv", index=False)
+    (folder / "summary.md").write_text(markdown(summary))
+    if len(evaluation.clusters):
+        evaluation.clusters.to_csv(folder / "clusters.csv", index=False)
+        _cells(evaluation).to_csv(folder / "umap.csv.gz", index=False, float_format="%.4g")
+    words = {
+        **about,
+        "versions": dict(_versions()),
+        "scores": _plain(evaluation.scores),
+        "clusters": _plain(evaluation.clusters),
+    }
+    (folder / "evaluation.json").write_text(json.dumps(words, indent=1))
+    (folder / "figures").mkdir()
+    for name, figure in figures_of(evaluation):
+        save_figure(figure, folder / "figures" / name)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Save as SVG and PNG, the same bytes for the same picture."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": "scialm"}):
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None}, dpi=150)
+        figure.savefig(path.with_suffix(".png"), dpi=150)
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in _VERSIONS:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue
+
+
+def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows without what is not known."""
+    return [{k: v for k, v in row.items() if v == v} for row in table.to_dict("records")]
+
+
+def _cells(evaluation: Evaluation) -> pd.DataFrame:
+    import pandas as pd
+
+    labels = evaluation.labels
+    assert labels is not None
+    tables = [
+        pd.DataFrame(
+            {"experiment": kind, "method": name, "cell": labels.index, "label": labels, "x": xy[:, 0], "y": xy[:, 1]}
+        )
+        for (kind, name), xy in evaluation.umap.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def summary_table(evaluation: Evaluation) -> pd.DataFrame:
+    """`Evaluation.summary`, without columns that hold nothing, with ARI and NMI where they are known."""
+    table = evaluation.summary()
+    if len(evaluation.clusters):
+        found = evaluation.clusters[[*("experiment", "share", "method", "setting"), *_CLUSTER_COLUMNS]]
+        table = table.merge(found, on=["experiment", "share", "method", "setting"], how="outer", sort=False)
+        table["dataset"] = table["dataset"].fillna(evaluation.clusters["dataset"].iloc[0])
+        table["status"] = table["status"].fillna("ok")
+    return table.dropna(axis="columns", how="all")
+
+
+_CLUSTER_COLUMNS = ("kmeans_ari", "kmeans_nmi", "leiden_ari", "leiden_nmi", "leiden_clusters", "silhouette")
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Turn a table into Markdown, numbers to four figures."""
+    lines = [list(table.columns), ["---"] * len(table.columns)]
+    lines += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        if not np.isfinite(value):
+            return "–"
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return str(value)
+
+
+def figures_of(evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
+    """Draw all that the evaluation has something for, by name."""
+    scores = evaluation.scores[evaluation.scores["status"] != "quoted"]  # of other data sets
+    swept = _swept(scores)
+    for (kind, share), rows in scores.groupby(["experiment", "share"], dropna=False, sort=False):
+        title = _TITLES[str(kind)].format(dataset=scores["dataset"].iloc[0], share=share)
+        name = f"{str(kind).replace(' ', '-')}" + (f"-{round(100 * share)}" if share == share else "")
+        if kind == "masking":
+            yield f"{name}-scores", charts.method_scores(rows, title)
+            yield f"{name}-effort", charts.effort(rows, title)
+        elif kind != "all data":
+            yield f"{name}-scores", charts.whole_scores(rows, title)
+    hidden = scores[(scores["experiment"] == "masking") & (scores["status"] == "ok")]
+    if hidden["share"].nunique() > 1 and not swept:
+        percent = hidden.assign(share=100 * hidden["share"])
+        yield "over-share", charts.scores_over(percent, "share", "% of the non-zeros hidden")
+    for field in swept:
+        values = hidden["setting"].str.extract(rf"(?:^| ){field}=([\d.e+-]+)")[0].astype(float)
+        yield f"over-{field}", charts.scores_over(hidden.assign(value=values).dropna(subset=["value"]), "value", field)
+    yield from _cluster_figures(evaluation)
+
+
+def _swept(scores: pd.DataFrame) -> list[str]:
+    """Fields that were swept over numbers."""
+    found = scores["setting"].str.extractall(r"(?:^| )(\w+)=[\d.e+-]+(?= |$)")
+    return list(dict.fromkeys(found[0])) if len(found) else []
+
+
+def _cluster_figures(evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
+    for kind, rows in evaluation.clusters.groupby("experiment", sort=False) if len(evaluation.clusters) else ():
+        title = _TITLES[str(kind)].format(dataset=rows["dataset"].iloc[0], share=rows["share"].iloc[0])
+        name = str(kind).replace(" ", "-")
+        yield f"{name}-clusters", charts.cluster_scores(rows, title)
+        pictures = {charts.label_of(method): xy for (each, method), xy in evaluation.umap.items() if each == kind}
+        assert evaluation.labels is not None
+        yield f"{name}-cells", charts.cell_pictures(pictures, evaluation.labels, title)

@@ -1,0 +1,184 @@
+import json
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from problems import low_rank_counts
+
+from scialm_dask import InputError, evaluate_imputation
+from scialm_dask.evaluate.methods import METHODS, QUOTED, contestants, expanded
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """Counts of low rank, of two kinds of cells."""
+    X = low_rank_counts(160, 60, density=0.4).astype(np.float32)
+    kinds = np.where(np.arange(160) < 90, "a", "b")
+    half = X.tolil()
+    half[:90, :30] *= 20
+    half[90:, 30:] *= 20
+    obs = pd.DataFrame({"kind": kinds, "one": "x"}, index=[f"cell{i}" for i in range(160)])
+    return anndata.AnnData(half.tocsr(), obs=obs, var=pd.DataFrame(index=[f"gene{j}" for j in range(60)]))
+
+
+@pytest.fixture(scope="module")
+def path(cells, tmp_path_factory):
+    path = tmp_path_factory.mktemp("evaluate") / "cells.h5ad"
+    cells.write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluation(cells):
+    seen = []
+    methods = ["softimpute", "own_methods:fails", "saver"]
+    found = evaluate_imputation(cells, methods=methods, seeds=[0, 1], split=False, labels="kind", on_row=seen.append)
+    assert len(seen) == len(found.scores)
+    return found
+
+
+def rows(evaluation, **which):
+    table = evaluation.scores
+    for column, value in which.items():
+        table = table[table[column] == value]
+    return table
+
+
+def test_every_method_has_a_row_for_each_experiment_and_seed(evaluation):
+    for method in ("softimpute", "own_methods:fails", "gene-mean"):
+        assert list(rows(evaluation, method=method, experiment="masking")["seed"]) == [0, 1]
+
+
+def test_what_went_wrong_is_a_row(evaluation):
+    failed = rows(evaluation, method="own_methods:fails")
+    assert set(failed["status"]) == {"failed"}
+    assert failed["mse"].isna().all()
+    assert failed["note"].str.contains("too nice").all()
+
+
+def test_completion_beats_the_mean_of_genes_on_a_matrix_of_low_rank(evaluation):
+    summary = evaluation.summary()
+    masking = summary[summary["experiment"] == "masking"].set_index("method")
+    assert masking.loc["softimpute", "mse"] < masking.loc["gene-mean", "mse"]
+    assert masking.loc["softimpute", "pearson"] > masking.loc["gene-mean", "pearson"]
+    assert masking.loc["softimpute", "seconds"] > 0
+    assert masking.loc["softimpute", "peak_bytes"] > 0
+
+
+def test_answers_to_counts_are_scored_on_the_normalised_scale(cells):
+    """Twice the training counts are, normalised, twice what was observed."""
+    methods = ["own_methods:doubled_counts", "own_methods:wrong_shape"]
+    found = evaluate_imputation(cells, methods=methods, shares=[], seeds=[0])
+    assert set(found.scores["experiment"]) == {"count split"}
+    ratio = found.scores.set_index("method")["mean_ratio"]
+    assert ratio["as observed"] == pytest.approx(1, abs=0.02)
+    assert ratio["own_methods:doubled_counts"] == pytest.approx(2 * ratio["as observed"], rel=1e-5)
+    assert rows(found, method="own_methods:wrong_shape")["note"].item() == "gave 3 × 2"
+
+
+def test_quotations_are_marked(evaluation):
+    quoted = rows(evaluation, method="saver")
+    assert set(quoted["status"]) == {"quoted"}
+    assert list(quoted["dataset"]) == ["PBMC, as published", "Campbell, as published"]
+    assert list(quoted["pearson"]) == [0.7768, 0.3389]
+    assert quoted["note"].str.contains("not run here").all()
+
+
+def test_genes_are_scored_over_the_seeds_together(evaluation):
+    genes = evaluation.genes
+    one = genes[(genes["experiment"] == "masking") & (genes["method"] == "softimpute")]
+    hidden = rows(evaluation, experiment="masking", method="softimpute")["n"].sum()
+    assert one["n"].sum() == hidden
+    assert set(one["gene"]) <= {f"gene{j}" for j in range(60)}
+
+
+def test_labelled_cells_are_clustered_raw_masked_and_imputed(evaluation):
+    clusters = evaluation.clusters
+    assert set(zip(clusters["experiment"], clusters["method"], strict=True)) == {
+        (kind, method) for kind in ("masking", "all data") for method in ("as observed", "softimpute")
+    }
+    raw = clusters[(clusters["experiment"] == "all data") & (clusters["method"] == "as observed")].iloc[0]
+    assert raw["kmeans_ari"] > 0.9  # they are well apart
+    assert raw["leiden_nmi"] > 0.3
+    assert all(xy.shape == (160, 2) for xy in evaluation.umap.values())
+
+
+def test_the_command_writes_tables_and_figures(cli, path, tmp_path):
+    folder = tmp_path / "out"
+    words = ["evaluate", path, folder, "--methods", "auto,own_methods:fails", "--mask", "0.2", "--seeds", 1]
+    sweep = ["--sweep", "max-rank=2,4", "--no-count-split", "--labels", "kind", "--json"]
+    result = cli(*words, *sweep)
+    assert result.exit_code == 0, result.stderr
+    scores = pd.read_csv(folder / "scores.csv")
+    assert set(scores.loc[scores["method"] == "auto", "setting"]) == {"max_rank=2", "max_rank=4"}
+    assert scores.loc[scores["method"] == "auto", "note"].str.contains("rank").all()
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert told["masking 20% own_methods:fails"] == "failed"
+    best = scores[(scores["share"] == 0.2) & (scores["setting"] == "max_rank=4")]["mse"].item()
+    assert told["masking 20% auto max_rank=4"]["mse"] == pytest.approx(best)
+    assert {f.name for f in (folder / "figures").glob("*.svg")} >= {
+        "masking-20-scores.svg",
+        "masking-20-effort.svg",
+        "over-max_rank.svg",
+        "masking-clusters.svg",
+        "all-data-cells.svg",
+    }
+    for name in ("summary.md", "summary.csv", "genes.csv.gz", "clusters.csv", "umap.csv.gz"):
+        assert (folder / name).stat().st_size > 0
+    assert json.loads((folder / "evaluation.json").read_text())["versions"]["scialm-dask"]
+    assert "failed: ValueError: the matrix is too nice" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--methods", "magick"], "no method is called 'magick'"),
+        (["--methods", "json:nothing"], "cannot be imported"),
+        (["--mask", "1.5"], "between 0 and 1"),
+        (["--mask", "much"], "shares with commas"),
+        (["--sweep", "rank=3"], "give field=value"),
+        (["--sweep", "increment=10,x"], "give values of increment"),
+        (["--sweep", "increment=0"], "must be 1 at least"),
+        (["--sweep", "stop=never"], "choose one of"),
+        (["--labels", "colour"], "no column 'colour'"),
+        (["--labels", "one"], "two labels at least"),
+        (["--reference", "nowhere.zarr"], "no such file"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(cli, path, tmp_path, options, words):
+    options = ["--methods", "auto", *options]
+    result = cli("evaluate", path, tmp_path / "out", "--seeds", 1, "--mask", "", "--no-count-split", *options)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert result.stderr.count("error") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_count_splitting_what_is_no_counts_is_refused(cells):
+    halves = cells.copy()
+    halves.X = halves.X * 0.5
+    with pytest.raises(InputError, match="counts alone can be split"):
+        evaluate_imputation(halves, split=True)
+
+
+def test_a_method_that_needs_counts_says_so(cells):
+    halves = cells.copy()
+    halves.X = halves.X * 0.3
+    found = evaluate_imputation(halves, methods=["knn"], seeds=[0])
+    assert rows(found, method="knn")["status"].item() == "needs counts"
+
+
+def test_sweeps_run_over_every_combination_and_fill_ellipses():
+    listed = contestants(["paper", "knn"], ["increment=10,50,100,…,250", "epsilon=1e-3,1e-4"])
+    assert [c.settings["increment"] for c in listed[:-1:2]] == [10, 50, 100, 150, 200, 250]
+    assert [c.settings["epsilon"] for c in listed[:2]] == [1e-3, 1e-4]
+    assert listed[-1].method == "knn"
+    assert listed[-1].settings == {}
+    assert [c.words for c in contestants(["auto"], ["scaling=0.5,0.5;0.75,0.5;none"])][1] == "scaling=0.75,0.5"
+
+
+def test_groups_hold_every_method():
+    assert set(expanded(["all"])) == {*METHODS, *QUOTED}
+    assert set(expanded(["peers"])) == {*METHODS, *QUOTED} - {"auto", "denoise", "paper"}

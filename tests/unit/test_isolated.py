@@ -1,0 +1,70 @@
+import json
+
+import numpy as np
+import pytest
+
+from scialm_dask.evaluate.isolated import Outcome, Request, run_isolated
+from scialm_dask.evaluate.predictions import read_prediction
+
+
+@pytest.fixture
+def run(counts, store_of, tmp_path):
+    source = store_of(counts)
+
+    def run(name, **kwargs):
+        folder = tmp_path / "answer"
+        folder.mkdir()
+        limit = kwargs.pop("time_limit", None)
+        return run_isolated(Request(name, source, **kwargs), folder, time_limit=limit), folder
+
+    return run
+
+
+def test_time_memory_and_answer_come_back(run, counts, tmp_path):
+    scale = np.arange(counts.shape[0], dtype=np.float32)
+    np.save(tmp_path / "scale.npy", scale)
+    outcome, folder = run("own_methods:doubled", scale=str(tmp_path / "scale.npy"))
+    assert outcome.status == "ok"
+    assert outcome.note == "twice what was given"
+    assert outcome.seconds > 0
+    assert 0 <= outcome.peak_bytes < 200e6 < outcome.imports_bytes + 150e6
+    np.testing.assert_allclose(read_prediction(folder).rows(0, len(scale)), 2 * scale[:, None] * counts.toarray())
+
+
+def test_an_exception_is_an_outcome(run):
+    outcome, _ = run("own_methods:fails")
+    assert (outcome.status, outcome.note) == ("failed", "ValueError: the matrix is too nice")
+
+
+def test_memory_over_the_limit_is_refused_to_the_method_alone(run):
+    outcome, _ = run("own_methods:takes_everything", memory_limit=1 << 30)
+    assert outcome.status == "out of memory"
+    assert "allocate" in outcome.note
+
+
+def test_what_takes_too_long_is_ended(run):
+    outcome, _ = run("own_methods:never_ends", time_limit=5)
+    assert (outcome.status, outcome.note) == ("timed out", "ended after 5 s")
+
+
+@pytest.mark.parametrize(("name", "status"), [("dies", "failed"), ("killed", "out of memory")])
+def test_a_process_that_dies_is_an_outcome(run, name, status):
+    outcome, _ = run(f"own_methods:{name}")
+    assert outcome.status == status
+    assert ("code 3" if name == "dies" else "signal 9") in outcome.note
+
+
+def test_what_is_not_installed_is_named_with_the_remedy(run, monkeypatch):
+    from scialm_dask.evaluate import isolated, methods
+
+    absent = methods.Method("absent", "normalised", methods.METHODS["knn"].complete, ("no_such_library",))
+    monkeypatch.setitem(methods.METHODS, "absent", absent)
+    outcome = isolated._measured(Request("absent", "nowhere"), None)
+    assert outcome.status == "not installed"
+    assert "no_such_library" in outcome.note
+    assert "scialm-dask[bench]" in outcome.note
+
+
+def test_outcomes_survive_json():
+    outcome = Outcome("ok", 1.5, 2.0, 3.0, "words")
+    assert Outcome(**json.loads(json.dumps(vars(outcome)))) == outcome
