@@ -9,6 +9,7 @@ import scipy.sparse as sp
 from scialm_dask import ExpressionMatrix, InputError, Settings, impute
 from scialm_dask.config import preset
 from scialm_dask.data.scratch import MemoryScratch
+from scialm_dask.events import Iteration
 from scialm_dask.linalg.draws import thinned
 from scialm_dask.linalg.kernels import Step
 from scialm_dask.linalg.operator import LowRankPlusSparse
@@ -181,7 +182,10 @@ def test_a_rank_that_stays_for_a_while_does_not_end_the_search():
     counts = rng.poisson(0.1 * programs[kind] * base).astype(np.float32)
     ranks = []
     result = impute(
-        sp.csr_matrix(counts), preset="denoise", zeros=1.0, listen=lambda event: ranks.append(getattr(event, "rank", 0))
+        sp.csr_matrix(counts),
+        preset="denoise",
+        zeros=1.0,
+        listen=lambda event: ranks.append(event.rank) if isinstance(event, Iteration) else None,
     )
     first = ranks[ranks.index(1) :]
     assert first[: Settings().patience + 2] == [1] * (Settings().patience + 2)
