@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scialm_dask.data.annotated import add_factors
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
-from scialm_dask.data.store import atomic_store, new_anndata, open_store, set_encoding
+from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store, set_encoding
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin, silent
@@ -152,7 +152,7 @@ class Imputation:
         uns = anndata.io.read_elem(root["uns"][_KEY])
         summary = json.loads(str(uns["summary"]))
         return cls(
-            _stored_left(os.fspath(path), root[f"obsm/X_{_KEY}"]),
+            _stored_left(lasting(path), root[f"obsm/X_{_KEY}"]),
             np.asarray(root[f"varm/{_KEY}"][...]),
             obs=anndata.io.read_elem(root["obs"]),
             var=anndata.io.read_elem(root["var"]),

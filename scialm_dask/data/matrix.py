@@ -15,7 +15,7 @@ import zarr
 
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
-from scialm_dask.data.store import open_store
+from scialm_dask.data.store import lasting, open_store
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.temporary import current_client, temporary_csr
 from scialm_dask.data.transpose import spill_to_csr
@@ -112,8 +112,8 @@ class ExpressionMatrix:
         InputError
             If the store, the layer or the numbers cannot be used.
         """
-        path = os.fspath(path)
         store = open_store(path)
+        path = lasting(path)
         rows, element = describe(path, store, layer)
         check_chunks(rows, element, missing_chunks_are_zeros)
         if rows.encoding == "csc_matrix":

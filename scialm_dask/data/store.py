@@ -248,7 +248,7 @@ def _place(path: str | os.PathLike[str]) -> str:
 
 
 def lasting(path: str | os.PathLike[str]) -> str:
-    """Spell a path so that it holds wherever the program is started next; a URL is left as it is."""
+    """Spell a path so that it holds in any folder: of workers, and of the next start. A URL is left as it is."""
     path = _plain(path)
     return path if is_url(path) else os.path.abspath(path)
 

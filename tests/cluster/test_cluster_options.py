@@ -115,6 +115,26 @@ def test_a_running_scheduler_is_used_by_all_commands(cli, source, tmp_path, stan
     assert told["memory_limit_bytes"] == 800_000_000  # above it a worker pauses
 
 
+def test_relative_paths_mean_the_folder_of_the_command_not_of_the_worker(
+    cli, source, tmp_path, standing, monkeypatch, expected
+):
+    with Client(standing, set_as_default=False) as client:
+        before = client.run(os.getcwd)
+        client.run(os.chdir, "/")
+        monkeypatch.chdir(tmp_path)
+        try:
+            (tmp_path / "scratch").mkdir()
+            words = ("--scheduler", standing.scheduler_address, "--scratch", "zarr:scratch", "--write", "dense")
+            done = cli("impute", Path(source).name, "r.zarr", *SHORT, *words)
+            assert done.exit_code == 0, done.output
+            where = ("--scheduler", standing.scheduler_address)
+            done = cli("transform", "r.zarr", Path(source).name, "t.zarr", *where)
+            assert done.exit_code == 0, done.output
+        finally:
+            client.run(os.chdir, next(iter(before.values())))
+    np.testing.assert_allclose(factors(tmp_path / "r.zarr"), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_the_forecast_is_held_against_the_memory_of_the_workers(cli, source, tmp_path, standing):
     done = cli(
         "impute", source, tmp_path / "r.zarr", "--scheduler", standing.scheduler_address, "--memory-limit", "1MB"

@@ -53,7 +53,7 @@ class Slurm:
     def finished(self, job: str) -> str:
         """Wait for the end of a job, and give its state."""
         last = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "GONE")
-        return str(until(lambda: (state := self.state(job)) in last and state, f"end of job {job}", 240))
+        return str(until(lambda: (state := self.state(job)) in last and state, f"end of job {job}", 900))
 
     def logs(self) -> str:
         return "\n".join(f"{path}:\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log")))

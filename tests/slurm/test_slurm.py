@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -99,11 +98,12 @@ def test_a_job_of_one_node(on_slurm, cells, expected, tmp_path):
     same(tmp_path / "r.zarr", expected)
 
 
+@pytest.mark.timeout(1500)  # Slurm looks at walltimes twice a minute, and waits before it starts a job again
 def test_a_walltime_ends_and_a_second_run_of_the_job_resumes(on_slurm, shared, tmp_path):
     cells = shared / "reference" / "pbmc_donor_a_mask10.h5ad"
     words = ("--preset", "paper", "--max-iterations", "36")
     # Slurm sends the signal 10 to 40 s after the start: it looks twice a minute and rounds in favour of the job
-    options = (*THIS_NODE, "--cpus-per-task=2", "--time=1", "--signal=B:TERM@20")
+    options = (*THIS_NODE, "--cpus-per-task=2", "--time=1", "--signal=B:USR1@20")
     job = on_slurm.submit(
         DEPLOY / "slurm" / "requeue.sbatch", cells, tmp_path / "r.zarr", *words, options=options, cwd=tmp_path
     )
@@ -119,4 +119,17 @@ def test_a_walltime_ends_and_a_second_run_of_the_job_resumes(on_slurm, shared, t
     result = Imputation.open(tmp_path / "r.zarr")
     uninterrupted = np.array([126, 340])  # of the published trace, at iterations 20 and 27
     assert np.abs(np.asarray(result.history["rank"])[[19, 26]] / uninterrupted - 1).max() < 0.15
-    assert os.listdir(tmp_path) != []
+
+
+def test_a_cancelled_job_stays_so_and_the_same_command_resumes(on_slurm, cells, expected, tmp_path):
+    script, options = DEPLOY / "slurm" / "requeue.sbatch", (*THIS_NODE, "--cpus-per-task=2", "--time=10")
+    job = on_slurm.submit(script, cells, tmp_path / "r.zarr", *WORDS, options=options, cwd=tmp_path)
+    log = tmp_path / f"scialm-{job}.log"
+    until(lambda: log.exists() and "iteration 5" in log.read_text(), on_slurm.logs)
+    on_slurm.run("scancel", job)
+    assert on_slurm.finished(job) == "CANCELLED"
+    assert not (tmp_path / "r.zarr").exists()
+    job = on_slurm.submit(script, cells, tmp_path / "r.zarr", *WORDS, options=options, cwd=tmp_path)
+    assert on_slurm.finished(job) == "COMPLETED", (tmp_path / f"scialm-{job}.log").read_text()
+    assert "iteration 1:" not in (tmp_path / f"scialm-{job}.log").read_text()
+    same(tmp_path / "r.zarr", expected)
