@@ -133,7 +133,8 @@ def resume(
     folder
         The `checkpoint` of `impute`. Checkpoints are written there again.
     matrix
-        What was imputed, if that was in memory; a store is opened where it was.
+        What was imputed, if that was in memory (not an AnnData's X but a layer: that layer); a store is opened where
+        it was. `Imputation.add_to` puts the result into an AnnData.
     scratch, memory_limit
         To differ from those of the run; see `impute`.
     stop

@@ -1,4 +1,4 @@
-"""The commands that look at results: `score`, `report` and `evaluate`."""
+"""The commands that look at results: `score`, `report`, `evaluate` and `publication`."""
 
 from __future__ import annotations
 
@@ -74,21 +74,17 @@ def evaluate(
     """
     from scialm_dask.api import parse_limit
     from scialm_dask.data.store import atomic_output, check_output, scratch_folder_for
-    from scialm_dask.errors import InputError
     from scialm_dask.evaluate.contest import evaluate_imputation
     from scialm_dask.evaluate.written import summary_table, write_evaluation
 
-    try:
-        hidden = [float(share) for share in shares.split(",") if share]
-    except ValueError:
-        raise InputError(f"--mask is {shares!r}; give shares with commas between, such as 0.1,0.3") from None
+    hidden = _numbers_of("--mask", shares)
     sources = tuple(path for path in (src, options["reference"]) if path)
     check_output(folder, overwrite=overwrite, sources=sources)
     found = evaluate_imputation(
         src,
-        methods=[name.strip() for name in methods.split(",") if name.strip()],
+        methods=_words_of(methods),
         shares=hidden,
-        seeds=range(seeds),
+        seeds=list(range(seeds)),
         memory_limit=parse_limit(memory_limit),
         scratch_folder=scratch_folder_for(folder),
         listen=listen,
@@ -98,6 +94,65 @@ def evaluate(
         partial.mkdir()
         write_evaluation(found, partial, {"source": src, "methods": methods, "mask": hidden, "seeds": seeds, **options})
     return {"destination": folder, **_scores_of(summary_table(found))}
+
+
+@main.command()
+@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
+@click.option("-o", "--output", "folder", default="scialm-publication", metavar="FOLDER")
+@click.option("--methods", default="all", help="As in evaluate.")
+@click.option("--mask", "shares", default="0.1,0.2,0.3,0.4,0.5", help="Shares to hide; Figures 4 to 6 use the first.")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, help="How often, each time with another seed.")
+@click.option("--increments", default="10,50,100,…,400", help="R of Figure 4; empty for no Figure 4.")
+@click.option("--labels", default=None, metavar="COLUMN", help="Known types in obs, for Figure 6.")
+@click.option("--truth", "truths", type=(str, str), multiple=True, metavar="CELLS TRUTH", help="Sequenced deeper.")
+@click.option("--sizes", default="1000,3000,10000", help="Simulated cells for time and memory; empty for none.")
+@click.option("--memory-limit", default=None, help="What each method may hold, such as 8GB.  [default: no limit]")
+@click.option("--time-limit", type=float, default=None, metavar="SECONDS", help="What each method may take.")
+@overwrite_option
+@reports
+@shows_progress
+def publication(
+    sources: tuple[str, ...],
+    folder: str,
+    methods: str,
+    shares: str,
+    seeds: int,
+    sizes: str,
+    memory_limit: str | None,
+    overwrite: bool,
+    listen: Listener,
+    **options: Any,
+) -> dict[str, Any]:
+    """Make the publication's tables and figures, and some it lacks, from matrices of raw counts."""
+    from scialm_dask.api import parse_limit
+    from scialm_dask.data.store import atomic_output
+    from scialm_dask.evaluate.publication import Plan, publication
+
+    plan = Plan(
+        methods=_words_of(methods),
+        shares=_numbers_of("--mask", shares),
+        seeds=list(range(seeds)),
+        sizes=[int(size) for size in _numbers_of("--sizes", sizes)],
+        memory_limit=parse_limit(memory_limit),
+        **options,
+    )
+    read = (*sources, *(path for pair in plan.truths for path in pair))
+    with atomic_output(folder, overwrite=overwrite, sources=read) as partial:
+        partial.mkdir()
+        return {"destination": folder, **publication(sources, partial, plan, listen)}
+
+
+def _words_of(listed: str) -> list[str]:
+    return [word.strip() for word in listed.split(",") if word.strip()]
+
+
+def _numbers_of(option: str, listed: str) -> list[float]:
+    from scialm_dask.errors import InputError
+
+    try:
+        return [float(word) for word in _words_of(listed)]
+    except ValueError:
+        raise InputError(f"{option} is {listed!r}; give numbers with commas between") from None
 
 
 def _scores_of(table: Any) -> dict[str, Any]:

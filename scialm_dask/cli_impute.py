@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -103,6 +104,7 @@ def impute(
         "keep_observed": keep_observed,
         "preserve_zeros": preserve_zeros,
         "overwrite": overwrite,
+        "run": uuid.uuid4().hex,
     }
     with connected(listen):
         with _resumable(checkpoint) as stop:
@@ -146,9 +148,9 @@ def resume(
     from scialm_dask.run.keeper import ended, source_of
 
     notes = notes_of(folder)
-    if words := ended(folder, notes):
+    if words := ended(folder, notes) or _ended_now(folder, notes["result"]):
         listen(Note(words))
-        return {"destination": notes["finished"]}
+        return {"destination": notes["finished"] or notes["result"]["destination"]}
     asked = notes["result"] | ({"destination": lasting(dst)} if dst else {})
     if "destination" not in asked:
         raise InputError(f"{folder}: the run was begun from Python; say where to write its result: resume DIR DST.zarr")
@@ -159,6 +161,18 @@ def resume(
         with _resumable(folder) as stop:
             result = resume(folder, scratch=scratch, memory_limit=memory_limit, stop=stop, listen=listen)
         return _write(result, matrix, asked, source, folder, listen)
+
+
+def _ended_now(folder: str, asked: dict[str, Any]) -> str:
+    """Be done with a run that was killed between its last two steps; say so, if that is the case."""
+    from scialm_dask.data.factors import Imputation
+    from scialm_dask.run.job import finish
+
+    with contextlib.suppress(InputError):
+        if "run" in asked and Imputation.open(asked["destination"]).summary.get("run") == asked["run"]:
+            finish(folder, asked["destination"])
+            return f"{folder}: the result of that run was written already"
+    return ""
 
 
 @contextlib.contextmanager
@@ -182,6 +196,8 @@ def _write(
     """Write the result as it was asked for, and be done with the checkpoints."""
     from scialm_dask.run.job import finish
 
+    if "run" in asked:
+        result.summary["run"] = asked["run"]
     dst, preserve_zeros = asked["destination"], asked.get("preserve_zeros", False)
     with _resumable(checkpoint, deferred=False):
         result.to_zarr(

@@ -6,6 +6,9 @@ import hashlib
 import os
 from collections.abc import Iterator
 
+from zarr.core.sync import sync
+
+from scialm_dask.data.remote import RemoteStore, is_url
 from scialm_dask.data.rows import Rows, StoredRows
 
 __all__ = ["fingerprint"]
@@ -16,10 +19,13 @@ _METADATA = {".zarray", ".zattrs", ".zgroup", "zarr.json"}
 def fingerprint(rows: Rows) -> str | None:
     """Digest names, sizes and times of what rows are read from, and the contents of Zarr's metadata.
 
-    None if they are in memory, or in a store that has no such things.
+    Behind a URL, names, sizes and versions. None if the rows are in memory, or in a store that has no such things.
     """
-    if not isinstance(rows, StoredRows) or "://" in rows.path:
+    if not isinstance(rows, StoredRows):
         return None
+    if is_url(rows.path):
+        stamps = sync(RemoteStore.at(rows.path, read_only=True).stamps(rows.element))
+        return None if stamps is None else hashlib.sha256("\n".join(stamps).encode()).hexdigest()
     digest = hashlib.sha256()
     for path in _files(rows):
         try:

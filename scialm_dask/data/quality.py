@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, begin, silent
 
-__all__ = ["Thresholds", "quality_control"]
+__all__ = ["CellMeasures", "Thresholds", "chosen_cells", "measure_cells", "mitochondrial", "quality_control"]
 
 _PASSES = 4
 
@@ -53,7 +54,7 @@ class Thresholds:
             raise InputError(f"max_mito is {self.max_mito}; give percent, 0 to 100")
 
 
-class _Cells(NamedTuple):
+class CellMeasures(NamedTuple):
     """Per cell: genes with counts, total counts, counts on mitochondrial genes."""
 
     n_genes: NDArray[np.int64]
@@ -62,6 +63,7 @@ class _Cells(NamedTuple):
 
     @property
     def pct_mito(self) -> NDArray[np.float64]:
+        """Share of the counts on mitochondrial genes, in percent."""
         return 100 * np.divide(self.mito, self.totals, out=np.zeros_like(self.mito), where=self.totals > 0)
 
 
@@ -115,13 +117,13 @@ def quality_control(
     thresholds = thresholds or Thresholds()
     check_output(destination, overwrite=overwrite, sources=(source,))
     matrix = ExpressionMatrix.open(source, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
-    is_mito = matrix.var.index.str.upper().str.startswith(thresholds.mito_prefix.upper())
+    is_mito = mitochondrial(matrix, thresholds)
     step = 1 / _PASSES / len(matrix.blocks)
     advance = begin(listen, "quality control")
 
-    cells = _measure_cells(matrix, np.asarray(is_mito, np.float64), lambda: advance(step))
+    cells = measure_cells(matrix, is_mito, lambda: advance(step))
     check_observed(int(cells.n_genes.sum()), matrix.name)
-    keep_cells = _chosen_cells(cells, thresholds)
+    keep_cells = chosen_cells(cells, thresholds)
     n_cells_of = _cells_of_genes(matrix, keep_cells, lambda: advance(step))
     keep_genes = n_cells_of >= (thresholds.min_cells or 0)
     if not keep_cells.any() or not keep_genes.any():
@@ -154,18 +156,37 @@ def quality_control(
     }
 
 
-def _measure_cells(matrix: ExpressionMatrix, is_mito: NDArray[np.float64], tick: Any) -> _Cells:
+def mitochondrial(matrix: ExpressionMatrix, thresholds: Thresholds) -> NDArray[np.bool_]:
+    """Tell which genes are mitochondrial, by their names, shape ``(n,)``."""
+    return np.asarray(matrix.var.index.str.upper().str.startswith(thresholds.mito_prefix.upper()), bool)
+
+
+def measure_cells(
+    matrix: ExpressionMatrix, is_mito: NDArray[np.bool_], tick: Callable[[], None] = lambda: None
+) -> CellMeasures:
+    """Measure what the thresholds are about, in one pass.
+
+    Parameters
+    ----------
+    matrix
+        Counts, cells × genes.
+    is_mito
+        Which genes are mitochondrial, shape ``(n,)``.
+    tick
+        Called after each block.
+    """
     n_cells = matrix.shape[0]
-    cells = _Cells(np.zeros(n_cells, np.int64), np.zeros(n_cells), np.zeros(n_cells))
+    cells = CellMeasures(np.zeros(n_cells, np.int64), np.zeros(n_cells), np.zeros(n_cells))
     for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
         cells.n_genes[start:stop] = np.diff(block.indptr)
         cells.totals[start:stop] = block.sum(axis=1, dtype=np.float64).A1
-        cells.mito[start:stop] = block @ is_mito
+        cells.mito[start:stop] = block @ is_mito.astype(np.float64)
         tick()
     return cells
 
 
-def _chosen_cells(cells: _Cells, thresholds: Thresholds) -> NDArray[np.bool_]:
+def chosen_cells(cells: CellMeasures, thresholds: Thresholds) -> NDArray[np.bool_]:
+    """Tell which cells the thresholds keep, shape ``(m,)``."""
     keep = np.ones(len(cells.totals), bool)
     if thresholds.min_genes is not None:
         keep &= cells.n_genes >= thresholds.min_genes

@@ -24,6 +24,7 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "ht
 _WEB = ("http", "https")
 _ARCHIVES = ("zip", "tar", "libarchive")
 _PATIENT = ("s3", "s3a", "gs", "gcs", "memory")  # try again by themselves, or need not
+_VERSIONS = ("ETag", "etag", "LastModified", "updated", "last_modified", "mtime", "created")  # what changes with a key
 _S3_ATTEMPTS = 6
 _WAITS = (0.25, 0.5, 1.0, 2.0, 4.0)  # seconds between attempts, where fsspec makes only one
 _PASSING = (408, 429, 500, 502, 503, 504)  # HTTP states worth another attempt
@@ -142,6 +143,14 @@ class RemoteStore(FsspecStore):
     async def all_keys(self) -> list[str]:
         """List all keys."""
         return await all_of(self.list_prefix(""))
+
+    async def stamps(self, prefix: str) -> list[str] | None:
+        """Tell name, size and version of all keys below `prefix`, in order; None if they cannot be listed."""
+        if not self.supports_listing:
+            return None
+        found = await self.looked(lambda: self.fs._find(f"{self.path}/{prefix}".rstrip("/"), detail=True))
+        versions = {key: next((info[name] for name in _VERSIONS if name in info), "") for key, info in found.items()}
+        return [f"{key} {found[key].get('size')} {version}" for key, version in sorted(versions.items())]
 
     async def looked(self, look: Callable[[], Awaitable[T]]) -> T:
         """Look what is there.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["cell_pictures", "cluster_scores", "effort", "method_scores", "scores_over", "whole_scores"]
+__all__ = ["cell_pictures", "cluster_scores", "costs", "effort", "method_scores", "scores_over", "whole_scores"]
 
 METRICS = {"mse": "mean squared error", "mae": "mean absolute error", "pearson": "Pearson r", "cosine": "cosine"}
 _COLOURS = {
@@ -275,5 +275,38 @@ def effort(scores: pd.DataFrame, title: str = "") -> Figure:
         each.grid(color="#eeeeee")
         each.margins(x=0.25)
     axes[0, 0].set_ylabel(METRICS["mse"], fontsize=8)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def costs(table: pd.DataFrame, title: str = "") -> Figure:
+    """Draw time and memory against the number of cells, a line for each method; one that fails ends in a cross.
+
+    Parameters
+    ----------
+    table
+        Columns ``cells``, ``method``, ``status``, ``seconds``, ``peak_bytes``.
+    title
+        Over the figure.
+    """
+    figure, axes = _new(1, 2, 9, 3.4)
+    panels = (("seconds", 1.0, "seconds"), ("peak_bytes", 1e6, "peak memory over that of imports, MB"))
+    for each, (column, unit, words) in zip(axes[0], panels, strict=True):
+        ends: list[tuple[float, float, str]] = []
+        each.set_xscale("log")
+        each.set_yscale("log")
+        for method, rows in table.groupby("method", sort=False):
+            ran = rows[rows["status"] == "ok"]
+            if not len(ran):
+                continue
+            values, colour = ran[column] / unit, colour_of(str(method))
+            each.plot(ran["cells"], values, ".-", color=colour, linewidth=2.0 if method in OURS else 1.2)
+            if len(ran) < len(rows):
+                each.plot(ran["cells"].iloc[-1], values.iloc[-1], "x", color=colour, markersize=9)
+            ends.append((float(ran["cells"].iloc[-1]), float(values.iloc[-1]), str(method)))
+        _label_ends(each, ends)
+        each.set_xlabel("cells", fontsize=8)
+        each.set_title(words, loc="left")
+        each.grid(color="#eeeeee")
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure

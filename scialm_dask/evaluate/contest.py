@@ -34,7 +34,7 @@ from scialm_dask.events import Listener, Scored, Stage, silent
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Evaluation", "evaluate_imputation"]
+__all__ = ["Evaluation", "evaluate_imputation", "run_contestant"]
 
 Row = dict[str, Any]
 _KEY = ("dataset", "experiment", "share", "method", "setting")
@@ -250,32 +250,20 @@ class _Runner:
                 continue  # all cells alike, nothing to cluster
             self.listen(Stage(_label(contestant), f"{number + 1} of {len(listed)}"))
             with _folder(self.place / f"method{number}") as folder:
-                outcome = self._outcome(contestant, folder)
+                outcome = run_contestant(
+                    contestant,
+                    self.experiment.given,
+                    folder,
+                    seed=self.experiment.seed,
+                    zeros_matter=self.experiment.all_entries,
+                    memory_limit=self.memory_limit,
+                    time_limit=self.time_limit,
+                )
                 prediction = read_prediction(folder) if outcome.status == "ok" else None
                 if prediction is not None and prediction.shape != self.experiment.given.matrix.shape:
                     note = f"gave {prediction.shape[0]} × {prediction.shape[1]}"
                     outcome, prediction = Outcome("failed", outcome.seconds, note=note), None
                 self._judge(contestant, prediction, outcome)
-
-    def _outcome(self, contestant: Contestant, folder: Path) -> Outcome:
-        given, counts = self.experiment.given, find_method(contestant.method).takes == "counts"
-        path = given.counts if counts else given.normalised
-        if path is None:
-            return Outcome("needs counts", note="takes raw counts, which are not known")
-        scale = None
-        if counts and given.factors is not None:
-            scale = str(self.place / "factors.npy")
-            np.save(scale, given.factors.astype(np.float32))
-        request = Request(
-            contestant.method,
-            str(path),
-            scale,
-            self.experiment.seed,
-            self.experiment.all_entries,
-            contestant.settings,
-            self.memory_limit,
-        )
-        return run_isolated(request, folder, time_limit=self.time_limit)
 
     def _judge(self, contestant: Contestant, prediction: Prediction | None, outcome: Outcome) -> None:
         which = {
@@ -309,6 +297,42 @@ class _Runner:
         before = self.collected.moments.get(key)
         self.collected.moments[key] = moments if before is None else before + moments
         return {**asdict(moments.overall), **_gene_medians(moments), **scores}
+
+
+def run_contestant(
+    contestant: Contestant,
+    given: Source,
+    folder: Path,
+    *,
+    seed: int = 0,
+    zeros_matter: bool = False,
+    memory_limit: int | None = None,
+    time_limit: float | None = None,
+) -> Outcome:
+    """Run a method on the view that it takes, in a process of its own.
+
+    Parameters
+    ----------
+    contestant
+        The method.
+    given
+        The matrix.
+    folder
+        For its answer; see `run_isolated`.
+    seed, zeros_matter, memory_limit, time_limit
+        See `Request` and `run_isolated`.
+    """
+    counts = find_method(contestant.method).takes == "counts"
+    path, scale = (given.counts if counts else given.normalised), None
+    if path is None:
+        return Outcome("needs counts", note="takes raw counts, which are not known")
+    if counts and given.factors is not None:
+        scale = str(folder / "factors.npy")
+        np.save(scale, given.factors.astype(np.float32))
+    request = Request(
+        contestant.method, str(path), scale, seed, zeros_matter, contestant.settings, memory_limit=memory_limit
+    )
+    return run_isolated(request, folder, time_limit=time_limit)
 
 
 def _label(contestant: Contestant) -> str:

@@ -27,6 +27,7 @@ Pair = tuple[Floats, Floats]
 
 _KNN, _KNN_COMPONENTS = 15, 10  # the example of its authors, and their default
 _ALRA_TOTAL, _ALRA_VALUES, _ALRA_ITERATIONS, _ALRA_QUANTILE = 1e4, 100, 10, 1e-3
+_SCVI_EPOCHS, _SCVI_PATIENCE = 100, 15
 _PANEL = 2048  # genes or cells worked on at a time where a temporary array would be as large as the matrix
 
 
@@ -188,7 +189,8 @@ def magic(task: Task) -> Floats:
 def scvi(task: Task) -> Floats:
     """Train scVI (Lopez et al. 2018), give expected counts at the totals observed.
 
-    Training ends early by the loss on a tenth of the cells, or by scVI's own number of epochs.
+    Training ends when the loss on a tenth of the cells has not fallen for 15 epochs, or after 100 epochs; scVI's own
+    number for few cells is 400, of which the later ones change little and take hours without a GPU.
     """
     import anndata
     import scvi as peer
@@ -198,8 +200,9 @@ def scvi(task: Task) -> Floats:
     cells = anndata.AnnData(X)
     peer.model.SCVI.setup_anndata(cells)
     model = peer.model.SCVI(cells)
-    model.train(early_stopping=True, accelerator="cpu", enable_progress_bar=False, logger=False)
-    task.note = f"{len(model.history['elbo_train'])} epochs, early stopping"
+    stopping = {"early_stopping": True, "early_stopping_patience": _SCVI_PATIENCE}
+    model.train(_SCVI_EPOCHS, **stopping, accelerator="cpu", enable_progress_bar=False, logger=False)
+    task.note = f"{len(model.history['elbo_train'])} epochs of at most {_SCVI_EPOCHS}"
     completed: Floats = model.get_normalized_expression(library_size=1, return_numpy=True).astype(np.float32)
     completed *= np.asarray(X.sum(axis=1), np.float32)
     return completed

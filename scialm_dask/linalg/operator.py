@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -72,6 +73,8 @@ class LowRankPlusSparse:
         Called after each pass with their number so far.
     before_pass
         Called before each pass but the first. If it raises, all is as after the pass before.
+    homes
+        Tells for each block the worker that is to visit it, None for any; asked before each pass.
 
     Attributes
     ----------
@@ -92,10 +95,13 @@ class LowRankPlusSparse:
         *,
         on_pass: Callable[[int], None] = lambda _: None,
         before_pass: Callable[[], None] = lambda: None,
+        homes: Callable[[int], Sequence[str | None]] = lambda n_blocks: (None,) * n_blocks,
     ) -> None:
         self.shape = source.shape
         self.bounds = source.bounds
         self.passes, self._on_pass, self._before_pass = 0, on_pass, before_pass
+        self._homes = homes
+        self._home = homes(self.n_blocks)
         self._id = uuid.uuid4().hex[:12]
         self._store = store
         self._confidence = source.column_confidence
@@ -105,9 +111,9 @@ class LowRankPlusSparse:
         self._best: _Kept | None = None
         source_task = dask.delayed(source, name=f"source-{self._id}", traverse=False)
         hold, begin = dask.delayed(tasks.hold, pure=False), dask.delayed(tasks.begin, pure=False, nout=2)
-        self._blocks = self._hold([hold(self._store, source_task, b) for b in self._each()])
-        parts = [begin(self._store, source_task, b, self._blocks[b]) for b in self._each()]
-        total = _tree([counted for _, counted in parts], dask.delayed(tasks.add))
+        self._blocks = self._hold(self._at_home(lambda b: hold(self._store, source_task, b)))
+        parts = self._at_home(lambda b: tuple(begin(self._store, source_task, b, self._blocks[b])))
+        total = self._sum([counted for _, counted in parts], tasks.add)
         self._state, counted = self._settle([refs for refs, _ in parts], total)
         self.observations = Observations(*counted)
         self._count_pass()
@@ -169,8 +175,8 @@ class LowRankPlusSparse:
         """WᵀW, shape ``(n, n)``, when columns are the short side. One pass."""
         view = self._view()
         carried, visit = self._carry(view), dask.delayed(tasks.column_gram)
-        parts = [visit(self._store, self._blocks[b], self._state[b], carried) for b in self._each()]
-        (total,) = _run([_tree(parts, dask.delayed(tasks.add))])
+        parts = self._at_home(lambda b: visit(self._store, self._blocks[b], self._state[b], carried))
+        (total,) = _run([self._sum(parts, tasks.add)])
         self._count_pass()
         left_gram, cross, sparse_gram = total.compute()
         right = view.spread.astype(np.float64)
@@ -185,7 +191,7 @@ class LowRankPlusSparse:
         view = self._view()
         core, carried = view.spread.T.astype(np.float64) @ view.spread, self._carry(view)
         prepare, pair = dask.delayed(tasks.row_half), dask.delayed(tasks.row_gram)
-        halves = [prepare(self._store, self._blocks[b], self._state[b], carried) for b in self._each()]
+        halves = self._at_home(lambda b: prepare(self._store, self._blocks[b], self._state[b], carried))
         corners = [(i, j) for i in self._each() for j in range(i, self.n_blocks)]
         tiles = _run(
             [pair(self._store, self._blocks[i], self._blocks[j], halves[i], halves[j], core) for i, j in corners]
@@ -218,8 +224,8 @@ class LowRankPlusSparse:
             source = dask.delayed(other, name=f"source-{uuid.uuid4().hex[:12]}", traverse=False)
             view = replace(view, confidence=other.column_confidence)
         carried, visit = self._carry(view), dask.delayed(tasks.quadratic)
-        parts = [visit(self._store, source, b, self._blocks[b], self._state[b], carried) for b in self._each()]
-        (total,) = _run([_tree(parts, dask.delayed(tasks.add))])
+        parts = self._at_home(lambda b: visit(self._store, source, b, self._blocks[b], self._state[b], carried))
+        (total,) = _run([self._sum(parts, tasks.add)])
         self._count_pass()
         linear, square, rows = total.compute()
         if view.confidence is not None:
@@ -281,7 +287,7 @@ class LowRankPlusSparse:
         apart = self._best if self._best is not None and self._best.versions["left"] != self._versions["left"] else None
         best = (None,) * self.n_blocks if apart is None else apart.state
         save = dask.delayed(tasks.save, pure=False)
-        parts = _run([save(self._store, files, b, self._state[b], names, best[b]) for b in self._each()], dask.compute)
+        parts = _run(self._at_home(lambda b: save(self._store, files, b, self._state[b], names, best[b])), dask.compute)
         saved = {name: [part[name] for part in parts] for name in parts[0]}
         saved["right"] = [files.put("right", 0, self._right)]
         if apart is not None:
@@ -325,10 +331,10 @@ class LowRankPlusSparse:
         number = self.passes + 1
         carried = self._carry(view)
         visit = dask.delayed(function, pure=False, nout=2)
-        parts = [
-            visit(self._store, b, self._blocks[b], self._state[b], carried, number, extra[b]) for b in self._each()
-        ]
-        total = _tree([sums for _, sums in parts], dask.delayed(add_sums))
+        parts = self._at_home(
+            lambda b: tuple(visit(self._store, b, self._blocks[b], self._state[b], carried, number, extra[b]))
+        )
+        total = self._sum([sums for _, sums in parts], add_sums)
         sums: Sums
         state, sums = self._settle([state for state, _ in parts], total)
         self._state, self._right = state, view.right
@@ -377,7 +383,27 @@ class LowRankPlusSparse:
     def _carry(self, view: View) -> Delayed:
         """Begin a pass: wrap what every task of it needs as one task, which is sent to each worker once."""
         self._before_pass()
+        self._home = self._homes(self.n_blocks)
         return dask.delayed(view, name=f"view-{self._id}-{uuid.uuid4().hex[:8]}", traverse=False)
+
+    def _at_home(self, make: Callable[[int], Any]) -> list[Any]:
+        """Make a task for each block, to run where the block is at home."""
+        made = []
+        for block, home in enumerate(self._home):
+            with _at(home):
+                made.append(make(block))
+        return made
+
+    def _sum(self, parts: list[Delayed], add: Callable[..., Any]) -> Delayed:
+        """Add up what blocks give: at each home what is there, then what homes have."""
+        of_homes: dict[str | None, list[Delayed]] = {}
+        for home, part in zip(self._home, parts, strict=True):
+            of_homes.setdefault(home, []).append(part)
+        sums = []
+        for home, group in of_homes.items():
+            with _at(home):
+                sums.append(_tree(group, dask.delayed(add)))
+        return _tree(sums, dask.delayed(add))
 
     def _each(self) -> range:
         return range(self.n_blocks)
@@ -387,6 +413,16 @@ def _run(values: list[Any], how: Callable[..., Any] = dask.persist) -> tuple[Any
     """Compute and hold on the scheduler in force, where threads of this process leave BLAS one thread each."""
     with threadpool_limits(1, user_api="blas"):
         return how(*values)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _at(home: str | None) -> Iterator[None]:
+    """Tasks made meanwhile go to this worker, or elsewhere if it is no more."""
+    if home is None:
+        yield
+    else:
+        with dask.annotate(workers=[home], allow_other_workers=True):
+            yield
 
 
 def _on_cluster() -> bool:

@@ -31,6 +31,7 @@ from scialm_dask.events import Listener, Note, Pass, Stage, silent
 from scialm_dask.linalg.kernels import Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.run.cluster import team
+from scialm_dask.run.homes import Homes
 from scialm_dask.run.keeper import Checkpointing, Job, Keeper, Saved, ended
 from scialm_dask.run.losses import cluster_is_back, loss_of_cluster
 from scialm_dask.run.plan import Forecast, forecast, place_scratch
@@ -174,6 +175,7 @@ def finish(folder: str | os.PathLike[str], destination: str) -> None:
         older = checkpoints.names()
         notes = checkpoints.notes() | {"finished": destination}
         checkpoints.commit(checkpoints.begin(), notes, {})
+        checkpoints.own(None)
         for name in set(older) & set(checkpoints.names()):
             checkpoints.remove(name)
 
@@ -268,12 +270,15 @@ def _complete(
 ) -> Imputation:
     keeper.surveyed(found, folder)
 
+    homes = Homes()
+
     def operator_of(blocks: PreparedBlocks) -> LowRankPlusSparse:
         return LowRankPlusSparse(
             blocks,
             store,
             on_pass=lambda number: listen(Pass(number)),
             before_pass=keeper.before_pass,
+            homes=homes,
         )
 
     matrix, settings, confidence, stop = job.matrix, job.settings, job.confidence, None

@@ -221,7 +221,7 @@ def _words(event: Event) -> str:
             return f"{passes} passes made" if passes > 1 else "1 pass made"
         case Iteration(iteration, rank, _, residual, held_out):
             words = f"iteration {iteration}: rank {rank}, residual {residual:.3g}"
-            return words if math.isnan(held_out) else f"{words}, held-out error {held_out:.4g}"
+            return words if math.isnan(held_out) or rank == 0 else f"{words}, held-out error {held_out:.4g}"
         case Sweep(sweep, objective):
             return f"sweep {sweep}: objective {objective:.6g}"
         case Scored():

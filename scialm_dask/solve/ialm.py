@@ -179,6 +179,8 @@ def first_state(operator: LowRankPlusSparse, settings: Settings, listen: Listene
     made, growth = zero_iterations(
         float(svd.values[0]), penalty, operator.passes, settings.max_iterations, grow=operator.zeros_unknown
     )
+    if not operator.observations.n_held_out:
+        made = [replace(iteration, held_out=math.nan) for iteration in made]
     for iteration in made:
         listen(iteration)
         penalty = penalty.next()

@@ -111,7 +111,7 @@ def choose_zeros(
             molecules=Molecules(TRAIN_SHARE, False, settings.seed),
         )
         operator = operator_of(train)
-        stop = _SplitStop(operator, reference, _ratio(reference.scales.gene, train.scales.gene), settings.patience)
+        stop = _SplitStop(operator, reference, _ratio(reference.scales.gene, train.scales.gene), settings)
         complete(operator, scaled, listen, stop)
         operator.release()
         choice = Choice(omega, gene_exponent, stop.threshold / math.sqrt(TRAIN_SHARE), stop.lowest)
@@ -146,13 +146,17 @@ def _ratio(one: Floats | None, other: Floats | None) -> Floats | None:
 
 
 class _SplitStop:
-    """Stop when the refitted A has not predicted the test molecules better for some iterations."""
+    """Stop when the refitted A has not predicted the test molecules better the last few times that its rank grew.
+
+    While the rank stays as it is the refitted A does too, nearly, and tells nothing new.
+    """
 
     def __init__(
-        self, operator: LowRankPlusSparse, test: PreparedBlocks, columns: Floats | None, patience: int
+        self, operator: LowRankPlusSparse, test: PreparedBlocks, columns: Floats | None, settings: Settings
     ) -> None:
-        self._operator, self._test, self._columns, self._patience = operator, test, columns, patience
-        self._since = 0
+        self._operator, self._test, self._columns, self._settings = operator, test, columns, settings
+        self._most = min(*operator.shape, settings.max_rank or operator.shape[0])
+        self._rank = self._since = 0
         self.lowest, self.threshold = math.inf, math.inf
 
     def judge(self, latest: Measured) -> Verdict:
@@ -161,8 +165,10 @@ class _SplitStop:
         linear, square = self._operator.quadratic(self._test, self._columns)
         score = float(coefficients @ square @ coefficients - 2 * linear @ coefficients)
         best = score < self.lowest
-        self._since = 0 if best else self._since + 1
+        grew, self._rank = latest.rank > self._rank or latest.rank == self._most, max(self._rank, latest.rank)
         if best:
-            self.lowest, self.threshold = score, latest.threshold
-        done = self._since >= self._patience
+            self.lowest, self.threshold, self._since = score, latest.threshold, 0
+        elif grew:
+            self._since += 1
+        done = self._since >= self._settings.patience or latest.residual < self._settings.epsilon
         return Verdict(best, f"error on test molecules lowest at threshold {self.threshold:.4g}" if done else "")

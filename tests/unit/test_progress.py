@@ -108,7 +108,7 @@ RUN = [
 def test_lines():
     assert shown(progress._Lines, Clock(), RUN) == [
         "iterating",
-        "iteration 1: rank 0, residual 0.125, held-out error 0.25",
+        "iteration 1: rank 0, residual 0.125",
         "iteration 2: rank 3, residual 0.125, held-out error 0.25, about 48 s left",
         "iteration 3: rank 3, residual 0.125, about 49 s left",
         "scialm-dask: note: beware",

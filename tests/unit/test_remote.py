@@ -1,5 +1,6 @@
 """Stores behind URLs give what local ones give, and appear whole or not at all."""
 
+import subprocess
 import sys
 import warnings
 
@@ -104,6 +105,27 @@ def test_a_web_server_is_read(web, counts, store_of, tmp_path, zarr_format):
     next((tmp_path / "source.zarr" / "X" / "indices").rglob("0")).unlink()
     with pytest.raises(InputError, match=r"1 of 1 chunks of indices are missing"):
         ExpressionMatrix.open(f"{web}/source.zarr")
+
+
+PEAK = """
+import sys, tracemalloc
+from scialm_dask import ExpressionMatrix
+for path in sys.argv[1:]:
+    matrix = ExpressionMatrix.open(path, blocks=2)
+    matrix.read_block(0)
+    tracemalloc.start()
+    matrix.read_block(1)
+    print(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+"""
+
+
+def test_a_block_takes_no_more_memory_than_from_disk(web, tmp_path):
+    simulate(tmp_path / "big.zarr", n_cells=6000, n_genes=1000, density=0.3)  # 13 chunks of values
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "big.zarr"), f"{web}/big.zarr"]
+    disk, network = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert disk > 8 * 0.3 * 6000 * 1000 / 2 * 0.8  # it is the block that is measured
+    assert network < 1.1 * disk
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from scialm_dask import ExpressionMatrix, Imputation, impute
 from scialm_dask.data.ingest import convert
 from scialm_dask.data.remote_checkpoint import checkpoints_at
 from scialm_dask.errors import CheckpointError, InputError, OutputError
+from scialm_dask.events import Iteration
 
 URL = "s3://bucket/c"
 
@@ -169,6 +170,17 @@ def test_a_run_whose_server_fails_goes_on_later(cli, bucket, source, impatient):
     assert [key for key in keys() if "npy" in key] == []
     again = cli("impute", source, "s3://bucket/other.zarr", *OPTIONS, *KEEP)
     assert "holds checkpoints already" in again.stderr
+
+
+def test_a_source_that_changes_behind_its_url_is_told(bucket, source):
+    matrix = ExpressionMatrix.open(source, blocks=3)
+
+    def change(event):
+        if isinstance(event, Iteration) and event.iteration == 3:
+            s3().pipe("bucket/in.zarr/X/data/0", s3().cat("bucket/in.zarr/X/data/0") + b"1")
+
+    with pytest.raises(InputError, match=r"s3://bucket/in.zarr:X: has changed since the run began"):
+        impute(matrix, preset="paper", max_iterations=8, listen=change)
 
 
 def test_there_is_nothing_to_go_on_from(cli, bucket):

@@ -78,6 +78,7 @@ def stopping(folder, after, **options):
     [
         *((name, after, s) for name, after in [("auto", 13), ("auto", 16), ("paper", 25)] for s in ("memory", "zarr")),
         ("denoise", 100, "memory"),
+        ("auto", 25, "zarr"),  # while held-out entries are given back
     ],
 )
 def test_a_resumed_run_ends_as_an_unbroken_one(whole, matrix, tmp_path, name, after, scratch):

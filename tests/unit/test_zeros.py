@@ -9,6 +9,7 @@ import scipy.sparse as sp
 from scialm_dask import ExpressionMatrix, InputError, Settings, impute
 from scialm_dask.config import preset
 from scialm_dask.data.scratch import MemoryScratch
+from scialm_dask.events import Iteration
 from scialm_dask.linalg.draws import thinned
 from scialm_dask.linalg.kernels import Step
 from scialm_dask.linalg.operator import LowRankPlusSparse
@@ -170,3 +171,22 @@ def test_a_number_is_kept_and_only_the_threshold_chosen(counts):
         lambda _: None,
     )
     assert (choice.omega, choice.gene_exponent, tried) == (0.3, 0.5, [np.float32(0.3)])
+
+
+def test_a_rank_that_stays_for_a_while_does_not_end_the_search():
+    """What all cells have in common is far larger than what differs, so at first the threshold falls at rank one."""
+    rng = np.random.default_rng(0)
+    base, kind, programs = rng.gamma(1, 1, 600), rng.integers(0, 4, 1000), np.ones((4, 600))
+    for program in programs[1:]:
+        program[rng.choice(600, 60, replace=False)] = 3
+    counts = rng.poisson(0.1 * programs[kind] * base).astype(np.float32)
+    ranks = []
+    result = impute(
+        sp.csr_matrix(counts),
+        preset="denoise",
+        zeros=1.0,
+        listen=lambda event: ranks.append(event.rank) if isinstance(event, Iteration) else None,
+    )
+    first = ranks[ranks.index(1) :]
+    assert first[: Settings().patience + 2] == [1] * (Settings().patience + 2)
+    assert result.rank >= 4

@@ -1,0 +1,288 @@
+"""The publication's tables and figures, and those it lacks, from the matrices at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scialm_dask.api import impute
+from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.quality import Thresholds, measure_cells, mitochondrial, quality_control
+from scialm_dask.errors import InputError
+from scialm_dask.evaluate import charts, figures
+from scialm_dask.evaluate.contest import Evaluation, evaluate_imputation, run_contestant
+from scialm_dask.evaluate.experiments import open_source
+from scialm_dask.evaluate.masking import mask
+from scialm_dask.evaluate.methods import contestants
+from scialm_dask.evaluate.simulation import simulate
+from scialm_dask.evaluate.written import markdown, save_figure, write_evaluation
+from scialm_dask.events import Listener, Scored, Stage, silent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["PUBLISHED", "Plan", "publication"]
+
+# Table 2: cells × genes before and after quality control.
+PUBLISHED = {
+    "PBMC": ((2900, 32738), (2843, 13003)),
+    "Klein": ((2717, 24021), (2713, 24021)),
+    "Chen": ((14437, 23284), (14197, 17752)),
+    "Campbell": ((21086, 26774), (11316, 21417)),
+}
+_EVERYWHERE = Thresholds(min_genes=200, min_cells=3)
+_WITH_MITO = Thresholds(min_genes=200, max_genes=2000, max_mito=5, min_cells=3)  # the publication's, for PBMC
+_SIMULATED_GENES = 2000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to do.
+
+    Parameters
+    ----------
+    methods
+        For Figures 5 to 7, the truth and the sizes; see `evaluate_imputation`.
+    shares
+        Of the non-zeros to hide, for Figure 7; the first is that of Figures 4 to 6.
+    seeds
+        Each is done once for each.
+    increments
+        R in Figure 4, as in a sweep; empty for no Figure 4.
+    labels
+        Column of obs with the types of cells, for Figure 6; matrices that have none go without.
+    truths
+        Pairs of stores: cells, and the same cells sequenced deeper.
+    sizes
+        Numbers of simulated cells that time and memory are measured on.
+    memory_limit, time_limit
+        Of each method, see `evaluate_imputation`.
+    """
+
+    methods: Sequence[str] = ("all",)
+    shares: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5)
+    seeds: Sequence[int] = (0, 1, 2)
+    increments: str = "10,50,100,…,400"
+    labels: str | None = None
+    truths: Sequence[tuple[str, str]] = ()
+    sizes: Sequence[int] = (1000, 3000, 10000)
+    memory_limit: int | None = None
+    time_limit: float | None = None
+
+
+def publication(
+    sources: Sequence[str | os.PathLike[str]], folder: Path, plan: Plan, listen: Listener = silent
+) -> dict[str, Any]:
+    """Make all tables and figures.
+
+    Parameters
+    ----------
+    sources
+        Stores of raw counts. The publication's quality control is applied: cells with 200 genes, genes in 3 cells;
+        where there are mitochondrial genes, at most 5 % of the counts of a cell on them, and at most 2000 genes.
+    folder
+        Where to write; must exist and be empty.
+    plan
+        How much to do.
+    listen
+        Called with every event of the work; see `scialm_dask.events`.
+
+    Returns
+    -------
+    dict
+        ``matrices``, and ``figures``, the number of each.
+
+    Raises
+    ------
+    InputError
+        If a source or a setting cannot be used, or two sources have one name.
+    """
+    names = [Path(source).stem for source in sources]
+    if len(set(names)) < len(names):
+        raise InputError(f"sources are {', '.join(map(str, sources))}; give each a name of its own")
+    contestants(plan.methods)
+    press = _Press(folder, plan, listen)
+    with tempfile.TemporaryDirectory(prefix="scialm-publication-", dir=folder.parent) as work:
+        places = [Path(work) / f"{name}.zarr" for name in names]
+        cleaned = [press.clean(source, place) for source, place in zip(sources, places, strict=True)]
+        press.table2()
+        for clean in cleaned:
+            press.compare(clean)
+            press.sweep(clean)
+            press.one_run(clean, Path(work))
+        for cells, truth in plan.truths:
+            press.truth(cells, truth)
+        if plan.sizes:
+            press.sizes(Path(work))
+    press.index()
+    return {"matrices": len(sources), "figures": len(press.captions)}
+
+
+@dataclass
+class _Press:
+    """Makes one piece after the other, and remembers what each is called."""
+
+    folder: Path
+    plan: Plan
+    listen: Listener
+    table: list[dict[str, Any]] = field(default_factory=list)
+    captions: dict[str, str] = field(default_factory=dict)
+
+    def clean(self, source: str | os.PathLike[str], to: Path) -> Path:
+        """Apply the publication's quality control: a line of Table 2, and Figure 3."""
+        matrix, name = ExpressionMatrix.open(source), to.stem
+        is_mito = mitochondrial(matrix, Thresholds())
+        thresholds = _WITH_MITO if is_mito.any() else _EVERYWHERE
+        cells = measure_cells(matrix, is_mito)
+        result = quality_control(source, to, thresholds, listen=self.listen)
+        before, after = matrix.shape, (result["n_cells"], result["n_genes"])
+        published = _published_name(after)
+        self.table.append(
+            {
+                "matrix": name,
+                "cells before": before[0],
+                "genes before": before[1],
+                "cells after": after[0],
+                "genes after": after[1],
+                "non-zeros after": f"{result['n_observed'] / after[0] / after[1]:.2%}",
+                "published": "–"
+                if published is None
+                else "{}: {} × {} before, {} × {} after".format(
+                    published, *PUBLISHED[published][0], *PUBLISHED[published][1]
+                ),
+            }
+        )
+        if is_mito.any():
+            words = f"{name}: {before[0] - after[0]} of {before[0]} cells removed"
+            self.save(f"figure3-{name}", figures.quality(cells, thresholds, words), "Figure 3: quality control")
+        return to
+
+    def table2(self) -> None:
+        """Write the sizes before and after quality control."""
+        import pandas as pd
+
+        table = pd.DataFrame(self.table)
+        table.to_csv(self.folder / "table2.csv", index=False)
+        (self.folder / "table2.md").write_text(markdown(table))
+
+    def compare(self, clean: Path) -> None:
+        """Run all methods: Figures 5, 6 and 7."""
+        matrix, plan, name = ExpressionMatrix.open(clean), self.plan, clean.stem
+        labels = plan.labels if plan.labels in matrix.obs else None
+        found = self.evaluate(clean, name, shares=plan.shares, labels=labels, seeds=plan.seeds)
+        hidden = found.scores[found.scores["experiment"] == "masking"]
+        published = f"{_published_name(matrix.shape)}, as published"
+        fits = (hidden["status"] != "quoted") | (hidden["dataset"] == published)
+        first = hidden[fits & (hidden["share"] == plan.shares[0])]
+        title = f"{name}, {plan.shares[0]:.0%} of the non-zeros hidden"
+        self.save(f"figure5-{name}", charts.method_scores(first, title), "Figure 5: scores of the methods")
+        if labels is not None:
+            self._clusters(found, name)
+        if len(plan.shares) > 1:
+            ran = hidden[hidden["status"] == "ok"]
+            percent = ran.assign(share=100 * ran["share"])
+            lines = charts.scores_over(percent, "share", "% of the non-zeros hidden", name)
+            self.save(f"figure7-{name}", lines, "Figure 7: scores over the share hidden")
+        self.save(f"effort-{name}", charts.effort(first, title), "Time and memory beside the error")
+
+    def _clusters(self, found: Evaluation, name: str) -> None:
+        for kind, rows in found.clusters.groupby("experiment", sort=False):
+            title = f"{name}, {'nothing hidden' if kind == 'all data' else f'{self.plan.shares[0]:.0%} hidden'}"
+            end = f"{name}-{str(kind).replace(' ', '-')}"
+            self.save(f"figure6-scores-{end}", charts.cluster_scores(rows, title), "Figure 6a, b: clusters")
+            pictures = {charts.label_of(method): xy for (each, method), xy in found.umap.items() if each == kind}
+            if kind == "masking":  # raw, masked, imputed
+                raw, hidden = found.umap["all data", "as observed"], pictures.pop("as observed")
+                pictures = {"raw": raw, "masked": hidden, **pictures}
+            assert found.labels is not None
+            self.save(f"figure6-cells-{end}", charts.cell_pictures(pictures, found.labels, title), "Figure 6c: cells")
+
+    def sweep(self, clean: Path) -> None:
+        """Run preset paper at every R: Figure 4."""
+        if not self.plan.increments:
+            return
+        name = f"{clean.stem}-increment"
+        sweep = [f"increment={self.plan.increments}"]
+        shares = self.plan.shares[:1]
+        found = self.evaluate(clean, name, methods=["paper"], shares=shares, seeds=[0], split=False, sweeps=sweep)
+        rows = found.scores[(found.scores["method"] == "paper") & (found.scores["status"] == "ok")]
+        values = rows.assign(R=rows["setting"].str.extract(r"increment=(\d+)")[0].astype(float))
+        title = f"{clean.stem}, {shares[0]:.0%} hidden, preset paper"
+        self.save(f"figure4-{clean.stem}", charts.scores_over(values, "R", "R", title), "Figure 4: scores over R")
+
+    def one_run(self, clean: Path, work: Path) -> None:
+        """Follow one run of the default preset: where it stops, its rank and singular values."""
+        name = clean.stem
+        mask(clean, work / f"{name}-masked.zarr", fraction=self.plan.shares[0], seed=0)
+        result = impute(work / f"{name}-masked.zarr", listen=self.listen)
+        self.save(f"stop-{name}", figures.convergence(result), "Error over the iterations, with the stop")
+        self.save(f"rank-{name}", figures.spectrum(result), "Rank, and singular values of what was kept")
+
+    def truth(self, cells: str, truth: str) -> None:
+        """Compare with the same cells sequenced deeper."""
+        name = f"{Path(cells).stem}-truth"
+        found = self.evaluate(cells, name, shares=[], split=False, reference=truth, seeds=[0])
+        rows = found.scores[found.scores["experiment"] == "truth"]
+        title = f"{Path(cells).stem}, all entries against {Path(truth).stem}"
+        self.save(name, charts.whole_scores(rows, title), "Error against a truth")
+
+    def evaluate(self, source: Any, name: str, **changes: Any) -> Evaluation:
+        """Run `evaluate_imputation` and keep its tables."""
+        limits = {"memory_limit": self.plan.memory_limit, "time_limit": self.plan.time_limit}
+        options = {"methods": self.plan.methods, "scratch_folder": self.folder.parent, **limits, **changes}
+        found = evaluate_imputation(source, **options, listen=self.listen)
+        (self.folder / name).mkdir()
+        write_evaluation(found, self.folder / name, {"source": os.fspath(source), **changes})
+        return found
+
+    def sizes(self, work: Path) -> None:
+        """Measure time and memory on simulated cells of growing number."""
+        import pandas as pd
+
+        rows: list[dict[str, Any]] = []
+        for number in self.plan.sizes:
+            self.listen(Stage("time and memory", f"{number:,} cells"))
+            place = work / f"size{number}"
+            place.mkdir()
+            simulate(place / "cells.zarr", n_cells=number, n_genes=_SIMULATED_GENES, density=0.05, rank=20, seed=0)
+            source = open_source(place / "cells.zarr", place)
+            for contestant in contestants(self.plan.methods):
+                outcome = run_contestant(
+                    contestant, source, place, memory_limit=self.plan.memory_limit, time_limit=self.plan.time_limit
+                )
+                rows.append({"cells": number, "method": contestant.method, **dataclasses.asdict(outcome)})
+                self.listen(_sized(rows[-1]))
+        table = pd.DataFrame(rows)
+        table.to_csv(self.folder / "sizes.csv", index=False)
+        words = f"simulated cells × {_SIMULATED_GENES:,} genes, 5 % non-zeros"
+        self.save("sizes", charts.costs(table, words), "Time and memory against size")
+
+    def save(self, name: str, figure: Figure, caption: str) -> None:
+        """Write a figure, and remember it."""
+        save_figure(figure, self.folder / name)
+        self.captions[name] = caption
+
+    def index(self) -> None:
+        """List everything."""
+        parts = ["# Tables and figures\n", "## Table 2: sizes before and after quality control\n"]
+        parts.append((self.folder / "table2.md").read_text())
+        parts += [f"## {caption}\n\n![{caption}, {name}]({name}.svg)\n" for name, caption in self.captions.items()]
+        (self.folder / "README.md").write_text("\n".join(parts))
+
+
+def _published_name(shape: tuple[int, int]) -> str | None:
+    """Which of the publication's matrices this is, by its size after quality control."""
+    return next((name for name, (_, after) in PUBLISHED.items() if after == tuple(shape)), None)
+
+
+def _sized(row: dict[str, Any]) -> Scored:
+    return Scored(
+        f"{row['cells']:,} cells", row["method"], row["status"], np.nan, np.nan, float(row["seconds"]), str(row["note"])
+    )
