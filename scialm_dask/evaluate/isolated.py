@@ -139,7 +139,7 @@ def _measured(request: Request, folder: Path) -> Outcome:
             importlib.import_module(module)
     except ImportError as error:
         return Outcome("not installed", note=f"{error}; {_INSTALL}")
-    scale = None if request.scale is None else np.load(request.scale)
+    scale = None if request.scale is None else np.load(request.scale, allow_pickle=False)
     task = Task(Path(request.path), request.seed, request.zeros_matter, request.settings)
     imports = peak_memory()
     if request.memory_limit is not None:
