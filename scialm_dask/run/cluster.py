@@ -26,6 +26,8 @@ __all__ = ["CLUSTERS", "Team", "connect", "current_client", "team"]
 _JOBQUEUE = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "sge": "SGECluster", "lsf": "LSFCluster"}
 CLUSTERS = ("local", *_JOBQUEUE)
 _RETRIES = 10  # of a lost connection; a network that fails for a minute must not end a run of hours
+# A worker that died is started again, which may take a while on a busy machine; work waits, but not for ever.
+_RESTARTS = {"distributed.deploy.lost-worker-timeout": "5m", "distributed.scheduler.no-workers-timeout": "10m"}
 _SAME_EVERYWHERE = ("python", "dask", "distributed", "scialm_dask")
 
 
@@ -269,8 +271,10 @@ def _local(
     stack: ExitStack, _: str, workers: int | None, threads: int | None, memory: str | None, security: Security | None
 ) -> tuple[Client, int]:
     """Start worker processes on this machine."""
+    import dask
     from distributed import Client, LocalCluster
 
+    stack.enter_context(dask.config.set(_RESTARTS))
     started = stack.enter_context(
         LocalCluster(
             n_workers=workers,

@@ -44,7 +44,7 @@ from scialm_dask.solve.zeros import choose_zeros, refit
 __all__ = ["complete_matrix", "finish", "notes_of", "resume_matrix"]
 
 _RETRIES = 2  # of a task that raises
-_MOST_LOSSES = 3  # of the cluster, without a checkpoint between
+_MOST_LOSSES = 2  # of the cluster, without a checkpoint between
 
 
 def complete_matrix(

@@ -16,12 +16,15 @@ def loss_of_cluster(error: BaseException) -> str | None:
     from distributed import KilledWorker
     from distributed.client import FutureCancelledError, FuturesCancelledError
     from distributed.comm import CommClosedError
+    from distributed.scheduler import NoWorkerError
 
     if isinstance(error, KilledWorker):
         return (
             f"workers died {error.allowed_failures + 1} times over the same task, most likely for want of memory"
             f"{_limit(error)}; give more --worker-memory, fewer --threads or --scratch zarr:FOLDER"
         )
+    if isinstance(error, NoWorkerError):
+        return f"no worker is left, and none came for {error.timeout:g} s; look at their logs"
     if isinstance(error, CommClosedError | FutureCancelledError | FuturesCancelledError):
         return "lost the scheduler, or all workers with their data; look at their logs"
     return None
