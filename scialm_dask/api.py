@@ -44,8 +44,8 @@ def impute(
     ----------
     matrix
         An AnnData, in memory, backed or lazy; a path to an AnnData store (.zarr or .h5ad) or a bare 2-D Zarr array;
-        a NumPy, SciPy sparse or Dask array; or an `ExpressionMatrix`. Cells × genes, counts or normalised counts,
-        without logarithm.
+        a data frame; a NumPy, SciPy sparse or Dask array; or an `ExpressionMatrix`. Cells × genes, counts or
+        normalised counts, without logarithm.
     preset
         ``"auto"`` stops before noise is fitted; ``"paper"`` is the published method.
     layer

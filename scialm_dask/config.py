@@ -114,6 +114,9 @@ def preset(name: str, **changes: Any) -> Settings:
         Fields of `Settings` to set otherwise; None leaves the preset's. `scaling` may be ``"none"``,
         ``"poisson"`` or two numbers with a comma between.
     """
+    unknown = [field for field in changes if field not in Settings.__dataclass_fields__]
+    if unknown:
+        raise InputError(f"no setting is called {unknown[0]}; there are {', '.join(Settings.__dataclass_fields__)}")
     changes = {field: value for field, value in changes.items() if value is not None}
     if isinstance(changes.get("scaling"), str):
         changes["scaling"] = _exponents(changes["scaling"])

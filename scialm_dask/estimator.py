@@ -9,9 +9,9 @@ from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from scialm_dask.api import impute
-from scialm_dask.data.annotated import as_matrix, is_anndata
+from scialm_dask.data.annotated import as_matrix, is_anndata, named
 from scialm_dask.data.factors import Imputation
-from scialm_dask.data.matrix import Annotation, ExpressionMatrix, Observed
+from scialm_dask.data.matrix import ExpressionMatrix, Observed
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -170,7 +170,7 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
         elif dask.is_dask_collection(X):
             matrix = as_matrix(X, observed=self.observed)
         else:
-            return _named(as_matrix(self._checked(X, reset), observed=self.observed), X)
+            return named(as_matrix(self._checked(X, reset), observed=self.observed), X)
         if reset:
             self.n_features_in_ = matrix.shape[1]
         return matrix
@@ -194,12 +194,3 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
         tags.input_tags.positive_only = self.observed == "nonzero"
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
-
-
-def _named(matrix: ExpressionMatrix, X: Any) -> ExpressionMatrix:
-    """Take over the names of a data frame."""
-    import pandas as pd
-
-    if not isinstance(X, pd.DataFrame):
-        return matrix
-    return matrix.annotated(Annotation(*(pd.DataFrame(index=axis.astype(str)) for axis in X.axes)))

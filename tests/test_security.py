@@ -155,12 +155,13 @@ def test_names_in_a_source_do_not_lead_out_of_the_result(cli, counts, store_of, 
 @pytest.mark.parametrize("mask", [0o022, 0o007, 0o077], ids=oct)
 def test_files_have_the_users_umask(cli, counts, store_of, tmp_path, mask):
     source = store_of(counts)
+    words_of_checkpoint = ("--max-iterations", "3", "--checkpoint", tmp_path / "checkpoint.zarr")
     before = os.umask(mask)
     try:
         for words in (
             ("convert", source, tmp_path / "cells.zarr"),
             ("mask", tmp_path / "cells.zarr", tmp_path / "masked.zarr"),
-            ("impute", tmp_path / "masked.zarr", tmp_path / "r.zarr", "--max-iterations", "3", "--write", "dense"),
+            ("impute", tmp_path / "masked.zarr", tmp_path / "r.zarr", "--write", "dense", *words_of_checkpoint),
         ):
             done = cli(*words, "--quiet")
             assert done.exit_code == 0, done.output
@@ -168,10 +169,22 @@ def test_files_have_the_users_umask(cli, counts, store_of, tmp_path, mask):
         os.umask(before)
     written = [
         path
-        for name in ("cells", "masked", "r")
+        for name in ("cells", "masked", "r", "checkpoint")
         for path in [tmp_path / f"{name}.zarr", *(tmp_path / f"{name}.zarr").rglob("*")]
     ]
     assert len(written) > 50
     for path in written:
         full = 0o777 if path.is_dir() else 0o666
         assert stat.S_IMODE(path.stat().st_mode) == full & ~mask, path
+
+
+def test_nothing_written_holds_what_the_environment_keeps_secret(cli, counts, store_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-environment")
+    source = store_of(counts)
+    words = ("--max-iterations", "4", "--checkpoint", tmp_path / "checkpoint", "--checkpoint-every", "1", "--log-json")
+    done = cli("impute", source, tmp_path / "r.zarr", *words)
+    assert done.exit_code == 0, done.output
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"checkpoint", "r.zarr"} <= {path.relative_to(tmp_path).parts[0] for path in written}
+    assert [path for path in written if b"secret-of-the-environment" in path.read_bytes()] == []
+    assert "secret-of-the-environment" not in done.output

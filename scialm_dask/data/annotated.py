@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import dask.array as da
     from numpy.typing import NDArray
 
-__all__ = ["add_factors", "as_matrix", "is_anndata", "refuse_logarithms"]
+__all__ = ["add_factors", "as_matrix", "is_anndata", "named", "refuse_logarithms"]
 
 _LOOKED_AT = 1 << 10  # cells at the start, to see whether they are whole numbers
 
@@ -34,8 +34,8 @@ def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed = "no
     Parameters
     ----------
     matrix
-        An `ExpressionMatrix`, as it is; an AnnData; a path to a store; or an array, as `ExpressionMatrix.of` takes
-        them.
+        An `ExpressionMatrix`, as it is; an AnnData; a path to a store; a data frame; or an array, as
+        `ExpressionMatrix.of` takes them.
     layer
         Of a store or an AnnData, instead of X.
     observed
@@ -54,7 +54,16 @@ def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed = "no
         return _of_anndata(matrix, layer, observed)
     if layer is not None:
         raise InputError(f"layer is {layer!r}, but a {type(matrix).__name__} has none; leave the layer out")
-    return ExpressionMatrix.of(matrix, observed=observed)
+    return named(ExpressionMatrix.of(matrix, observed=observed), matrix)
+
+
+def named(matrix: ExpressionMatrix, given: Any) -> ExpressionMatrix:
+    """Take over the names of cells and genes if a data frame was given."""
+    if not hasattr(given, "columns"):
+        return matrix
+    import pandas as pd
+
+    return matrix.annotated(Annotation(*(pd.DataFrame(index=axis.astype(str)) for axis in given.axes)))
 
 
 def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -> ExpressionMatrix:

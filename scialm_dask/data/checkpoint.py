@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
@@ -165,15 +166,21 @@ class Checkpoints:
         return Checkpoint(final, dict(notes), {name: tuple(group) for name, group in arrays.items()})
 
     def own(self, folder: str | None) -> None:
-        """Take charge of a folder of temporary files, and remove the one before, which a run that was killed left."""
-        path = os.path.join(self.folder, _OWNED)
-        if os.path.exists(path):
-            with open(path) as file:
-                shutil.rmtree(file.read(), ignore_errors=True)
-            os.remove(path)
+        """Take charge of a folder of temporary files, and remove the one before, which a run that was killed left.
+
+        Both sides hold the same token: a folder that merely was named here by somebody is not removed.
+        """
+        path = Path(self.folder, _OWNED)
+        if path.exists():
+            token, _, before = path.read_text().partition(" ")
+            with contextlib.suppress(OSError):
+                if Path(before, _OWNED).read_text() == token:
+                    shutil.rmtree(before, ignore_errors=True)
+            path.unlink()
         if folder is not None:
-            with open(path, "w") as file:
-                file.write(folder)
+            token = uuid.uuid4().hex
+            Path(folder, _OWNED).write_text(token)
+            path.write_text(f"{token} {folder}")
 
     def clear(self) -> None:
         """Remove all checkpoints, and the folder if nothing else is there."""

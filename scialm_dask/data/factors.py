@@ -441,6 +441,6 @@ def _positions(wanted: Any, names: pd.Index, what: str) -> tuple[Any, bool]:
         positions = names.get_indexer_for(items)
         if (positions < 0).any():
             absent = items[np.flatnonzero(positions < 0)[0]]
-            raise InputError(f"no {what} is named {absent!r}; the first ones are {', '.join(map(str, names[:3]))}")
+            raise InputError(f"no {what} is named '{absent}'; the first ones are {', '.join(map(str, names[:3]))}")
         return positions, single
     return np.arange(len(names))[items], single

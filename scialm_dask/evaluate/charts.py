@@ -24,7 +24,7 @@ METRICS = {"mse": "mean squared error", "mae": "mean absolute error", "pearson":
 _COLOURS = {
     "auto": "#0072B2",
     "denoise": "#009E73",
-    "paper": "#56B4E9",
+    "paper": "#3392CC",
     "gene-mean": "#888888",
     "as observed": "#444444",
     "knn": "#E69F00",
@@ -58,7 +58,6 @@ def _new(rows: int, columns: int, width: float, height: float, **kwargs: Any) ->
     for each in axes.ravel():
         each.spines[["top", "right"]].set_visible(False)
         each.tick_params(labelsize=8, length=3)
-        each.title.set_fontsize(9)
     return figure, axes
 
 
@@ -74,7 +73,7 @@ def method_scores(scores: pd.DataFrame, title: str = "", metrics: Sequence[str] 
     metrics
         Columns to draw.
     """
-    return _dots(scores, [(name, METRICS[name], False) for name in metrics], title)
+    return _dots(scores, [(name, METRICS[name], _spread(scores[name])) for name in metrics], title)
 
 
 def whole_scores(scores: pd.DataFrame, title: str = "") -> Figure:
@@ -82,7 +81,7 @@ def whole_scores(scores: pd.DataFrame, title: str = "") -> Figure:
     panels = [
         ("relative_error", "relative error", False),
         ("mean_ratio", "mean imputed / mean true", True),
-        ("zeros_pearson", "Pearson r where zero was observed", False),
+        ("zeros_pearson", "Pearson r at observed zeros", False),
     ]
     return _dots(scores, panels, title)
 
@@ -95,13 +94,14 @@ def _dots(
     figure, axes = _new(1, len(panels), 2.6 * len(panels) + 1.2, 0.3 * len(names) + 1.1, sharey=True)
     for (column, words, logarithmic), each in zip(panels, axes[0], strict=True):
         if logarithmic:
-            each.set_xscale("log")
+            _logarithmic(each.xaxis)
         for place, name in enumerate(names):
             rows = scores[_names(scores) == name]
             _one_line(each, rows, column, len(names) - 1 - place)
         if column == "mean_ratio":
             each.axvline(1, color=_GREY, linewidth=0.8, linestyle=":")
-        each.set_title(words, loc="left")
+        each.set_title(words, loc="left", fontsize=9)
+        each.set_ylim(-0.6, len(names) - 0.4)
         each.grid(axis="y", color="#eeeeee")
         each.margins(x=0.18)
         each.set_axisbelow(True)
@@ -114,17 +114,34 @@ def _dots(
     return figure
 
 
+def _spread(values: pd.Series) -> bool:
+    """Tell whether numbers are so unequal that a logarithmic axis is needed."""
+    known = values.dropna()
+    return len(known) > 0 and float(known.min()) > 0 and float(known.max()) > 5 * float(known.min())
+
+
+def _logarithmic(axis: Any) -> None:
+    """Make an axis logarithmic, with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _one_line(axes: Any, rows: pd.DataFrame, column: str, y: int) -> None:
     values = rows[column].dropna().to_numpy(float)
     if not len(values):
         status = rows["status"].iloc[0]
-        words = "" if status == "ok" else status
+        words = "" if status in ("ok", "quoted") else status
         axes.annotate(words, (0.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=7, color=_GREY)
         return
     colour, quoted = colour_of(rows["method"].iloc[0]), (rows["status"] == "quoted").all()
     fill = "none" if quoted else colour
     axes.scatter(values, np.full(len(values), y), s=28, facecolors=fill, edgecolors=colour, linewidths=1, zorder=3)
-    words = f"{values.mean():.3g}" + (" (quoted)" if quoted else "")
+    mean = values.mean()
+    words = (f"{mean:,.0f}" if mean >= 1000 else f"{mean:#.3g}".rstrip(".")) + (" (quoted)" if quoted else "")
     axes.annotate(
         words, (values.max(), y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7, color="#333333"
     )
@@ -165,9 +182,9 @@ def scores_over(scores: pd.DataFrame, column: str, words: str, title: str = "") 
             each.fill_between(line.index, line["min"], line["max"], color=colour, alpha=0.15, linewidth=0)
             ends.append((float(line.index[-1]), float(line["mean"].iloc[-1]), str(method)))
         if metric in ("mse", "mae") and ends and max(e[1] for e in ends) > 5 * min(e[1] for e in ends):
-            each.set_yscale("log")
+            _logarithmic(each.yaxis)
         _label_ends(each, ends)
-        each.set_title(name, loc="left")
+        each.set_title(name, loc="left", fontsize=9)
         each.set_xlabel(words, fontsize=8)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
@@ -238,7 +255,7 @@ def cell_pictures(umap: dict[str, NDArray[np.float32]], labels: pd.Series, title
         for number, kind in enumerate(kinds):
             chosen = points[(labels == kind).to_numpy()]
             each.scatter(*chosen.T, s=size, color=palette[number % len(palette)], linewidths=0, rasterized=True)
-        each.set_title(name, loc="left")
+        each.set_title(name, loc="left", fontsize=9)
         each.set_xticks([])
         each.set_yticks([])
         each.spines[:].set_visible(False)
@@ -252,31 +269,14 @@ def cell_pictures(umap: dict[str, NDArray[np.float32]], labels: pd.Series, title
 
 
 def effort(scores: pd.DataFrame, title: str = "") -> Figure:
-    """Draw the time and the memory of each method against its error, means over the seeds."""
-    figure, axes = _new(1, 2, 8, 3.2, sharey=True)
-    rows = scores[scores["status"] == "ok"].groupby(["method", "setting"], sort=False).mean(numeric_only=True)
-    for each, column, unit, words in (
-        (axes[0, 0], "seconds", 1.0, "seconds"),
-        (axes[0, 1], "peak_bytes", 1e6, "peak memory over that of imports, MB"),
-    ):
-        for (method, setting), row in rows.dropna(subset=[column, "mse"]).iterrows():
-            x, colour = row[column] / unit, colour_of(method)
-            each.scatter(x, row["mse"], s=36, color=colour, zorder=3)
-            each.annotate(
-                label_of(method, setting),
-                (x, row["mse"]),
-                xytext=(5, 3),
-                textcoords="offset points",
-                fontsize=7,
-                color=colour,
-            )
-        each.set_xscale("log")
-        each.set_xlabel(words, fontsize=8)
-        each.grid(color="#eeeeee")
-        each.margins(x=0.25)
-    axes[0, 0].set_ylabel(METRICS["mse"], fontsize=8)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    return figure
+    """Draw the time and the memory of each method beside its error; see `method_scores`."""
+    megabytes = scores.assign(megabytes=scores["peak_bytes"] / 1e6)
+    panels = [
+        ("mse", METRICS["mse"], _spread(scores["mse"])),
+        ("seconds", "seconds", True),
+        ("megabytes", "peak memory over that of imports, MB", True),
+    ]
+    return _dots(megabytes[megabytes["status"] != "quoted"], panels, title)
 
 
 def costs(table: pd.DataFrame, title: str = "") -> Figure:
@@ -293,8 +293,8 @@ def costs(table: pd.DataFrame, title: str = "") -> Figure:
     panels = (("seconds", 1.0, "seconds"), ("peak_bytes", 1e6, "peak memory over that of imports, MB"))
     for each, (column, unit, words) in zip(axes[0], panels, strict=True):
         ends: list[tuple[float, float, str]] = []
-        each.set_xscale("log")
-        each.set_yscale("log")
+        _logarithmic(each.xaxis)
+        _logarithmic(each.yaxis)
         for method, rows in table.groupby("method", sort=False):
             ran = rows[rows["status"] == "ok"]
             if not len(ran):
@@ -306,7 +306,7 @@ def costs(table: pd.DataFrame, title: str = "") -> Figure:
             ends.append((float(ran["cells"].iloc[-1]), float(values.iloc[-1]), str(method)))
         _label_ends(each, ends)
         each.set_xlabel("cells", fontsize=8)
-        each.set_title(words, loc="left")
+        each.set_title(words, loc="left", fontsize=9)
         each.grid(color="#eeeeee")
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure

@@ -42,7 +42,9 @@ def convergence(result: Imputation) -> Figure:
 def _mark_chosen(axes: Any, iteration: int) -> None:
     axes.axvline(iteration, color="grey", linewidth=1, linestyle=":")
     top = np.max(axes.get_ylim())
-    axes.annotate("kept", (iteration, top), xytext=(3, -2), textcoords="offset points", va="top", color="grey")
+    axes.annotate(
+        "kept", (iteration, top), xytext=(-3, -2), textcoords="offset points", va="top", ha="right", color="grey"
+    )
 
 
 def spectrum(result: Imputation) -> Figure:
@@ -57,7 +59,7 @@ def spectrum(result: Imputation) -> Figure:
     ranks.set(xlabel="iteration", ylabel="singular values over the threshold")
     ranks.yaxis.get_major_locator().set_params(integer=True)
     spectrum.semilogy(np.arange(1, len(values) + 1), values, ".-", color=_BLUE, markersize=3)
-    spectrum.set(xlabel="number", ylabel=f"singular value ({result.summary['scaling'].split(';')[0]})")
+    spectrum.set(xlabel="number", ylabel="singular value")
     for axes in (ranks, spectrum):
         axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -84,10 +86,10 @@ def quality(cells: CellMeasures, thresholds: Thresholds, title: str = "") -> Fig
         (cells.n_genes, "genes with counts", [(thresholds.max_genes, "over"), (thresholds.min_genes, "under")]),
     )
     for axes, (values, words, limits) in zip(figure.subplots(1, 2), panels, strict=True):
-        for chosen, colour, label in ((kept, _BLUE, "kept"), (~kept, _RED, "removed")):
+        for chosen, colour, opacity, label in ((kept, _BLUE, 0.3, "kept"), (~kept, _RED, 1, "removed")):
             number = f"{label}: {np.count_nonzero(chosen):,} cells"
             points = cells.totals[chosen], values[chosen]
-            axes.scatter(*points, s=4, color=colour, alpha=0.5, linewidths=0, label=number, rasterized=True)
+            axes.scatter(*points, s=5, color=colour, alpha=opacity, linewidths=0, label=number, rasterized=True)
         for limit, side in limits:
             if limit is not None:
                 _mark_limit(axes, values, float(limit), side)
@@ -99,17 +101,17 @@ def quality(cells: CellMeasures, thresholds: Thresholds, title: str = "") -> Fig
 
 
 def _mark_limit(axes: Any, values: Any, limit: float, side: str) -> None:
+    at, align = (0.02, "left") if values.dtype.kind == "i" and side == "over" else (1.0, "right")  # clear of the cells
     removed = int(np.count_nonzero(values > limit if side == "over" else values < limit))
     axes.axhline(limit, color=_RED, linewidth=0.8, linestyle="--")
     words = f"{side} {limit:g}: {removed:,} cells"
-    offset = (0, 3) if side == "over" else (0, -9)
     axes.annotate(
         words,
-        (1, limit),
+        (at, limit),
         xycoords=("axes fraction", "data"),
-        xytext=offset,
+        xytext=(0, 3),
         textcoords="offset points",
-        ha="right",
+        ha=align,
         color=_RED,
         fontsize="small",
     )

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def _measured(request: Request, folder: Path) -> Outcome:
             importlib.import_module(module)
     except ImportError as error:
         return Outcome("not installed", note=f"{error}; {_INSTALL}")
-    scale = None if request.scale is None else np.load(request.scale)
+    scale = None if request.scale is None else np.load(request.scale, allow_pickle=False)
     task = Task(Path(request.path), request.seed, request.zeros_matter, request.settings)
     imports = peak_memory()
     if request.memory_limit is not None:
@@ -160,7 +161,10 @@ def _measured(request: Request, folder: Path) -> Outcome:
 
 
 def _words(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    """Say what was raised, and where."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    where = f"{Path(last.filename).name}:{last.lineno}"
+    return " ".join(f"{type(error).__name__}: {error} ({where})".split())[:300]
 
 
 def _limit_memory(limit: int) -> None:

@@ -202,7 +202,7 @@ def scvi(task: Task) -> Floats:
     model = peer.model.SCVI(cells)
     stopping = {"early_stopping": True, "early_stopping_patience": _SCVI_PATIENCE}
     model.train(_SCVI_EPOCHS, **stopping, accelerator="cpu", enable_progress_bar=False, logger=False)
-    task.note = f"{len(model.history['elbo_train'])} epochs of at most {_SCVI_EPOCHS}"
+    task.note = f"{model.trainer.current_epoch} epochs of at most {_SCVI_EPOCHS}"
     completed: Floats = model.get_normalized_expression(library_size=1, return_numpy=True).astype(np.float32)
     completed *= np.asarray(X.sum(axis=1), np.float32)
     return completed

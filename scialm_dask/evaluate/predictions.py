@@ -167,5 +167,8 @@ def _write_scaled(path: Path, rows: Any, scale: NDArray[np.float32] | None) -> N
 def read_prediction(folder: Path) -> Prediction:
     """Open what `write_prediction` has kept, without reading it."""
     if (folder / "dense.npy").exists():
-        return Dense(np.load(folder / "dense.npy", mmap_mode="r"))
-    return Factors(np.load(folder / "left.npy", mmap_mode="r"), np.load(folder / "right.npy"))
+        return Dense(np.load(folder / "dense.npy", mmap_mode="r", allow_pickle=False))
+    return Factors(
+        np.load(folder / "left.npy", mmap_mode="r", allow_pickle=False),
+        np.load(folder / "right.npy", allow_pickle=False),
+    )

@@ -411,7 +411,9 @@ class LowRankPlusSparse:
 
 def _run(values: list[Any], how: Callable[..., Any] = dask.persist) -> tuple[Any, ...]:
     """Compute and hold on the scheduler in force, where threads of this process leave BLAS one thread each."""
-    with threadpool_limits(1, user_api="blas"):
+    # A view of some megabytes goes to the workers with every pass: that is meant, and no cause for a warning.
+    large = {"distributed.admin.large-graph-warning-threshold": "1GB"}
+    with threadpool_limits(1, user_api="blas"), dask.config.set(large):
         return how(*values)  # type: ignore[no-any-return]
 
 

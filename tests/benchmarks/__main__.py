@@ -6,7 +6,7 @@ import argparse
 import importlib
 import json
 
-NAMES = ("kernels", "published", "dense_dask", "scaling", "atlas", "pooled")
+NAMES = ("kernels", "published", "dense_dask", "scaling", "workers", "atlas", "pooled")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import bench_dense_dask
 import bench_kernels
 import bench_published
 import bench_scaling
+import bench_workers
 import pytest
 from harness import in_child
 
@@ -47,6 +48,12 @@ def test_passes_are_timed(counts_store, tmp_path):
     record = bench_scaling.passes_of(counts_store, str(tmp_path), threads=2, passes=1)
     assert record["n_observed"] > 0
     assert record["ns_per_value"] > 0
+
+
+def test_traffic_is_counted(counts_store, tmp_path):
+    record = bench_workers.passes_of(counts_store, str(tmp_path), "memory", workers=2, passes=1)
+    assert record["tasks_per_pass"] > record["n_blocks"]
+    assert 0 < record["in_sums_of_n_by_l"] < 5
 
 
 def test_an_atlas_is_imputed(counts_store, tmp_path):

@@ -1,5 +1,6 @@
 """Two worker processes give what threads give."""
 
+import gc
 import os
 
 import dask
@@ -81,4 +82,5 @@ def test_a_matrix_in_memory_is_not_sent_in_graphs(client, tmp_path):
         np.testing.assert_allclose(left, again.left.compute(), rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(others, again.transform(counts[:1000]).left.compute(), rtol=1e-3, atol=1e-3)
     del result, new
+    gc.collect()
     assert os.listdir(tmp_path) == []

@@ -18,12 +18,29 @@ def masked(shared, name):
     return str(shared / "reference" / f"{name}_mask10.h5ad")
 
 
+PROGRAM = """
+import sys
+import anndata, dask.array, distributed, h5py, numba, pandas, scipy.sparse.linalg, tqdm, zarr
+import scialm_dask.run.job
+def peak():  # of this process alone; what getrusage tells includes the parent's
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+from scialm_dask.__main__ import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code
+print(peak() - before)
+"""
+
+
 def run(*words):
-    """A command of the command line in a process of its own; what it prints by --json."""
-    program = "from scialm_dask.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", program, *map(str, words), "--json"], capture_output=True, text=True)
+    """A command of the command line in a process of its own: what it prints by --json, and its memory over imports."""
+    command = [sys.executable, "-c", PROGRAM, *map(str, words), "--json", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    *_, summary, used = done.stdout.splitlines()
+    return json.loads(summary), int(used)
 
 
 def assert_follows(history, trace):
@@ -48,15 +65,18 @@ PUBLISHED = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", list(PUBLISHED))
 def test_the_paper_preset_gives_what_was_published(shared, tmp_path, name):
     iterations, scores = PUBLISHED[name]
     source, result = masked(shared, name), tmp_path / "result.zarr"
-    summary = run("impute", source, result, "--preset", "paper", "--quiet")
+    summary, used = run("impute", source, result, "--preset", "paper")
+    assert used < 700e6
+    assert 1.0 < summary["forecast_memory_bytes"] / summary["peak_memory_bytes"] < 1.5
     assert abs(summary["iterations"] - iterations) <= 2
     assert summary["converged"]
     assert summary["residual"] < 1e-4
-    found = run("score", result, "--held-out", source)
+    found, _ = run("score", result, "--held-out", source)
     assert {k: found[k] for k in scores} == pytest.approx(scores, rel=0.005)
     assert_follows(Imputation.open(result).history, trace_of(shared, name))
 
@@ -90,3 +110,16 @@ def test_the_default_preset_does_better_at_a_small_rank(shared, name, mse, rank)
     assert result.rank <= rank
     assert result.summary["converged"]
     assert result.summary["iterations"] == result.summary["chosen_iteration"] + Settings().patience
+
+
+@pytest.mark.parametrize("scratch", ["memory", "zarr"])
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_forecast_holds(shared, tmp_path, scratch):
+    """Peak memory of the whole process, imports included."""
+    where = "memory" if scratch == "memory" else f"zarr:{tmp_path}"
+    source = masked(shared, "pbmc_donor_a")
+    words = ["impute", source, tmp_path / "r.zarr", "--scratch", where, "--json", "--quiet"]
+    done = subprocess.run([sys.executable, "-m", "scialm_dask", *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert 1.0 < summary["forecast_memory_bytes"] / summary["peak_memory_bytes"] < 1.5

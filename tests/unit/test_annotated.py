@@ -1,5 +1,7 @@
 """AnnData objects of every kind go in, and get the factors put beside their matrix."""
 
+import gc
+
 import anndata
 import dask.array as da
 import numpy as np
@@ -90,6 +92,12 @@ def test_any_matrix_will_do(adata, expected, kind):
     assert isinstance(adata.obsm["X_scialm"], da.Array) == isinstance(adata.X, da.Array)
 
 
+def test_a_data_frame_keeps_its_names(adata):
+    result = impute(adata.to_df(), **SETTINGS)
+    assert result["cell3", "gene5"] == result[3, 5]
+    assert list(result.transform(adata.to_df()[["gene3", *adata.var_names[10:]]]).obs.index) == list(adata.obs_names)
+
+
 def test_a_view_becomes_an_anndata_of_its_own(adata):
     view = adata[20:140]
     result = impute(view, **SETTINGS)
@@ -129,6 +137,7 @@ def test_the_temporary_copy_of_a_lazy_matrix_goes_with_the_result(adata, tmp_pat
         assert len(list(tmp_path.glob("scialm-*"))) == 1
         result.transform(adata)[:3]
     del result
+    gc.collect()
     assert list(tmp_path.glob("scialm-*")) == []
 
 

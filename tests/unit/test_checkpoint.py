@@ -183,3 +183,17 @@ def test_temporary_files_of_a_killed_run_go(tmp_path):
     with Checkpoints(tmp_path / "c") as checkpoints:
         checkpoints.own(None)
     assert sorted(os.listdir(tmp_path)) == ["c"]
+
+
+def test_only_a_folder_that_was_taken_charge_of_is_removed(tmp_path):
+    """What a killed run left goes; what somebody else has named there stays."""
+    scratch, precious = tmp_path / "scratch", tmp_path / "precious"
+    scratch.mkdir()
+    precious.mkdir()
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.own(str(scratch))
+        checkpoints.own(None)
+        assert not scratch.exists()
+        (tmp_path / "c" / ".scratch").write_text(f"{'0' * 32} {precious}")
+        checkpoints.own(None)
+    assert precious.is_dir()

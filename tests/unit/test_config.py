@@ -63,3 +63,8 @@ def test_settings_are_frozen_and_plain():
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.max_rank = 5
     assert json.loads(json.dumps(settings.as_dict()))["max_rank"] == 4
+
+
+def test_a_setting_that_there_is_not_is_refused_by_name():
+    with pytest.raises(InputError, match="no setting is called max_ranks; there are rank_policy, stop"):
+        preset("auto", max_ranks=5)

