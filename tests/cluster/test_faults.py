@@ -219,8 +219,9 @@ def test_real_cells_with_every_worker_killed_once(shared, tmp_path):
     hidden = ExpressionMatrix.open(shared / "reference" / "pbmc_donor_a_mask10.h5ad", "held_out").with_blocks(
         masked.blocks
     )
-    whole = impute(masked)
-    scores = score_held_out(whole, hidden, masked)
+    with dask.config.set(scheduler="threads"):
+        whole = impute(masked)
+        scores = score_held_out(whole, hidden, masked)
     with (
         dask.config.set(RESTARTS),
         LocalCluster(n_workers=4, threads_per_worker=1, dashboard_address=":0", silence_logs="CRITICAL") as cluster,
