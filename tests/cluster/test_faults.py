@@ -219,8 +219,9 @@ def test_real_cells_with_every_worker_killed_once(shared, tmp_path):
     hidden = ExpressionMatrix.open(shared / "reference" / "pbmc_donor_a_mask10.h5ad", "held_out").with_blocks(
         masked.blocks
     )
-    whole = impute(masked)
-    scores = score_held_out(whole, hidden, masked)
+    with dask.config.set(scheduler="threads"):
+        whole = impute(masked)
+        scores = score_held_out(whole, hidden, masked)
     with connect(cluster="local", workers=4, threads=1) as client:
         client.register_plugin(faults.Faults(VISIT, tmp_path / "calls", {20: faults.die}, each=True))
         result = impute(masked, checkpoint=tmp_path / "c", checkpoint_every=5)
