@@ -10,7 +10,7 @@ import pytest
 from dask.distributed import Client, LocalCluster
 from problems import low_rank_counts
 
-from scialm_dask import ExpressionMatrix, impute, resume
+from scialm_dask import ExpressionMatrix, connect, impute, resume
 from scialm_dask.errors import ClusterError, OutputError, StoppedError
 from scialm_dask.evaluate.metrics import score_held_out
 from scialm_dask.events import Iteration, Note
@@ -222,11 +222,7 @@ def test_real_cells_with_every_worker_killed_once(shared, tmp_path):
     with dask.config.set(scheduler="threads"):
         whole = impute(masked)
         scores = score_held_out(whole, hidden, masked)
-    with (
-        dask.config.set(RESTARTS),
-        LocalCluster(n_workers=4, threads_per_worker=1, dashboard_address=":0", silence_logs="CRITICAL") as cluster,
-        Client(cluster) as client,
-    ):
+    with connect(cluster="local", workers=4, threads=1) as client:
         client.register_plugin(faults.Faults(VISIT, tmp_path / "calls", {20: faults.die}, each=True))
         result = impute(masked, checkpoint=tmp_path / "c", checkpoint_every=5)
         same(result, (whole.left.compute(scheduler="threads"), whole.right))

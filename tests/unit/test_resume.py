@@ -18,7 +18,7 @@ from test_checkpoint import edited, of_manifest, truncated
 from scialm_dask import Confidence, ExpressionMatrix, Imputation, InputError, impute, resume
 from scialm_dask.data.checkpoint import Checkpoints
 from scialm_dask.errors import OutputError, StoppedError
-from scialm_dask.events import Iteration, Note
+from scialm_dask.events import Iteration, Note, Stage
 from scialm_dask.run.keeper import Checkpointing, cadence
 
 COUNTS = low_rank_counts(240, 180, density=0.3, seed=3)
@@ -77,7 +77,6 @@ def stopping(folder, after, **options):
     ("name", "after", "scratch"),
     [
         *((name, after, s) for name, after in [("auto", 13), ("auto", 16), ("paper", 25)] for s in ("memory", "zarr")),
-        ("denoise", 100, "memory"),
         ("auto", 25, "zarr"),  # while held-out entries are given back
     ],
 )
@@ -109,13 +108,36 @@ def test_every_pass_is_a_place_to_stop(whole, matrix, tmp_path):
     same(result, whole("auto"))
 
 
-def test_fits_that_choose_the_zeros_are_not_repeated(whole, matrix, tmp_path):
+@pytest.mark.parametrize(("stage", "iteration"), [("choosing zeros", 3), ("iterating", 6)])
+def test_fits_that_choose_the_zeros_are_not_repeated(whole, matrix, tmp_path, stage, iteration):
+    """Stopped in the third of them, and after them."""
+    began, asked = [], []
+
+    def listen(event):
+        if isinstance(event, Stage):
+            began.append(event.name)
+        elif isinstance(event, Iteration) and began[-1] == stage and event.iteration == iteration:
+            asked.append(stage == "iterating" or began.count(stage) == 3)
+
     with pytest.raises(StoppedError):
-        impute(matrix, checkpoint=stopping(tmp_path / "c", 60), **RUNS["denoise"])
-    passes = []
-    result = resume(tmp_path / "c", stop=lambda: passes.append(1) or False)
-    assert len(passes) < 80  # of 114
+        impute(
+            matrix, checkpoint=Checkpointing(tmp_path / "c", stop=lambda: any(asked)), listen=listen, **RUNS["denoise"]
+        )
+    first, began = began, []
+    result = resume(tmp_path / "c", listen=listen)
+    if stage == "iterating":
+        assert "choosing zeros" not in began
+        assert result.summary["resumed_after_iteration"] == iteration
+    else:  # the one that was cut short is made again
+        assert first.count("choosing zeros") == 3
+        assert began.count("choosing zeros") >= 1
+        assert (first + began).count("choosing zeros") == 1 + len(tried(tmp_path / "c"))
     same(result, whole("denoise"))
+
+
+def tried(folder):
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.notes()["tried"]
 
 
 def test_confidence_by_cell_and_gene_and_a_matrix_in_memory(tmp_path):
