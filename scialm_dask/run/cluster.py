@@ -43,11 +43,14 @@ class Team:
         Tasks that each runs at once.
     memory
         Bytes that each may take before it stops taking tasks; None if nothing but the machine sets a limit.
+    resident
+        Bytes that the largest of them holds now; None for threads of this process.
     """
 
     workers: int
     threads: int
     memory: int | None
+    resident: int | None = None
 
 
 def _say_nothing(_: str) -> None:
@@ -144,7 +147,8 @@ def team() -> Team:
     pause = float(dask.config.get("distributed.worker.memory.pause") or 1)
     limits = [worker["memory_limit"] for worker in workers.values() if worker["memory_limit"]]
     threads = max(worker["nthreads"] for worker in workers.values())
-    return Team(len(workers), threads, int(pause * min(limits)) if limits else None)
+    resident = max(int(worker["metrics"]["memory"]) for worker in workers.values())
+    return Team(len(workers), threads, int(pause * min(limits)) if limits else None, resident)
 
 
 def _patient() -> dict[str, Any]:

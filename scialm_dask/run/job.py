@@ -218,7 +218,7 @@ def _attempt(job: Job, keeper: Keeper, listen: Listener) -> Imputation:
     """Make the run once."""
     began = time.perf_counter()
     matrix, here = job.matrix.for_workers(), team()
-    need = forecast(matrix, job.settings, here.threads, here.workers)
+    need = forecast(matrix, job.settings, here.threads, here.workers, here.resident)
     folder_for_scratch = job.scratch_folder or dask.config.get("temporary-directory", None) or tempfile.gettempdir()
     of_workers = here.memory is not None and here.memory < (job.memory_limit or math.inf)
     scratch = place_scratch(

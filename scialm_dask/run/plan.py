@@ -34,6 +34,7 @@ _LIKELY_RANK = (
     0.65  # times √N: where the paper's runs end (0.55 to 0.64 on three data sets; √2 is the most there can be)
 )
 _STARTED = 200 << 20  # what compiling, reading and scheduling add to a process that has imported everything
+_IMPORTED = 250 << 20  # what a worker holds once it has imported everything
 _STOP_AT = 0.03  # threshold, relative to the first, at which held-out stops were seen
 
 
@@ -85,7 +86,13 @@ class Forecast:
         return 5 + self.iterations * self.passes_per_iteration
 
 
-def forecast(matrix: ExpressionMatrix, settings: Settings, threads: int | None = None, workers: int = 1) -> Forecast:
+def forecast(
+    matrix: ExpressionMatrix,
+    settings: Settings,
+    threads: int | None = None,
+    workers: int = 1,
+    resident: int | None = None,
+) -> Forecast:
     """Foresee what a run will take; reads nothing.
 
     Parameters
@@ -98,6 +105,8 @@ def forecast(matrix: ExpressionMatrix, settings: Settings, threads: int | None =
         Tasks that one process runs at once.
     workers
         Number of processes, among which the blocks are shared out.
+    resident
+        Bytes that the largest of them holds already; None for this process.
     """
     threads = threads or int(dask.config.get("num_workers", None) or CPU_COUNT)
     (m, n), n_observed = matrix.shape, matrix.n_stored
@@ -115,7 +124,7 @@ def forecast(matrix: ExpressionMatrix, settings: Settings, threads: int | None =
     products = threads * task + _FLOAT * panel * levels + _DOUBLE * panel * _DRIVER_PANELS
     if exact:
         products = max(products, _short_side_memory((m, n), rows, rank, threads, levels))
-    working = _base_memory() + products + _DOUBLE * n * n_blocks
+    working = _base_memory(resident) + products + _DOUBLE * n * n_blocks
     kept = 1 if settings.stop == "held-out" else 0  # the estimate of the best iteration
     state = _FLOAT * ((2 + kept) * n_observed + m * (2 * wanted + 2 * rank))
     blocks = 2 * _FLOAT * n_observed
@@ -153,8 +162,10 @@ def _likely_rank(settings: Settings, short_side: int, n_observed: int) -> int:
     return most if settings.max_rank else min(most, max(1, int(_LIKELY_RANK * math.sqrt(n_observed))))
 
 
-def _base_memory() -> int:
-    return int(psutil.Process().memory_info().rss) + _STARTED
+def _base_memory(resident: int | None) -> int:
+    if resident is None:
+        return int(psutil.Process().memory_info().rss) + _STARTED
+    return max(resident, _IMPORTED) + _STARTED  # a worker that has done nothing yet has imported nothing either
 
 
 def usable_memory() -> int:
@@ -250,7 +261,7 @@ def time_of_pass(matrix: ExpressionMatrix, width: int, threads: int | None = Non
 def plan(matrix: ExpressionMatrix, settings: Settings) -> dict[str, Any]:
     """Say what a run will take, for people: the forecast and an estimate of the time after timing one block."""
     here = team()
-    need = forecast(matrix, settings, here.threads, here.workers)
+    need = forecast(matrix, settings, here.threads, here.workers, here.resident)
     seconds = time_of_pass(matrix, need.basis_width, here.threads * here.workers)
     return {
         "n_cells": matrix.shape[0],

@@ -17,7 +17,7 @@ from scialm_dask.run.job import complete_matrix
 def cells(store_of):
     """Counts that pass the publication's thresholds, but for two cells."""
     rng = np.random.default_rng(0)
-    rates = rng.gamma(1, 1, (60, 3)) @ rng.gamma(0.5, 1, (3, 500))
+    rates = rng.gamma(1, 1, (100, 3)) @ rng.gamma(0.5, 1, (3, 500))
     X = rng.poisson(rates)
     X[0, 20:] = 0  # few genes
     X[1, 3] = 5000  # dying
@@ -32,8 +32,8 @@ def test_matrices_are_cleaned_tabled_and_drawn(cli, cells, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["figures"] == 5
     table = pd.read_csv(folder / "table2.csv").iloc[0]
-    assert (table["cells before"], table["genes before"], table["cells after"]) == (60, 500, 58)
-    assert "60 | 500 | 58" in (folder / "README.md").read_text()
+    assert (table["cells before"], table["genes before"], table["cells after"]) == (100, 500, 98)
+    assert "100 | 500 | 98" in (folder / "README.md").read_text()
 
 
 @pytest.mark.slow
