@@ -17,7 +17,7 @@ from scialm_dask.run.job import complete_matrix
 def cells(store_of):
     """Counts that pass the publication's thresholds, but for two cells."""
     rng = np.random.default_rng(0)
-    rates = rng.gamma(1, 1, (100, 3)) @ rng.gamma(0.5, 1, (3, 500))
+    rates = rng.gamma(4, 0.5, (100, 3)) @ rng.gamma(0.5, 1, (3, 500))
     X = rng.poisson(rates)
     X[0, 20:] = 0  # few genes
     X[1, 3] = 5000  # dying
