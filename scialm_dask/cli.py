@@ -80,7 +80,7 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--scheduler", default=None, metavar="ADDRESS", help="Compute on this running scheduler.")
     @click.option("--scheduler-file", default=None, metavar="FILE", help="The same, by the file that it has written.")
     @click.option("--cluster", default=None, metavar="KIND", help="Start local, slurm, pbs, sge or lsf workers.")
-    @click.option("--workers", type=click.IntRange(min=1), default=None, help="Of --cluster: number of processes.")
+    @click.option("--workers", type=click.IntRange(min=1), default=None, help="Processes to start, or to wait for.")
     @click.option("--threads", type=click.IntRange(min=1), default=None, help="Of each worker, or of this process.")
     @click.option("--worker-memory", default=None, help="Of each worker of --cluster, such as 8GB.")
     @click.option("--tls/--no-tls", default=None, help="Encrypt and authenticate all connections.")
@@ -183,7 +183,10 @@ def qc(
     min_cells: int | None,
     **source: Any,
 ) -> dict[str, Any]:
-    """Drop poor cells, then rare genes; scale every cell to the median total. No logarithm."""
+    """Drop poor cells, then rare genes; scale every cell to the median total. No logarithm.
+
+    The counts are kept in layer counts, for `impute --layer counts --preset denoise`.
+    """
     from scialm_dask.data.quality import Thresholds, quality_control
 
     thresholds = Thresholds(min_genes, max_genes, max_mito, mito_prefix, min_cells)
@@ -194,7 +197,7 @@ def qc(
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
 @click.option("--fraction", type=float, default=0.1, help="Share of the non-zeros of each gene to hide.")
-@click.option("--seed", type=int, default=0, help="Which ones.")
+@click.option("--seed", type=int, default=0, help="Of the random choice.")
 @layer_option
 @missing_chunks_option
 @overwrite_option
@@ -209,11 +212,11 @@ def mask(src: str, dst: str, **options: Any) -> dict[str, Any]:
 
 @main.command()
 @click.argument("dst", metavar="DST.zarr")
-@click.option("--cells", type=int, required=True)
-@click.option("--genes", type=int, required=True)
+@click.option("--cells", type=int, required=True, help="Number of cells.")
+@click.option("--genes", type=int, required=True, help="Number of genes.")
 @click.option("--density", type=float, default=0.05, help="Share of the entries that are not zero.")
 @click.option("--rank", type=int, default=20, help="Number of expression programs.")
-@click.option("--seed", type=int, default=0)
+@click.option("--seed", type=int, default=0, help="Of all random draws.")
 @overwrite_option
 @reports
 @shows_progress

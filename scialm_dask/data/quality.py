@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
+from scialm_dask.data.annotated import refuse_logarithms
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.data.store import atomic_store, check_output, new_anndata
 from scialm_dask.data.writer import CSRWriter
@@ -88,8 +90,8 @@ def quality_control(
         Counts: whatever `ExpressionMatrix.open` reads.
     destination
         AnnData Zarr store to write: X (float32), ``var``, and ``obs`` with ``total_counts`` (raw, over the chosen
-        genes: multiply row i by ``total_counts[i]`` / median to have the counts back), ``n_genes`` and ``pct_mito``
-        (over all genes, as compared with the thresholds). Other layers are left out.
+        genes), ``n_genes`` and ``pct_mito`` (over all genes, as compared with the thresholds). The counts themselves
+        are kept in ``layers["counts"]``, if they are whole numbers. Other layers are left out.
     thresholds
         What to keep; all by default.
     layer
@@ -110,13 +112,14 @@ def quality_control(
     Raises
     ------
     InputError
-        If the source cannot be used or nothing would be left.
+        If the source cannot be used, holds logarithms, or nothing would be left.
     OutputError
         If the destination cannot be written.
     """
     thresholds = thresholds or Thresholds()
     check_output(destination, overwrite=overwrite, sources=(source,))
     matrix = ExpressionMatrix.open(source, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
+    refuse_logarithms(matrix, source, layer)
     is_mito = mitochondrial(matrix, thresholds)
     step = 1 / _PASSES / len(matrix.blocks)
     advance = begin(listen, "quality control")
@@ -129,7 +132,8 @@ def quality_control(
     if not keep_cells.any() or not keep_genes.any():
         what = "cell" if not keep_cells.any() else "gene"
         raise InputError(f"{matrix.name}: no {what} passes the thresholds ({thresholds}); loosen them")
-    totals = _totals(matrix, keep_genes, lambda: advance(step))[keep_cells]
+    all_totals, whole = _totals(matrix, keep_genes, lambda: advance(step))
+    totals = all_totals[keep_cells]
     if not totals.any():
         raise InputError(f"{matrix.name}: no counts are left after the thresholds ({thresholds}); loosen them")
     median = float(np.median(totals[totals > 0]))
@@ -141,7 +145,8 @@ def quality_control(
     scale[keep_cells] = np.divide(median, totals, out=np.zeros_like(totals), where=totals > 0)
     with atomic_store(destination, overwrite=overwrite, sources=(source,)) as partial:
         root = new_anndata(partial, obs=obs, var=matrix.var[keep_genes])
-        n_observed = _write_scaled(root, matrix, keep_cells, keep_genes, scale, lambda: advance(step))
+        kept = _kept(matrix, keep_cells, keep_genes, lambda: advance(step))
+        n_observed = _write(root, kept, scale[keep_cells], n_genes=int(keep_genes.sum()), with_counts=whole)
         zarr.consolidate_metadata(root.store)
     return {
         "destination": os.fspath(destination),
@@ -197,7 +202,9 @@ def chosen_cells(cells: CellMeasures, thresholds: Thresholds) -> NDArray[np.bool
     return keep
 
 
-def _cells_of_genes(matrix: ExpressionMatrix, keep_cells: NDArray[np.bool_], tick: Any) -> NDArray[np.int64]:
+def _cells_of_genes(
+    matrix: ExpressionMatrix, keep_cells: NDArray[np.bool_], tick: Callable[[], None]
+) -> NDArray[np.int64]:
     """For each gene, the number of kept cells that have counts of it."""
     n_cells_of = np.zeros(matrix.shape[1], np.int64)
     for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
@@ -206,33 +213,49 @@ def _cells_of_genes(matrix: ExpressionMatrix, keep_cells: NDArray[np.bool_], tic
     return n_cells_of
 
 
-def _totals(matrix: ExpressionMatrix, keep_genes: NDArray[np.bool_], tick: Any) -> NDArray[np.float64]:
-    """For each cell, its total over the kept genes."""
-    totals = np.zeros(matrix.shape[0])
+def _totals(
+    matrix: ExpressionMatrix, keep_genes: NDArray[np.bool_], tick: Callable[[], None]
+) -> tuple[NDArray[np.float64], bool]:
+    """Give the total of each cell over the kept genes, and whether all values are whole numbers."""
+    totals, whole = np.zeros(matrix.shape[0]), True
     weights = keep_genes.astype(np.float64)
     for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
         totals[start:stop] = block @ weights
+        whole = whole and not np.any(block.data % 1)
         tick()
-    return totals
+    return totals, whole
 
 
-def _write_scaled(
-    root: zarr.Group,
-    matrix: ExpressionMatrix,
-    keep_cells: NDArray[np.bool_],
-    keep_genes: NDArray[np.bool_],
-    scale: NDArray[np.float64],
-    tick: Any,
-) -> int:
+def _kept(
+    matrix: ExpressionMatrix, keep_cells: NDArray[np.bool_], keep_genes: NDArray[np.bool_], tick: Callable[[], None]
+) -> Iterator[sp.csr_matrix]:
+    """Stream what is left of each block."""
     columns = np.flatnonzero(keep_genes)
-    n_observed = 0
-    with CSRWriter(root, "X", n_columns=len(columns)) as writer:
-        for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
-            rows = np.flatnonzero(keep_cells[start:stop])
-            kept = block[rows][:, columns]
-            factors = np.repeat(scale[start:stop][rows], np.diff(kept.indptr))
-            values = (kept.data * factors).astype(np.float32)
-            writer.append(sp.csr_matrix((values, kept.indices, kept.indptr), shape=kept.shape))
-            n_observed += kept.nnz
-            tick()
+    for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
+        yield block[np.flatnonzero(keep_cells[start:stop])][:, columns]
+        tick()
+
+
+def _write(
+    root: zarr.Group,
+    blocks: Iterator[sp.csr_matrix],
+    factors: NDArray[np.float64],
+    *,
+    n_genes: int,
+    with_counts: bool,
+) -> int:
+    """Write cells multiplied by their factors, and as they are; return the number of entries."""
+    first = n_observed = 0
+    with ExitStack() as opened:
+        scaled = opened.enter_context(CSRWriter(root, "X", n_columns=n_genes))
+        layers = ["layers/counts"] if with_counts else []
+        counts = [opened.enter_context(CSRWriter(root, name, n_columns=n_genes)) for name in layers]
+        for block in blocks:
+            repeated = np.repeat(factors[first : first + block.shape[0]], np.diff(block.indptr))
+            values = (block.data * repeated).astype(np.float32)
+            scaled.append(sp.csr_matrix((values, block.indices, block.indptr), shape=block.shape))
+            for writer in counts:
+                writer.append(block)
+            first += block.shape[0]
+            n_observed += block.nnz
     return n_observed

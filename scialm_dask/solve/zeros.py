@@ -44,12 +44,15 @@ class Choice:
         Of the singular values, for the whole counts.
     score
         Squared error on the test molecules less that of predicting nothing; lower is better.
+    passes
+        Over the data, that finding it took.
     """
 
     omega: float
     gene_exponent: float
     threshold: float
     score: float
+    passes: int = 0
 
 
 def choose_zeros(
@@ -86,7 +89,8 @@ def choose_zeros(
     """
     if not found.integer or matrix.observed == "finite":
         raise InputError(
-            f"{matrix.name}: not whole numbers; count splitting needs raw counts: give those, or use preset auto"
+            f"{matrix.name}: not whole numbers; count splitting needs raw counts: give those (`qc` keeps them in layer "
+            "counts), or use preset auto"
         )
     reference = prepare(
         matrix,
@@ -114,7 +118,7 @@ def choose_zeros(
         stop = _SplitStop(operator, reference, _ratio(reference.scales.gene, train.scales.gene), settings)
         complete(operator, scaled, listen, stop)
         operator.release()
-        choice = Choice(omega, gene_exponent, stop.threshold / math.sqrt(TRAIN_SHARE), stop.lowest)
+        choice = Choice(omega, gene_exponent, stop.threshold / math.sqrt(TRAIN_SHARE), stop.lowest, operator.passes)
         tried[omega, gene_exponent] = choice
         after()
         return choice

@@ -22,6 +22,7 @@ def oracle(path, min_genes, max_genes, max_mito, min_cells):
     sc.pp.filter_cells(adata, min_genes=min_genes)
     sc.pp.filter_genes(adata, min_cells=min_cells)
     adata.obs["raw"] = adata.X.sum(axis=1).A1
+    adata.layers["counts"] = adata.X.copy()
     adata.X = adata.X.astype(np.float64)
     sc.pp.normalize_total(adata)
     return adata
@@ -36,6 +37,7 @@ def compare(got, expected):
     assert got.X.dtype == np.float32
     assert got.X.nnz == expected.X.nnz
     np.testing.assert_allclose(got.X.toarray(), expected.X.toarray(), rtol=1e-6)
+    assert (got.layers["counts"] != expected.layers["counts"]).nnz == 0
 
 
 def test_agrees_with_scanpy(cli, counts, store_of, tmp_path):
@@ -103,3 +105,19 @@ def test_thresholds_that_leave_nothing_are_refused(counts, store_of, tmp_path, l
 def test_a_matrix_without_counts_is_refused(store_of, tmp_path):
     with pytest.raises(InputError, match="no entry is observed"):
         quality_control(store_of(sp.csr_matrix((9, 4))), tmp_path / "q.zarr")
+
+
+def test_what_is_no_count_is_not_kept_as_counts(counts, store_of, tmp_path):
+    quality_control(store_of(counts * np.float32(0.7)), tmp_path / "q.zarr")
+    assert "counts" not in anndata.read_zarr(tmp_path / "q.zarr").layers
+
+
+def test_cells_can_be_denoised_after_it(cli, store_of, tmp_path):
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(rng.gamma(2, 1, (150, 2)) @ rng.gamma(2, 0.3, (2, 60)))
+    quality_control(store_of(sp.csr_matrix(counts)), tmp_path / "q.zarr")
+    refused = cli("impute", tmp_path / "q.zarr", tmp_path / "r.zarr", "--preset", "denoise")
+    assert refused.exit_code == 2
+    assert "layer counts" in refused.stderr
+    done = cli("impute", tmp_path / "q.zarr", tmp_path / "r.zarr", "--preset", "denoise", "--layer", "counts")
+    assert done.exit_code == 0, done.stderr
