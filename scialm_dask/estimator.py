@@ -30,7 +30,7 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
     ----------
     preset
         ``"auto"`` stops before noise is fitted; ``"paper"`` is the published method; ``"denoise"`` trusts zeros as
-        far as is best, and completes only the cells of the fit.
+        far as is best, and needs raw counts.
     max_rank, max_iterations, scaling, validation
         As in `Settings`; None leaves the preset's.
     observed
@@ -144,7 +144,7 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
         Raises
         ------
         InputError
-            If X cannot be used, or the fit gave zeros weight, as preset ``"denoise"`` does.
+            If X cannot be used.
         """
         check_is_fitted(self)
         return self.imputation_.transform(self._matrix(X, reset=False)).to_dask()

@@ -65,6 +65,8 @@ class CellModel:
         Cells were multiplied with (size factor / `centre`)^−cell_exponent.
     centre
         Geometric mean of the size factors.
+    confidence
+        In zeros, float32, shape ``(n,)``.
     """
 
     gene_scale: NDArray[np.float32]
@@ -74,6 +76,7 @@ class CellModel:
     raw_counts: bool
     cell_exponent: float
     centre: float
+    confidence: NDArray[np.float32]
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> CellModel:
@@ -86,6 +89,7 @@ class CellModel:
             raw_counts=bool(stored["raw_counts"]),
             cell_exponent=float(stored["cell_exponent"]),
             centre=float(stored["centre"]),
+            confidence=np.asarray(stored["confidence"]),
         )
 
 
@@ -224,8 +228,8 @@ class Imputation:
         Raises
         ------
         InputError
-            If too few genes match, names are ambiguous, one is of raw counts and the other not, or zeros had weight
-            in the fit.
+            If too few genes match, names are ambiguous, one is of raw counts and the other not, or zeros were
+            trusted cell by cell in the fit.
         """
         from scialm_dask.solve.transform import transform
 

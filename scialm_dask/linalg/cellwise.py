@@ -1,9 +1,10 @@
-"""One small problem for each row: regularised least squares on its observed entries, with the right factor given.
+"""One small problem for each row: regularised least squares on its entries, with the right factor given.
 
-A row with observed values d at columns Ω, and prior mean μ and precision P (r × r), has the left factor
+A row with observed values d at columns Ω, zeros elsewhere that are trusted as far as ω says, column by column, and
+prior mean μ and precision P (r × r), has the left factor
 
-    u = argmin  Σ_Ω (d − u·v)² + (u − μ)ᵀ P (u − μ)
-      = (V_ΩᵀV_Ω + P)⁻¹ (V_Ωᵀd + Pμ)
+    u = argmin  Σ_Ω (d − u·v)² + Σ_rest ω (u·v)² + (u − μ)ᵀ P (u − μ)
+      = (Vᵀdiag(ω)V + Σ_Ω (1 − ω) v vᵀ + P)⁻¹ (V_Ωᵀd + Pμ)
 
 Each row costs O(|Ω| r² + r³). Float64 throughout; the interpreter lock is released.
 """
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from scialm_dask.linalg.kernels import Doubles, Floats
 
-__all__ = ["RowProblems", "column_minima", "leave_one_out", "solve_rows"]
+__all__ = ["RowProblems", "column_minima", "cross_validation", "leave_one_out", "solve_rows"]
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
 
@@ -33,7 +34,9 @@ class RowProblems(NamedTuple):
     values: Floats
 
 
-def solve_rows(rows: RowProblems, right: Floats, precision: Doubles, mean: Doubles) -> Floats:
+def solve_rows(
+    rows: RowProblems, right: Floats, precision: Doubles, mean: Doubles, confidence: Floats | None = None
+) -> Floats:
     """Left factors, float32, shape ``(m, r)``.
 
     Parameters
@@ -44,14 +47,37 @@ def solve_rows(rows: RowProblems, right: Floats, precision: Doubles, mean: Doubl
         V, shape ``(n, r)``.
     precision, mean
         Of the prior: P, symmetric positive definite, ``(r, r)``, and μ, ``(r,)``.
+    confidence
+        ω of zeros, shape ``(n,)``; None where they are unknown.
     """
     left = np.empty((len(rows.indptr) - 1, right.shape[1]), np.float32)
-    _solve_rows(*rows, right.astype(np.float64), precision, precision @ mean, left)
+    wide, lighter, gram = _trusting(right, confidence)
+    _solve_rows(*rows, wide, lighter, gram + precision, precision @ mean, left)
     return left
 
 
+def cross_validation(rows: RowProblems, right: Floats, precision: Doubles, mean: Doubles, confidence: Floats) -> float:
+    """Error with which rows predict entries that they have not seen, by generalised cross-validation.
+
+    Takes what `solve_rows` takes. Each row's misfit, zeros included, is divided by (1 − p/n)², with p = r − tr(A⁻¹P)
+    the parameters in use, A the matrix that is inverted, and n the number of columns where ω is not zero.
+    """
+    wide, lighter, gram = _trusting(right, confidence)
+    n_columns = int(np.count_nonzero(confidence))
+    return float(_cross_validation(*rows, wide, lighter, gram, precision, precision @ mean, n_columns))
+
+
+def _trusting(right: Floats, confidence: Floats | None) -> tuple[Doubles, Doubles, Doubles]:
+    """Give V, (1 − ω) V and Vᵀdiag(ω)V."""
+    wide = right.astype(np.float64)
+    if confidence is None:
+        return wide, wide, np.zeros((right.shape[1],) * 2)
+    trusted = confidence[:, None] * wide
+    return wide, wide - trusted, wide.T @ trusted
+
+
 def leave_one_out(rows: RowProblems, right: Floats, precision: Doubles, mean: Doubles) -> float:
-    """Sum of (d − u·v)² over the observed entries, each predicted from the others of its row.
+    """Sum of (d − u·v)² over the observed entries, each predicted from the others of its row; zeros are unknown.
 
     Takes what `solve_rows` takes. Leaving out entry j of a row turns its misfit e into e / (1 − h), where
     h = vᵀ (V_ΩᵀV_Ω + P)⁻¹ v.
@@ -69,25 +95,27 @@ def column_minima(left: Floats, right: Floats) -> Floats:
 
 
 @_jit
-def _normal_equations(indptr, indices, values, i, right, gram, linear):  # type: ignore[no-untyped-def]
-    """Add V_ΩᵀV_Ω to the lower triangle of `gram`, and V_Ωᵀd to `linear`."""
+def _normal_equations(indptr, indices, values, i, right, lighter, gram, linear):  # type: ignore[no-untyped-def]
+    """Add Σ_Ω (1 − ω) v vᵀ to the lower triangle of `gram`, and V_Ωᵀd to `linear`."""
     rank = right.shape[1]
     k, end = indptr[i], indptr[i + 1]
     while k + 4 <= end:  # four at a time: the triangle is loaded and stored once for all
-        v0, v1, v2, v3 = right[indices[k]], right[indices[k + 1]], right[indices[k + 2]], right[indices[k + 3]]
+        j0, j1, j2, j3 = indices[k], indices[k + 1], indices[k + 2], indices[k + 3]
+        v0, v1, v2, v3 = right[j0], right[j1], right[j2], right[j3]
         d0, d1, d2, d3 = values[k], values[k + 1], values[k + 2], values[k + 3]
         for s in range(rank):
-            x0, x1, x2, x3 = v0[s], v1[s], v2[s], v3[s]
-            linear[s] += x0 * d0 + x1 * d1 + x2 * d2 + x3 * d3
+            linear[s] += v0[s] * d0 + v1[s] * d1 + v2[s] * d2 + v3[s] * d3
+            x0, x1, x2, x3 = lighter[j0, s], lighter[j1, s], lighter[j2, s], lighter[j3, s]
             row = gram[s]
             for t in range(s + 1):
                 row[t] += x0 * v0[t] + x1 * v1[t] + x2 * v2[t] + x3 * v3[t]
         k += 4
     while k < end:
-        v0 = right[indices[k]]
+        j0 = indices[k]
+        v0 = right[j0]
         for s in range(rank):
-            x0 = v0[s]
-            linear[s] += x0 * values[k]
+            linear[s] += v0[s] * values[k]
+            x0 = lighter[j0, s]
             row = gram[s]
             for t in range(s + 1):
                 row[t] += x0 * v0[t]
@@ -125,10 +153,10 @@ def _backward(lower, x):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _solve_rows(indptr, indices, values, right, precision, shift, left):  # type: ignore[no-untyped-def]
+def _solve_rows(indptr, indices, values, right, lighter, common, shift, left):  # type: ignore[no-untyped-def]
     for i in range(len(indptr) - 1):
-        gram, x = precision.copy(), shift.copy()
-        _normal_equations(indptr, indices, values, i, right, gram, x)
+        gram, x = common.copy(), shift.copy()
+        _normal_equations(indptr, indices, values, i, right, lighter, gram, x)
         _cholesky(gram)
         _forward(gram, x)
         _backward(gram, x)
@@ -140,7 +168,7 @@ def _leave_one_out(indptr, indices, values, right, precision, shift):  # type: i
     error = 0.0
     for i in range(len(indptr) - 1):
         gram, x = precision.copy(), shift.copy()
-        _normal_equations(indptr, indices, values, i, right, gram, x)
+        _normal_equations(indptr, indices, values, i, right, right, gram, x)
         _cholesky(gram)
         _forward(gram, x)
         for k in range(indptr[i], indptr[i + 1]):
@@ -152,4 +180,33 @@ def _leave_one_out(indptr, indices, values, right, precision, shift):  # type: i
                 leverage += v[t] * v[t]
             gap = (values[k] - predicted) / (1 - leverage)
             error += gap * gap
+    return error
+
+
+@_jit
+def _cross_validation(indptr, indices, values, right, lighter, zeros, precision, shift, n_columns):  # type: ignore[no-untyped-def]
+    error, rank = 0.0, right.shape[1]
+    for i in range(len(indptr) - 1):
+        gram, x = zeros + precision, shift.copy()
+        _normal_equations(indptr, indices, values, i, right, lighter, gram, x)
+        _cholesky(gram)
+        _forward(gram, x)
+        _backward(gram, x)
+        misfit = 0.0  # Σ_Ω (d − a)² + Σ_rest ω a²
+        for s in range(rank):
+            for t in range(rank):
+                misfit += x[s] * zeros[s, t] * x[t]
+        for k in range(indptr[i], indptr[i + 1]):
+            a = rest = 0.0
+            for t in range(rank):
+                a += x[t] * right[indices[k], t]
+                rest += x[t] * lighter[indices[k], t]
+            misfit += (values[k] - a) ** 2 - a * (a - rest)
+        unused = 0.0
+        for t in range(rank):
+            column = precision[t].copy()
+            _forward(gram, column)
+            _backward(gram, column)
+            unused += column[t]
+        error += misfit / (1 - (rank - unused) / n_columns) ** 2
     return error

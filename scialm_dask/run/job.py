@@ -296,10 +296,12 @@ def _complete(
     listen(Stage("iterating", iterations=need.iterations))
     completion = complete(operator, settings, listen, stop, state=state, after=keeper.after_iteration)
     keeper.check_source()
+    factors = None if confidence is None else refit_kept(operator)
     report = make_report(matrix, found, blocks, operator, completion, settings)
+    report["passes"] += sum(choice.passes for choice in keeper.tried.values())
     if state is not None:
         report["resumed_after_iteration"] = len(state.history)
-    return make_result(matrix, blocks, operator, report, None if confidence is None else refit_kept(operator))
+    return make_result(matrix, blocks, operator, report, factors)
 
 
 def refit_kept(operator: LowRankPlusSparse) -> Floats:

@@ -89,7 +89,7 @@ def make_result(
         summary=report,
         history=history,
         clip=matrix.observed == "nonzero",
-        model=None if blocks.confidence is not None else cell_model(lefts, blocks, report),
+        model=None if blocks.has_row_confidence else cell_model(lefts, blocks, report),
     )
     result.summary["mean_imputed_over_observed"] = _mean(result) / report.pop("mean_observed")
     return result

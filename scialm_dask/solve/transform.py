@@ -17,7 +17,7 @@ from scialm_dask.data.factors import CellModel, Imputation
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
 from scialm_dask.errors import InputError
-from scialm_dask.linalg.cellwise import RowProblems, leave_one_out, solve_rows
+from scialm_dask.linalg.cellwise import RowProblems, cross_validation, leave_one_out, solve_rows
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.solve.scaling import PreparedBlocks
 
@@ -36,11 +36,12 @@ def transform(
 ) -> Imputation:
     """Complete cells that were not in the fit, with its gene factors.
 
-    The left factor of a cell minimises the weighted squares of what its observed entries miss, on the scale on which
-    the noise of genes is even, plus the distance from the cells of the fit: their mean, and their covariance over
-    the noise. The noise is the one at which the new cells themselves predict each of their observed entries best
-    from the others (leave-one-out, in closed form, on a thousand of them at most); the residual of the fit, which
-    the gene factors were made to lower, is only where the search begins.
+    The left factor of a cell minimises the weighted squares of what its entries miss, on the scale on which the noise
+    of genes is even, plus the distance from the cells of the fit: their mean, and their covariance over the noise.
+    Zeros have the weight that they had in the fit; genes that were not measured have none. The noise is the one at
+    which the new cells themselves predict their entries best, on a thousand of them at most: where zeros are unknown
+    each observed entry from the others (leave-one-out, in closed form), else by generalised cross-validation. The
+    residual of the fit, which the gene factors were made to lower, is only where the search begins.
 
     Parameters
     ----------
@@ -68,13 +69,14 @@ def transform(
     obs, names = matrix.obs, None if matrix.annotation is None else matrix.var.index
     if result.model is None:
         raise InputError(
-            "the result says nothing of other cells: zeros had weight in it, or it is not of `impute`; fit with "
-            "zeros unknown, as preset auto does"
+            "the result says nothing of other cells: zeros were trusted cell by cell in it, or it is not of `impute`; "
+            "fit with a confidence in zeros that is the same for all cells"
         )
     columns = _matching(result, names, matrix)
     sample = _sample(matrix)
     sizes, note = _size_factors(result.model, sample, obs)
-    solver = _Solver(result.model, columns, result.right * result.model.gene_scale[:, None], sizes)
+    right = result.right * result.model.gene_scale[:, None]
+    solver = _Solver(result.model, columns, right, _confidence(result.model, columns), sizes)
     noise = solver.least_noise(sample, matrix.name)
 
     import dask.array as da
@@ -115,13 +117,15 @@ class _Run(NamedTuple):
 class _Solver:
     """The problems of cells, on the scale of the fit.
 
-    ``columns`` gives for each gene of the new cells its place in the fit, or −1; ``right`` is V, ``sizes`` are the
-    size factors of all cells, None where they are the totals of what is read.
+    ``columns`` gives for each gene of the new cells its place in the fit, or −1; ``right`` is V; ``confidence`` is that
+    in zeros of each gene of the fit, None where all are unknown; ``sizes`` are the size factors of all cells, None
+    where they are the totals of what is read.
     """
 
     model: CellModel
     columns: NDArray[np.intp]
     right: Floats
+    confidence: Floats | None
     sizes: Doubles | None
 
     def problems(self, csr: sp.csr_matrix, sizes: Doubles | None) -> tuple[RowProblems, Doubles]:
@@ -146,7 +150,7 @@ class _Solver:
         return noise * inverse
 
     def least_noise(self, sample: list[_Run], name: str) -> float:
-        """Search, by factors of √2, for the noise at which the leave-one-out error of the sample is least."""
+        """Search, by factors of √2, for the noise at which the sample predicts its own entries best."""
         sizes = self.sizes
         problems = [self.problems(csr, None if sizes is None else sizes[cells])[0] for csr, cells in sample]
         values = np.concatenate([p.values for p in problems])
@@ -154,7 +158,10 @@ class _Solver:
             raise InputError(f"{name}: no entry of the sampled cells is of a gene of the fit; check the matrix")
 
         def error(noise: float) -> float:
-            return sum(leave_one_out(p, self.right, self.precision(noise), self.model.mean) for p in problems)
+            prior = self.precision(noise), self.model.mean
+            if self.confidence is None:
+                return sum(leave_one_out(p, self.right, *prior) for p in problems)
+            return sum(cross_validation(p, self.right, *prior, self.confidence) for p in problems)
 
         noise = (self.model.residual or 1.0) ** 2 * float(np.square(values, dtype=np.float64).mean())
         least = error(noise)
@@ -188,6 +195,14 @@ def _matching(result: Imputation, names: pd.Index | None, matrix: ExpressionMatr
             f"{result.var.index[0]}; {result.rank} at least, the rank of the fit, are needed"
         )
     return columns
+
+
+def _confidence(model: CellModel, columns: NDArray[np.intp]) -> Floats | None:
+    """Trust zeros as the fit did, of the genes that were measured."""
+    measured = np.zeros(len(model.confidence), bool)
+    measured[columns[columns >= 0]] = True
+    confidence = np.where(measured, model.confidence, np.float32(0))
+    return confidence if confidence.any() else None
 
 
 def _sample(matrix: ExpressionMatrix) -> list[_Run]:
@@ -237,6 +252,7 @@ def cell_model(lefts: list[Delayed], blocks: PreparedBlocks, report: Mapping[str
         raw_counts=bool(report["raw_counts"]),
         cell_exponent=0.0 if scales.cell is None else float(report["settings"]["scaling"][1]),
         centre=scales.centre,
+        confidence=np.zeros(n_genes, np.float32) if blocks.confidence is None else blocks.confidence.gene,
     )
 
 
@@ -253,6 +269,6 @@ def _solve_block(
     solver: _Solver, matrix: ExpressionMatrix, block: int, sizes: Doubles | None, precision: Doubles
 ) -> Floats:
     problems, scale = solver.problems(matrix.read_block(block), sizes)
-    left = solve_rows(problems, solver.right, precision, solver.model.mean) / scale[:, None]
+    left = solve_rows(problems, solver.right, precision, solver.model.mean, solver.confidence) / scale[:, None]
     left[np.diff(problems.indptr) == 0] = 0
     return left.astype(np.float32)

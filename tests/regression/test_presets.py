@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anndata
 import numpy as np
 import pytest
 
@@ -18,15 +19,15 @@ def truth(shared):
     return deep / deep.sum(axis=1, keepdims=True), sparse.sum(axis=1, keepdims=True)
 
 
-def compared(result, truth):
+def compared(imputed, truth):
     deep, totals = truth
-    imputed = result.to_dask().compute() / totals
+    imputed = imputed.compute() / totals
     return np.linalg.norm(imputed - deep) / np.linalg.norm(deep), imputed.mean() / deep.mean()
 
 
 def test_denoise_is_near_the_truth_and_does_not_inflate(shared, truth):
     result = impute(shared / "data" / "baron_downsampled.h5ad", preset="denoise")
-    error, inflation = compared(result, truth)
+    error, inflation = compared(result.to_dask(), truth)
     assert error <= 0.14
     assert 0.9 <= inflation <= 1.2
     assert result.rank <= 64
@@ -34,6 +35,19 @@ def test_denoise_is_near_the_truth_and_does_not_inflate(shared, truth):
 
 def test_zeros_that_count_for_nothing_inflate(shared, truth):
     """What the masking test cannot see, and the reason for the preset above."""
-    error, inflation = compared(impute(shared / "data" / "baron_downsampled.h5ad"), truth)
+    error, inflation = compared(impute(shared / "data" / "baron_downsampled.h5ad").to_dask(), truth)
     assert error > 0.3
     assert inflation > 2
+
+
+def test_cells_that_were_not_in_the_fit_come_as_near_the_truth(shared, truth, tmp_path):
+    source = shared / "data" / "baron_downsampled.h5ad"
+    cells = anndata.read_h5ad(source)
+    new = np.random.default_rng(0).random(cells.n_obs) < 0.3
+    theirs = truth[0][new], truth[1][new]
+    fitted, _ = compared(impute(source, preset="denoise").to_dask()[new], theirs)
+    transformed, inflation = compared(
+        impute(cells[~new].copy(), preset="denoise").transform(cells[new]).to_dask(), theirs
+    )
+    assert transformed <= 1.1 * fitted
+    assert 0.9 <= inflation <= 1.2

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from scialm_dask.linalg.cellwise import RowProblems, column_minima, leave_one_out, solve_rows
+from scialm_dask.linalg.cellwise import RowProblems, column_minima, cross_validation, leave_one_out, solve_rows
 
 RANK = 3
 
@@ -40,6 +40,42 @@ def test_rows_are_the_regularised_least_squares(problem):
 
 def test_a_row_without_entries_is_the_mean_of_the_prior(problem):
     np.testing.assert_allclose(solve_rows(*problem)[4], problem[3], rtol=1e-6)
+
+
+@pytest.fixture
+def confidence():
+    confidence = np.random.default_rng(3).random(31).astype(np.float32)
+    confidence[:5] = 0
+    confidence[5:9] = 1
+    return confidence
+
+
+def weighted(problem, confidence, i):
+    """All entries of a row and their weights, and the matrix that is inverted; zeros trusted."""
+    rows, right, precision, _ = problem
+    d, weights = np.zeros(31), confidence.astype(np.float64)
+    span = slice(rows.indptr[i], rows.indptr[i + 1])
+    d[rows.indices[span]], weights[rows.indices[span]] = rows.values[span], 1
+    return d, weights, right.T * weights @ right + precision
+
+
+def test_zeros_count_as_far_as_they_are_trusted(problem, confidence):
+    _, right, precision, mean = problem
+    for i, u in enumerate(solve_rows(*problem, confidence)):
+        d, weights, inverted = weighted(problem, confidence, i)
+        expected = np.linalg.solve(inverted, right.T @ (weights * d) + precision @ mean)
+        np.testing.assert_allclose(u, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cross_validation_is_the_misfit_over_what_is_left_of_the_entries(problem, confidence):
+    _, right, precision, mean = problem
+    total = 0.0
+    for i in range(9):
+        d, weights, inverted = weighted(problem, confidence, i)
+        u = np.linalg.solve(inverted, right.T @ (weights * d) + precision @ mean)
+        used = np.trace(np.linalg.solve(inverted, inverted - precision))
+        total += weights @ (d - right @ u) ** 2 / (1 - used / 26) ** 2
+    assert cross_validation(*problem, confidence) == pytest.approx(total, rel=1e-5)
 
 
 def test_leave_one_out_is_leaving_one_out(problem):

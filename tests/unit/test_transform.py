@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse as sp
 from problems import low_rank_counts
 
-from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
+from scialm_dask import Confidence, ExpressionMatrix, Imputation, InputError, impute
 from scialm_dask.data.layout import RowBlocks
 
 N_CELLS, N_GENES = 240, 90
@@ -95,9 +95,27 @@ def test_unusable_cells_are_refused(cells, fitted, change, message):
         fitted.transform(change(cells[200:]))
 
 
-def test_a_fit_that_trusts_zeros_is_refused(cells):
-    with pytest.raises(InputError, match="zeros had weight"):
-        impute(cells, zeros=0.5).transform(cells)
+@pytest.mark.parametrize("settings", [{"zeros": 0.3}, {"zeros": 1.0}, {"preset": "denoise"}])
+def test_zeros_weigh_what_they_did_in_the_fit(cells, settings, tmp_path):
+    fitted = impute(cells[:200], max_rank=6, **settings)
+    fitted.to_zarr(tmp_path / "fit.zarr")
+    again = Imputation.open(tmp_path / "fit.zarr").transform(cells[:200])[:, :]
+    assert np.linalg.norm(again - fitted[:, :]) < 0.15 * np.linalg.norm(again)
+    level = fitted.transform(cells[200:])[:, :].mean() / cells[200:].mean()
+    assert level == pytest.approx(fitted[:, :].mean() / cells[:200].mean(), rel=0.1)
+
+
+def test_zeros_of_genes_that_were_not_measured_are_unknown(cells):
+    fitted = impute(cells[:200], max_rank=6, zeros=1.0)
+    fitted.var = pd.DataFrame(index=NAMES)
+    half = fitted.transform(annotated(cells[200:, ::2], NAMES[::2]))[:, :]
+    assert half[:, 1::2].mean() > 0.7 * cells[200:, 1::2].mean()
+
+
+def test_a_fit_that_trusts_zeros_cell_by_cell_is_refused(cells):
+    confidence = Confidence(np.full(N_GENES, 0.5, np.float32), np.full(N_CELLS, 0.5, np.float32))
+    with pytest.raises(InputError, match="trusted cell by cell"):
+        impute(cells, confidence=confidence).transform(cells)
 
 
 def test_command(cli, store_of, cells, tmp_path):
