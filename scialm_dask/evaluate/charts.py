@@ -193,7 +193,7 @@ def scores_over(scores: pd.DataFrame, column: str, words: str, title: str = "") 
 def _label_ends(axes: Any, ends: list[tuple[float, float, str]]) -> None:
     """Name lines at their right ends, moved apart where they would cover each other."""
     figure = axes.figure
-    figure.canvas.draw()  # lays out, so that pixels mean something
+    figure.draw_without_rendering()  # lays out, so that pixels mean something
     box = axes.get_window_extent()
     apart = 9 * figure.dpi / 72
     placed: list[tuple[float, str]] = []
@@ -270,13 +270,18 @@ def cell_pictures(umap: dict[str, NDArray[np.float32]], labels: pd.Series, title
 
 def effort(scores: pd.DataFrame, title: str = "") -> Figure:
     """Draw the time and the memory of each method beside its error; see `method_scores`."""
-    megabytes = scores.assign(megabytes=scores["peak_bytes"] / 1e6)
+    megabytes = scores.assign(megabytes=_megabytes(scores["peak_bytes"]))
     panels = [
         ("mse", METRICS["mse"], _spread(scores["mse"])),
         ("seconds", "seconds", True),
         ("megabytes", "peak memory over that of imports, MB", True),
     ]
     return _dots(megabytes[megabytes["status"] != "quoted"], panels, title)
+
+
+def _megabytes(peaks: pd.Series) -> pd.Series:
+    """Turn bytes into MB, at least 0.1: less cannot be told from nothing, and nothing has no logarithm."""
+    return (peaks / 1e6).clip(lower=0.1)
 
 
 def costs(table: pd.DataFrame, title: str = "") -> Figure:
@@ -290,8 +295,9 @@ def costs(table: pd.DataFrame, title: str = "") -> Figure:
         Over the figure.
     """
     figure, axes = _new(1, 2, 9, 3.4)
-    panels = (("seconds", 1.0, "seconds"), ("peak_bytes", 1e6, "peak memory over that of imports, MB"))
-    for each, (column, unit, words) in zip(axes[0], panels, strict=True):
+    table = table.assign(megabytes=_megabytes(table["peak_bytes"]))
+    panels = (("seconds", "seconds"), ("megabytes", "peak memory over that of imports, MB"))
+    for each, (column, words) in zip(axes[0], panels, strict=True):
         ends: list[tuple[float, float, str]] = []
         _logarithmic(each.xaxis)
         _logarithmic(each.yaxis)
@@ -299,7 +305,7 @@ def costs(table: pd.DataFrame, title: str = "") -> Figure:
             ran = rows[rows["status"] == "ok"]
             if not len(ran):
                 continue
-            values, colour = ran[column] / unit, colour_of(str(method))
+            values, colour = ran[column], colour_of(str(method))
             each.plot(ran["cells"], values, ".-", color=colour, linewidth=2.0 if method in OURS else 1.2)
             if len(ran) < len(rows):
                 each.plot(ran["cells"].iloc[-1], values.iloc[-1], "x", color=colour, markersize=9)

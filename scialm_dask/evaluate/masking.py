@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
+from scialm_dask.data.annotated import refuse_logarithms
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.data.store import atomic_store, check_output, new_anndata
 from scialm_dask.data.writer import CSRWriter
@@ -73,7 +74,7 @@ def mask(
     Raises
     ------
     InputError
-        If the source cannot be used or no entry would be hidden.
+        If the source cannot be used, holds logarithms, or no entry would be hidden.
     OutputError
         If the destination cannot be written.
     """
@@ -81,6 +82,7 @@ def mask(
     if not 0 < fraction < 1:
         raise InputError(f"fraction is {fraction}; give the share to hide, between 0 and 1")
     matrix = ExpressionMatrix.open(source, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
+    refuse_logarithms(matrix, source, layer)
     advance = begin(listen, "masking")
     counts = gene_counts(matrix, lambda share: advance(share / 2))
     check_observed(int(counts.sum()), matrix.name)

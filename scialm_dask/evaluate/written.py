@@ -42,7 +42,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any]
     evaluation.scores.to_csv(folder / "scores.csv", index=False)
     evaluation.genes.to_csv(folder / "genes.csv.gz", index=False, float_format="%.5g")
     summary.to_csv(folder / "summary.csv", index=False)
-    (folder / "summary.md").write_text(markdown(summary))
+    (folder / "summary.md").write_text(_sections(summary, evaluation))
     if len(evaluation.clusters):
         evaluation.clusters.to_csv(folder / "clusters.csv", index=False)
         _cells(evaluation).to_csv(folder / "umap.csv.gz", index=False, float_format="%.4g")
@@ -106,6 +106,54 @@ def summary_table(evaluation: Evaluation) -> pd.DataFrame:
 
 
 _CLUSTER_COLUMNS = ("kmeans_ari", "kmeans_nmi", "leiden_ari", "leiden_nmi", "leiden_clusters", "silhouette")
+
+
+_HIDDEN = charts.METRICS | {"gene_pearson": "Pearson r, median gene"}
+_WHOLE = {
+    "relative_error": "relative error",
+    "mean_ratio": "mean imputed / mean true",
+    "pearson": "Pearson r",
+    "zeros_pearson": "Pearson r at zeros",
+}
+_COSTS = {"seconds": "seconds", "peak_bytes": "memory, MB"}
+_CLUSTERS = {
+    "kmeans_ari": "ARI, k-means",
+    "leiden_ari": "ARI, Leiden",
+    "kmeans_nmi": "NMI, k-means",
+    "leiden_nmi": "NMI, Leiden",
+    "leiden_clusters": "clusters, Leiden",
+    "silhouette": "silhouette",
+}
+
+
+def _sections(summary: pd.DataFrame, evaluation: Evaluation) -> str:
+    """Put each experiment, and the clusters found in it, into a table of its own, best first."""
+    parts, known = [], summary[summary["status"] != "quoted"]
+    for kind, of_kind in _TITLES.items():
+        for share, rows in known[known["experiment"] == kind].groupby("share", dropna=False):
+            title = of_kind.format(dataset=rows["dataset"].iloc[0], share=share)
+            if kind != "all data":
+                columns = (_HIDDEN if kind == "masking" else _WHOLE) | _COSTS
+                scored = rows[rows["method"] != "as observed"] if kind == "masking" else rows
+                parts.append(f"## {title}\n\n{_section(scored, columns)}")
+            if "kmeans_ari" in rows and rows["kmeans_ari"].notna().any():
+                clustered = rows[rows["kmeans_ari"].notna()]
+                parts.append(f"## Clusters: {title}\n\n{_section(clustered, _CLUSTERS, ascending=False)}")
+    quoted = evaluation.scores[evaluation.scores["status"] == "quoted"]
+    words = [f"- {charts.label_of(row.method)} ({row.dataset}): {row.note}\n" for row in quoted.itertuples()]
+    return "\n".join([*parts, "## Quoted\n\n" + "".join(words)] if words else parts)
+
+
+def _section(rows: pd.DataFrame, columns: dict[str, str], *, ascending: bool = True) -> str:
+    """Make a table of these columns, best first by the first of them, where what has failed says so."""
+    first, *others = [name for name in columns if name in rows and rows[name].notna().any()]
+    rows = rows.sort_values(first, ascending=ascending, kind="stable")
+    table = rows[[first, *others]].astype(object)
+    table[first] = table[first].where(rows["status"] == "ok", rows["status"])
+    if "peak_bytes" in table:
+        table["peak_bytes"] = rows["peak_bytes"] / 1e6
+    table.insert(0, "method", list(map(charts.label_of, rows["method"], rows["setting"])))
+    return markdown(table.rename(columns=columns))
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -135,8 +135,14 @@ def test_the_command_writes_tables_and_figures(cli, path, tmp_path):
         "masking-20-effort.svg",
         "over-max_rank.svg",
     }
-    for name in ("summary.md", "summary.csv", "genes.csv.gz"):
+    for name in ("summary.csv", "genes.csv.gz"):
         assert (folder / name).stat().st_size > 0
+    titles, tables = zip(
+        *(part.split("\n\n") for part in (folder / "summary.md").read_text().split("## ")[1:]), strict=True
+    )
+    assert titles[0].endswith("10% of the non-zeros hidden")
+    assert "20% of the molecules unseen, all entries" in titles[2]
+    assert "| fails | failed |" in tables[0]
     assert json.loads((folder / "evaluation.json").read_text())["versions"]["scialm-dask"]
     assert "failed: ValueError: the matrix is too nice" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

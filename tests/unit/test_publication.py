@@ -121,3 +121,20 @@ def test_a_method_that_gives_up_ends_in_a_cross():
     axes = charts.costs(pd.DataFrame(rows)).axes[0]
     assert [line.get_marker() for line in axes.lines] == [".", ".", "x"]
     assert list(axes.lines[2].get_xdata()) == [1000]
+
+
+@pytest.mark.parametrize("sizes", [[60], [60, 200, 1000]])
+def test_methods_are_named_beside_their_lines(sizes):
+    """Whatever the size of the numbers, and if a method took no memory that could be measured."""
+    rows = [
+        {"cells": size, "method": method, "status": "ok", "seconds": seconds * size, "peak_bytes": 0.0}
+        for size in sizes
+        for method, seconds in {"alra": 5e-2, "gene-mean": 1.5e-1, "magic": 40.0}.items()
+    ]
+    figure = charts.costs(pd.DataFrame(rows))
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        box, lines = axes.get_window_extent(), {line.get_color(): line for line in axes.lines}
+        for name in axes.texts:
+            end = axes.transData.transform(lines[name.get_color()].get_xydata()[-1])[1]
+            assert abs(name.get_window_extent().y0 - end) < 0.25 * box.height
