@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.matrix import check_values, read_annotation
 from scialm_dask.data.rows import StoredRows, blocks_of, check_chunks, describe, numeric, sum_duplicates
-from scialm_dask.data.store import atomic_store, check_output, new_anndata, open_store
+from scialm_dask.data.store import atomic_store, check_output, new_anndata, open_store, set_encoding
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.tenx import MatrixMarket, h5_annotation, h5_group, h5_rows, is_10x_h5
 from scialm_dask.data.transpose import Entries, columns_of, csr_of, rows_in_order
@@ -53,6 +53,7 @@ class _Source(NamedTuple):
     obs: pd.DataFrame
     var: pd.DataFrame
     notes: list[str]
+    logarithms: bool = False  # whether X is marked as such
 
 
 def convert(
@@ -68,7 +69,8 @@ def convert(
     """Write counts in any usual format as a chunked, compressed AnnData Zarr store.
 
     Memory does not grow with the number of stored values. Values keep their type; explicit zeros go and entries
-    stored twice are added. Repeated gene names are made unique as scanpy does (``-1``, ``-2``, …).
+    stored twice are added. Repeated gene names are made unique as scanpy does (``-1``, ``-2``, …). Of
+    ``uns`` nothing is kept but the mark that X holds logarithms (``uns["log1p"]``).
 
     Parameters
     ----------
@@ -111,6 +113,8 @@ def convert(
             name: _write(root, name, matrix, source, lambda share: advance(share / len(found.matrices)))
             for name, matrix in found.matrices.items()
         }
+        if found.logarithms:
+            set_encoding(root.create_group("uns/log1p"), "dict", "0.1.0")
         zarr.consolidate_metadata(root.store)
     for note in found.notes:
         listen(Note(note))
@@ -185,7 +189,9 @@ def _open_anndata(source: str, store: Any, layer: str | None, missing_chunks_are
         read_annotation(None if bare else source, axis, length) for axis, length in (("obs", n_cells), ("var", n_genes))
     )
     notes = [] if bare else _left_behind(store)
-    return _source({name: _stored(*element) for name, element in found.items()}, obs, var, notes)
+    matrices = {name: _stored(*element) for name, element in found.items()}
+    marked = layer is None and not bare and "uns/log1p" in store
+    return _source(matrices, obs, var, notes)._replace(logarithms=marked)
 
 
 def _left_behind(store: Any) -> list[str]:

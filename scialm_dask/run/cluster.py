@@ -84,7 +84,7 @@ def connect(
         Start one: ``"local"``, or ``"slurm"``, ``"pbs"``, ``"sge"`` or ``"lsf"`` as dask-jobqueue's own configuration
         describes it. Without any of the three: threads of this process.
     workers
-        Number of worker processes of `cluster`.
+        Number of worker processes of `cluster`, or to wait for at a running scheduler.
     threads
         Of each of them; without a cluster, of this process.
     worker_memory
@@ -125,7 +125,7 @@ def connect(
         stack.enter_context(dask.config.set(_patient()))
         if cluster is None:
             client = stack.enter_context(_standing(scheduler, scheduler_file, tls))
-            wanted = 1
+            wanted = workers or 1
         else:
             start = _local if cluster == "local" else _jobqueue
             client, wanted = start(stack, cluster, workers, threads, worker_memory, _temporary(tls))
@@ -169,8 +169,10 @@ def _check_places(scheduler: Any, scheduler_file: Any, cluster: Any, **given: An
         raise InputError(f"{' and '.join(named)} exclude one another; give one of them")
     if cluster is not None and cluster not in CLUSTERS:
         raise InputError(f"cluster is {cluster!r}; choose one of {', '.join(CLUSTERS)}")
-    if cluster is None and (given["workers"] is not None or given["memory"] is not None):
-        raise InputError("--workers and --worker-memory describe a cluster to start; give --cluster too")
+    if given["workers"] is not None and not named:
+        raise InputError("--workers are in other processes; give --cluster, --scheduler or --scheduler-file too")
+    if given["memory"] is not None and cluster is None:
+        raise InputError("--worker-memory describes a cluster to start; give --cluster too")
     if cluster is None and named and given["threads"] is not None:
         raise InputError(f"--threads goes with --cluster, or alone; the workers of {named[0]} have theirs already")
     if given["tls"] and not named:

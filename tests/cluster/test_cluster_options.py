@@ -103,7 +103,7 @@ def test_workers_started_for_a_command_give_what_threads_give(cli, source, tmp_p
 def test_a_running_scheduler_is_used_by_all_commands(cli, source, tmp_path, standing, expected):
     with Client(standing, set_as_default=False) as client:
         client.write_scheduler_file(str(tmp_path / "scheduler.json"))
-    where = ("--scheduler-file", tmp_path / "scheduler.json")
+    where = ("--scheduler-file", tmp_path / "scheduler.json", "--workers", "1")
     done = cli("impute", source, tmp_path / "r.zarr", *SHORT, *where)
     assert done.exit_code == 0, done.output
     np.testing.assert_allclose(factors(tmp_path / "r.zarr"), expected, rtol=1e-3, atol=1e-4)
@@ -114,6 +114,16 @@ def test_a_running_scheduler_is_used_by_all_commands(cli, source, tmp_path, stan
     told = json.loads(done.stdout.splitlines()[-1])
     assert (told["workers"], told["threads_per_worker"]) == (1, 1)
     assert told["memory_limit_bytes"] == 800_000_000  # above it a worker pauses
+
+
+def test_workers_of_a_running_scheduler_are_waited_for(standing):
+    lines = []
+    with (
+        dask.config.set({"scialm.worker-timeout": "100ms"}),
+        connect(standing.scheduler_address, workers=2, notify=lines.append),
+    ):
+        pass
+    assert lines == ["waiting for 2 workers, 0.1 s at most", "going on with 1 of 2 workers"]
 
 
 def test_relative_paths_mean_the_folder_of_the_command_not_of_the_worker(
@@ -196,8 +206,8 @@ def test_dask_has_our_commands(source):
         (("--scheduler", "tcp://h:1", "--cluster", "local"), "--scheduler and --cluster exclude one another"),
         (("--scheduler", "tcp://h:1", "--scheduler-file", "f"), "--scheduler and --scheduler-file exclude one another"),
         (("--cluster", "mesos"), "cluster is 'mesos'; choose one of local, slurm, pbs, sge, lsf"),
-        (("--workers", "2"), "describe a cluster to start; give --cluster too"),
-        (("--worker-memory", "2GB"), "describe a cluster to start; give --cluster too"),
+        (("--workers", "2"), "--workers are in other processes; give --cluster, --scheduler or --scheduler-file too"),
+        (("--worker-memory", "2GB"), "describes a cluster to start; give --cluster too"),
         (("--cluster", "local", "--worker-memory", "2 bags"), "worker memory is '2 bags'; give a number with a unit"),
         (("--scheduler", "tcp://h:1", "--threads", "2"), "the workers of --scheduler have theirs already"),
         (("--tls",), "--tls is for workers in other processes"),

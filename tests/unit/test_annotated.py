@@ -11,6 +11,9 @@ import scipy.sparse as sp
 from problems import low_rank_counts
 
 from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
+from scialm_dask.data.ingest import convert
+from scialm_dask.data.quality import quality_control
+from scialm_dask.evaluate.masking import mask
 
 SETTINGS = {"max_rank": 6, "validation": 0.05, "max_iterations": 8}
 OLD_FORMAT = "ignore:Writing zarr v2 data will no longer be the default"
@@ -183,6 +186,17 @@ def test_logarithms_in_a_file_are_refused_and_counts_under_the_mark_are_not(adat
     with pytest.raises(InputError, match="holds logarithms"):
         impute(tmp_path / "a.h5ad", **SETTINGS)
     impute(tmp_path / "a.h5ad", layer="counts", **SETTINGS)
+    convert(tmp_path / "a.h5ad", tmp_path / "a.zarr")
+    for call in (
+        impute,
+        lambda path: quality_control(path, tmp_path / "q.zarr"),
+        lambda path: mask(path, tmp_path / "m.zarr"),
+    ):
+        with pytest.raises(InputError, match="holds logarithms"):
+            call(tmp_path / "a.zarr")
+    quality_control(tmp_path / "a.zarr", tmp_path / "q.zarr", layer="counts")
+    convert(tmp_path / "a.h5ad", tmp_path / "c.zarr", layer="counts")
+    mask(tmp_path / "c.zarr", tmp_path / "m.zarr")
     adata.X = adata.layers["counts"]
     impute(adata, **SETTINGS)
 
