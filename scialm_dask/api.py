@@ -47,7 +47,8 @@ def impute(
         a data frame; a NumPy, SciPy sparse or Dask array; or an `ExpressionMatrix`. Cells × genes, counts or
         normalised counts, without logarithm.
     preset
-        ``"auto"`` stops before noise is fitted; ``"paper"`` is the published method.
+        ``"auto"`` stops before noise is fitted; ``"denoise"`` also trusts zeros, as far as count splitting finds best,
+        and needs raw counts; ``"paper"`` is the published method.
     layer
         Layer of the store or AnnData to read instead of X.
     key_added

@@ -27,7 +27,7 @@ preset_option = click.option(
     "--preset",
     type=click.Choice(["auto", "paper", "denoise"]),
     default="auto",
-    help="paper: as published. denoise: zeros count too.",
+    help="auto: recover dropouts. denoise: expression levels, from raw counts. paper: as published.",
 )
 
 
@@ -35,17 +35,27 @@ preset_option = click.option(
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
 @preset_option
-@click.option("--observed", type=click.Choice(["nonzero", "finite"]), default="nonzero", help="finite: all but NaN.")
-@click.option("--stop", type=click.Choice(["residual", "held-out", "count-split"]), default=None, help="When to stop.")
+@click.option(
+    "--observed",
+    type=click.Choice(["nonzero", "finite"]),
+    default="nonzero",
+    help="finite: zeros are values, NaN is missing.",
+)
+@click.option(
+    "--stop",
+    type=click.Choice(["residual", "held-out", "count-split"]),
+    default=None,
+    help="When to stop.  [default: by preset]",
+)
 @click.option("--zeros", default=None, help="Confidence in zeros: 0 (unknown, as published) to 1, or auto.")
-@click.option("--epsilon", type=float, default=None, help="Residual to stop at.")
-@click.option("--validation", type=float, default=None, help="Share of the entries hidden to know when to stop.")
-@click.option("--max-iterations", type=int, default=None)
+@click.option("--epsilon", type=float, default=None, help="Residual to stop at.  [default: 1e-4]")
+@click.option("--validation", type=float, default=None, help="Share hidden to know when to stop.  [default: 0.02]")
+@click.option("--max-iterations", type=int, default=None, help="Most iterations.  [default: 1000]")
 @click.option("--rank-policy", type=click.Choice(["paper", "adaptive"]), default=None)
 @click.option("--increment", type=int, default=None, help="R of the paper's rank policy.")
-@click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
+@click.option("--max-rank", type=int, default=None, help="Most singular values to keep.  [default: 128; paper: all]")
 @click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5.")
-@click.option("--seed", type=int, default=None)
+@click.option("--seed", type=int, default=None, help="Of all random draws.  [default: 0]")
 @click.option("--scratch", default=None, help="Where the working state is kept: auto, memory, or zarr:PATH.")
 @click.option("--memory-limit", default=None, help="Most memory to use, such as 8GB.  [default: what is free]")
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
@@ -278,9 +288,9 @@ def plan(
     connected: Callable[[Listener], Any],
     listen: Listener,
 ) -> dict[str, Any]:
-    """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time. Computes nothing.
+    """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time.
 
-    With --scheduler or --cluster, on those workers.
+    Reads one block, to tell the time. With --scheduler or --cluster, on those workers.
     """
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.matrix import ExpressionMatrix
