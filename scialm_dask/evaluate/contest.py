@@ -34,7 +34,7 @@ from scialm_dask.events import Listener, Scored, Stage, silent
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Evaluation", "evaluate_imputation", "run_contestant"]
+__all__ = ["Evaluation", "evaluate_imputation", "fresh_folder", "run_contestant"]
 
 Row = dict[str, Any]
 _KEY = ("dataset", "experiment", "share", "method", "setting")
@@ -171,7 +171,7 @@ def evaluate_imputation(
             listen(_scored(collected.rows[-1]))
 
         for number, make in enumerate(_experiments(opened, shares, seeds, split, reference, known is not None)):
-            with _folder(work / f"experiment{number}") as place, dask.config.set(scheduler="threads"):
+            with fresh_folder(work / f"experiment{number}") as place, dask.config.set(scheduler="threads"):
                 experiment = make(place)
                 first = number == 0 and experiment.kind == "masking"
                 clustered = known if first or experiment.kind == "all data" else None
@@ -218,7 +218,8 @@ def _experiments(
 
 
 @contextmanager
-def _folder(path: Path) -> Iterator[Path]:
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """Make a folder, and remove it with all that was put there."""
     import shutil
 
     path.mkdir()
@@ -249,7 +250,7 @@ class _Runner:
             if self.experiment.target is None and contestant.method == "gene-mean":
                 continue  # all cells alike, nothing to cluster
             self.listen(Stage(_label(contestant), f"{number + 1} of {len(listed)}"))
-            with _folder(self.place / f"method{number}") as folder:
+            with fresh_folder(self.place / f"method{number}") as folder:
                 outcome = run_contestant(
                     contestant,
                     self.experiment.given,

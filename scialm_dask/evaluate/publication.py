@@ -17,7 +17,7 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.quality import Thresholds, measure_cells, mitochondrial, quality_control
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate import charts, figures
-from scialm_dask.evaluate.contest import Evaluation, evaluate_imputation, run_contestant
+from scialm_dask.evaluate.contest import Evaluation, evaluate_imputation, fresh_folder, run_contestant
 from scialm_dask.evaluate.experiments import open_source
 from scialm_dask.evaluate.masking import mask
 from scialm_dask.evaluate.methods import contestants
@@ -135,6 +135,11 @@ class _Press:
     table: list[dict[str, Any]] = field(default_factory=list)
     captions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Of each method."""
+        return {"memory_limit": self.plan.memory_limit, "time_limit": self.plan.time_limit}
+
     def clean(self, source: str | os.PathLike[str], to: Path) -> Path:
         """Apply the publication's quality control: a line of Table 2, and Figure 3."""
         matrix, name = ExpressionMatrix.open(source), to.stem
@@ -235,8 +240,7 @@ class _Press:
 
     def evaluate(self, source: Any, name: str, **changes: Any) -> Evaluation:
         """Run `evaluate_imputation` and keep its tables."""
-        limits = {"memory_limit": self.plan.memory_limit, "time_limit": self.plan.time_limit}
-        options = {"methods": self.plan.methods, "scratch_folder": self.folder.parent, **limits, **changes}
+        options = {"methods": self.plan.methods, "scratch_folder": self.folder.parent, **self.limits, **changes}
         found = evaluate_imputation(source, **options, listen=self.listen)
         (self.folder / name).mkdir()
         write_evaluation(found, self.folder / name, {"source": os.fspath(source), **changes})
@@ -253,10 +257,9 @@ class _Press:
             place.mkdir()
             simulate(place / "cells.zarr", n_cells=number, n_genes=_SIMULATED_GENES, density=0.05, rank=20, seed=0)
             source = open_source(place / "cells.zarr", place)
-            for contestant in contestants(self.plan.methods):
-                outcome = run_contestant(
-                    contestant, source, place, memory_limit=self.plan.memory_limit, time_limit=self.plan.time_limit
-                )
+            for each, contestant in enumerate(contestants(self.plan.methods)):
+                with fresh_folder(place / f"method{each}") as own:
+                    outcome = run_contestant(contestant, source, own, **self.limits)
                 rows.append({"cells": number, "method": contestant.method, **dataclasses.asdict(outcome)})
                 self.listen(_sized(rows[-1]))
         table = pd.DataFrame(rows)

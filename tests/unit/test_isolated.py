@@ -13,7 +13,7 @@ def run(counts, store_of, tmp_path):
 
     def run(name, **kwargs):
         folder = tmp_path / "answer"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         limit = kwargs.pop("time_limit", None)
         return run_isolated(Request(name, source, **kwargs), folder, time_limit=limit), folder
 
@@ -53,6 +53,12 @@ def test_a_process_that_dies_is_an_outcome(run, name, status):
     outcome, _ = run(f"own_methods:{name}")
     assert outcome.status == status
     assert ("code 3" if name == "dies" else "signal 9") in outcome.note
+
+
+def test_the_dead_do_not_answer_with_what_another_left(run):
+    assert run("own_methods:doubled")[0].status == "ok"
+    outcome, _ = run("own_methods:killed")
+    assert outcome.status == "out of memory"
 
 
 def test_what_is_not_installed_is_named_with_the_remedy(run, monkeypatch):

@@ -9,7 +9,8 @@ from scialm_dask import Imputation, Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.quality import CellMeasures, Thresholds
 from scialm_dask.evaluate import charts, figures
-from scialm_dask.evaluate.publication import PUBLISHED, _published_name
+from scialm_dask.evaluate.publication import PUBLISHED, Plan, _Press, _published_name
+from scialm_dask.events import silent
 from scialm_dask.run.job import complete_matrix
 
 
@@ -65,6 +66,17 @@ def test_one_command_makes_all_tables_figures_and_an_index(cli, cells, tmp_path)
     assert set(swept["setting"].dropna()) == {"increment=3", "increment=6"}
     assert set(pd.read_csv(folder / "sizes.csv")["cells"]) == {60}
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("scialm")] == []
+
+
+def test_time_and_memory_are_those_of_each_method_itself(tmp_path):
+    methods = ["own_methods:doubled", "own_methods:killed"]
+    work, folder = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    folder.mkdir()
+    _Press(folder, Plan(methods=methods, sizes=[20]), silent).sizes(work)
+    sizes = pd.read_csv(folder / "sizes.csv").set_index("method")
+    assert list(sizes.loc[methods, "status"]) == ["ok", "out of memory"]
+    assert sorted(p.name for p in (work / "size20").iterdir()) == ["cells.zarr", "counts.zarr", "normalised.zarr"]
 
 
 @pytest.mark.parametrize(
