@@ -14,6 +14,9 @@ import dask
 import numpy as np
 from numpy.typing import NDArray
 
+from scialm_dask.api import parse_limit
+from scialm_dask.data.annotated import as_matrix, refuse_logarithms
+from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate import downstream
 from scialm_dask.evaluate.experiments import (
@@ -21,6 +24,7 @@ from scialm_dask.evaluate.experiments import (
     Source,
     against_truth,
     as_it_is,
+    check_truth,
     count_split,
     masked,
     open_source,
@@ -34,7 +38,7 @@ from scialm_dask.events import Listener, Scored, Stage, silent
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Evaluation", "evaluate_imputation", "fresh_folder", "run_contestant"]
+__all__ = ["Evaluation", "checked_contestants", "evaluate_imputation", "fresh_folder", "run_contestant"]
 
 Row = dict[str, Any]
 _KEY = ("dataset", "experiment", "share", "method", "setting")
@@ -105,11 +109,11 @@ def evaluate_imputation(
     shares: Sequence[float] = (0.1,),
     seeds: Sequence[int] = (0, 1, 2),
     split: bool | None = None,
-    reference: str | os.PathLike[str] | None = None,
+    reference: Any = None,
     labels: str | None = None,
     sweeps: Sequence[str] = (),
     layer: str | None = None,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     time_limit: float | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
     listen: Listener = silent,
@@ -134,7 +138,7 @@ def evaluate_imputation(
         Whether to split counts into molecules to learn from and molecules to predict, which tests zeros too. Done by
         default if the counts are known.
     reference
-        Store with the truth: the same cells and genes, sequenced deeper.
+        The truth, as `source`: the same cells and genes, sequenced deeper.
     labels
         Column of obs with known types of cells: they are clustered as observed, masked and imputed.
     sweeps
@@ -142,8 +146,8 @@ def evaluate_imputation(
     layer
         Read this layer instead of X.
     memory_limit
-        Bytes of data that each method may hold over what its imports take; a method that needs more is a row that
-        says so.
+        Bytes of data that each method may hold over what its imports take, or words such as ``"8 GB"``; a method that
+        needs more is a row that says so.
     time_limit
         Seconds that each method may take.
     scratch_folder
@@ -151,12 +155,18 @@ def evaluate_imputation(
     listen
         Called with every event of the work, `Scored` for each row; see `scialm_dask.events`.
 
+    Returns
+    -------
+    Evaluation
+        Scores of all methods in all experiments, with the clusters and pictures of cells where there are labels.
+
     Raises
     ------
     InputError
         If the source, the reference, the labels, a method or a setting cannot be used.
     """
-    listed = _checked(methods, sweeps, shares, seeds, labels)
+    listed = checked_contestants(methods, sweeps, shares, seeds, labels)
+    limit = parse_limit(memory_limit)
     collected = _Collected()
     with tempfile.TemporaryDirectory(prefix="scialm-evaluate-", dir=scratch_folder) as folder:
         work = Path(folder)
@@ -165,17 +175,18 @@ def evaluate_imputation(
         if split and opened.counts is None:
             count_split(opened, 0, work)  # says what is missing
         split = opened.counts is not None if split is None else split
+        truth = None if reference is None else _truth(reference, opened)
 
         def row(values: Row) -> None:
             collected.rows.append(dict.fromkeys(_COLUMNS, np.nan) | {"dataset": opened.name, **values})
             listen(_scored(collected.rows[-1]))
 
-        for number, make in enumerate(_experiments(opened, shares, seeds, split, reference, known is not None)):
+        for number, make in enumerate(_experiments(opened, shares, seeds, split, truth, known is not None)):
             with fresh_folder(work / f"experiment{number}") as place, dask.config.set(scheduler="threads"):
                 experiment = make(place)
                 first = number == 0 and experiment.kind == "masking"
                 clustered = known if first or experiment.kind == "all data" else None
-                runner = _Runner(experiment, place, memory_limit, time_limit, clustered, collected, row, listen)
+                runner = _Runner(experiment, place, limit, time_limit, clustered, collected, row, listen)
                 runner.run(listed)
         for name in expanded(methods):
             for quoted in _quoted_rows(name):
@@ -184,9 +195,10 @@ def evaluate_imputation(
     return _evaluation(collected, opened.name, genes, known)
 
 
-def _checked(
+def checked_contestants(
     methods: Sequence[str], sweeps: Sequence[str], shares: Sequence[float], seeds: Sequence[int], labels: str | None
 ) -> list[Contestant]:
+    """List what is compared; see `evaluate_imputation`. Raises `InputError` for what cannot be used."""
     for share in shares:
         if not 0 < share < 1:
             raise InputError(f"share to hide is {share}; give a number between 0 and 1, such as 0.1")
@@ -197,12 +209,19 @@ def _checked(
     return contestants(dict.fromkeys([*methods, "gene-mean"]), sweeps)
 
 
+def _truth(reference: Any, source: Source) -> ExpressionMatrix:
+    truth = as_matrix(reference)
+    refuse_logarithms(truth, reference, None)
+    check_truth(truth, source.matrix)
+    return truth
+
+
 def _experiments(
     source: Source,
     shares: Sequence[float],
     seeds: Sequence[int],
     split: bool,
-    reference: str | os.PathLike[str] | None,
+    truth: ExpressionMatrix | None,
     labelled: bool,
 ) -> Iterator[Callable[[Path], Experiment]]:
     """Give what to do, each to be made when its turn comes."""
@@ -211,8 +230,8 @@ def _experiments(
             yield lambda place, share=share, seed=seed: masked(source, share, seed, place)  # type: ignore[misc]
     for seed in seeds if split else ():
         yield lambda place, seed=seed: count_split(source, seed, place)  # type: ignore[misc]
-    if reference is not None:
-        yield lambda place: against_truth(source, reference, seeds[0], place)
+    if truth is not None:
+        yield lambda place: against_truth(source, truth, seeds[0], place)
     if labelled:
         yield lambda _: as_it_is(source, seeds[0])
 

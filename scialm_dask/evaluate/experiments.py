@@ -6,7 +6,6 @@ known. Answers to the latter are multiplied by the size factors, so that all are
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,17 @@ from scialm_dask.errors import InputError
 from scialm_dask.evaluate.masking import mask
 from scialm_dask.linalg.draws import thinned
 
-__all__ = ["Experiment", "Kind", "Source", "against_truth", "as_it_is", "count_split", "masked", "open_source"]
+__all__ = [
+    "Experiment",
+    "Kind",
+    "Source",
+    "against_truth",
+    "as_it_is",
+    "check_truth",
+    "count_split",
+    "masked",
+    "open_source",
+]
 
 Kind = Literal["masking", "count split", "truth", "all data"]
 Doubles = NDArray[np.float64]
@@ -111,7 +120,7 @@ def open_source(source: Any, folder: Path, *, layer: str | None = None) -> Sourc
     matrix = as_matrix(source, layer)
     refuse_logarithms(matrix, source, layer)
     sums, whole = _totals(matrix)
-    name = Path(source).stem if isinstance(source, str | os.PathLike) else matrix.name
+    name = matrix.name if matrix.origin is None else Path(matrix.origin.path).stem
     normalised, counts = folder / "normalised.zarr", folder / "counts.zarr"
     if whole:
         factors = _factors(sums)
@@ -219,20 +228,14 @@ def _parts(counts: ExpressionMatrix, seed: int, *, train: bool, factors: Doubles
         yield part
 
 
-def against_truth(source: Source, reference: str | os.PathLike[str], seed: int, folder: Path) -> Experiment:
-    """Compare all entries with a matrix that is known better: the same cells sequenced deeply.
+def check_truth(truth: ExpressionMatrix, given: ExpressionMatrix) -> None:
+    """Raise `InputError` if genes differ, or genes or cells come in another order.
 
-    Both are scaled to the same total in every cell. Cells whose names have nothing in common are taken in order.
-
-    Raises
-    ------
-    InputError
-        If genes differ, or genes or cells come in another order.
+    Cells whose names have nothing in common are taken in order.
     """
-    truth, given = ExpressionMatrix.open(reference), source.matrix
     if truth.shape != given.shape:
         raise InputError(
-            f"{truth.name}: {truth.shape[0]} cells × {truth.shape[1]} genes, but {source.name} has {given.shape[0]} × "
+            f"{truth.name}: {truth.shape[0]} cells × {truth.shape[1]} genes, but {given.name} has {given.shape[0]} × "
             f"{given.shape[1]}; give a truth of the same cells and genes"
         )
     for axis in ("obs", "var"):
@@ -240,10 +243,17 @@ def against_truth(source: Source, reference: str | os.PathLike[str], seed: int, 
         if not ours.equals(theirs) and (axis == "var" or ours.isin(theirs).any()):
             at = int(np.argmax(ours != theirs))
             raise InputError(
-                f"{truth.name}: {axis} name {at} is {theirs[at]!r}, but {ours[at]!r} in {source.name}; "
+                f"{truth.name}: {axis} name {at} is {theirs[at]!r}, but {ours[at]!r} in {given.name}; "
                 "give the same cells and genes in the same order"
             )
-    wanted, totals = _totals(given)[0], _totals(truth)[0]
+
+
+def against_truth(source: Source, truth: ExpressionMatrix, seed: int, folder: Path) -> Experiment:
+    """Compare all entries with a matrix that is known better: the same cells sequenced deeply; see `check_truth`.
+
+    Both are scaled to the same total in every cell.
+    """
+    wanted, totals = _totals(source.matrix)[0], _totals(truth)[0]
     factors = np.divide(wanted, totals, out=np.zeros_like(totals), where=totals > 0)
     _write(folder / "target.zarr", _scaled(truth, factors), obs=truth.obs, var=truth.var)
     target = ExpressionMatrix.open(folder / "target.zarr")

@@ -162,6 +162,7 @@ def test_the_command_writes_tables_and_figures(cli, path, tmp_path):
         (["--labels", "colour"], "no column 'colour'"),
         (["--labels", "one"], "two labels at least"),
         (["--reference", "nowhere.zarr"], "no such file"),
+        (["--memory-limit", "much"], "memory limit is 'much'"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(cli, path, tmp_path, options, words):

@@ -9,7 +9,7 @@ from scialm_dask import Imputation, Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.quality import CellMeasures, Thresholds
 from scialm_dask.evaluate import charts, figures
-from scialm_dask.evaluate.publication import PUBLISHED, Plan, _Press, _published_name
+from scialm_dask.evaluate.publication import PUBLISHED, Programme, _Press, _published_name
 from scialm_dask.events import silent
 from scialm_dask.run.job import complete_matrix
 
@@ -73,7 +73,7 @@ def test_time_and_memory_are_those_of_each_method_itself(tmp_path):
     work, folder = tmp_path / "work", tmp_path / "out"
     work.mkdir()
     folder.mkdir()
-    _Press(folder, Plan(methods=methods, sizes=[20]), silent).sizes(work)
+    _Press(folder, Programme(methods=methods, sizes=[20]), silent).sizes(work)
     sizes = pd.read_csv(folder / "sizes.csv").set_index("method")
     assert list(sizes.loc[methods, "status"]) == ["ok", "out of memory"]
     assert sorted(p.name for p in (work / "size20").iterdir()) == ["cells.zarr", "counts.zarr", "normalised.zarr"]
@@ -81,7 +81,15 @@ def test_time_and_memory_are_those_of_each_method_itself(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--sizes", "many"], "numbers with commas"), (["--methods", "nothing"], "no method is called")],
+    [
+        (["--sizes", "many"], "numbers with commas"),
+        (["--sizes", "10,10"], "each once"),
+        (["--methods", "nothing"], "no method is called"),
+        (["--mask", ""], "no share to hide"),
+        (["--increments", "some"], "give values of increment"),
+        (["--memory-limit", "much"], "memory limit is 'much'"),
+        (["--labels", "batch", "--truth", "nowhere.zarr", "nowhere.zarr"], "no such file"),
+    ],
 )
 def test_bad_input_leaves_nothing(cli, cells, tmp_path, options, words):
     result = cli("publication", cells, "-o", tmp_path / "out", *options)
@@ -90,9 +98,13 @@ def test_bad_input_leaves_nothing(cli, cells, tmp_path, options, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_two_sources_of_one_name_are_refused(cli, cells, tmp_path):
-    result = cli("publication", cells, cells, "-o", tmp_path / "out")
-    assert "a name of its own" in result.stderr
+@pytest.mark.parametrize("twice", [["source"], ["--truth", "source", "source", "--truth", "source", "other"]])
+def test_two_sources_or_truths_of_one_name_are_refused_at_the_start(cli, cells, tmp_path, twice):
+    words = [cells if word == "source" else word for word in twice]
+    result = cli("publication", cells, *words, "-o", tmp_path / "out", "--sizes", "")
+    assert result.exit_code == 2
+    assert "give each a name of its own" in result.stderr
+    assert "masking" not in result.stderr
 
 
 def test_the_published_matrices_are_known_by_their_size():
