@@ -28,7 +28,7 @@ def impute(
     preset: str = "auto",
     layer: str | None = None,
     key_added: str | None = "scialm",
-    observed: Observed = "nonzero",
+    observed: Observed | None = None,
     scratch: str | None = None,
     memory_limit: int | str | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
@@ -55,8 +55,8 @@ def impute(
         Of an AnnData only: what is found is put into it too, as ``obsm["X_" + key_added]`` (cells × rank),
         ``varm[key_added]`` (genes × rank) and ``uns[key_added]``; None leaves it as it is. The matrix itself stays.
     observed
-        ``"nonzero"``: zeros are unknown, as in the paper. ``"finite"``: NaN is unknown and zeros are observed, for
-        general matrices.
+        ``"nonzero"``, the default: zeros are unknown, as in the paper. ``"finite"``: NaN is unknown and zeros are
+        observed, for general matrices. An `ExpressionMatrix` is taken as it was opened.
     scratch
         Where the working state is kept: ``"memory"``, ``"zarr:PATH"`` for a folder on a local disk, or ``"auto"``:
         in memory if the forecast fits there. Dask's configuration, ``scialm.scratch``, by default: ``"auto"``.

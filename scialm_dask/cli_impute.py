@@ -263,9 +263,10 @@ def transform(
     from scialm_dask.data.store import check_output
 
     check_output(dst, overwrite=overwrite, sources=(src, result))
-    matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
+    fit = Imputation.open(result)
+    matrix = ExpressionMatrix.open(src, layer, observed=fit.observed, missing_chunks_are_zeros=missing_chunks_are_zeros)
     with connected(listen):
-        completed = Imputation.open(result).transform(matrix)
+        completed = fit.transform(matrix)
         completed.to_zarr(dst, overwrite=overwrite, sources=(src, result), listen=listen)
     return {"destination": dst, **completed.summary}
 

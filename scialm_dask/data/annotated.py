@@ -28,7 +28,7 @@ def is_anndata(thing: Any) -> bool:
     return hasattr(thing, "obs_names") and hasattr(thing, "var_names")
 
 
-def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed = "nonzero") -> ExpressionMatrix:
+def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed | None = None) -> ExpressionMatrix:
     """Take whatever holds cells × genes.
 
     Parameters
@@ -39,15 +39,16 @@ def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed = "no
     layer
         Of a store or an AnnData, instead of X.
     observed
-        See `ExpressionMatrix`.
+        See `ExpressionMatrix`. None: what an `ExpressionMatrix` was opened with, ``"nonzero"`` for all else.
 
     Raises
     ------
     InputError
-        If it cannot be used.
+        If it cannot be used, or an `ExpressionMatrix` was opened with another layer or `observed`.
     """
     if isinstance(matrix, ExpressionMatrix):
-        return matrix
+        return _as_opened(matrix, layer, observed)
+    observed = observed or "nonzero"
     if isinstance(matrix, str | os.PathLike):
         return ExpressionMatrix.open(matrix, layer, observed=observed)
     if is_anndata(matrix):
@@ -55,6 +56,16 @@ def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed = "no
     if layer is not None:
         raise InputError(f"layer is {layer!r}, but a {type(matrix).__name__} has none; leave the layer out")
     return named(ExpressionMatrix.of(matrix, observed=observed), matrix)
+
+
+def _as_opened(matrix: ExpressionMatrix, layer: str | None, observed: Observed | None) -> ExpressionMatrix:
+    if layer is not None:
+        raise InputError(f"{matrix.name}: is opened already; give the layer, {layer!r}, to ExpressionMatrix.open")
+    if observed is not None and observed != matrix.observed:
+        raise InputError(
+            f"{matrix.name}: is opened with observed={matrix.observed!r}, and {observed!r} is needed; open it with that"
+        )
+    return matrix
 
 
 def named(matrix: ExpressionMatrix, given: Any) -> ExpressionMatrix:

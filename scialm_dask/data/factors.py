@@ -14,6 +14,7 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import add_factors
+from scialm_dask.data.csr import row_of
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store, set_encoding
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     import anndata
     import dask.array as da
     import pandas as pd
-    import scipy.sparse as sp
 
 __all__ = ["CellModel", "Imputation", "ZeroRule"]
 
@@ -382,7 +382,7 @@ class Imputation:
             values = self.product(self.left[start:stop].compute())
             if observed is not None:
                 csr = observed.read_block(number)
-                values[_cells_of(csr), csr.indices] = csr.data
+                values[row_of(csr), csr.indices] = csr.data
             array[start:stop] = values
             advance(1 / len(panels))
 
@@ -395,7 +395,7 @@ class Imputation:
             for number, (start, stop) in enumerate(panels):
                 values = self.product(self.left[start:stop].compute())
                 csr = observed.read_block(number)
-                at = _cells_of(csr), csr.indices
+                at = row_of(csr), csr.indices
                 imputed = values[at]
                 values *= zeros.expressed(start, stop)
                 values[at] = csr.data if keep_observed else np.where(imputed > 0, imputed, csr.data)
@@ -404,8 +404,8 @@ class Imputation:
 
     def _panels(self) -> RowBlocks:
         """Rows of which the dense form is small."""
-        rows = max(1, min(self.shape[0], _DENSE_CHUNK_ROWS, _CHUNK_BYTES // (4 * self.shape[1])))
-        return RowBlocks((*range(0, self.shape[0], rows), self.shape[0]))
+        n_cells, n_genes = self.shape
+        return RowBlocks.panels(n_cells, n_genes, min(_CHUNK_BYTES, 4 * n_genes * _DENSE_CHUNK_ROWS))
 
 
 def _stored_left(path: str, stored: Any) -> da.Array:
@@ -420,11 +420,6 @@ def _stored_left(path: str, stored: Any) -> da.Array:
 
 def _rows_of_left(path: str, start: int, stop: int) -> NDArray[np.float32]:
     return np.asarray(open_store(path)[f"obsm/X_{_KEY}"][start:stop])
-
-
-def _cells_of(csr: sp.csr_matrix) -> NDArray[np.intp]:
-    """Row of each stored value."""
-    return np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
 
 
 def _blocks_of(array: da.Array) -> Iterator[tuple[int, NDArray[np.float32]]]:

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 from problems import low_rank_counts
 
 from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
+from scialm_dask.data.annotated import as_matrix
 from scialm_dask.data.ingest import convert
 from scialm_dask.data.quality import quality_control
 from scialm_dask.evaluate.masking import mask
@@ -207,6 +208,17 @@ def test_other_things_are_refused(thing):
         impute(thing)
     with pytest.raises(InputError, match="layer is 'raw', but a list has none"):
         impute([[1.0]], layer="raw")
+
+
+def test_a_matrix_that_is_opened_is_taken_as_it_is_or_refused(counts):
+    finite = ExpressionMatrix.of(counts, observed="finite", name="opened")
+    assert as_matrix(finite) is as_matrix(finite, observed="finite") is finite
+    with pytest.raises(InputError, match="opened: is opened already; give the layer, 'raw', to"):
+        impute(finite, layer="raw")
+    with pytest.raises(InputError, match="opened with observed='finite', and 'nonzero' is needed"):
+        impute(finite, observed="nonzero")
+    assert impute(finite, **SETTINGS).observed == "finite"
+    assert impute(ExpressionMatrix.of(counts), **SETTINGS).observed == "nonzero"
 
 
 def test_chunks_of_unknown_size_are_refused():

@@ -118,6 +118,18 @@ def test_a_fit_that_trusts_zeros_cell_by_cell_is_refused(cells):
         impute(cells, confidence=confidence).transform(cells)
 
 
+def test_a_fit_of_observed_zeros_observes_those_of_new_cells(cli, store_of, cells, tmp_path):
+    train, new = store_of(cells[:200], "train.zarr"), store_of(cells[200:], "new.zarr")
+    words = ("--max-rank", 6, "--max-iterations", 8, "--observed", "finite", "--quiet")
+    assert cli("impute", train, tmp_path / "fit.zarr", *words).exit_code == 0
+    assert cli("transform", tmp_path / "fit.zarr", new, tmp_path / "out.zarr", "--quiet").exit_code == 0
+    fit = Imputation.open(tmp_path / "fit.zarr")
+    expected = fit.transform(ExpressionMatrix.open(new, observed="finite"))[:, :]
+    np.testing.assert_allclose(Imputation.open(tmp_path / "out.zarr")[:, :], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="opened with observed='nonzero', and 'finite' is needed"):
+        fit.transform(ExpressionMatrix.open(new))
+
+
 def test_command(cli, store_of, cells, tmp_path):
     train, new = store_of(cells[:200], "train.zarr"), store_of(cells[200:], "new.zarr")
     assert cli("impute", train, tmp_path / "fit.zarr", "--max-rank", 6, "--quiet").exit_code == 0
