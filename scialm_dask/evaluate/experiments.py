@@ -17,12 +17,14 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
+from scialm_dask.data.csr import row_of, scaled_rows
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import new_anndata
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.masking import mask
-from scialm_dask.linalg.draws import thinned
+from scialm_dask.solve.scaling import Molecules
+from scialm_dask.solve.zeros import TRAIN_SHARE
 
 __all__ = [
     "Experiment",
@@ -38,7 +40,7 @@ __all__ = [
 
 Kind = Literal["masking", "count split", "truth", "all data"]
 Doubles = NDArray[np.float64]
-TRAIN_SHARE = 0.8  # of the molecules; the rest are the test
+_OTHER = 0x5CA1E  # bits by which the seed of a split differs from that of methods
 _WHOLE = 1e-2  # how far from whole numbers restored counts may be, by rounding of float32
 
 
@@ -117,7 +119,7 @@ def open_source(source: Any, folder: Path, *, layer: str | None = None) -> Sourc
     InputError
         If the source cannot be read, or holds logarithms.
     """
-    matrix = as_matrix(source, layer)
+    matrix = as_matrix(source, layer, observed="nonzero")
     refuse_logarithms(matrix, source, layer)
     sums, whole = _totals(matrix)
     name = matrix.name if matrix.origin is None else Path(matrix.origin.path).stem
@@ -166,7 +168,7 @@ def _restore(matrix: ExpressionMatrix, factors: Doubles, path: Path) -> bool:
     def restored() -> Iterator[sp.csr_matrix]:
         nonlocal whole
         for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
-            exact = block.data / np.repeat(np.where(factors > 0, factors, 1)[start:stop], np.diff(block.indptr))
+            exact = block.data / np.where(factors > 0, factors, 1)[start:stop][row_of(block)]
             block.data = np.rint(exact).astype(np.float32)
             whole = whole and bool(np.all(np.abs(exact - block.data) <= _WHOLE) and block.data.all())
             yield block
@@ -207,25 +209,22 @@ def count_split(source: Source, seed: int, folder: Path) -> Experiment:
     counts, factors = ExpressionMatrix.open(source.counts), source.factors
     given = Source(source.name, folder / "normalised.zarr", folder / "counts.zarr", factors / TRAIN_SHARE)
     obs = counts.obs.drop(columns="total_counts", errors="ignore")
-    _write(folder / "counts.zarr", _parts(counts, seed, train=True, factors=None), obs=obs, var=counts.var)
+    # Methods are given the seed too, and denoise splits what it is given: with draws of its own.
+    train, test = (Molecules(TRAIN_SHARE, rest, _OTHER ^ seed) for rest in (False, True))
+    _write(folder / "counts.zarr", _part(counts, train), obs=obs, var=counts.var)
     totals, _ = _totals(ExpressionMatrix.open(folder / "counts.zarr"))
-    train = _parts(counts, seed, train=True, factors=factors / TRAIN_SHARE)
-    _write(given.normalised, train, obs=obs.assign(total_counts=totals.astype(np.float32)), var=counts.var)
-    test = _parts(counts, seed, train=False, factors=factors / (1 - TRAIN_SHARE))
-    _write(folder / "target.zarr", test, obs=obs, var=counts.var)
+    normalised = _part(counts, train, factors / TRAIN_SHARE)
+    _write(given.normalised, normalised, obs=obs.assign(total_counts=totals.astype(np.float32)), var=counts.var)
+    unseen = _part(counts, test, factors / (1 - TRAIN_SHARE))
+    _write(folder / "target.zarr", unseen, obs=obs, var=counts.var)
     target = ExpressionMatrix.open(folder / "target.zarr")
     return Experiment("count split", 1 - TRAIN_SHARE, seed, given, target, all_entries=True)
 
 
-def _parts(counts: ExpressionMatrix, seed: int, *, train: bool, factors: Doubles | None) -> Iterator[sp.csr_matrix]:
+def _part(counts: ExpressionMatrix, which: Molecules, factors: Doubles | None = None) -> Iterator[sp.csr_matrix]:
     for (start, stop), block in zip(counts.blocks, counts.stream(), strict=True):
-        kept = thinned(block.indptr, block.indices, block.data, first_row=start, share=TRAIN_SHARE, seed=seed)
-        values = kept if train else block.data - kept
-        if factors is not None:
-            values = values * np.repeat(factors[start:stop], np.diff(block.indptr))
-        part = sp.csr_matrix((values.astype(np.float32), block.indices, block.indptr), shape=block.shape)
-        part.eliminate_zeros()
-        yield part
+        part = which.of(block, start)
+        yield part if factors is None else scaled_rows(part, factors[start:stop])
 
 
 def check_truth(truth: ExpressionMatrix, given: ExpressionMatrix) -> None:
@@ -262,5 +261,4 @@ def against_truth(source: Source, truth: ExpressionMatrix, seed: int, folder: Pa
 
 def _scaled(matrix: ExpressionMatrix, factors: Doubles) -> Iterator[sp.csr_matrix]:
     for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
-        block.data = (block.data * np.repeat(factors[start:stop], np.diff(block.indptr))).astype(np.float32)
-        yield block
+        yield scaled_rows(block, factors[start:stop])

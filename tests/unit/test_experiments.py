@@ -6,6 +6,7 @@ import scipy.sparse as sp
 from scialm_dask import ExpressionMatrix, InputError
 from scialm_dask.data.quality import quality_control
 from scialm_dask.evaluate.experiments import against_truth, check_truth, count_split, masked, open_source
+from scialm_dask.solve.scaling import Molecules
 
 
 def whole(path):
@@ -65,6 +66,15 @@ def test_molecules_are_split_and_none_is_lost(counts, store_of, folder):
     np.testing.assert_allclose(whole(made.given.normalised), train * made.given.factors[:, None], rtol=1e-5)
     totals = anndata.read_zarr(made.given.normalised).obs["total_counts"]
     np.testing.assert_array_equal(totals, train.sum(axis=1))
+
+
+def test_molecules_are_split_by_draws_that_methods_do_not_repeat(store_of, folder):
+    """Else single molecules that were kept would be kept again, and a method could learn nothing by splitting them."""
+    source = open_source(store_of(sp.csr_matrix(np.ones((100, 50)))), folder)
+    (folder / "e").mkdir()
+    given = ExpressionMatrix.open(count_split(source, 3, folder / "e").given.counts).to_dask().compute()
+    assert given.nnz / 5000 == pytest.approx(0.8, abs=0.03)
+    assert Molecules(0.8, False, 3).of(given, 0).nnz / given.nnz == pytest.approx(0.8, abs=0.03)
 
 
 def test_a_truth_is_scaled_to_the_same_totals(counts, store_of, folder):
