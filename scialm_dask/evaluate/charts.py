@@ -61,7 +61,7 @@ def _new(rows: int, columns: int, width: float, height: float, **kwargs: Any) ->
     return figure, axes
 
 
-def method_scores(scores: pd.DataFrame, title: str = "", metrics: Sequence[str] = tuple(METRICS)) -> Figure:
+def method_scores(scores: pd.DataFrame, title: str = "") -> Figure:
     """Draw the scores of every method on hidden entries, best at the top: a dot for each seed, the mean in figures.
 
     Parameters
@@ -70,10 +70,8 @@ def method_scores(scores: pd.DataFrame, title: str = "", metrics: Sequence[str] 
         Rows of one experiment and one share of `Evaluation.scores`.
     title
         Over the figure.
-    metrics
-        Columns to draw.
     """
-    return _dots(scores, [(name, METRICS[name], _spread(scores[name])) for name in metrics], title)
+    return _dots(scores, [(name, words, _spread(scores[name])) for name, words in METRICS.items()], title)
 
 
 def whole_scores(scores: pd.DataFrame, title: str = "") -> Figure:
