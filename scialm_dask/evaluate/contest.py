@@ -210,7 +210,7 @@ def checked_contestants(
 
 
 def _truth(reference: Any, source: Source) -> ExpressionMatrix:
-    truth = as_matrix(reference)
+    truth = as_matrix(reference, observed="nonzero")
     refuse_logarithms(truth, reference, None)
     check_truth(truth, source.matrix)
     return truth
@@ -341,6 +341,11 @@ def run_contestant(
         For its answer; see `run_isolated`.
     seed, zeros_matter, memory_limit, time_limit
         See `Request` and `run_isolated`.
+
+    Returns
+    -------
+    Outcome
+        ``"needs counts"`` if that is what it lacks.
     """
     counts = find_method(contestant.method).takes == "counts"
     path, scale = (given.counts if counts else given.normalised), None

@@ -39,6 +39,11 @@ def gene_scores(truth: Any, recovered: Any) -> GeneScores:
     truth, recovered
         Cells × genes: NumPy arrays, Dask arrays of dense or sparse chunks, or anything with `to_dask()`.
 
+    Returns
+    -------
+    GeneScores
+        Over all cells.
+
     Raises
     ------
     InputError

@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from scialm_dask.data.csr import row_of
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
@@ -58,7 +59,7 @@ class Dense:
 
     def at(self, entries: sp.csr_matrix, start: int) -> Floats:
         """Predict stored entries."""
-        picked: Floats = self.values[start + _cells_of(entries), entries.indices]
+        picked: Floats = self.values[start + row_of(entries), entries.indices]
         return np.maximum(picked, 0)
 
 
@@ -105,18 +106,13 @@ class Given:
 
     def at(self, entries: sp.csr_matrix, start: int) -> Floats:
         """Predict stored entries."""
-        picked: Floats = self.rows(start, start + entries.shape[0])[_cells_of(entries), entries.indices]
+        picked: Floats = self.rows(start, start + entries.shape[0])[row_of(entries), entries.indices]
         return picked
-
-
-def _cells_of(csr: sp.csr_matrix) -> NDArray[np.intp]:
-    return np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
 
 
 def panels(shape: tuple[int, int]) -> RowBlocks:
     """Rows of which the dense form is small."""
-    rows = max(1, min(shape[0], _PANEL_BYTES // (4 * shape[1])))
-    return RowBlocks((*range(0, shape[0], rows), shape[0]))
+    return RowBlocks.panels(*shape, _PANEL_BYTES)
 
 
 def as_dask(prediction: Prediction) -> da.Array:
