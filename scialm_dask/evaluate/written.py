@@ -59,12 +59,12 @@ def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any]
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Save as SVG, with letters as letters, and PNG; the same bytes for the same picture."""
+    """Save as `path` with .svg, letters as letters, and with .png added; the same bytes for the same picture."""
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "scialm", "svg.fonttype": "none"}):
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None}, dpi=150)
-        figure.savefig(path.with_suffix(".png"), dpi=150)
+        figure.savefig(f"{path}.svg", metadata={"Date": None}, dpi=150)
+        figure.savefig(f"{path}.png", dpi=150)
 
 
 def _versions() -> Iterator[tuple[str, str]]:
