@@ -202,6 +202,15 @@ def test_logarithms_in_a_file_are_refused_and_counts_under_the_mark_are_not(adat
     impute(adata, **SETTINGS)
 
 
+def test_the_mark_of_logarithms_is_about_x_however_that_is_stored(adata, tmp_path):
+    with_mark(adata)
+    adata.X, adata.layers["normalised"] = adata.X.tocsc(), (adata.layers["counts"] * 0.3).tocsc()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    impute(ExpressionMatrix.open(tmp_path / "a.h5ad", "normalised"), **SETTINGS)
+    with pytest.raises(InputError, match="holds logarithms"):
+        impute(ExpressionMatrix.open(tmp_path / "a.h5ad"), **SETTINGS)
+
+
 @pytest.mark.parametrize("thing", ["text.zarr", {"a": 1}, [["a", "b"]], np.ones((2, 2, 2))])
 def test_other_things_are_refused(thing):
     with pytest.raises(InputError):
