@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 import dask
 import numpy as np
@@ -112,6 +112,7 @@ class ExpressionMatrix:
         InputError
             If the store, the layer or the numbers cannot be used.
         """
+        _check_choice(observed)
         store = open_store(path)
         path = lasting(path)
         rows, element = describe(path, store, layer)
@@ -131,6 +132,7 @@ class ExpressionMatrix:
 
         A Dask array is computed here, once, a row of chunks at a time, into a temporary store; see `temporary_csr`.
         """
+        _check_choice(observed)
         if dask.is_dask_collection(matrix):
             rows = _computed(matrix, name)
             return cls(rows, blocks_of(rows, open_store(rows.path)["X"], blocks), observed)
@@ -280,6 +282,11 @@ def read_annotation(path: str | Annotation | None, axis: str, length: int) -> pd
     if len(frame) != length:
         raise InputError(f"{path}: {axis} has {len(frame)} rows, the matrix {length}; write the store again")
     return frame
+
+
+def _check_choice(observed: str) -> None:
+    if observed not in get_args(Observed):
+        raise InputError(f"observed is {observed!r}; choose one of {', '.join(get_args(Observed))}")
 
 
 def _computed(array: da.Array, name: str) -> StoredRows:

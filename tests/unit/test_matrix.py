@@ -6,6 +6,7 @@ from pathlib import Path
 
 import anndata
 import dask
+import dask.array as da
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -150,6 +151,18 @@ def test_values_that_are_no_expression_are_refused(counts, store_of, form, value
 def test_what_is_no_matrix_of_numbers_is_refused(store_of, X, message):
     with pytest.raises(InputError, match=message):
         ExpressionMatrix.open(store_of(X))
+
+
+def test_what_may_be_observed_is_checked_before_anything_is_read(counts, store_of):
+    unread = da.from_array(counts.toarray(), chunks=(50, -1)).map_blocks(
+        lambda _: pytest.fail("read"), meta=np.ones((0, 0))
+    )
+    for make in (
+        lambda **o: ExpressionMatrix.of(unread, **o),
+        lambda **o: ExpressionMatrix.open(store_of(counts), **o),
+    ):
+        with pytest.raises(InputError, match="observed is 'Finite'; choose one of nonzero, finite"):
+            make(observed="Finite")
 
 
 def test_a_matrix_of_zeros_opens_and_is_refused_by_who_needs_more(store_of):
