@@ -80,16 +80,17 @@ class CellModel:
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> CellModel:
-        """Make one from what AnnData has read."""
+        """Make one from what AnnData has read; nothing said of zeros means that they were unknown."""
+        gene_scale = np.asarray(stored["gene_scale"])
         return cls(
-            np.asarray(stored["gene_scale"]),
+            gene_scale,
             np.asarray(stored["mean"]),
             np.asarray(stored["covariance"]),
             residual=float(stored["residual"]),
             raw_counts=bool(stored["raw_counts"]),
             cell_exponent=float(stored["cell_exponent"]),
             centre=float(stored["centre"]),
-            confidence=np.asarray(stored["confidence"]),
+            confidence=np.asarray(stored.get("confidence", np.zeros_like(gene_scale))),
         )
 
 
@@ -412,9 +413,11 @@ def _stored_left(path: str, stored: Any) -> da.Array:
     """Left factor of a result as a Dask array whose tasks open the store themselves."""
     import dask.array as da
 
-    read, (cells, rank), step = dask.delayed(_rows_of_left, pure=True), stored.shape, stored.chunks[0]
-    spans = [(start, min(start + step, cells)) for start in range(0, cells, step)]
-    pieces = [da.from_delayed(read(path, *span), (span[1] - span[0], rank), stored.dtype) for span in spans]
+    read, (cells, rank) = dask.delayed(_rows_of_left, pure=True), stored.shape
+    rows = RowBlocks.panels(cells, max(1, rank), _CHUNK_BYTES)
+    if stored.chunks is not None:  # an .h5ad may hold it in one piece
+        rows = RowBlocks((*range(0, cells, stored.chunks[0]), cells))
+    pieces = [da.from_delayed(read(path, *span), (span[1] - span[0], rank), stored.dtype) for span in rows]
     return da.concatenate(pieces, axis=0)
 
 

@@ -66,6 +66,14 @@ def test_an_anndata_written_by_its_user_opens_as_a_result(adata, tmp_path):
     assert opened.summary.keys() == result.summary.keys()
 
 
+def test_so_does_an_h5ad_which_holds_the_left_factor_in_one_piece(adata, tmp_path):
+    result = impute(adata, **SETTINGS)
+    adata.write_h5ad(tmp_path / "with.h5ad")
+    opened = Imputation.open(tmp_path / "with.h5ad")
+    same(opened, result)
+    np.testing.assert_allclose(opened.transform(adata)[:, :], result.transform(adata)[:, :], rtol=1e-3, atol=1e-3)
+
+
 def test_names_and_none(adata, expected):
     assert list(adata.obsm) == list(adata.varm) == list(adata.uns) == []
     impute(adata, key_added="filled", **SETTINGS)
