@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from scialm_dask.cli import layer_option, main, overwrite_option, reports, shows_progress
+from scialm_dask.cli import layer_option, main, missing_chunks_option, overwrite_option, reports, shows_progress
 from scialm_dask.events import Listener, Note
 
 
@@ -76,6 +76,7 @@ def _gene_names(source: str | None, genes: int) -> list[str]:
 @click.option("--delta", type=float, default=0.0, help="nuclear: largest ‖XP − D‖ over all cells.")
 @click.option("--max-iterations", type=int, default=None, help="Most sweeps (als, 100) or iterations (nuclear, 1000).")
 @layer_option
+@missing_chunks_option
 @overwrite_option
 @reports
 @shows_progress
@@ -91,6 +92,7 @@ def unpool(
     delta: float,
     max_iterations: int | None,
     layer: str | None,
+    missing_chunks_are_zeros: bool,
     overwrite: bool,
     listen: Listener,
 ) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def unpool(
 
     check_output(dst, overwrite=overwrite, sources=(src, design))
     table = read_design(design)
-    matrix = ExpressionMatrix.open(src, layer)
+    matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
     if method == "als":
         als = PooledALS(rank, seed, ridge=ridge, restarts=restarts, max_sweeps=max_iterations or 100)
         result = als.fit(matrix, table.to_numpy(), listen=listen)

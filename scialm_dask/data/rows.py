@@ -194,7 +194,10 @@ def check_chunks(rows: StoredRows, element: Any, missing_are_zeros: bool) -> Non
                 f"{rows.name}: {len(gone)} of {array.nchunks} chunks of {array.basename} are missing, first {gone[0]}"
             )
             if rows.encoding == "array":
-                raise InputError(f"{what}; restore them, or pass --missing-chunks-are-zeros if they were all zeros")
+                raise InputError(
+                    f"{what}; restore them, or if they were all zeros pass --missing-chunks-are-zeros, to `scialm-dask "
+                    "convert` where there is no such option"
+                )
             raise InputError(f"{what}; the store is damaged, write it again")
 
 

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from pooled_twins import sparse_simulation
 
 import scialm_dask.cli_pooled
@@ -47,6 +48,17 @@ def test_unpool_by_nuclear_norm(cli, tmp_path, experiment):
     assert X.min() >= 0
     assert np.linalg.norm(X @ P - D) <= delta * (1 + 1e-4)
     assert report["certificate"] <= 1e-3 * report["objective"]
+
+
+def test_chunks_that_zarr_left_out(cli, tmp_path, experiment):
+    _, table, D, _ = experiment
+    D[30:] = 0
+    zarr.create_array(tmp_path / "bare.zarr", data=D, chunks=(30, 10))
+    words = ("unpool", tmp_path / "bare.zarr", tmp_path / "out.zarr", "--pools", table, "--rank", 2, "--quiet")
+    assert "1 of 2 chunks" in cli(*words).stderr
+    done = cli(*words, "--missing-chunks-are-zeros")
+    assert done.exit_code == 0, done.output
+    assert not Imputation.open(tmp_path / "out.zarr")[30:].any()
 
 
 def test_bad_input_is_one_line(cli, tmp_path, experiment):
