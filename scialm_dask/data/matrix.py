@@ -17,7 +17,7 @@ from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
 from scialm_dask.data.store import lasting, open_store
 from scialm_dask.data.stream import in_order
-from scialm_dask.data.temporary import current_client, temporary_csr
+from scialm_dask.data.temporary import check_seen, current_client, temporary_csr
 from scialm_dask.data.transpose import spill_to_csr
 from scialm_dask.errors import InputError
 
@@ -188,8 +188,16 @@ class ExpressionMatrix:
 
         If a `distributed.Client` is in force, what is in memory is written to a temporary store, from which workers
         read their blocks; see `temporary_csr`.
+
+        Raises
+        ------
+        InputError
+            If workers of the Dask cluster do not see that store, or one that was made before there was a cluster.
         """
-        if not isinstance(self.rows, MemoryRows) or current_client() is None:
+        if current_client() is None:
+            return self
+        if not isinstance(self.rows, MemoryRows):
+            check_seen(self.rows)
             return self
         csr = self.rows.matrix
         return replace(self, rows=temporary_csr((csr[a:b] for a, b in self.blocks), csr.shape[1], csr.dtype, self.name))
