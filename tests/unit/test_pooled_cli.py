@@ -61,6 +61,23 @@ def test_chunks_that_zarr_left_out(cli, tmp_path, experiment):
     assert not Imputation.open(tmp_path / "out.zarr")[30:].any()
 
 
+def test_pools_are_matched_by_name_if_there_are_the_same_names(cli, tmp_path, experiment, store_of):
+    source, table, D, P = experiment
+    pools, genes = [f"pool{pool}" for pool in range(10)], [f"G{gene}" for gene in range(len(P))]
+    named = store_of(D, "named.zarr", names=pools)
+    order = np.random.default_rng(0).permutation(10)
+    pd.DataFrame(P, genes, pools).iloc[:, order].to_csv(tmp_path / "mixed.csv")
+    results = {}
+    for path, design in ((source, table), (named, tmp_path / "mixed.csv"), (source, tmp_path / "mixed.csv")):
+        done = cli("unpool", path, tmp_path / "out.zarr", "--pools", design, "--rank", 4, "--overwrite")
+        assert done.exit_code == 0, done.output
+        assert ("pools are matched by position" in done.stderr) == (path == source)
+        results[path, design] = Imputation.open(tmp_path / "out.zarr")[:, :]
+    right, by_name, by_position = results.values()
+    np.testing.assert_allclose(by_name, right, rtol=1e-3, atol=1e-4)
+    assert not np.allclose(by_position, right, rtol=1e-2, atol=1e-2)
+
+
 def test_bad_input_is_one_line(cli, tmp_path, experiment):
     source, table, _, P = experiment
     np.save(tmp_path / "P.npy", P[:, :9])
