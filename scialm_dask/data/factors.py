@@ -295,10 +295,10 @@ class Imputation:
         dense
             Write the imputed matrix too, as chunked X.
         keep_observed
-            In that X, leave the observed entries of this matrix as they were.
+            In X, leave the observed entries of this matrix as they were.
         preserve_zeros
             Write the imputed matrix as sparse X, without what this rule takes for biological zeros. Observed entries
-            stay, at their observed value if they were imputed as zero.
+            stay, at their observed value if they were imputed as zero. Instead of `dense`.
         overwrite
             Replace what is at `path`.
         sources
@@ -308,11 +308,17 @@ class Imputation:
 
         Raises
         ------
+        InputError
+            If `dense` and `preserve_zeros` are both given, or `keep_observed` without either.
         OutputError
             If `path` cannot be written.
         """
         import anndata
 
+        if dense and preserve_zeros is not None:
+            raise InputError("dense and preserve_zeros both say what X is to be; give one of them")
+        if keep_observed is not None and not dense and preserve_zeros is None:
+            raise InputError("keep_observed is about X, and none is written; give dense=True or preserve_zeros too")
         advance = begin(listen, "writing")
         parts = 2 if dense or preserve_zeros is not None else 1
 

@@ -253,6 +253,11 @@ def test_folders_without_checkpoints(tmp_path):
         resume(tmp_path / "c")
 
 
+def test_a_cadence_of_no_checkpoints_is_refused(matrix):
+    with pytest.raises(InputError, match="checkpoint_every is 5 without a checkpoint; give the folder"):
+        impute(matrix, checkpoint_every=5)
+
+
 def test_another_run_is_not_written_over(stopped, matrix):
     before = newest_two(stopped)
     with pytest.raises(OutputError, match="holds checkpoints already; go on from them by `scialm-dask resume"):
