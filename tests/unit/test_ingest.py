@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -370,15 +371,16 @@ main()
 """
 
 
+@pytest.mark.parametrize(("sent", "word"), [("SIGINT", "interrupted"), ("SIGTERM", "terminated")])
 @pytest.mark.parametrize(("command", "form"), [("convert", "csr"), ("qc", "csr"), ("mask", "csc")])
-def test_ctrl_c(counts, store_of, tmp_path, form, command):
+def test_ctrl_c_and_sigterm(counts, store_of, tmp_path, form, command, sent, word):
     path = store_of(FORMS[form](counts))
     (tmp_path / "tmp").mkdir()
     env = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
     code = INTERRUPT.replace("== 4", "== 1") if form == "csc" else INTERRUPT
-    result = run(code, command, path, tmp_path / "out.zarr", "--quiet", env=env)
-    assert result.returncode == 130, result.stderr
-    assert result.stderr == "scialm-dask: interrupted; nothing was written\n"
+    result = run(code.replace("SIGINT", sent), command, path, tmp_path / "out.zarr", "--quiet", env=env)
+    assert result.returncode == 128 + signal.Signals[sent], result.stderr
+    assert result.stderr == f"scialm-dask: {word}; nothing was written\n"
     assert sorted(os.listdir(tmp_path)) == ["source.zarr", "tmp"]
     assert os.listdir(tmp_path / "tmp") == []
 
