@@ -172,7 +172,7 @@ def resume(
     check_output(asked["destination"], overwrite=asked.get("overwrite", False), sources=(source, folder))
     with connected(listen):
         with _resumable(folder) as stop:
-            result = resume(folder, scratch=scratch, memory_limit=memory_limit, stop=stop, listen=listen)
+            result = resume(folder, matrix, scratch=scratch, memory_limit=memory_limit, stop=stop, listen=listen)
         return _write(result, matrix, asked, source, folder, listen)
 
 

@@ -358,6 +358,19 @@ def test_a_run_from_python_goes_on_from_the_command_line(cli, whole, stopped, tm
     np.testing.assert_array_equal(Imputation.open(tmp_path / "r.zarr").right, whole("auto").right)
 
 
+def test_the_command_opens_the_source_once(cli, stopped, tmp_path, monkeypatch):
+    """One that is stored by genes is copied each time."""
+    opened, real = [], ExpressionMatrix.open.__func__
+    monkeypatch.setattr(
+        ExpressionMatrix,
+        "open",
+        classmethod(lambda cls, *args, **kwargs: opened.append(1) or real(cls, *args, **kwargs)),
+    )
+    result = cli("resume", stopped, tmp_path / "r.zarr", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert len(opened) == 1
+
+
 @pytest.mark.parametrize("words", [("--checkpoint-every", "3"), ("--checkpoint", "source.zarr/c")])
 def test_options_that_do_not_fit(cli, matrix, tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
