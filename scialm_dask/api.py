@@ -96,7 +96,9 @@ def impute(
 
     if isinstance(checkpoint, str | os.PathLike):
         checkpoint = Checkpointing(checkpoint)
-    if checkpoint is not None and checkpoint_every is not None:
+    if checkpoint_every is not None:
+        if checkpoint is None:
+            raise InputError(f"checkpoint_every is {checkpoint_every!r} without a checkpoint; give the folder for them")
         checkpoint = replace(checkpoint, every=checkpoint_every)
     chosen = settings_of(preset, **settings)
     source = as_matrix(matrix, layer, observed=observed)

@@ -31,16 +31,19 @@ preset_option = click.option(
 )
 
 
-@main.command()
-@click.argument("src", metavar="SRC")
-@click.argument("dst", metavar="DST.zarr")
-@preset_option
-@click.option(
+observed_option = click.option(
     "--observed",
     type=click.Choice(["nonzero", "finite"]),
     default="nonzero",
     help="finite: zeros are values, NaN is missing.",
 )
+
+
+@main.command()
+@click.argument("src", metavar="SRC")
+@click.argument("dst", metavar="DST.zarr")
+@preset_option
+@observed_option
 @click.option(
     "--stop",
     type=click.Choice(["residual", "held-out", "count-split"]),
@@ -169,7 +172,7 @@ def resume(
     check_output(asked["destination"], overwrite=asked.get("overwrite", False), sources=(source, folder))
     with connected(listen):
         with _resumable(folder) as stop:
-            result = resume(folder, scratch=scratch, memory_limit=memory_limit, stop=stop, listen=listen)
+            result = resume(folder, matrix, scratch=scratch, memory_limit=memory_limit, stop=stop, listen=listen)
         return _write(result, matrix, asked, source, folder, listen)
 
 
@@ -274,9 +277,11 @@ def transform(
 @main.command()
 @click.argument("src", metavar="SRC")
 @preset_option
+@observed_option
 @click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @layer_option
+@missing_chunks_option
 @cluster_options
 @reports
 @shows_progress
@@ -284,10 +289,9 @@ def plan(
     src: str,
     preset: str,
     max_rank: int | None,
-    blocks: int | None,
-    layer: str | None,
     connected: Callable[[Listener], Any],
     listen: Listener,
+    **source: Any,
 ) -> dict[str, Any]:
     """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time.
 
@@ -297,7 +301,7 @@ def plan(
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.run.plan import plan
 
-    matrix, settings = ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank)
+    settings, matrix = settings_of(preset, max_rank=max_rank), ExpressionMatrix.open(src, **source)
     with connected(listen):
         return plan(matrix, settings)
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scialm_dask.data.matrix import Annotation, ExpressionMatrix, Observed
-from scialm_dask.data.rows import StoredRows
 from scialm_dask.data.store import open_store
 from scialm_dask.errors import InputError
 
@@ -124,7 +123,7 @@ def refuse_logarithms(matrix: ExpressionMatrix, given: Any, layer: str | None) -
 def _marked(matrix: ExpressionMatrix, given: Any) -> bool:
     if is_anndata(given):
         return "log1p" in given.uns
-    if isinstance(matrix.annotation, str) and isinstance(matrix.rows, StoredRows) and matrix.rows.element == "X":
+    if isinstance(matrix.annotation, str) and matrix.origin is not None and matrix.origin.layer is None:
         return "uns/log1p" in open_store(matrix.annotation)
     return False
 

@@ -80,16 +80,17 @@ class CellModel:
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> CellModel:
-        """Make one from what AnnData has read."""
+        """Make one from what AnnData has read; nothing said of zeros means that they were unknown."""
+        gene_scale = np.asarray(stored["gene_scale"])
         return cls(
-            np.asarray(stored["gene_scale"]),
+            gene_scale,
             np.asarray(stored["mean"]),
             np.asarray(stored["covariance"]),
             residual=float(stored["residual"]),
             raw_counts=bool(stored["raw_counts"]),
             cell_exponent=float(stored["cell_exponent"]),
             centre=float(stored["centre"]),
-            confidence=np.asarray(stored["confidence"]),
+            confidence=np.asarray(stored.get("confidence", np.zeros_like(gene_scale))),
         )
 
 
@@ -294,10 +295,10 @@ class Imputation:
         dense
             Write the imputed matrix too, as chunked X.
         keep_observed
-            In that X, leave the observed entries of this matrix as they were.
+            In X, leave the observed entries of this matrix as they were.
         preserve_zeros
             Write the imputed matrix as sparse X, without what this rule takes for biological zeros. Observed entries
-            stay, at their observed value if they were imputed as zero.
+            stay, at their observed value if they were imputed as zero. Instead of `dense`.
         overwrite
             Replace what is at `path`.
         sources
@@ -307,11 +308,17 @@ class Imputation:
 
         Raises
         ------
+        InputError
+            If `dense` and `preserve_zeros` are both given, or `keep_observed` without either.
         OutputError
             If `path` cannot be written.
         """
         import anndata
 
+        if dense and preserve_zeros is not None:
+            raise InputError("dense and preserve_zeros both say what X is to be; give one of them")
+        if keep_observed is not None and not dense and preserve_zeros is None:
+            raise InputError("keep_observed is about X, and none is written; give dense=True or preserve_zeros too")
         advance = begin(listen, "writing")
         parts = 2 if dense or preserve_zeros is not None else 1
 
@@ -412,9 +419,11 @@ def _stored_left(path: str, stored: Any) -> da.Array:
     """Left factor of a result as a Dask array whose tasks open the store themselves."""
     import dask.array as da
 
-    read, (cells, rank), step = dask.delayed(_rows_of_left, pure=True), stored.shape, stored.chunks[0]
-    spans = [(start, min(start + step, cells)) for start in range(0, cells, step)]
-    pieces = [da.from_delayed(read(path, *span), (span[1] - span[0], rank), stored.dtype) for span in spans]
+    read, (cells, rank) = dask.delayed(_rows_of_left, pure=True), stored.shape
+    rows = RowBlocks.panels(cells, max(1, rank), _CHUNK_BYTES)
+    if stored.chunks is not None:  # an .h5ad may hold it in one piece
+        rows = RowBlocks((*range(0, cells, stored.chunks[0]), cells))
+    pieces = [da.from_delayed(read(path, *span), (span[1] - span[0], rank), stored.dtype) for span in rows]
     return da.concatenate(pieces, axis=0)
 
 

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 import dask
 import numpy as np
@@ -17,7 +17,7 @@ from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
 from scialm_dask.data.store import lasting, open_store
 from scialm_dask.data.stream import in_order
-from scialm_dask.data.temporary import current_client, temporary_csr
+from scialm_dask.data.temporary import check_seen, current_client, temporary_csr
 from scialm_dask.data.transpose import spill_to_csr
 from scialm_dask.errors import InputError
 
@@ -112,6 +112,7 @@ class ExpressionMatrix:
         InputError
             If the store, the layer or the numbers cannot be used.
         """
+        _check_choice(observed)
         store = open_store(path)
         path = lasting(path)
         rows, element = describe(path, store, layer)
@@ -131,6 +132,7 @@ class ExpressionMatrix:
 
         A Dask array is computed here, once, a row of chunks at a time, into a temporary store; see `temporary_csr`.
         """
+        _check_choice(observed)
         if dask.is_dask_collection(matrix):
             rows = _computed(matrix, name)
             return cls(rows, blocks_of(rows, open_store(rows.path)["X"], blocks), observed)
@@ -186,8 +188,16 @@ class ExpressionMatrix:
 
         If a `distributed.Client` is in force, what is in memory is written to a temporary store, from which workers
         read their blocks; see `temporary_csr`.
+
+        Raises
+        ------
+        InputError
+            If workers of the Dask cluster do not see that store, or one that was made before there was a cluster.
         """
-        if not isinstance(self.rows, MemoryRows) or current_client() is None:
+        if current_client() is None:
+            return self
+        if not isinstance(self.rows, MemoryRows):
+            check_seen(self.rows)
             return self
         csr = self.rows.matrix
         return replace(self, rows=temporary_csr((csr[a:b] for a, b in self.blocks), csr.shape[1], csr.dtype, self.name))
@@ -280,6 +290,11 @@ def read_annotation(path: str | Annotation | None, axis: str, length: int) -> pd
     if len(frame) != length:
         raise InputError(f"{path}: {axis} has {len(frame)} rows, the matrix {length}; write the store again")
     return frame
+
+
+def _check_choice(observed: str) -> None:
+    if observed not in get_args(Observed):
+        raise InputError(f"observed is {observed!r}; choose one of {', '.join(get_args(Observed))}")
 
 
 def _computed(array: da.Array, name: str) -> StoredRows:

@@ -66,6 +66,14 @@ def test_an_anndata_written_by_its_user_opens_as_a_result(adata, tmp_path):
     assert opened.summary.keys() == result.summary.keys()
 
 
+def test_so_does_an_h5ad_which_holds_the_left_factor_in_one_piece(adata, tmp_path):
+    result = impute(adata, **SETTINGS)
+    adata.write_h5ad(tmp_path / "with.h5ad")
+    opened = Imputation.open(tmp_path / "with.h5ad")
+    same(opened, result)
+    np.testing.assert_allclose(opened.transform(adata)[:, :], result.transform(adata)[:, :], rtol=1e-3, atol=1e-3)
+
+
 def test_names_and_none(adata, expected):
     assert list(adata.obsm) == list(adata.varm) == list(adata.uns) == []
     impute(adata, key_added="filled", **SETTINGS)
@@ -200,6 +208,15 @@ def test_logarithms_in_a_file_are_refused_and_counts_under_the_mark_are_not(adat
     mask(tmp_path / "c.zarr", tmp_path / "m.zarr")
     adata.X = adata.layers["counts"]
     impute(adata, **SETTINGS)
+
+
+def test_the_mark_of_logarithms_is_about_x_however_that_is_stored(adata, tmp_path):
+    with_mark(adata)
+    adata.X, adata.layers["normalised"] = adata.X.tocsc(), (adata.layers["counts"] * 0.3).tocsc()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    impute(ExpressionMatrix.open(tmp_path / "a.h5ad", "normalised"), **SETTINGS)
+    with pytest.raises(InputError, match="holds logarithms"):
+        impute(ExpressionMatrix.open(tmp_path / "a.h5ad"), **SETTINGS)
 
 
 @pytest.mark.parametrize("thing", ["text.zarr", {"a": 1}, [["a", "b"]], np.ones((2, 2, 2))])

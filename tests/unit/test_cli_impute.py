@@ -185,6 +185,16 @@ def test_lost_chunks(cli, counts, store_of, tmp_path, form):
         assert not anndata.read_zarr(path).X[:10].any()  # which is what Zarr makes of it
 
 
+def test_a_plan_is_of_the_same_matrix_as_the_run(cli, counts, tmp_path):
+    zarr.create_array(tmp_path / "bare.zarr", data=counts.toarray() * (np.arange(120) < 60)[:, None], chunks=(60, 40))
+    refusal = cli("plan", tmp_path / "bare.zarr")
+    assert refusal.exit_code == 2
+    assert "1 of 2 chunks" in refusal.stderr
+    assert "--missing-chunks-are-zeros" in refusal.stderr
+    words = ("plan", tmp_path / "bare.zarr", "--missing-chunks-are-zeros", "--observed", "finite", "--json", "--quiet")
+    assert last_json(cli(*words))["n_observed"] == 120 * 40
+
+
 def test_duplicates_are_summed_and_unsorted_sorted(cli, counts, store_of, tmp_path):
     coo = counts.tocoo()
     order = np.lexsort((-coo.col, coo.row))

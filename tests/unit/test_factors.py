@@ -130,6 +130,16 @@ def test_dense_writing_and_keeping_what_was_observed(result, dense, matrix, coun
     np.testing.assert_allclose(X[~known], dense[~known], rtol=1e-5, atol=1e-6)
 
 
+def test_options_that_do_not_go_together_are_refused(result, matrix, tmp_path):
+    for options, message in (
+        ({"dense": True, "preserve_zeros": object()}, "both say what X is to be; give one of them"),
+        ({"keep_observed": matrix}, "keep_observed is about X, and none is written"),
+    ):
+        with pytest.raises(InputError, match=message):
+            result.to_zarr(tmp_path / "r.zarr", **options)
+    assert not (tmp_path / "r.zarr").exists()
+
+
 def test_dense_chunks_are_whole_rows_and_all_written(result, tmp_path):
     result.to_zarr(tmp_path / "r.zarr", dense=True)
     X = zarr.open_group(tmp_path / "r.zarr", mode="r")["X"]

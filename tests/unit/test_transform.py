@@ -3,6 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import zarr
 from problems import low_rank_counts
 
 from scialm_dask import Confidence, ExpressionMatrix, Imputation, InputError, impute
@@ -77,6 +78,15 @@ def test_a_result_from_disk_transforms_alike(cells, fitted, tmp_path):
     np.testing.assert_array_equal(
         opened.transform(cells[200:]).left.compute(), fitted.transform(cells[200:]).left.compute()
     )
+
+
+def test_a_result_that_says_nothing_of_zeros_transforms_as_if_they_were_unknown(cells, fitted, tmp_path):
+    fitted.to_zarr(tmp_path / "fit.zarr")
+    root = zarr.open_group(tmp_path / "fit.zarr", mode="r+", use_consolidated=False)
+    del root["uns/scialm/model/confidence"]
+    zarr.consolidate_metadata(root.store)
+    opened = Imputation.open(tmp_path / "fit.zarr")
+    np.testing.assert_array_equal(opened.transform(cells[200:])[:, :], fitted.transform(cells[200:])[:, :])
 
 
 @pytest.mark.parametrize(
