@@ -6,14 +6,7 @@ from typing import Any
 
 import click
 
-from scialm_dask.cli import (
-    layer_option,
-    main,
-    missing_chunks_option,
-    overwrite_option,
-    reports,
-    shows_progress,
-)
+from scialm_dask.cli import layer_option, main, missing_chunks_option, overwrite_option, reports, shows_progress
 from scialm_dask.events import Listener
 
 

@@ -4,6 +4,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from problems import low_rank_counts
 
 from scialm_dask import InputError, evaluate_imputation
@@ -177,6 +178,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(cli, path, tmp_path, options, 
     assert words in result.stderr
     assert result.stderr.count("error") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_absent_chunks_are_zeros_if_that_is_said(cli, tmp_path):
+    array = zarr.create_array(tmp_path / "bare.zarr", shape=(20, 9), chunks=(5, 9), dtype="f4")
+    array[:15] = 1
+    words = ["evaluate", tmp_path / "bare.zarr", tmp_path / "out", "--labels", "type"]
+    assert "1 of 4 chunks" in cli(*words).stderr
+    assert "no column 'type'" in cli(*words, "--missing-chunks-are-zeros").stderr
+
+
+def test_a_truth_is_looked_at_before_anything_is_run(cells):
+    with pytest.raises(InputError, match="90 cells"):
+        evaluate_imputation(cells, methods=[], reference=cells[:90].copy(), listen=lambda _: pytest.fail("it ran"))
+    logarithms = cells.copy()
+    logarithms.X = logarithms.X.log1p()
+    logarithms.uns["log1p"] = {}
+    with pytest.raises(InputError, match="holds logarithms"):
+        evaluate_imputation(cells, methods=[], reference=logarithms)
 
 
 def test_count_splitting_what_is_no_counts_is_refused(cells):
