@@ -140,12 +140,19 @@ def write_prediction(answer: Any, folder: Path, scale: NDArray[np.float32] | Non
         To write ``dense.npy``, or ``left.npy`` and ``right.npy`` to.
     scale
         Shape ``(m,)``; None for ones.
+
+    Raises
+    ------
+    ValueError
+        If that is no matrix of finite numbers.
     """
     if isinstance(answer, Imputation):
         answer = answer.left, answer.right
     if isinstance(answer, tuple):
         left, right = answer if answer[1].shape[1] else (np.zeros((len(answer[0]), 1)), np.zeros((len(answer[1]), 1)))
-        np.save(folder / "right.npy", np.asarray(right, np.float32))
+        if left.shape[1] != right.shape[1]:
+            raise ValueError(f"gave factors of {left.shape[1]} and {right.shape[1]} columns")
+        np.save(folder / "right.npy", _finite(np.asarray(right, np.float32)))
         _write_scaled(folder / "left.npy", left, scale)
     else:
         _write_scaled(folder / "dense.npy", np.asarray(answer), scale)
@@ -155,9 +162,15 @@ def _write_scaled(path: Path, rows: Any, scale: NDArray[np.float32] | None) -> N
     target = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=rows.shape)
     for start, stop in panels(rows.shape):
         piece = rows[start:stop]
-        piece = piece.compute() if hasattr(piece, "compute") else piece
+        piece = _finite(piece.compute() if hasattr(piece, "compute") else piece)
         target[start:stop] = piece if scale is None else piece * scale[start:stop, None]
     target.flush()
+
+
+def _finite(values: Any) -> Any:
+    if not np.isfinite(values).all():
+        raise ValueError("gave values that are not finite")
+    return values
 
 
 def read_prediction(folder: Path) -> Prediction:

@@ -225,7 +225,7 @@ class _Press:
         hidden = found.scores[found.scores["experiment"] == "masking"]
         published = f"{_published_name(matrix.shape)}, as published"
         fits = (hidden["status"] != "quoted") | (hidden["dataset"] == published)
-        first = hidden[fits & (hidden["share"] == programme.shares[0])]
+        first = hidden[fits & np.isclose(hidden["share"], programme.shares[0])]
         title = f"{name}, {programme.shares[0]:.0%} of the non-zeros hidden"
         self.save(f"figure5-{name}", charts.method_scores(first, title), "Figure 5: scores of the methods")
         if labels is not None:
