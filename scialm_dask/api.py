@@ -75,7 +75,8 @@ def impute(
     listen
         Called with every event of the work, such as `scialm_dask.show_progress()`; see `scialm_dask.events`.
     **settings
-        Fields of `Settings` that are to differ from the preset's, such as ``max_rank=50`` or ``seed=1``.
+        Fields of `Settings` that are to differ from the preset's, such as ``max_rank=50`` or ``seed=1``; None leaves
+        the preset's, and ``max_rank="none"`` is no limit.
 
     Returns
     -------

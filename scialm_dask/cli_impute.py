@@ -31,6 +31,9 @@ preset_option = click.option(
 )
 
 
+max_rank_option = click.option(
+    "--max-rank", default=None, help="Most singular values to keep, or none for no limit.  [default: 128; paper: none]"
+)
 observed_option = click.option(
     "--observed",
     type=click.Choice(["nonzero", "finite"]),
@@ -56,7 +59,7 @@ observed_option = click.option(
 @click.option("--max-iterations", type=int, default=None, help="Most iterations.  [default: 1000]")
 @click.option("--rank-policy", type=click.Choice(["paper", "adaptive"]), default=None)
 @click.option("--increment", type=int, default=None, help="R of the paper's rank policy.")
-@click.option("--max-rank", type=int, default=None, help="Most singular values to keep.  [default: 128; paper: all]")
+@max_rank_option
 @click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5.")
 @click.option("--seed", type=int, default=None, help="Of all random draws.  [default: 0]")
 @click.option("--scratch", default=None, help="Where the working state is kept: auto, memory, or zarr:PATH.")
@@ -278,7 +281,7 @@ def transform(
 @click.argument("src", metavar="SRC")
 @preset_option
 @observed_option
-@click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
+@max_rank_option
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @layer_option
 @missing_chunks_option
@@ -288,7 +291,7 @@ def transform(
 def plan(
     src: str,
     preset: str,
-    max_rank: int | None,
+    max_rank: str | None,
     connected: Callable[[Listener], Any],
     listen: Listener,
     **source: Any,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scialm_dask.data.matrix import Annotation, ExpressionMatrix, Observed
+from scialm_dask.data.matrix import Annotation, ExpressionMatrix, Observed, check_array
 from scialm_dask.data.store import open_store
 from scialm_dask.errors import InputError
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     import dask.array as da
     from numpy.typing import NDArray
 
-__all__ = ["add_factors", "as_matrix", "is_anndata", "named", "refuse_logarithms"]
+__all__ = ["add_factors", "as_dask", "as_matrix", "is_anndata", "named", "refuse_logarithms"]
 
 _LOOKED_AT = 1 << 10  # cells at the start, to see whether they are whole numbers
+_IN_A_CHUNK = 1 << 22  # entries of what is cut for Dask
 
 
 def is_anndata(thing: Any) -> bool:
@@ -96,6 +97,41 @@ def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -
 
 def _in_memory(frame: Any) -> Any:
     return frame.to_memory() if hasattr(frame, "to_memory") else frame.copy()
+
+
+def as_dask(matrix: Any, name: str) -> da.Array:
+    """Take whatever holds numbers, cells × something, as a Dask array of its own precision.
+
+    Parameters
+    ----------
+    matrix
+        A Dask array, as it is; anything with `to_dask()`; an AnnData (its X) or a path to a store; or what is in
+        memory: a NumPy or SciPy sparse array, a data frame, a list.
+    name
+        What to call it in messages.
+
+    Raises
+    ------
+    InputError
+        If it is not a matrix of numbers of known size.
+    """
+    import dask.array as da
+    import scipy.sparse as sp
+
+    if isinstance(matrix, str | os.PathLike) or is_anndata(matrix):
+        return as_matrix(matrix).to_dask()
+    if hasattr(matrix, "to_dask"):
+        return matrix.to_dask()
+    if isinstance(matrix, da.Array):
+        check_array(matrix, name)
+        return matrix
+    try:
+        held = sp.csr_matrix(matrix) if sp.issparse(matrix) else np.asarray(matrix)
+    except ValueError as error:
+        raise InputError(f"{name}: a {type(matrix).__name__}, not a matrix of numbers ({error})") from error
+    check_array(held, name)
+    rows = max(1, _IN_A_CHUNK // held.shape[1])
+    return da.from_array(held, chunks=(rows, -1), asarray=False).persist()  # goes to the workers once
 
 
 def refuse_logarithms(matrix: ExpressionMatrix, given: Any, layer: str | None) -> None:

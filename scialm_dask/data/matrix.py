@@ -30,6 +30,7 @@ __all__ = [
     "ExpressionMatrix",
     "Observed",
     "Origin",
+    "check_array",
     "check_observed",
     "check_values",
     "read_annotation",
@@ -297,13 +298,18 @@ def _check_choice(observed: str) -> None:
         raise InputError(f"observed is {observed!r}; choose one of {', '.join(get_args(Observed))}")
 
 
-def _computed(array: da.Array, name: str) -> StoredRows:
+def check_array(array: Any, name: str) -> None:
+    """Raise `InputError` if an array, of NumPy, SciPy or Dask, is not a matrix of numbers of known size."""
     if array.ndim != 2 or any(np.isnan(n) or n == 0 for n in array.shape):
         raise InputError(
             f"{name}: shape {array.shape}; a matrix of known size, of one cell and gene at least, is needed"
         )
     if array.dtype.kind not in "buif":
         raise InputError(f"{name}: values are of type {array.dtype}, not numbers; convert them first")
+
+
+def _computed(array: da.Array, name: str) -> StoredRows:
+    check_array(array, name)
     array = array.rechunk({1: -1})
     blocks = (sp.csr_matrix(array.blocks[i].compute()) for i in range(array.numblocks[0]))
     return temporary_csr(blocks, array.shape[1], array.dtype, name)

@@ -52,6 +52,12 @@ def test_impute_tells_what_it_did(cli, counts, store_of, tmp_path):
     assert result.history.passes.iloc[-1] < summary["passes"]
 
 
+def test_a_rank_without_limit(cli, counts, store_of, tmp_path):
+    words = ("--max-iterations", "3", "--max-rank", "none", "--json", "--quiet")
+    assert cli("impute", store_of(counts), tmp_path / "r.zarr", "--validation", "0.1", *words).exit_code == 0
+    assert Imputation.open(tmp_path / "r.zarr").summary["settings"]["max_rank"] is None
+
+
 def test_words_for_people(cli, counts, store_of, tmp_path):
     result = cli("impute", store_of(counts), tmp_path / "r.zarr", *QUICK)
     assert result.exit_code == 0
