@@ -266,8 +266,11 @@ class _Press:
         name = clean.stem
         mask(clean, work / f"{name}-masked.zarr", fraction=self.programme.shares[0], seed=0)
         result = impute(work / f"{name}-masked.zarr", listen=self.listen)
-        self.save(f"stop-{name}", figures.convergence(result), "Error over the iterations, with the stop")
-        self.save(f"rank-{name}", figures.spectrum(result), "Rank, and singular values of what was kept")
+        title = f"{name}, {self.programme.shares[0]:.0%} of the non-zeros hidden, preset auto"
+        self.save(
+            f"stop-{name}", figures.convergence(result, title), "Error and rank over the iterations, and the stop"
+        )
+        self.save(f"spectrum-{name}", figures.spectrum(result, title), "Singular values of what was kept")
 
     def truth(self, cells: str, truth: str) -> None:
         """Compare with the same cells sequenced deeper."""

@@ -56,7 +56,7 @@ def test_one_command_makes_all_tables_figures_and_an_index(cli, cells, tmp_path)
         "figure7-source",
         "effort-source",
         "stop-source",
-        "rank-source",
+        "spectrum-source",
         "source-truth",
         "sizes",
     }
@@ -130,7 +130,7 @@ def test_spectrum_draws_all_singular_values(counts):
     result: Imputation = complete_matrix(
         ExpressionMatrix.of(counts), Settings(stop="residual", max_iterations=8, max_rank=5)
     )
-    line = figures.spectrum(result).axes[1].lines[0]
+    line = figures.spectrum(result).axes[0].lines[0]
     np.testing.assert_allclose(line.get_ydata(), result.summary["singular_values"])
 
 
