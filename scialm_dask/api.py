@@ -89,6 +89,8 @@ def impute(
         If the matrix or a setting cannot be used.
     DoesNotFitError
         If the forecast does not fit memory or disk.
+    OutputError
+        If checkpoints cannot be written, or the disk is full.
     ClusterError, StoppedError
         If the cluster was lost: the latter if there are checkpoints, from which `resume` goes on.
     """
@@ -146,10 +148,21 @@ def resume(
     listen
         Called with every event of the work; those that are a `Note` tell of checkpoints that cannot be used.
 
+    Returns
+    -------
+    Imputation
+        As `impute` would have given it, its summary with ``resumed_after_iteration``.
+
     Raises
     ------
     InputError
-        If no checkpoint can be used, or the matrix is another.
+        If no checkpoint can be used, the matrix is another, or it was in memory and is not given.
+    DoesNotFitError
+        If the forecast does not fit memory or disk.
+    OutputError
+        If checkpoints cannot be written, or the disk is full.
+    StoppedError
+        If the run was asked to stop, or the cluster was lost and did not come back.
     """
     from scialm_dask.run.job import resume_matrix
 

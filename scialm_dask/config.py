@@ -54,6 +54,11 @@ class Settings:
         An SVD stops early once its thresholded values have moved by less than this; 0 makes all passes.
     seed
         Fixes every random draw.
+
+    Raises
+    ------
+    InputError
+        If a value cannot be: outside its limits, or none of its choices.
     """
 
     rank_policy: RankPolicy = "adaptive"

@@ -48,7 +48,7 @@ def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed | Non
     """
     if isinstance(matrix, ExpressionMatrix):
         return _as_opened(matrix, layer, observed)
-    observed = observed or "nonzero"
+    observed = "nonzero" if observed is None else observed
     if isinstance(matrix, str | os.PathLike):
         return ExpressionMatrix.open(matrix, layer, observed=observed)
     if is_anndata(matrix):

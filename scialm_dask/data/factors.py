@@ -109,13 +109,50 @@ class Imputation:
     obs, var
         Annotation of cells and genes.
     summary
-        What was done and found; see `summary`.
+        What was done and found, plain values; see the notes.
     history
         Columns of equal length, a value for each iteration.
     clip
         Whether negative entries are set to zero.
     model
         What `transform` needs to know of the fit; None if it cannot be done.
+
+    Notes
+    -----
+    The summary of what `impute` gives has
+
+    ``n_cells``, ``n_genes``, ``n_observed``, ``n_empty_cells``, ``n_empty_genes``
+        Size of the matrix, its observed entries, and rows and columns without any.
+    ``source``, ``raw_counts``
+        What the matrix is called, such as ``path:X``, and whether all its values are whole numbers.
+    ``scaling``, ``zeros``, ``settings``
+        What was scaled, in words; the confidence in zeros; the fields of `Settings`, as they were used.
+    ``iterations``, ``chosen_iteration``, ``passes``
+        Iterations made, the one whose estimate this is, from 1, and passes over the data.
+    ``rank``, ``singular_values``
+        Of the chosen iteration, the values on the scale on which it was solved.
+    ``residual``, ``held_out_error``
+        ‖P_Ω(D − A)‖ / ‖P_Ω(D)‖ there, and the same over held-out entries; None if none were held out.
+    ``converged``, ``stop_reason``
+        Whether a stopping rule was met, and which, in words.
+    ``mean_imputed_over_observed``
+        Mean of the imputed matrix, before clipping, over that of the observed one, zeros included. Only where zeros
+        are unknown.
+    ``n_blocks``, ``scratch``
+        Row blocks, and where the working state was: ``"memory"`` or ``"zarr"``.
+    ``seconds``, ``peak_memory_bytes``, ``forecast_memory_bytes``
+        Wall time in seconds; the most memory that this process (not workers) has ever held, and what was forecast for
+        each process, in bytes.
+    ``resumed_after_iteration``, ``run``
+        Of a run that was resumed: the iteration of its checkpoint. Of the command line: a token of the run.
+
+    That of `transform` has ``n_cells``, ``n_genes``, ``rank``, ``scaling`` and ``source`` alike, and
+    ``n_genes_matched``, ``n_genes_not_in_fit``
+        Genes of the new cells that the fit knows, and that it does not.
+    ``noise``
+        Variance of an entry, on the scale of the fit, at which the new cells predict themselves best.
+    ``fitted_on``
+        The source of the fit.
     """
 
     def __init__(
@@ -141,7 +178,17 @@ class Imputation:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Imputation:
-        """Open what `to_zarr` or ``scialm-dask impute`` has written.
+        """Open what `to_zarr` or ``scialm-dask impute`` has written, or an AnnData that `impute` has added to.
+
+        Parameters
+        ----------
+        path
+            Of a .zarr or .h5ad; Zarr may be at a URL.
+
+        Returns
+        -------
+        Imputation
+            Its left factor is read when it is asked for.
 
         Raises
         ------
@@ -266,6 +313,13 @@ class Imputation:
         -------
         ndarray
             Float32, cells × genes; an axis that is picked by one name or number is dropped.
+
+        Raises
+        ------
+        InputError
+            If there is no cell or gene of a name.
+        IndexError
+            If a number is too large, or a mask of the wrong length.
         """
         cells, genes = key if isinstance(key, tuple) else (key, slice(None))
         rows, one_cell = _positions(cells, self.obs.index, "cell")

@@ -70,6 +70,10 @@ class ExpressionMatrix:
     observed
         Which entries are observed (Ω). ``"nonzero"``: the non-zeros, as in the paper. ``"finite"``: all that
         are not NaN, zeros included, for general matrices.
+    annotation
+        Of cells and genes: data frames (`Annotation`), the path of the store that has them, or None for none.
+    origin
+        What it was opened from; None if that was in memory.
 
     Notes
     -----
@@ -108,10 +112,18 @@ class ExpressionMatrix:
             Read the absent chunks of a dense store as zeros, which some programs do not write, instead of
             refusing them.
 
+        Returns
+        -------
+        ExpressionMatrix
+            Nothing of it is read yet, but a matrix stored by genes is copied to a temporary store, by cells.
+
         Raises
         ------
         InputError
-            If the store, the layer or the numbers cannot be used.
+            If the store or the layer cannot be used: not there, damaged, or no matrix of numbers. Values are checked
+            when they are read; see `read_block`.
+        OutputError
+            If the disk of the temporary store is full.
         """
         _check_choice(observed)
         store = open_store(path)
@@ -132,6 +144,30 @@ class ExpressionMatrix:
         """Take a NumPy array or SciPy sparse matrix that is in memory, or a Dask array with chunks of either kind.
 
         A Dask array is computed here, once, a row of chunks at a time, into a temporary store; see `temporary_csr`.
+
+        Parameters
+        ----------
+        matrix
+            Cells × genes; a list of lists or a data frame will do as well.
+        blocks
+            Number of row blocks; chosen by the number of stored values if None.
+        observed
+            See the class.
+        name
+            What to call it in messages.
+
+        Returns
+        -------
+        ExpressionMatrix
+            Without names of cells and genes.
+
+        Raises
+        ------
+        InputError
+            If it is empty, or no matrix of numbers of known size. Values are checked when they are read; see
+            `read_block`.
+        OutputError
+            If the disk of the temporary store is full.
         """
         _check_choice(observed)
         if dask.is_dask_collection(matrix):

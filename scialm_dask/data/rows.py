@@ -52,7 +52,21 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows of one element of a store on disk, opened anew wherever it is read."""
+    """Rows of one element of a store on disk, opened anew wherever it is read.
+
+    Parameters
+    ----------
+    path
+        Of the store, or its URL.
+    element
+        Its name in the store, such as ``X``; empty for a bare array.
+    encoding
+        ``"csr_matrix"``, ``"csc_matrix"`` or ``"array"``.
+    shape
+        Cells × genes.
+    label
+        Of a temporary copy alone: what it is a copy of, to call it by.
+    """
 
     path: str
     element: str

@@ -41,6 +41,11 @@ def test_the_matrix_is_the_clipped_product(result, dense, counts):
     assert result.to_dask().chunks[1] == (40,)
 
 
+def test_every_key_of_the_summary_is_described(result, matrix):
+    for summary in (result.summary, result.transform(matrix).summary):
+        assert [key for key in summary if f"``{key}``" not in Imputation.__doc__] == []
+
+
 def test_empty_cells_and_genes_are_kept_and_zero(result, dense, counts):
     empty_cells, empty_genes = counts.getnnz(axis=1) == 0, counts.getnnz(axis=0) == 0
     assert not dense[empty_cells].any()
