@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,27 +28,21 @@ from scialm_dask.evaluate.experiments import (
     masked,
     open_source,
 )
-from scialm_dask.evaluate.isolated import Outcome, Request, run_isolated
-from scialm_dask.evaluate.methods import QUOTED, Contestant, contestants, expanded, find_method
-from scialm_dask.evaluate.metrics import Moments, compare_all, compare_stored
-from scialm_dask.evaluate.predictions import Given, Prediction, read_prediction
-from scialm_dask.events import Listener, Scored, Stage, silent
+from scialm_dask.evaluate.methods import QUOTED, Contestant, contestants, expanded
+from scialm_dask.evaluate.trial import METRICS, Collected, Row, Trial, fresh_folder
+from scialm_dask.events import Listener, Scored, silent
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Evaluation", "checked_contestants", "evaluate_imputation", "fresh_folder", "run_contestant"]
+__all__ = ["Evaluation", "checked_contestants", "evaluate_imputation"]
 
-Row = dict[str, Any]
 _KEY = ("dataset", "experiment", "share", "method", "setting")
-_METRICS = ("mse", "mae", "pearson", "cosine")
 _COLUMNS = (
-    *("dataset", "experiment", "share", "seed", "method", "setting", "status", "n", *_METRICS),
-    *(f"gene_{name}" for name in _METRICS),
+    *("dataset", "experiment", "share", "seed", "method", "setting", "status", "n", *METRICS),
+    *(f"gene_{name}" for name in METRICS),
     *("relative_error", "mean_ratio", "zeros_pearson", "seconds", "peak_bytes", "imports_bytes", "note"),
 )
-_LEAST_ENTRIES = 10  # of a gene whose correlation is to count
-_GIVEN = "as observed"
 
 
 @dataclass
@@ -85,21 +78,11 @@ class Evaluation:
     def summary(self) -> pd.DataFrame:
         """Means over the seeds, one row for each experiment and method, best first."""
         grouped = self.scores.groupby(list(_KEY), dropna=False, sort=False)
-        numbers = ["n", *_METRICS, "gene_pearson", "relative_error", "mean_ratio", "zeros_pearson", "seconds"]
+        numbers = ["n", *METRICS, "gene_pearson", "relative_error", "mean_ratio", "zeros_pearson", "seconds"]
         table = grouped[[*numbers, "peak_bytes"]].mean()
         table["seeds"] = grouped.size()
         table["status"] = grouped["status"].agg(lambda each: next((s for s in each if s != "ok"), "ok"))
         return table.reset_index().sort_values(["experiment", "share", "mse"], kind="stable", ignore_index=True)
-
-
-@dataclass
-class _Collected:
-    """Rows as they come, and what they are pooled from."""
-
-    rows: list[Row] = field(default_factory=list)
-    moments: dict[tuple[Any, ...], Moments] = field(default_factory=dict)
-    clusters: list[Row] = field(default_factory=list)
-    umap: dict[tuple[str, str], NDArray[np.float32]] = field(default_factory=dict)
 
 
 def evaluate_imputation(
@@ -167,7 +150,7 @@ def evaluate_imputation(
     """
     listed = checked_contestants(methods, sweeps, shares, seeds, labels)
     limit = parse_limit(memory_limit)
-    collected = _Collected()
+    collected = Collected()
     with tempfile.TemporaryDirectory(prefix="scialm-evaluate-", dir=scratch_folder) as folder:
         work = Path(folder)
         opened = open_source(source, work, layer=layer)
@@ -186,8 +169,7 @@ def evaluate_imputation(
                 experiment = make(place)
                 first = number == 0 and experiment.kind == "masking"
                 clustered = known if first or experiment.kind == "all data" else None
-                runner = _Runner(experiment, place, limit, time_limit, clustered, collected, row, listen)
-                runner.run(listed)
+                Trial(experiment, place, limit, time_limit, clustered, collected, row, listen).run(listed)
         for name in expanded(methods):
             for quoted in _quoted_rows(name):
                 row(quoted)
@@ -236,135 +218,6 @@ def _experiments(
         yield lambda _: as_it_is(source, seeds[0])
 
 
-@contextmanager
-def fresh_folder(path: Path) -> Iterator[Path]:
-    """Make a folder, and remove it with all that was put there."""
-    import shutil
-
-    path.mkdir()
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-@dataclass
-class _Runner:
-    """Runs all methods on one experiment, and scores them."""
-
-    experiment: Experiment
-    place: Path
-    memory_limit: int | None
-    time_limit: float | None
-    labels: pd.Series | None
-    collected: _Collected
-    row: Callable[[Row], None]
-    listen: Listener
-
-    def run(self, listed: Sequence[Contestant]) -> None:
-        """Run all, the matrix as observed first where that says something."""
-        if self.experiment.all_entries or self.labels is not None:
-            self._judge(Contestant(_GIVEN), Given(self.experiment.given.matrix), Outcome("ok"))
-        for number, contestant in enumerate(listed):
-            if self.experiment.target is None and contestant.method == "gene-mean":
-                continue  # all cells alike, nothing to cluster
-            self.listen(Stage(_label(contestant), f"{number + 1} of {len(listed)}"))
-            with fresh_folder(self.place / f"method{number}") as folder:
-                outcome = run_contestant(
-                    contestant,
-                    self.experiment.given,
-                    folder,
-                    seed=self.experiment.seed,
-                    zeros_matter=self.experiment.all_entries,
-                    memory_limit=self.memory_limit,
-                    time_limit=self.time_limit,
-                )
-                prediction = read_prediction(folder) if outcome.status == "ok" else None
-                if prediction is not None and prediction.shape != self.experiment.given.matrix.shape:
-                    note = f"gave {prediction.shape[0]} × {prediction.shape[1]}"
-                    outcome, prediction = Outcome("failed", outcome.seconds, note=note), None
-                self._judge(contestant, prediction, outcome)
-
-    def _judge(self, contestant: Contestant, prediction: Prediction | None, outcome: Outcome) -> None:
-        which = {
-            "experiment": self.experiment.kind,
-            "share": np.nan if self.experiment.share is None else round(self.experiment.share, 6),
-            "method": contestant.method,
-            "setting": contestant.words,
-        }
-        scores = {} if prediction is None else self._scores(prediction, tuple(which.values()))
-        if self.experiment.all_entries or contestant.method != _GIVEN:
-            self.row({**which, "seed": self.experiment.seed, **asdict(outcome), **scores})
-        if prediction is not None and self.labels is not None and contestant.method != "gene-mean":
-            components = downstream.principal_components(prediction, self.experiment.seed)
-            found = downstream.cluster(components, self.labels, self.experiment.seed)
-            self.collected.clusters.append({**which, **found.scores})
-            self.collected.umap[self.experiment.kind, _label(contestant)] = found.umap
-
-    def _scores(self, prediction: Prediction, key: tuple[Any, ...]) -> Row:
-        target = self.experiment.target
-        if target is None:
-            return {}
-        if not self.experiment.all_entries:
-            moments, scores = compare_stored(prediction, target), {}
-        else:
-            moments, zeros = compare_all(prediction, target, self.experiment.given.matrix)
-            scores = {
-                "relative_error": moments.relative_error,
-                "mean_ratio": moments.mean_ratio,
-                "zeros_pearson": zeros.overall.pearson,
-            }
-        before = self.collected.moments.get(key)
-        self.collected.moments[key] = moments if before is None else before + moments
-        return {**asdict(moments.overall), **_gene_medians(moments), **scores}
-
-
-def run_contestant(
-    contestant: Contestant,
-    given: Source,
-    folder: Path,
-    *,
-    seed: int = 0,
-    zeros_matter: bool = False,
-    memory_limit: int | None = None,
-    time_limit: float | None = None,
-) -> Outcome:
-    """Run a method on the view that it takes, in a process of its own.
-
-    Parameters
-    ----------
-    contestant
-        The method.
-    given
-        The matrix.
-    folder
-        For its answer; see `run_isolated`.
-    seed, zeros_matter, memory_limit, time_limit
-        See `Request` and `run_isolated`.
-
-    Returns
-    -------
-    Outcome
-        ``"needs counts"`` if that is what it lacks.
-    """
-    counts = find_method(contestant.method).takes == "counts"
-    path, scale = (given.counts if counts else given.normalised), None
-    if path is None:
-        return Outcome("needs counts", note="takes raw counts, which are not known")
-    if counts and given.factors is not None:
-        scale = str(folder / "factors.npy")
-        np.save(scale, given.factors.astype(np.float32))
-    request = Request(
-        contestant.method, str(path), scale, seed, zeros_matter, contestant.settings, memory_limit=memory_limit
-    )
-    return run_isolated(request, folder, time_limit=time_limit)
-
-
-def _label(contestant: Contestant) -> str:
-    """Name a method with its settings."""
-    return " ".join(filter(None, [contestant.method, contestant.words]))
-
-
 def _scored(row: Row) -> Scored:
     share = "" if np.isnan(row["share"]) else f" {row['share']:.0%}"
     seed = "" if np.isnan(row["seed"]) else f", seed {row['seed']}"
@@ -377,18 +230,6 @@ def _scored(row: Row) -> Scored:
     )
 
 
-def _gene_medians(moments: Moments) -> Row:
-    """Median score over genes of which enough is known."""
-    by_gene = moments.by_gene
-    enough = by_gene.n >= _LEAST_ENTRIES
-
-    def median(values: NDArray[np.float64]) -> float:
-        known = values[enough & np.isfinite(values)]
-        return float(np.median(known)) if len(known) else np.nan
-
-    return {f"gene_{name}": median(getattr(by_gene, name)) for name in _METRICS}
-
-
 def _quoted_rows(name: str) -> Iterator[Row]:
     if name in QUOTED:
         quoted = QUOTED[name]
@@ -398,7 +239,7 @@ def _quoted_rows(name: str) -> Iterator[Row]:
             yield {**common, "dataset": f"{dataset}, as published", **scores, "note": words}
 
 
-def _evaluation(collected: _Collected, name: str, genes: Any, labels: pd.Series | None) -> Evaluation:
+def _evaluation(collected: Collected, name: str, genes: Any, labels: pd.Series | None) -> Evaluation:
     import pandas as pd
 
     tables = []
@@ -406,7 +247,7 @@ def _evaluation(collected: _Collected, name: str, genes: Any, labels: pd.Series 
         scores = moments.by_gene
         chosen = scores.n > 0
         which = dict(zip(_KEY[1:], key, strict=True))
-        values = {metric: np.asarray(getattr(scores, metric))[chosen] for metric in ("n", *_METRICS)}
+        values = {metric: np.asarray(getattr(scores, metric))[chosen] for metric in ("n", *METRICS)}
         tables.append(pd.DataFrame({"gene": genes[chosen], **which, **values}))
     clusters = pd.DataFrame([{"dataset": name, **row} for row in collected.clusters])
     per_gene = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

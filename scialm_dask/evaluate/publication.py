@@ -16,18 +16,13 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.quality import Thresholds, measure_cells, mitochondrial, quality_control
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate import charts, figures
-from scialm_dask.evaluate.contest import (
-    Evaluation,
-    checked_contestants,
-    evaluate_imputation,
-    fresh_folder,
-    run_contestant,
-)
+from scialm_dask.evaluate.contest import Evaluation, checked_contestants, evaluate_imputation
 from scialm_dask.evaluate.downstream import labels_of
 from scialm_dask.evaluate.experiments import check_truth, open_source
 from scialm_dask.evaluate.masking import mask
 from scialm_dask.evaluate.methods import contestants
 from scialm_dask.evaluate.simulation import simulate
+from scialm_dask.evaluate.trial import fresh_folder, run_contestant
 from scialm_dask.evaluate.written import markdown, save_figure, write_evaluation
 from scialm_dask.events import Listener, Scored, Stage, silent
 
