@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import click
@@ -83,13 +84,13 @@ def evaluate(
     hidden = _numbers_of("--mask", shares)
     sources = tuple(path for path in (src, reference) if path)
     check_output(folder, overwrite=overwrite, sources=sources)
-    zeros = {"missing_chunks_are_zeros": missing_chunks_are_zeros}
+    open_matrix = functools.partial(ExpressionMatrix.open, missing_chunks_are_zeros=missing_chunks_are_zeros)
     found = evaluate_imputation(
-        ExpressionMatrix.open(src, layer, **zeros),
+        open_matrix(src, layer),
         methods=_words_of(methods),
         shares=hidden,
         seeds=list(range(seeds)),
-        reference=None if reference is None else ExpressionMatrix.open(reference, **zeros),
+        reference=None if reference is None else open_matrix(reference),
         scratch_folder=scratch_folder_for(folder),
         listen=listen,
         **options,
