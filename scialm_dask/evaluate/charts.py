@@ -100,6 +100,8 @@ def _dots(
         each.margins(x=0.08)
         each.set_axisbelow(True)
         _make_room(each)
+        if scores[column].isna().all():
+            each.set_xticks([])
     labels = [label_of(*scores[_names(scores) == name].iloc[0][["method", "setting"]]) for name in names]
     axes[0, 0].set_yticks(range(len(names))[::-1], labels)
     for tick, name in zip(axes[0, 0].get_yticklabels(), names, strict=True):
@@ -209,14 +211,16 @@ def _label_ends(axes: Any, ends: list[tuple[float, float, str]]) -> None:
     figure.draw_without_rendering()  # lays out, so that pixels mean something
     box = axes.get_window_extent()
     apart = 9 * figure.dpi / 72
-    placed: list[tuple[float, str]] = []
-    for x, y, name in sorted(ends, key=lambda end: end[1]):
-        at = float(axes.transData.transform((x, y))[1])
-        at = max(at, placed[-1][0] + apart) if placed else at
-        placed.append((at, name))
-    over = placed[-1][0] - box.y1 if placed else 0
-    for at, name in placed:
-        height = (at - max(over, 0) - box.y0) / box.height
+    ends = sorted(ends, key=lambda end: end[1])
+    places = [float(axes.transData.transform(end[:2])[1]) for end in ends]
+    for n in range(1, len(places)):
+        places[n] = max(places[n], places[n - 1] + apart)
+    highest = box.y1
+    for n in reversed(range(len(places))):  # what was moved over the top comes down, and what is in its way
+        places[n] = min(places[n], highest)
+        highest = places[n] - apart
+    for at, (_, _, name) in zip(places, ends, strict=True):
+        height = (at - box.y0) / box.height
         weight = "bold" if name in OURS else "normal"
         axes.annotate(
             label_of(name),

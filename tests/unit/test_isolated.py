@@ -13,7 +13,10 @@ def run(counts, store_of, tmp_path):
 
     def run(name, **kwargs):
         folder = tmp_path / "answer"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir()
+        answer = kwargs.pop("before", None)
+        if answer is not None:
+            (folder / "answer.json").write_text(json.dumps(vars(answer)))
         limit = kwargs.pop("time_limit", None)
         return run_isolated(Request(name, source, **kwargs), folder, time_limit=limit), folder
 
@@ -50,15 +53,10 @@ def test_what_takes_too_long_is_ended(run):
 
 @pytest.mark.parametrize(("name", "status"), [("dies", "failed"), ("killed", "out of memory")])
 def test_a_process_that_dies_is_an_outcome(run, name, status):
-    outcome, _ = run(f"own_methods:{name}")
+    """And not that of another, which had the folder before."""
+    outcome, _ = run(f"own_methods:{name}", before=Outcome("ok", 1.0))
     assert outcome.status == status
     assert ("code 3" if name == "dies" else "signal 9") in outcome.note
-
-
-def test_the_dead_do_not_answer_with_what_another_left(run):
-    assert run("own_methods:doubled")[0].status == "ok"
-    outcome, _ = run("own_methods:killed")
-    assert outcome.status == "out of memory"
 
 
 def test_what_is_not_installed_is_named_with_the_remedy(run, monkeypatch):

@@ -9,6 +9,8 @@ from scialm_dask import Imputation, Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.quality import CellMeasures, Thresholds
 from scialm_dask.evaluate import charts, figures
+from scialm_dask.evaluate import publication as module
+from scialm_dask.evaluate.isolated import Outcome
 from scialm_dask.evaluate.publication import PUBLISHED, Programme, _Press, _published_name
 from scialm_dask.events import silent
 from scialm_dask.run.job import complete_matrix
@@ -68,14 +70,19 @@ def test_one_command_makes_all_tables_figures_and_an_index(cli, cells, tmp_path)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("scialm")] == []
 
 
-def test_time_and_memory_are_those_of_each_method_itself(tmp_path):
-    methods = ["own_methods:doubled", "own_methods:killed"]
+def test_each_method_is_measured_in_an_empty_folder(tmp_path, monkeypatch):
+    def run(contestant, source, folder, **limits):
+        assert not list(folder.iterdir())
+        (folder / "answer.json").write_text("{}")
+        assert limits == {"memory_limit": 100, "time_limit": None}
+        return Outcome("ok", 1.0, 2.0)
+
+    monkeypatch.setattr(module, "run_contestant", run)
     work, folder = tmp_path / "work", tmp_path / "out"
     work.mkdir()
     folder.mkdir()
-    _Press(folder, Programme(methods=methods, sizes=[20]), silent).sizes(work)
-    sizes = pd.read_csv(folder / "sizes.csv").set_index("method")
-    assert list(sizes.loc[methods, "status"]) == ["ok", "out of memory"]
+    _Press(folder, Programme(methods=["alra", "knn"], sizes=[20], memory_limit=100), silent).sizes(work)
+    assert list(pd.read_csv(folder / "sizes.csv")["method"]) == ["alra", "knn"]
     assert sorted(p.name for p in (work / "size20").iterdir()) == ["cells.zarr", "counts.zarr", "normalised.zarr"]
 
 
