@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from in_process import in_process
 
 from scialm_dask import Imputation, Settings
 from scialm_dask.data.matrix import ExpressionMatrix
@@ -31,7 +32,8 @@ def cells(store_of):
 def test_matrices_are_cleaned_tabled_and_drawn(cli, cells, tmp_path):
     folder = tmp_path / "out"
     options = ["--methods", "gene-mean", "--mask", "0.1", "--seeds", 1, "--sizes", "", "--increments", ""]
-    result = cli("publication", cells, "-o", folder, *options, "--json")
+    with in_process():
+        result = cli("publication", cells, "-o", folder, *options, "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["figures"] == 5
     table = pd.read_csv(folder / "table2.csv").iloc[0]
