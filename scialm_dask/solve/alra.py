@@ -37,6 +37,7 @@ __all__ = ["BiologicalZeros", "biological_zeros", "spectral_gap_rank"]
 # ALRA's: singular values looked at, the share of them after which all is noise, and how many standard deviations
 # over the gaps between those a gap is a signal.
 _VALUES, _NOISE_FROM, _DEVIATIONS = 100, 0.8, 6.0
+_LEAST_VALUES = 6  # of fewer the last fifth has no two gaps
 _LEAST_SIDE = 20
 _SPARE = 12  # columns that only help the last values to settle
 _PASSES = 10
@@ -172,8 +173,11 @@ def spectral_gap_rank(values: Doubles) -> int:
     Parameters
     ----------
     values
-        Leading singular values, falling; the last fifth of them taken to be noise.
+        Leading singular values, falling; the last fifth of them taken to be noise. All are signal where there are
+        too few to have any.
     """
+    if len(values) < _LEAST_VALUES:
+        return len(values)
     gaps = values[:-1] - values[1:]
     noise = gaps[int(_NOISE_FROM * len(values)) - 1 :]
     outstanding = np.flatnonzero(gaps > noise.mean() + _DEVIATIONS * noise.std(ddof=1))
