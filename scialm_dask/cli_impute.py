@@ -292,13 +292,15 @@ def plan(
 
     Reads one block, to tell the time. With --scheduler or --cluster, on those workers.
     """
+    from scialm_dask.api import parse_limit
+    from scialm_dask.config import configured
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.run.plan import plan
 
     matrix, settings = ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank)
     with connected(listen):
-        return plan(matrix, settings)
+        return plan(matrix, settings, parse_limit(configured("memory-limit")))
 
 
 @main.command()

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import dask
 import numpy as np
@@ -19,10 +19,10 @@ from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import DoesNotFitError, InputError
 from scialm_dask.linalg.kernels import Block, BlockState, View, visit
-from scialm_dask.run.cluster import team
+from scialm_dask.run.cluster import Team, team
 from scialm_dask.solve.rank import basis_width, prefers_short_side, widest_basis
 
-__all__ = ["Forecast", "Need", "forecast", "place_scratch", "plan", "usable_memory"]
+__all__ = ["Forecast", "Need", "forecast", "limit_of", "place_scratch", "plan", "usable_memory"]
 
 _FLOAT = 4
 _READ_VALUES = 10  # arrays as long as a block's entries that a task holds while it reads them: as stored, scaled, …
@@ -60,7 +60,7 @@ class Forecast:
 
     Parameters
     ----------
-    memory, zarr
+    in_memory, on_disk
         With the working state in memory, and in Zarr on disk.
     basis_width
         Columns that the SVD is expected to compute at most.
@@ -72,8 +72,8 @@ class Forecast:
         That a pass reads and writes if the state is on disk: the matrix, the estimate and the sketch.
     """
 
-    memory: Need
-    zarr: Need
+    in_memory: Need
+    on_disk: Need
     basis_width: int
     iterations: int
     passes_per_iteration: int
@@ -131,8 +131,8 @@ def forecast(
     share = math.ceil(n_blocks / workers) / n_blocks  # what one process holds
     log_rho = math.log(1.1 + 2.5 * n_observed / (m * n))
     return Forecast(
-        memory=Need(int(working + share * (state + blocks)), 0),
-        zarr=Need(int(working), int(state + blocks + _FLOAT * m * rank)),
+        in_memory=Need(int(working + share * (state + blocks)), 0),
+        on_disk=Need(int(working), int(state + blocks + _FLOAT * m * rank)),
         basis_width=wanted,
         iterations=min(settings.max_iterations, round(math.log(_shrinkage(settings)) / log_rho)),
         passes_per_iteration=settings.svd_passes if settings.svd_tolerance == 0 else 3,
@@ -179,9 +179,9 @@ def place_scratch(
     scratch: str,
     need: Forecast,
     *,
-    memory_limit: int | None,
+    limit: int,
+    raised_by: str,
     folder: str | os.PathLike[str],
-    raised_by: str = "--memory-limit",
 ) -> str:
     """Choose where the working state is kept, or refuse.
 
@@ -191,12 +191,10 @@ def place_scratch(
         ``"auto"``, ``"memory"`` or ``"zarr:PATH"``.
     need
         The forecast.
-    memory_limit
-        Bytes for each process; None for what is left here.
+    limit, raised_by
+        See `limit_of`.
     folder
         Where Zarr scratch goes if it is chosen here.
-    raised_by
-        The option that raises `memory_limit`, for the message.
 
     Returns
     -------
@@ -210,26 +208,23 @@ def place_scratch(
     DoesNotFitError
         If the forecast is over the limit, or over the free disk.
     """
-    if scratch not in ("auto", "memory") and not scratch.startswith("zarr:"):
+    path = scratch.removeprefix("zarr:") if scratch.startswith("zarr:") else os.fspath(folder)
+    if scratch not in ("auto", "memory") and not (scratch.startswith("zarr:") and path):
         raise InputError(f"scratch is {scratch!r}; give auto, memory, or zarr:PATH with a folder on a local disk")
-    limit = memory_limit or usable_memory()
-    kind: Literal["memory", "zarr"] = "memory"
-    if scratch.startswith("zarr:") or (scratch == "auto" and need.memory.memory > limit):
-        kind = "zarr"
-    wanted: Need = getattr(need, kind)
+    on_disk = scratch.startswith("zarr:") or (scratch == "auto" and need.in_memory.memory > limit)
+    wanted = need.on_disk if on_disk else need.in_memory
     if wanted.memory > limit:
         remedy = (
             "pass --scratch auto"
-            if kind == "memory" and need.zarr.memory <= limit
-            else "pass more --blocks or --max-rank"
+            if not on_disk and need.on_disk.memory <= limit
+            else "pass more --blocks or a lower --max-rank"
         )
         raise DoesNotFitError(
             f"the forecast is {format_bytes(wanted.memory)} of memory and the limit {format_bytes(limit)}; {remedy}, "
             f"or raise {raised_by}"
         )
-    if kind == "memory":
+    if not on_disk:
         return "memory"
-    path = scratch.removeprefix("zarr:") if scratch.startswith("zarr:") else os.fspath(folder)
     free = shutil.disk_usage(path).free if os.path.isdir(path) else 0
     if os.path.isdir(path) and wanted.disk > free:
         raise DoesNotFitError(
@@ -239,9 +234,29 @@ def place_scratch(
     return f"zarr:{path}"
 
 
-def time_of_pass(matrix: ExpressionMatrix, width: int, threads: int | None = None) -> float:
-    """Seconds that one pass will take, from reading and multiplying one block, twice, the second time measured."""
-    threads = threads or CPU_COUNT
+def limit_of(here: Team, asked: int | None) -> tuple[int, str]:
+    """Bytes that each process may take, and the option that raises that.
+
+    Parameters
+    ----------
+    here
+        Who computes.
+    asked
+        The limit that was asked for; None for what is left.
+    """
+    if here.memory is not None and here.memory < (asked or math.inf):
+        return here.memory, "--worker-memory"
+    return asked or usable_memory(), "--memory-limit"
+
+
+def time_of_pass(matrix: ExpressionMatrix, width: int, threads: int) -> float:
+    """Seconds that one pass will take on `threads` in all, from one block, on whatever scheduler Dask has."""
+    seconds: float = dask.delayed(_time_of_block, pure=False)(matrix.for_workers(), width).compute()
+    return seconds * len(matrix.blocks) / min(threads, len(matrix.blocks))
+
+
+def _time_of_block(matrix: ExpressionMatrix, width: int) -> float:
+    """Seconds for reading and multiplying one, the second time, when all is compiled."""
     rank = max(1, width // 2)
     right, basis = np.ones((matrix.shape[1], rank), np.float32), np.ones((matrix.shape[1], width), np.float32)
     seconds = 0.0
@@ -255,11 +270,19 @@ def time_of_pass(matrix: ExpressionMatrix, width: int, threads: int | None = Non
             View(right, right, basis=basis, overlap=right.T @ basis),
         )
         seconds = time.perf_counter() - began
-    return seconds * len(matrix.blocks) / min(threads, len(matrix.blocks))
+    return seconds
 
 
-def plan(matrix: ExpressionMatrix, settings: Settings) -> dict[str, Any]:
-    """Say what a run will take, for people: the forecast and an estimate of the time after timing one block."""
+def plan(matrix: ExpressionMatrix, settings: Settings, asked: int | None = None) -> dict[str, Any]:
+    """Say what a run will take, for people: the forecast and an estimate of the time after timing one block.
+
+    Parameters
+    ----------
+    matrix, settings
+        What is to be completed, and how.
+    asked
+        Bytes that each process may take in all; None for what is left.
+    """
     here = team()
     need = forecast(matrix, settings, here.threads, here.workers, here.resident)
     seconds = time_of_pass(matrix, need.basis_width, here.threads * here.workers)
@@ -268,10 +291,10 @@ def plan(matrix: ExpressionMatrix, settings: Settings) -> dict[str, Any]:
         "n_genes": matrix.shape[1],
         "n_observed": matrix.n_stored,
         "n_blocks": len(matrix.blocks),
-        "peak_memory_bytes": need.memory.memory,
-        "peak_memory_bytes_with_zarr_scratch": need.zarr.memory,
-        "zarr_scratch_bytes": need.zarr.disk,
-        "memory_limit_bytes": here.memory or usable_memory(),
+        "peak_memory_bytes": need.in_memory.memory,
+        "peak_memory_bytes_with_zarr_scratch": need.on_disk.memory,
+        "zarr_scratch_bytes": need.on_disk.disk,
+        "memory_limit_bytes": limit_of(here, asked)[0],
         "workers": here.workers,
         "threads_per_worker": here.threads,
         "basis_width": need.basis_width,

@@ -12,9 +12,6 @@ normalisation matter.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +21,7 @@ from dask.delayed import Delayed
 from numpy.typing import NDArray
 
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
-from scialm_dask.data.scratch import MemoryScratch, Scratch, ZarrScratch
+from scialm_dask.data.scratch import new_scratch
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Pass, Stage, silent
 from scialm_dask.linalg.cellwise import column_minima
@@ -116,14 +113,17 @@ def biological_zeros(
         Of the directions that the singular value decomposition starts from.
     scratch_folder
         Where to keep the working state, while the matrix is read anew in every pass; both are held in memory if
-        None. What is kept there goes when the result does.
+        None. What is kept there goes when nothing that is lazy needs it any more.
     listen
         Called with every event of the work; see `scialm_dask.events`.
 
     Raises
     ------
     InputError
-        If zeros of the matrix count as measured, or it is too small to tell a signal from noise.
+        If zeros of the matrix count as measured, it is too small to tell a signal from noise, or `scratch_folder` is
+        not there.
+    OutputError
+        If that cannot be written, or the disk is full.
     """
     if matrix.observed != "nonzero":
         raise InputError(f"{matrix.name}: its zeros are observed values; only zeros that are unknown can be preserved")
@@ -133,24 +133,16 @@ def biological_zeros(
             "needed to tell biological zeros"
         )
     listen(Stage("finding biological zeros"))
-    folder = None if scratch_folder is None else tempfile.mkdtemp(prefix="scialm-zeros-", dir=scratch_folder)
-    try:
-        store: Scratch = MemoryScratch() if folder is None else ZarrScratch(folder)
+    with new_scratch(scratch_folder) as store:
         operator = LowRankPlusSparse(_Detected(matrix.for_workers()), store, on_pass=lambda n: listen(Pass(n)))
         lefts, right = _approximation(operator, seed)
         thresholds = np.maximum(-_minima(lefts, right), 0)
-    except BaseException:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+
     import dask.array as da
 
     shapes = [(stop - start, right.shape[1]) for start, stop in matrix.blocks]
     pieces = [da.from_delayed(left, shape, np.float32) for left, shape in zip(lefts, shapes, strict=True)]
-    found = BiologicalZeros(matrix, da.concatenate(pieces, axis=0), right, thresholds)
-    if folder is not None:
-        weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
-    return found
+    return BiologicalZeros(matrix, da.concatenate(pieces, axis=0), right, thresholds)
 
 
 def _approximation(operator: LowRankPlusSparse, seed: int) -> tuple[list[Delayed], Floats]:

@@ -186,9 +186,9 @@ def test_more_workers_hold_less_each(source):
 
     matrix = ExpressionMatrix.open(source, blocks=6)
     one, three = (forecast(matrix, preset("auto"), 1, workers) for workers in (1, 3))
-    assert one.zarr == three.zarr
-    held = one.memory.memory - one.zarr.memory
-    assert three.memory.memory - three.zarr.memory == pytest.approx(held / 3, abs=1)
+    assert one.on_disk == three.on_disk
+    held = one.in_memory.memory - one.on_disk.memory
+    assert three.in_memory.memory - three.on_disk.memory == pytest.approx(held / 3, abs=1)
 
 
 def test_dask_has_our_commands(source):
