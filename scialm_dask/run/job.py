@@ -33,7 +33,7 @@ from scialm_dask.run.homes import Homes
 from scialm_dask.run.keeper import Checkpointing, Job, Keeper, Saved, ended, under_way
 from scialm_dask.run.losses import cluster_is_back, loss_of_cluster
 from scialm_dask.run.plan import Forecast, forecast, limit_of, place_scratch
-from scialm_dask.run.result import make_report, make_result, peak_memory
+from scialm_dask.run.result import make_result, peak_memory
 from scialm_dask.solve.ialm import complete
 from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepare, survey
 from scialm_dask.solve.stopping import ThresholdStop
@@ -254,13 +254,17 @@ def _complete(
     homes = Homes()
 
     def operator_of(blocks: PreparedBlocks) -> LowRankPlusSparse:
-        return LowRankPlusSparse(
+        operator = LowRankPlusSparse(
             blocks,
             store,
             on_pass=lambda number: listen(Pass(number)),
             before_pass=keeper.before_pass,
             homes=homes,
         )
+        if operator.observations.sum_squares + operator.observations.held_out_squares == 0:
+            where = "" if blocks.molecules is None else " in the share of the molecules that is fitted"
+            raise InputError(f"{blocks.matrix.name}: every observed entry is zero{where}; there is nothing to complete")
+        return operator
 
     matrix, settings, confidence, stop = job.matrix, job.settings, job.confidence, None
     if settings.stop == "count-split" or settings.zeros == "auto":
@@ -278,11 +282,11 @@ def _complete(
     completion = complete(operator, settings, listen, stop, state=state, after=keeper.after_iteration)
     keeper.check_source()
     factors = None if confidence is None else refit_kept(operator)
-    report = make_report(matrix, found, blocks, operator, completion, settings)
-    report["passes"] += sum(choice.passes for choice in keeper.tried.values())
+    result = make_result(found, blocks, operator, completion, settings, factors)
+    result.summary["passes"] += sum(choice.passes for choice in keeper.tried.values())
     if state is not None:
-        report["resumed_after_iteration"] = len(state.history)
-    return make_result(matrix, blocks, operator, report, factors)
+        result.summary["resumed_after_iteration"] = len(state.history)
+    return result
 
 
 def refit_kept(operator: LowRankPlusSparse) -> Floats:
@@ -304,4 +308,10 @@ def _check_validation(operator: LowRankPlusSparse, settings: Settings) -> None:
         raise InputError(
             f"validation is {settings.validation}, which leaves {seen.n_emptied} cells without an observed entry; "
             "give a smaller share, or drop cells with few genes by `scialm-dask qc --min-genes`"
+        )
+    if 0 in (seen.sum_squares, seen.held_out_squares):
+        share = "all" if seen.sum_squares == 0 else "none"
+        raise InputError(
+            f"validation is {settings.validation}, which hides {share} of the observed entries other than zero; give "
+            "another share, or stop by the residual"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -237,8 +236,22 @@ def _size_factors(model: CellModel, sample: list[_Run], obs: pd.DataFrame) -> tu
     return sizes, "cells scaled by obs['total_counts']"
 
 
-def cell_model(lefts: list[Delayed], blocks: PreparedBlocks, report: Mapping[str, Any]) -> CellModel:
-    """Sum up the rows of a fitted left factor, not yet scaled back, block by block."""
+def cell_model(
+    lefts: list[Delayed], blocks: PreparedBlocks, *, residual: float, raw_counts: bool, cell_exponent: float
+) -> CellModel:
+    """Sum up the rows of a fitted left factor, not yet scaled back, block by block.
+
+    Parameters
+    ----------
+    lefts
+        The blocks of the left factor, float32, ``(rows, r)``.
+    blocks
+        What was fitted.
+    residual, raw_counts
+        See `CellModel`.
+    cell_exponent
+        With which cells were scaled, if they were.
+    """
     n_cells, n_genes = blocks.shape
     moments = dask.delayed(_moments)
     total, squares = tree_reduce([moments(left) for left in lefts], _add).compute()
@@ -248,9 +261,9 @@ def cell_model(lefts: list[Delayed], blocks: PreparedBlocks, report: Mapping[str
         gene_scale=np.ones(n_genes, np.float32) if scales.gene is None else scales.gene,
         mean=mean,
         covariance=squares / n_cells - np.outer(mean, mean),
-        residual=float(report["residual"]),
-        raw_counts=bool(report["raw_counts"]),
-        cell_exponent=0.0 if scales.cell is None else float(report["settings"]["scaling"][1]),
+        residual=residual,
+        raw_counts=raw_counts,
+        cell_exponent=0.0 if scales.cell is None else cell_exponent,
         centre=scales.centre,
         confidence=np.zeros(n_genes, np.float32) if blocks.confidence is None else blocks.confidence.gene,
     )
