@@ -1,7 +1,9 @@
 """The result on disk and in Python: factors that AnnData and scanpy open, multiplied where they are asked for."""
 
+import gc
 import json
 import os
+import weakref
 
 import anndata
 import numpy as np
@@ -39,6 +41,16 @@ def test_the_matrix_is_the_clipped_product(result, dense, counts):
     assert result.rank == result.right.shape[1] == result.summary["rank"] <= 6
     assert repr(result) == f"Imputation of 120 cells × 40 genes, rank {result.rank}"
     assert result.to_dask().chunks[1] == (40,)
+
+
+def test_the_lazy_matrix_holds_the_factors_alone(matrix, dense):
+    """Whatever is in its tasks goes to the workers of a cluster with them."""
+    result = impute(matrix, **SETTINGS)
+    lazy, gone = result.to_dask(), weakref.ref(result)
+    del result
+    gc.collect()
+    assert gone() is None
+    np.testing.assert_array_equal(lazy.compute(), dense)
 
 
 def test_empty_cells_and_genes_are_kept_and_zero(result, dense, counts):
