@@ -62,7 +62,8 @@ class _BlockSurvey(NamedTuple):
 
 def survey(matrix: ExpressionMatrix) -> Survey:
     """Read the matrix once. Raises `InputError` for values that cannot be used, and if nothing is observed."""
-    parts = dask.compute(*(dask.delayed(_survey_block)(matrix, b) for b in range(len(matrix.blocks))))
+    shared, visit = dask.delayed(matrix, traverse=False), dask.delayed(_survey_block)
+    parts = dask.compute(*(visit(shared, b) for b in range(len(matrix.blocks))))
     counts, gene_sums, cell_sums, cell_counts, integer = zip(*parts, strict=True)
     found = Survey(
         np.stack(counts),
