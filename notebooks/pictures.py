@@ -11,7 +11,6 @@ from PIL import Image
 from selenium import webdriver
 
 import scialm_dask
-from scialm_dask.config import Settings
 from scialm_dask.evaluate.figures import convergence
 from scialm_dask.evaluate.written import save_figure
 from scialm_dask.run.demo import demo
@@ -30,7 +29,7 @@ def photograph_report() -> None:
     """Put two views of the report on the demonstration side by side: its top in light, changed genes in dark."""
     with tempfile.TemporaryDirectory() as folder:
         cells, page = Path(folder, "demo"), Path(folder, "report.html")
-        demo(str(cells), Settings())
+        demo(cells)
         result = scialm_dask.Imputation.open(cells / "imputed.zarr")
         scialm_dask.write_report(result, page, source=cells / "masked.zarr", color="bulk_labels")
         views = [view(page, "light", ""), view(page, "dark", "Most changed genes")]

@@ -310,7 +310,6 @@ def plan(
 @shows_progress
 def demo(folder: str, overwrite: bool, listen: Listener) -> dict[str, Any]:
     """Impute 700 real blood cells, offline, and score the result. Makes FOLDER."""
-    from scialm_dask.config import Settings
     from scialm_dask.run.demo import demo
 
-    return demo(folder, Settings(), overwrite=overwrite, listen=listen)
+    return demo(folder, overwrite=overwrite, listen=listen)
