@@ -147,6 +147,8 @@ def resume_matrix(
     ------
     InputError
         If there is no checkpoint that can be used.
+    DoesNotFitError, OutputError, StoppedError
+        See `complete_matrix`.
     """
     notes_of(folder)
     changes = {"scratch": scratch, "memory_limit": memory_limit}

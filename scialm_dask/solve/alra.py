@@ -117,6 +117,11 @@ def biological_zeros(
     listen
         Called with every event of the work; see `scialm_dask.events`.
 
+    Returns
+    -------
+    BiologicalZeros
+        The rule, for `Imputation.to_zarr`. Its left factor is lazy.
+
     Raises
     ------
     InputError

@@ -156,6 +156,11 @@ class Confidence:
         β, float32, shape ``(n,)``.
     cell
         α, float32, shape ``(m,)``; None for ones.
+
+    Raises
+    ------
+    InputError
+        If a number is below 0, over 1 or NaN.
     """
 
     gene: Floats
