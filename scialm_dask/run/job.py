@@ -92,6 +92,8 @@ def complete_matrix(
     StoppedError
         If it was lost and there are, or the run was asked to stop.
     """
+    if confidence is not None:
+        confidence.check(matrix)
     folder = None if scratch_folder is None else os.fspath(scratch_folder)
     job = Job(matrix, settings, scratch, memory_limit, folder, confidence)
     if checkpoint is None:

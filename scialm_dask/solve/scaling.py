@@ -171,6 +171,21 @@ class Confidence:
             if part is not None and not (np.all(part >= 0) and np.all(part <= 1)):
                 raise InputError(f"confidence in zeros reaches from {part.min()} to {part.max()}; give 0 to 1")
 
+    def check(self, matrix: ExpressionMatrix) -> None:
+        """Raise `InputError` if there is not one number for each gene, and for each cell.
+
+        Parameters
+        ----------
+        matrix
+            Of the zeros.
+        """
+        for part, length, what in ((self.gene, matrix.shape[1], "gene"), (self.cell, matrix.shape[0], "cell")):
+            if part is not None and part.shape != (length,):
+                raise InputError(
+                    f"confidence in zeros of {what}s has shape {part.shape}, and {matrix.name} has {length} {what}s; "
+                    f"give one number for each {what}"
+                )
+
     @classmethod
     def uniform(cls, omega: float, n_genes: int) -> Confidence | None:
         """Trust all zeros alike; None for not at all.
