@@ -247,14 +247,7 @@ def _let_go(*held: object) -> None:
     """Hold something until called."""
 
 
-def _complete(
-    job: Job,
-    keeper: Keeper,
-    found: Survey,
-    store: Store,
-    need: Forecast,
-    listen: Listener,
-) -> Imputation:
+def _complete(job: Job, keeper: Keeper, found: Survey, store: Store, need: Forecast, listen: Listener) -> Imputation:
     homes = Homes()
 
     def operator_of(blocks: PreparedBlocks) -> LowRankPlusSparse:
@@ -265,9 +258,7 @@ def _complete(
             before_pass=keeper.before_pass,
             homes=homes,
         )
-        if operator.observations.sum_squares + operator.observations.held_out_squares == 0:
-            where = "" if blocks.molecules is None else " in the share of the molecules that is fitted"
-            raise InputError(f"{blocks.matrix.name}: every observed entry is zero{where}; there is nothing to complete")
+        _check_observed(operator, blocks)
         return operator
 
     matrix, settings, confidence, stop = job.matrix, job.settings, job.confidence, None
@@ -285,6 +276,7 @@ def _complete(
     listen(Stage("iterating", iterations=need.iterations))
     completion = complete(operator, settings, listen, stop, state=state, after=keeper.after_iteration)
     keeper.check_source()
+    keeper.let_go()
     factors = None if confidence is None else refit_kept(operator)
     result = make_result(found, blocks, operator, completion, settings, factors)
     result.summary["passes"] += sum(choice.passes for choice in keeper.tried.values())
@@ -297,6 +289,12 @@ def refit_kept(operator: LowRankPlusSparse) -> Floats:
     """Refit the singular values of the A that was kept."""
     operator.restore()
     return refit(operator).astype(np.float32)
+
+
+def _check_observed(operator: LowRankPlusSparse, blocks: PreparedBlocks) -> None:
+    if operator.observations.sum_squares + operator.observations.held_out_squares == 0:
+        where = "" if blocks.molecules is None else " in the share of the molecules that is fitted"
+        raise InputError(f"{blocks.matrix.name}: every observed entry is zero{where}; there is nothing to complete")
 
 
 def _check_validation(operator: LowRankPlusSparse, settings: Settings) -> None:

@@ -264,6 +264,10 @@ class Keeper:
         self._written(0 if state is None else len(state.history))
         return state
 
+    def let_go(self) -> None:
+        """Forget the operator, which knows of this: neither is to outlive the run for the other's sake."""
+        self._operator = self._state = None
+
     def after_iteration(self, state: LoopState) -> None:
         """Learn the latest state, and write it if that is due, or if there is no other: what follows changes W."""
         self._state = state
