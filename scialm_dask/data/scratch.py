@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from scialm_dask.data.rows import MemoryRows, Rows
 from scialm_dask.data.store import output_error
 from scialm_dask.errors import InputError, OutputError
 
@@ -105,11 +106,19 @@ class ZarrScratch:
 
 
 @contextlib.contextmanager
-def new_scratch(parent: str | os.PathLike[str] | None) -> Iterator[MemoryScratch | ZarrScratch]:
-    """Open scratch in a new folder under `parent`, or in memory if that is None.
+def new_scratch(parent: str | os.PathLike[str] | None, rows: Rows) -> Iterator[MemoryScratch | ZarrScratch]:
+    """Open scratch in a new folder, or in memory.
 
     If the block fails the folder is removed. Else it stays as long as the scratch itself, which every task that reads
     from there holds: lazy factors may outlive the result that they came with.
+
+    Parameters
+    ----------
+    parent
+        Of the folder; None for memory.
+    rows
+        What is worked on. What a lost worker held is made anew from it, so a temporary copy stays as long as the
+        scratch.
 
     Raises
     ------
@@ -119,7 +128,9 @@ def new_scratch(parent: str | os.PathLike[str] | None) -> Iterator[MemoryScratch
         If it cannot be written, or the disk is full.
     """
     if parent is None:
-        yield MemoryScratch()
+        memory = MemoryScratch()
+        _keep(rows, memory)
+        yield memory
         return
     if not os.path.isdir(parent):
         raise InputError(f"{os.fspath(parent)}: no such folder for scratch; create it first")
@@ -130,6 +141,7 @@ def new_scratch(parent: str | os.PathLike[str] | None) -> Iterator[MemoryScratch
             f"{os.fspath(parent)}: not writable ({error.strerror}); choose another folder for scratch"
         ) from error
     store = ZarrScratch(folder)
+    _keep(rows, store)
     weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
     try:
         yield store
@@ -140,3 +152,13 @@ def new_scratch(parent: str | os.PathLike[str] | None) -> Iterator[MemoryScratch
         if isinstance(error, OSError):
             raise output_error(folder, error) from error
         raise
+
+
+def _keep(rows: Rows, store: object) -> None:
+    """Keep the rows of a store as long as the scratch; those in memory are not made anew from anything."""
+    if not isinstance(rows, MemoryRows):
+        weakref.finalize(store, _let_go, rows)
+
+
+def _let_go(_: object) -> None:
+    """Hold something until called."""

@@ -6,7 +6,6 @@ import contextlib
 import os
 import tempfile
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,6 @@ from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.remote_checkpoint import checkpoints_at
-from scialm_dask.data.rows import MemoryRows
 from scialm_dask.data.scratch import new_scratch
 from scialm_dask.data.store import check_apart
 from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
@@ -229,22 +227,14 @@ def _attempt(job: Job, keeper: Keeper, listen: Listener) -> Imputation:
     with dask.annotate(retries=_RETRIES):
         listen(Stage("surveying"))
         found = survey(matrix)
-        with new_scratch(None if scratch == "memory" else scratch.removeprefix("zarr:")) as store:
+        with new_scratch(None if scratch == "memory" else scratch.removeprefix("zarr:"), matrix.rows) as store:
             keeper.surveyed(found, store.path)
             result = _complete(job, keeper, found, store, need, listen)
     result.summary["seconds"] = time.perf_counter() - began
     result.summary["peak_memory_bytes"] = peak_memory()
     result.summary["forecast_memory_bytes"] = (need.in_memory if scratch == "memory" else need.on_disk).memory
     result.summary["scratch"] = "memory" if scratch == "memory" else "zarr"
-    # Blocks of a worker that is lost are made anew: a temporary copy of the matrix stays as long as tasks that may read
-    # them, which hold the scratch.
-    if not isinstance(matrix.rows, MemoryRows):
-        weakref.finalize(store, _let_go, matrix.rows)
     return result
-
-
-def _let_go(*held: object) -> None:
-    """Hold something until called."""
 
 
 def _complete(job: Job, keeper: Keeper, found: Survey, store: Store, need: Forecast, listen: Listener) -> Imputation:

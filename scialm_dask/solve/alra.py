@@ -138,8 +138,9 @@ def biological_zeros(
             "needed to tell biological zeros"
         )
     listen(Stage("finding biological zeros"))
-    with new_scratch(scratch_folder) as store:
-        operator = LowRankPlusSparse(_Detected(matrix.for_workers()), store, on_pass=lambda n: listen(Pass(n)))
+    shipped = matrix.for_workers()
+    with new_scratch(scratch_folder, shipped.rows) as store:
+        operator = LowRankPlusSparse(_Detected(shipped), store, on_pass=lambda n: listen(Pass(n)))
         lefts, right = _approximation(operator, seed)
         thresholds = np.maximum(-_minima(lefts, right), 0)
 

@@ -32,8 +32,20 @@ def left_in(folder):
 
 
 def test_none_is_in_memory():
-    with new_scratch(None) as store:
+    with new_scratch(None, ExpressionMatrix.of(COUNTS).rows) as store:
         assert store == MemoryScratch()
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_temporary_copy_of_the_matrix_stays_as_long(tmp_path, on_disk):
+    with dask.config.set({"temporary-directory": str(tmp_path / "temporary")}):
+        rows = ExpressionMatrix.of(da.from_array(COUNTS.toarray(), chunks=(30, -1))).rows
+    with new_scratch(tmp_path if on_disk else None, rows) as store:
+        del rows
+    assert len(left_in(tmp_path / "temporary")) == 1
+    del store
+    assert left_in(tmp_path) == ["temporary"]
+    assert left_in(tmp_path / "temporary") == []
 
 
 def test_a_lazy_factor_outlives_its_result(tmp_path):
