@@ -143,21 +143,10 @@ def resume(
     listen
         Called with every event of the work; those that are a `Note` tell of checkpoints that cannot be used.
 
-    Returns
-    -------
-    Imputation
-        As `impute` gives it.
-
     Raises
     ------
     InputError
-        If no checkpoint can be used, the run is finished, the matrix is another, or a setting cannot be used.
-    DoesNotFitError
-        If the forecast does not fit memory or disk.
-    OutputError
-        If checkpoints or scratch cannot be written, or another run writes to `folder`.
-    StoppedError
-        If the cluster was lost, or `stop` said so; the run can be resumed again.
+        If no checkpoint can be used, or the matrix is another.
     """
     from scialm_dask.run.job import resume_matrix
 

@@ -43,6 +43,14 @@ def test_the_matrix_is_the_clipped_product(result, dense, counts):
     assert result.to_dask().chunks[1] == (40,)
 
 
+def test_empty_cells_and_genes_are_kept_and_zero(result, dense, counts):
+    empty_cells, empty_genes = counts.getnnz(axis=1) == 0, counts.getnnz(axis=0) == 0
+    assert not dense[empty_cells].any()
+    assert not dense[:, empty_genes].any()
+    assert result.summary["n_empty_cells"] == empty_cells.sum() >= 2
+    assert result.summary["n_empty_genes"] == empty_genes.sum() >= 2
+
+
 def test_the_lazy_matrix_holds_the_factors_alone(matrix, dense):
     """Whatever is in its tasks goes to the workers of a cluster with them."""
     result = impute(matrix, **SETTINGS)
@@ -51,14 +59,6 @@ def test_the_lazy_matrix_holds_the_factors_alone(matrix, dense):
     gc.collect()
     assert gone() is None
     np.testing.assert_array_equal(lazy.compute(), dense)
-
-
-def test_empty_cells_and_genes_are_kept_and_zero(result, dense, counts):
-    empty_cells, empty_genes = counts.getnnz(axis=1) == 0, counts.getnnz(axis=0) == 0
-    assert not dense[empty_cells].any()
-    assert not dense[:, empty_genes].any()
-    assert result.summary["n_empty_cells"] == empty_cells.sum() >= 2
-    assert result.summary["n_empty_genes"] == empty_genes.sum() >= 2
 
 
 def test_anndata_and_scanpy_open_it(result, dense, tmp_path):
