@@ -276,6 +276,7 @@ def transform(
 @click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @layer_option
+@click.option("--preserve-zeros", is_flag=True, help="Count what finding biological zeros takes too.")
 @cluster_options
 @reports
 @shows_progress
@@ -284,6 +285,7 @@ def plan(
     preset: str,
     max_rank: int | None,
     blocks: int | None,
+    preserve_zeros: bool,
     layer: str | None,
     connected: Callable[[Listener], Any],
     listen: Listener,
@@ -300,7 +302,7 @@ def plan(
 
     matrix, settings = ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank)
     with connected(listen):
-        return plan(matrix, settings, parse_limit(configured("memory-limit")))
+        return plan(matrix, settings, parse_limit(configured("memory-limit")), preserve_zeros=preserve_zeros)
 
 
 @main.command()

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and programs that they start inherit it
+
 import numpy as np
 import pytest
 import scipy.sparse as sp

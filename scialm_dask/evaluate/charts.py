@@ -95,6 +95,7 @@ def _dots(
     for (column, words, logarithmic), each in zip(panels, axes[0], strict=True):
         if logarithmic:
             _logarithmic(each.xaxis)
+            scores = scores.assign(**{column: scores[column].where(scores[column] > 0)})
         for place, name in enumerate(names):
             rows = scores[_names(scores) == name]
             _one_line(each, rows, column, len(names) - 1 - place)

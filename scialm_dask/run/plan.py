@@ -20,6 +20,8 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import DoesNotFitError, InputError
 from scialm_dask.linalg.kernels import Block, BlockState, View, visit
 from scialm_dask.run.cluster import Team, team
+from scialm_dask.solve.alra import PASSES as BIOLOGICAL_ZEROS_PASSES
+from scialm_dask.solve.ialm import first_penalty, zero_iterations
 from scialm_dask.solve.rank import basis_width, prefers_short_side, widest_basis
 
 __all__ = ["Forecast", "Need", "forecast", "limit_of", "place_scratch", "plan", "usable_memory"]
@@ -35,7 +37,11 @@ _LIKELY_RANK = (
 )
 _STARTED = 200 << 20  # what compiling, reading and scheduling add to a process that has imported everything
 _IMPORTED = 250 << 20  # what a worker holds once it has imported everything
-_STOP_AT = 0.03  # threshold, relative to the first, at which held-out stops were seen
+_STOP_AT = 0.03  # threshold, relative to σ₁, at which stops that guard against noise were seen
+_FIRST_PASSES = 5  # the survey, reading, and the first SVD
+_GIVE_BACK_PASSES = 3
+_SPLIT_PASSES = 2  # of each iteration while zeros are chosen: the refit, and the error on the test molecules
+_LIKELY_FITS = 3  # while zeros are chosen: two confidences, and the other exponent of the genes
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class Forecast:
         Columns that the SVD is expected to compute at most.
     iterations, passes_per_iteration
         Expected.
+    passes
+        Expected in all: the first ones, those of choosing zeros and those at the end included.
     tasks_per_pass
         One for each block, and those that add up.
     bytes_per_pass
@@ -77,13 +85,9 @@ class Forecast:
     basis_width: int
     iterations: int
     passes_per_iteration: int
+    passes: int
     tasks_per_pass: int
     bytes_per_pass: int
-
-    @property
-    def passes(self) -> int:
-        """Passes over the data in all, the first ones included."""
-        return 5 + self.iterations * self.passes_per_iteration
 
 
 def forecast(
@@ -129,13 +133,15 @@ def forecast(
     state = _FLOAT * ((2 + kept) * n_observed + m * (2 * wanted + 2 * rank))
     blocks = 2 * _FLOAT * n_observed
     share = math.ceil(n_blocks / workers) / n_blocks  # what one process holds
-    log_rho = math.log(1.1 + 2.5 * n_observed / (m * n))
+    idle, busy = _iterations(settings, n_observed / (m * n))
+    per_iteration = settings.svd_passes if settings.svd_tolerance == 0 else 3
     return Forecast(
         in_memory=Need(int(working + share * (state + blocks)), 0),
         on_disk=Need(int(working), int(state + blocks + _FLOAT * m * rank)),
         basis_width=wanted,
-        iterations=min(settings.max_iterations, round(math.log(_shrinkage(settings)) / log_rho)),
-        passes_per_iteration=settings.svd_passes if settings.svd_tolerance == 0 else 3,
+        iterations=idle + busy,
+        passes_per_iteration=per_iteration,
+        passes=_passes(settings, busy, per_iteration),
         tasks_per_pass=2 * n_blocks - 1,
         bytes_per_pass=_FLOAT * (4 * n_observed + m * (wanted + rank)),
     )
@@ -152,9 +158,29 @@ def _short_side_memory(shape: tuple[int, int], rows: int, rank: int, threads: in
     return max(gram + pairs, 2 * gram, projected) + _FLOAT * (m + n) * rank
 
 
-def _shrinkage(settings: Settings) -> float:
-    """How far the threshold falls until a run stops."""
-    return 1 / (0.3 * _STOP_AT) if settings.stop == "held-out" else 2.5 / settings.epsilon
+def _iterations(settings: Settings, density: float) -> tuple[int, int]:
+    """Expect iterations whose A is zero, which cost no pass, and others."""
+    penalty = first_penalty(1.0, density)
+    nothing, _ = zero_iterations(1.0, penalty, 0, settings.max_iterations, grow=settings.zeros == 0)
+    log_rho, idle = math.log(penalty.rho), len(nothing)
+    if settings.stop == "residual":
+        working = round(math.log(2.5 / settings.epsilon) / log_rho) - idle
+    else:
+        working = round(-math.log(_STOP_AT) / log_rho)
+    return idle, max(0, min(working, settings.max_iterations - idle))
+
+
+def _passes(settings: Settings, working: int, per_iteration: int) -> int:
+    """Expect passes over the data in all, of so many iterations whose A is not zero."""
+    passes = _FIRST_PASSES + working * per_iteration
+    if settings.stop == "held-out":
+        passes += _GIVE_BACK_PASSES
+    if settings.zeros != 0:
+        passes += 1  # the refit
+    if settings.stop == "count-split" or settings.zeros == "auto":
+        fits = _LIKELY_FITS if settings.zeros == "auto" else 1
+        passes += fits * (_FIRST_PASSES - 1 + working * (per_iteration + _SPLIT_PASSES))
+    return passes
 
 
 def _likely_rank(settings: Settings, short_side: int, n_observed: int) -> int:
@@ -273,7 +299,9 @@ def _time_of_block(matrix: ExpressionMatrix, width: int) -> float:
     return seconds
 
 
-def plan(matrix: ExpressionMatrix, settings: Settings, asked: int | None = None) -> dict[str, Any]:
+def plan(
+    matrix: ExpressionMatrix, settings: Settings, asked: int | None = None, *, preserve_zeros: bool = False
+) -> dict[str, Any]:
     """Say what a run will take, for people: the forecast and an estimate of the time after timing one block.
 
     Parameters
@@ -282,9 +310,12 @@ def plan(matrix: ExpressionMatrix, settings: Settings, asked: int | None = None)
         What is to be completed, and how.
     asked
         Bytes that each process may take in all; None for what is left.
+    preserve_zeros
+        Whether biological zeros are looked for too, by another SVD.
     """
     here = team()
     need = forecast(matrix, settings, here.threads, here.workers, here.resident)
+    passes = need.passes + (BIOLOGICAL_ZEROS_PASSES if preserve_zeros else 0)
     seconds = time_of_pass(matrix, need.basis_width, here.threads * here.workers)
     return {
         "n_cells": matrix.shape[0],
@@ -299,9 +330,9 @@ def plan(matrix: ExpressionMatrix, settings: Settings, asked: int | None = None)
         "threads_per_worker": here.threads,
         "basis_width": need.basis_width,
         "iterations": need.iterations,
-        "passes": need.passes,
+        "passes": passes,
         "tasks_per_iteration": need.tasks_per_pass * need.passes_per_iteration,
         "bytes_read_per_pass": need.bytes_per_pass,
         "seconds_per_pass": seconds,
-        "seconds": seconds * need.passes,
+        "seconds": seconds * passes,
     }

@@ -37,7 +37,7 @@ _VALUES, _NOISE_FROM, _DEVIATIONS = 100, 0.8, 6.0
 _LEAST_VALUES = 6  # of fewer the last fifth has no two gaps
 _LEAST_SIDE = 20
 _SPARE = 12  # columns that only help the last values to settle
-_PASSES = 10
+PASSES = 10  # at most, besides reading
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _approximation(operator: LowRankPlusSparse, seed: int) -> tuple[list[Delayed
     count, width = min(_VALUES, most), min(_VALUES + _SPARE, most)
     basis = extended_basis(np.zeros((operator.shape[1], 0), np.float32), width, seed)
     product = operator.multiply(basis)
-    svd = leading_triplets(operator, product, limit=count, threshold=0.0, passes=_PASSES, tolerance=0.0, seed=seed)
+    svd = leading_triplets(operator, product, limit=count, threshold=0.0, passes=PASSES, tolerance=0.0, seed=seed)
     k = spectral_gap_rank(svd.values[:count])
     rotation = (svd.to_left[:, :k] * svd.values[:k]).astype(np.float32)
     right = np.ascontiguousarray(svd.right[:, :k])

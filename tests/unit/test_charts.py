@@ -58,6 +58,13 @@ def test_cells_have_a_panel_for_each_matrix(tmp_path):
     assert {p.suffix for p in tmp_path.iterdir()} == {".svg", ".png"}
 
 
+def test_what_is_zero_is_left_out_of_a_logarithmic_axis(scores):
+    none = scores.assign(mean_ratio=scores["mean_ratio"].where(scores["method"] != "auto", 0.0))
+    figure = charts.whole_scores(none)
+    figure.canvas.draw()
+    assert figure.axes[1].get_xlim()[0] > 0
+
+
 def test_time_and_memory_beside_the_error(scores):
     figure = charts.effort(scores)
     assert {"scIALM auto", "softImpute", "gene mean"} <= set(texts(figure))

@@ -9,7 +9,16 @@ from scialm_dask.errors import DoesNotFitError, InputError
 from scialm_dask.run.cluster import Team
 from scialm_dask.run.plan import Forecast, Need, limit_of, place_scratch, usable_memory
 
-NEED = Forecast(Need(1000, 0), Need(100, 500), 16, 20, 2, 9, 4000)
+NEED = Forecast(
+    in_memory=Need(1000, 0),
+    on_disk=Need(100, 500),
+    basis_width=16,
+    iterations=20,
+    passes_per_iteration=2,
+    passes=45,
+    tasks_per_pass=9,
+    bytes_per_pass=4000,
+)
 
 
 def place(scratch, limit, folder="/"):
