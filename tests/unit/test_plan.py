@@ -10,7 +10,7 @@ from scialm_dask.run.cluster import Team
 from scialm_dask.run.plan import Forecast, Need, limit_of, place_scratch, usable_memory
 
 NEED = Forecast(
-    in_memory=Need(1000, 0),
+    in_memory=Need(800, 0),
     on_disk=Need(100, 500),
     basis_width=16,
     iterations=20,
@@ -27,7 +27,7 @@ def place(scratch, limit, folder="/"):
 
 @pytest.mark.parametrize(
     ("scratch", "limit", "chosen"),
-    [("auto", 1000, "memory"), ("auto", 999, "zarr:/"), ("memory", 1000, "memory"), ("zarr:/tmp", 10**9, "zarr:/tmp")],
+    [("auto", 800, "memory"), ("auto", 799, "zarr:/"), ("memory", 800, "memory"), ("zarr:/tmp", 10**9, "zarr:/tmp")],
 )
 def test_scratch_is_placed_by_the_limit(scratch, limit, chosen):
     assert place(scratch, limit) == chosen
@@ -36,7 +36,7 @@ def test_scratch_is_placed_by_the_limit(scratch, limit, chosen):
 @pytest.mark.parametrize(
     ("scratch", "limit", "remedy"),
     [
-        ("memory", 999, "pass --scratch auto, or raise --memory-limit"),
+        ("memory", 799, "pass --scratch auto, or raise --memory-limit"),
         ("memory", 99, "pass more --blocks or a lower --max-rank, or raise --memory-limit"),
         ("auto", 99, "pass more --blocks or a lower --max-rank, or raise --memory-limit"),
         ("zarr:/", 99, "pass more --blocks or a lower --max-rank, or raise --memory-limit"),
@@ -67,4 +67,4 @@ def test_plan_tells_the_limit_that_impute_obeys(cli, store_of, counts, tmp_path)
         done = cli("plan", source, "--json")
         assert json.loads(done.stdout.splitlines()[-1])["memory_limit_bytes"] == 1_000_000
         done = cli("impute", source, tmp_path / "r.zarr", "--quiet")
-    assert "limit 976.56 kiB" in done.stderr
+    assert "limit 0.95 MiB" in done.stderr
