@@ -28,7 +28,7 @@ def impute(
     preset: str = "auto",
     layer: str | None = None,
     key_added: str | None = "scialm",
-    observed: Observed = "nonzero",
+    observed: Observed | None = None,
     scratch: str | None = None,
     memory_limit: int | str | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
@@ -55,8 +55,8 @@ def impute(
         Of an AnnData only: what is found is put into it too, as ``obsm["X_" + key_added]`` (cells × rank),
         ``varm[key_added]`` (genes × rank) and ``uns[key_added]``; None leaves it as it is. The matrix itself stays.
     observed
-        ``"nonzero"``: zeros are unknown, as in the paper. ``"finite"``: NaN is unknown and zeros are observed, for
-        general matrices.
+        ``"nonzero"``, the default: zeros are unknown, as in the paper. ``"finite"``: NaN is unknown and zeros are
+        observed, for general matrices. An `ExpressionMatrix` is taken as it was opened.
     scratch
         Where the working state is kept: ``"memory"``, ``"zarr:PATH"`` for a folder on a local disk, or ``"auto"``:
         in memory if the forecast fits there. Dask's configuration, ``scialm.scratch``, by default: ``"auto"``.
@@ -75,7 +75,8 @@ def impute(
     listen
         Called with every event of the work, such as `scialm_dask.show_progress()`; see `scialm_dask.events`.
     **settings
-        Fields of `Settings` that are to differ from the preset's, such as ``max_rank=50`` or ``seed=1``.
+        Fields of `Settings` that are to differ from the preset's, such as ``max_rank=50`` or ``seed=1``; None leaves
+        the preset's, and ``max_rank="none"`` is no limit.
 
     Returns
     -------
@@ -88,6 +89,8 @@ def impute(
         If the matrix or a setting cannot be used.
     DoesNotFitError
         If the forecast does not fit memory or disk.
+    OutputError
+        If checkpoints cannot be written, or the disk is full.
     ClusterError, StoppedError
         If the cluster was lost: the latter if there are checkpoints, from which `resume` goes on.
     """
@@ -96,7 +99,9 @@ def impute(
 
     if isinstance(checkpoint, str | os.PathLike):
         checkpoint = Checkpointing(checkpoint)
-    if checkpoint is not None and checkpoint_every is not None:
+    if checkpoint_every is not None:
+        if checkpoint is None:
+            raise InputError(f"checkpoint_every is {checkpoint_every!r} without a checkpoint; give the folder for them")
         checkpoint = replace(checkpoint, every=checkpoint_every)
     chosen = settings_of(preset, **settings)
     source = as_matrix(matrix, layer, observed=observed)
@@ -143,10 +148,21 @@ def resume(
     listen
         Called with every event of the work; those that are a `Note` tell of checkpoints that cannot be used.
 
+    Returns
+    -------
+    Imputation
+        As `impute` would have given it, its summary with ``resumed_after_iteration``.
+
     Raises
     ------
     InputError
-        If no checkpoint can be used, or the matrix is another.
+        If no checkpoint can be used, the matrix is another, or it was in memory and is not given.
+    DoesNotFitError
+        If the forecast does not fit memory or disk.
+    OutputError
+        If checkpoints cannot be written, or the disk is full.
+    StoppedError
+        If the run was asked to stop, or the cluster was lost and did not come back.
     """
     from scialm_dask.run.job import resume_matrix
 

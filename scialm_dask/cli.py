@@ -13,17 +13,18 @@ import click
 from scialm_dask import __version__
 from scialm_dask.errors import ScialmError
 from scialm_dask.events import Listener, Note, silent
-from scialm_dask.run.termination import Terminated
+from scialm_dask.run.termination import Terminated, on_sigterm
 
 _INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal
 
 
 class _Commands(click.Group):
-    """Turns the package's errors into one line on standard error and an exit code."""
+    """Turns the package's errors, Ctrl-C and SIGTERM into one line on standard error and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with on_sigterm(deferred=False):
+                return super().invoke(ctx)
         except ScialmError as error:
             click.echo(f"scialm-dask: error: {' '.join(str(error).split())}", err=True)
             sys.exit(error.exit_code)

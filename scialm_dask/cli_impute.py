@@ -31,16 +31,22 @@ preset_option = click.option(
 )
 
 
-@main.command()
-@click.argument("src", metavar="SRC")
-@click.argument("dst", metavar="DST.zarr")
-@preset_option
-@click.option(
+max_rank_option = click.option(
+    "--max-rank", default=None, help="Most singular values to keep, or none for no limit.  [default: 128; paper: none]"
+)
+observed_option = click.option(
     "--observed",
     type=click.Choice(["nonzero", "finite"]),
     default="nonzero",
     help="finite: zeros are values, NaN is missing.",
 )
+
+
+@main.command()
+@click.argument("src", metavar="SRC")
+@click.argument("dst", metavar="DST.zarr")
+@preset_option
+@observed_option
 @click.option(
     "--stop",
     type=click.Choice(["residual", "held-out", "count-split"]),
@@ -53,7 +59,7 @@ preset_option = click.option(
 @click.option("--max-iterations", type=int, default=None, help="Most iterations.  [default: 1000]")
 @click.option("--rank-policy", type=click.Choice(["paper", "adaptive"]), default=None)
 @click.option("--increment", type=int, default=None, help="R of the paper's rank policy.")
-@click.option("--max-rank", type=int, default=None, help="Most singular values to keep.  [default: 128; paper: all]")
+@max_rank_option
 @click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5.")
 @click.option("--seed", type=int, default=None, help="Of all random draws.  [default: 0]")
 @click.option("--scratch", default=None, help="Where the working state is kept: auto, memory, or zarr:PATH.")
@@ -169,7 +175,7 @@ def resume(
     check_output(asked["destination"], overwrite=asked.get("overwrite", False), sources=(source, folder))
     with connected(listen):
         with _resumable(folder) as stop:
-            result = resume(folder, scratch=scratch, memory_limit=memory_limit, stop=stop, listen=listen)
+            result = resume(folder, matrix, scratch=scratch, memory_limit=memory_limit, stop=stop, listen=listen)
         return _write(result, matrix, asked, source, folder, listen)
 
 
@@ -263,9 +269,10 @@ def transform(
     from scialm_dask.data.store import check_output
 
     check_output(dst, overwrite=overwrite, sources=(src, result))
-    matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
+    fit = Imputation.open(result)
+    matrix = ExpressionMatrix.open(src, layer, observed=fit.observed, missing_chunks_are_zeros=missing_chunks_are_zeros)
     with connected(listen):
-        completed = Imputation.open(result).transform(matrix)
+        completed = fit.transform(matrix)
         completed.to_zarr(dst, overwrite=overwrite, sources=(src, result), listen=listen)
     return {"destination": dst, **completed.summary}
 
@@ -273,9 +280,11 @@ def transform(
 @main.command()
 @click.argument("src", metavar="SRC")
 @preset_option
-@click.option("--max-rank", type=int, default=None, help="Most singular values to keep.")
+@observed_option
+@max_rank_option
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @layer_option
+@missing_chunks_option
 @click.option("--preserve-zeros", is_flag=True, help="Count what finding biological zeros takes too.")
 @cluster_options
 @reports
@@ -283,12 +292,11 @@ def transform(
 def plan(
     src: str,
     preset: str,
-    max_rank: int | None,
-    blocks: int | None,
+    max_rank: str | None,
     preserve_zeros: bool,
-    layer: str | None,
     connected: Callable[[Listener], Any],
     listen: Listener,
+    **source: Any,
 ) -> dict[str, Any]:
     """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time.
 
@@ -300,7 +308,7 @@ def plan(
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.run.plan import plan
 
-    matrix, settings = ExpressionMatrix.open(src, layer, blocks=blocks), settings_of(preset, max_rank=max_rank)
+    settings, matrix = settings_of(preset, max_rank=max_rank), ExpressionMatrix.open(src, **source)
     with connected(listen):
         return plan(matrix, settings, parse_limit(configured("memory-limit")), preserve_zeros=preserve_zeros)
 

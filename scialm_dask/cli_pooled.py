@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from scialm_dask.cli import layer_option, main, overwrite_option, reports, shows_progress
+from scialm_dask.cli import layer_option, main, missing_chunks_option, overwrite_option, reports, shows_progress
 from scialm_dask.events import Listener, Note
 
 
@@ -76,6 +76,7 @@ def _gene_names(source: str | None, genes: int) -> list[str]:
 @click.option("--delta", type=float, default=0.0, help="nuclear: largest ‖XP − D‖ over all cells.")
 @click.option("--max-iterations", type=int, default=None, help="Most sweeps (als, 100) or iterations (nuclear, 1000).")
 @layer_option
+@missing_chunks_option
 @overwrite_option
 @reports
 @shows_progress
@@ -91,10 +92,14 @@ def unpool(
     delta: float,
     max_iterations: int | None,
     layer: str | None,
+    missing_chunks_are_zeros: bool,
     overwrite: bool,
     listen: Listener,
 ) -> dict[str, Any]:
-    """Recover expression from SRC, cells × pools, measured through the pools P; write its factors to DST.zarr."""
+    """Recover expression from SRC, cells × pools, measured through the pools P; write its factors to DST.zarr.
+
+    Pools are matched by name if SRC and P have the same names, else by position.
+    """
     from scialm_dask.data.design import read_design
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.data.store import check_output
@@ -102,8 +107,8 @@ def unpool(
     from scialm_dask.solve.pooled_nuclear import PooledNuclearNorm
 
     check_output(dst, overwrite=overwrite, sources=(src, design))
-    table = read_design(design)
-    matrix = ExpressionMatrix.open(src, layer)
+    matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
+    table = _by_name(read_design(design), matrix.var.index)
     if method == "als":
         als = PooledALS(rank, seed, ridge=ridge, restarts=restarts, max_sweeps=max_iterations or 100)
         result = als.fit(matrix, table.to_numpy(), listen=listen)
@@ -112,6 +117,15 @@ def unpool(
         result = nuclear.fit(matrix, table.to_numpy(), listen=listen)
     imputation = result.to_imputation(obs=matrix.obs, var=table[[]])
     imputation.to_zarr(dst, overwrite=overwrite, sources=(src, design), listen=listen)
+    if not matrix.var.index.equals(table.columns):
+        listen(Note("pools are matched by position, as their names in the design and the matrix differ"))
     if not result.converged:
         listen(Note("not converged; raise --max-iterations"))
     return {"destination": dst, **imputation.summary}
+
+
+def _by_name(table: Any, names: Any) -> Any:
+    """Put the pools of a design into the order of `names`, if it has the same ones."""
+    table = table.set_axis(table.columns.astype(str), axis=1)
+    same = names.is_unique and table.columns.is_unique and set(names) == set(table.columns)
+    return table[names] if same else table

@@ -35,7 +35,8 @@ class Settings:
     first_rank, increment
         sv₀ and R of equation 13.
     max_rank
-        The most singular values to keep in any iteration, which bounds memory and time; None for no limit.
+        The most singular values to keep in any iteration, which bounds memory and time; None for no limit (``"none"``
+        where None leaves a preset's: in `impute`, `IALM` and on the command line).
     validation
         Share of each gene's observed entries to hide, for the held-out stop.
     patience
@@ -53,6 +54,11 @@ class Settings:
         An SVD stops early once its thresholded values have moved by less than this; 0 makes all passes.
     seed
         Fixes every random draw.
+
+    Raises
+    ------
+    InputError
+        If a value cannot be: outside its limits, or none of its choices.
     """
 
     rank_policy: RankPolicy = "adaptive"
@@ -111,8 +117,8 @@ def preset(name: str, **changes: Any) -> Settings:
         ``"auto"``: stops before noise is fitted. ``"paper"``: as published (Algorithm 3, ε = 1e-4). ``"denoise"``:
         zeros count too, as far as count splitting finds best.
     **changes
-        Fields of `Settings` to set otherwise; None leaves the preset's. `scaling` may be ``"none"``,
-        ``"poisson"`` or two numbers with a comma between.
+        Fields of `Settings` to set otherwise; None leaves the preset's. `max_rank` may be ``"none"``, for no limit.
+        `scaling` may be ``"none"``, ``"poisson"`` or two numbers with a comma between.
     """
     unknown = [field for field in changes if field not in Settings.__dataclass_fields__]
     if unknown:
@@ -120,6 +126,8 @@ def preset(name: str, **changes: Any) -> Settings:
     changes = {field: value for field, value in changes.items() if value is not None}
     if isinstance(changes.get("scaling"), str):
         changes["scaling"] = _exponents(changes["scaling"])
+    if isinstance(changes.get("max_rank"), str):
+        changes["max_rank"] = _limit("max_rank", changes["max_rank"])
     if isinstance(changes.get("zeros"), str) and changes["zeros"] != "auto":
         changes["zeros"] = _number("zeros", changes["zeros"])
     if name == "paper":
@@ -169,6 +177,13 @@ def _number(field: str, word: str) -> float:
         return float(word)
     except ValueError:
         raise InputError(f"{field} is {word!r}; give a number or auto") from None
+
+
+def _limit(field: str, word: str) -> int | None:
+    try:
+        return None if word == "none" else int(word)
+    except ValueError:
+        raise InputError(f"{field} is {word!r}; give a number, or none for no limit") from None
 
 
 def _exponents(words: str) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -32,7 +33,7 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
         ``"auto"`` stops before noise is fitted; ``"paper"`` is the published method; ``"denoise"`` trusts zeros as
         far as is best, and needs raw counts.
     max_rank, max_iterations, scaling, validation
-        As in `Settings`; None leaves the preset's.
+        As in `Settings`; None leaves the preset's. A `max_rank` of ``"none"`` is no limit.
     observed
         ``"nonzero"``: zeros are missing. ``"finite"``: NaN is missing, zeros and negative values are observed.
     memory_limit
@@ -66,7 +67,7 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
         self,
         preset: str = "auto",
         *,
-        max_rank: int | None = None,
+        max_rank: int | str | None = None,
         max_iterations: int | None = None,
         scaling: tuple[float, float] | str | None = None,
         validation: float | None = None,
@@ -163,16 +164,15 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
         """Check X as scikit-learn does if it is an array, and take it."""
         import dask
 
-        if is_anndata(X) or isinstance(X, str | ExpressionMatrix) or hasattr(X, "__fspath__"):
-            matrix = as_matrix(X, observed=self.observed)
-            if reset and matrix.annotation is not None:
-                self.feature_names_in_ = matrix.var.index.to_numpy(object)
-        elif dask.is_dask_collection(X):
-            matrix = as_matrix(X, observed=self.observed)
-        else:
+        is_array = not (is_anndata(X) or isinstance(X, str | os.PathLike | ExpressionMatrix))
+        if is_array and not dask.is_dask_collection(X):
             return named(as_matrix(self._checked(X, reset), observed=self.observed), X)
+        matrix = as_matrix(X, observed=self.observed)
         if reset:
             self.n_features_in_ = matrix.shape[1]
+            self.__dict__.pop("feature_names_in_", None)  # of an earlier fit
+            if matrix.annotation is not None:
+                self.feature_names_in_ = matrix.var.index.to_numpy(object)
         return matrix
 
     def _checked(self, X: ArrayLike, reset: bool) -> Any:

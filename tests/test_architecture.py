@@ -12,7 +12,7 @@ ROOT = Path(scialm_dask.__file__).parent
 
 LINES = """
 errors config events
-data.layout data.remote data.remote_output data.store data.writer data.stream data.rows data.temporary data.transpose data.matrix data.annotated
+data.layout data.csr data.remote data.remote_output data.store data.writer data.stream data.rows data.temporary data.transpose data.matrix data.annotated
 data.tenx data.ingest data.quality
 data.fingerprint data.scratch data.array_files data.checkpoint data.remote_checkpoint
 data.factors data.design

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scialm_dask.data.matrix import Annotation, ExpressionMatrix, Observed
-from scialm_dask.data.rows import StoredRows
+from scialm_dask.data.matrix import Annotation, ExpressionMatrix, Observed, check_array
 from scialm_dask.data.store import open_store
 from scialm_dask.errors import InputError
 
@@ -18,9 +17,10 @@ if TYPE_CHECKING:
     import dask.array as da
     from numpy.typing import NDArray
 
-__all__ = ["add_factors", "as_matrix", "is_anndata", "named", "refuse_logarithms"]
+__all__ = ["add_factors", "as_dask", "as_matrix", "is_anndata", "named", "refuse_logarithms"]
 
 _LOOKED_AT = 1 << 10  # cells at the start, to see whether they are whole numbers
+_IN_A_CHUNK = 1 << 22  # entries of what is cut for Dask
 
 
 def is_anndata(thing: Any) -> bool:
@@ -28,7 +28,7 @@ def is_anndata(thing: Any) -> bool:
     return hasattr(thing, "obs_names") and hasattr(thing, "var_names")
 
 
-def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed = "nonzero") -> ExpressionMatrix:
+def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed | None = None) -> ExpressionMatrix:
     """Take whatever holds cells × genes.
 
     Parameters
@@ -39,15 +39,16 @@ def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed = "no
     layer
         Of a store or an AnnData, instead of X.
     observed
-        See `ExpressionMatrix`.
+        See `ExpressionMatrix`. None: what an `ExpressionMatrix` was opened with, ``"nonzero"`` for all else.
 
     Raises
     ------
     InputError
-        If it cannot be used.
+        If it cannot be used, or an `ExpressionMatrix` was opened with another layer or `observed`.
     """
     if isinstance(matrix, ExpressionMatrix):
-        return matrix
+        return _as_opened(matrix, layer, observed)
+    observed = "nonzero" if observed is None else observed
     if isinstance(matrix, str | os.PathLike):
         return ExpressionMatrix.open(matrix, layer, observed=observed)
     if is_anndata(matrix):
@@ -55,6 +56,16 @@ def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed = "no
     if layer is not None:
         raise InputError(f"layer is {layer!r}, but a {type(matrix).__name__} has none; leave the layer out")
     return named(ExpressionMatrix.of(matrix, observed=observed), matrix)
+
+
+def _as_opened(matrix: ExpressionMatrix, layer: str | None, observed: Observed | None) -> ExpressionMatrix:
+    if layer is not None:
+        raise InputError(f"{matrix.name}: is opened already; give the layer, {layer!r}, to ExpressionMatrix.open")
+    if observed is not None and observed != matrix.observed:
+        raise InputError(
+            f"{matrix.name}: is opened with observed={matrix.observed!r}, and {observed!r} is needed; open it with that"
+        )
+    return matrix
 
 
 def named(matrix: ExpressionMatrix, given: Any) -> ExpressionMatrix:
@@ -88,6 +99,41 @@ def _in_memory(frame: Any) -> Any:
     return frame.to_memory() if hasattr(frame, "to_memory") else frame.copy()
 
 
+def as_dask(matrix: Any, name: str) -> da.Array:
+    """Take whatever holds numbers, cells × something, as a Dask array of its own precision.
+
+    Parameters
+    ----------
+    matrix
+        A Dask array, as it is; anything with `to_dask()`; an AnnData (its X) or a path to a store; or what is in
+        memory: a NumPy or SciPy sparse array, a data frame, a list.
+    name
+        What to call it in messages.
+
+    Raises
+    ------
+    InputError
+        If it is not a matrix of numbers of known size.
+    """
+    import dask.array as da
+    import scipy.sparse as sp
+
+    if isinstance(matrix, str | os.PathLike) or is_anndata(matrix):
+        return as_matrix(matrix).to_dask()
+    if hasattr(matrix, "to_dask"):
+        return matrix.to_dask()
+    if isinstance(matrix, da.Array):
+        check_array(matrix, name)
+        return matrix
+    try:
+        held = sp.csr_matrix(matrix) if sp.issparse(matrix) else np.asarray(matrix)
+    except ValueError as error:
+        raise InputError(f"{name}: a {type(matrix).__name__}, not a matrix of numbers ({error})") from error
+    check_array(held, name)
+    rows = max(1, _IN_A_CHUNK // held.shape[1])
+    return da.from_array(held, chunks=(rows, -1), asarray=False).persist()  # goes to the workers once
+
+
 def refuse_logarithms(matrix: ExpressionMatrix, given: Any, layer: str | None) -> None:
     """Raise `InputError` if X is marked as logarithms, as scanpy's ``log1p`` does, and does not hold whole numbers.
 
@@ -113,7 +159,7 @@ def refuse_logarithms(matrix: ExpressionMatrix, given: Any, layer: str | None) -
 def _marked(matrix: ExpressionMatrix, given: Any) -> bool:
     if is_anndata(given):
         return "log1p" in given.uns
-    if isinstance(matrix.annotation, str) and isinstance(matrix.rows, StoredRows) and matrix.rows.element == "X":
+    if isinstance(matrix.annotation, str) and matrix.origin is not None and matrix.origin.layer is None:
         return "uns/log1p" in open_store(matrix.annotation)
     return False
 

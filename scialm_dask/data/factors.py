@@ -14,6 +14,7 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import add_factors
+from scialm_dask.data.csr import row_of
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store, set_encoding
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     import anndata
     import dask.array as da
     import pandas as pd
-    import scipy.sparse as sp
 
 __all__ = ["CellModel", "Imputation", "ZeroRule"]
 
@@ -80,16 +80,17 @@ class CellModel:
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> CellModel:
-        """Make one from what AnnData has read."""
+        """Make one from what AnnData has read; nothing said of zeros means that they were unknown."""
+        gene_scale = np.asarray(stored["gene_scale"])
         return cls(
-            np.asarray(stored["gene_scale"]),
+            gene_scale,
             np.asarray(stored["mean"]),
             np.asarray(stored["covariance"]),
             residual=float(stored["residual"]),
             raw_counts=bool(stored["raw_counts"]),
             cell_exponent=float(stored["cell_exponent"]),
             centre=float(stored["centre"]),
-            confidence=np.asarray(stored["confidence"]),
+            confidence=np.asarray(stored.get("confidence", np.zeros_like(gene_scale))),
         )
 
 
@@ -108,13 +109,50 @@ class Imputation:
     obs, var
         Annotation of cells and genes.
     summary
-        What was done and found; see `summary`.
+        What was done and found, plain values; see the notes.
     history
         Columns of equal length, a value for each iteration.
     clip
         Whether negative entries are set to zero.
     model
         What `transform` needs to know of the fit; None if it cannot be done.
+
+    Notes
+    -----
+    The summary of what `impute` gives has
+
+    ``n_cells``, ``n_genes``, ``n_observed``, ``n_empty_cells``, ``n_empty_genes``
+        Size of the matrix, its observed entries, and rows and columns without any.
+    ``source``, ``raw_counts``
+        What the matrix is called, such as ``path:X``, and whether all its values are whole numbers.
+    ``scaling``, ``zeros``, ``settings``
+        What was scaled, in words; the confidence in zeros; the fields of `Settings`, as they were used.
+    ``iterations``, ``chosen_iteration``, ``passes``
+        Iterations made, the one whose estimate this is, from 1, and passes over the data.
+    ``rank``, ``singular_values``
+        Of the chosen iteration, the values on the scale on which it was solved.
+    ``residual``, ``held_out_error``
+        ‖P_Ω(D − A)‖ / ‖P_Ω(D)‖ there, and the same over held-out entries; None if none were held out.
+    ``converged``, ``stop_reason``
+        Whether a stopping rule was met, and which, in words.
+    ``mean_imputed_over_observed``
+        Mean of the imputed matrix, before clipping, over that of the observed one, zeros included. Only where zeros
+        are unknown.
+    ``n_blocks``, ``scratch``
+        Row blocks, and where the working state was: ``"memory"`` or ``"zarr"``.
+    ``seconds``, ``peak_memory_bytes``, ``forecast_memory_bytes``
+        Wall time in seconds; the most memory that this process (not workers) has ever held, and what was forecast for
+        each process, in bytes.
+    ``resumed_after_iteration``, ``run``
+        Of a run that was resumed: the iteration of its checkpoint. Of the command line: a token of the run.
+
+    That of `transform` has ``n_cells``, ``n_genes``, ``rank``, ``scaling`` and ``source`` alike, and
+    ``n_genes_matched``, ``n_genes_not_in_fit``
+        Genes of the new cells that the fit knows, and that it does not.
+    ``noise``
+        Variance of an entry, on the scale of the fit, at which the new cells predict themselves best.
+    ``fitted_on``
+        The source of the fit.
     """
 
     def __init__(
@@ -140,7 +178,17 @@ class Imputation:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Imputation:
-        """Open what `to_zarr` or ``scialm-dask impute`` has written.
+        """Open what `to_zarr` or ``scialm-dask impute`` has written, or an AnnData that `impute` has added to.
+
+        Parameters
+        ----------
+        path
+            Of a .zarr or .h5ad; Zarr may be at a URL.
+
+        Returns
+        -------
+        Imputation
+            Its left factor is read when it is asked for.
 
         Raises
         ------
@@ -270,6 +318,13 @@ class Imputation:
         -------
         ndarray
             Float32, cells × genes; an axis that is picked by one name or number is dropped.
+
+        Raises
+        ------
+        InputError
+            If there is no cell or gene of a name.
+        IndexError
+            If a number is too large, or a mask of the wrong length.
         """
         cells, genes = key if isinstance(key, tuple) else (key, slice(None))
         rows, one_cell = _positions(cells, self.obs.index, "cell")
@@ -298,10 +353,10 @@ class Imputation:
         dense
             Write the imputed matrix too, as chunked X.
         keep_observed
-            In that X, leave the observed entries of this matrix as they were.
+            In X, leave the observed entries of this matrix as they were.
         preserve_zeros
             Write the imputed matrix as sparse X, without what this rule takes for biological zeros. Observed entries
-            stay, at their observed value if they were imputed as zero.
+            stay, at their observed value if they were imputed as zero. Instead of `dense`.
         overwrite
             Replace what is at `path`.
         sources
@@ -311,11 +366,17 @@ class Imputation:
 
         Raises
         ------
+        InputError
+            If `dense` and `preserve_zeros` are both given, or `keep_observed` without either.
         OutputError
             If `path` cannot be written.
         """
         import anndata
 
+        if dense and preserve_zeros is not None:
+            raise InputError("dense and preserve_zeros both say what X is to be; give one of them")
+        if keep_observed is not None and not dense and preserve_zeros is None:
+            raise InputError("keep_observed is about X, and none is written; give dense=True or preserve_zeros too")
         advance = begin(listen, "writing")
         parts = 2 if dense or preserve_zeros is not None else 1
 
@@ -386,7 +447,7 @@ class Imputation:
             values = self.product(self.left[start:stop].compute())
             if observed is not None:
                 csr = observed.read_block(number)
-                values[_cells_of(csr), csr.indices] = csr.data
+                values[row_of(csr), csr.indices] = csr.data
             array[start:stop] = values
             advance(1 / len(panels))
 
@@ -399,7 +460,7 @@ class Imputation:
             for number, (start, stop) in enumerate(panels):
                 values = self.product(self.left[start:stop].compute())
                 csr = observed.read_block(number)
-                at = _cells_of(csr), csr.indices
+                at = row_of(csr), csr.indices
                 imputed = values[at]
                 values *= zeros.expressed(start, stop)
                 values[at] = csr.data if keep_observed else np.where(imputed > 0, imputed, csr.data)
@@ -408,8 +469,8 @@ class Imputation:
 
     def _panels(self) -> RowBlocks:
         """Rows of which the dense form is small."""
-        rows = max(1, min(self.shape[0], _DENSE_CHUNK_ROWS, _CHUNK_BYTES // (4 * self.shape[1])))
-        return RowBlocks((*range(0, self.shape[0], rows), self.shape[0]))
+        n_cells, n_genes = self.shape
+        return RowBlocks.panels(n_cells, n_genes, min(_CHUNK_BYTES, 4 * n_genes * _DENSE_CHUNK_ROWS))
 
 
 def _product(left: NDArray[np.float32], right: NDArray[np.float32], *, clip: bool) -> NDArray[np.float32]:
@@ -421,19 +482,16 @@ def _stored_left(path: str, stored: Any) -> da.Array:
     """Left factor of a result as a Dask array whose tasks open the store themselves."""
     import dask.array as da
 
-    read, (cells, rank), step = dask.delayed(_rows_of_left, pure=True), stored.shape, stored.chunks[0]
-    spans = [(start, min(start + step, cells)) for start in range(0, cells, step)]
-    pieces = [da.from_delayed(read(path, *span), (span[1] - span[0], rank), stored.dtype) for span in spans]
+    read, (cells, rank) = dask.delayed(_rows_of_left, pure=True), stored.shape
+    rows = RowBlocks.panels(cells, max(1, rank), _CHUNK_BYTES)
+    if stored.chunks is not None:  # an .h5ad may hold it in one piece
+        rows = RowBlocks((*range(0, cells, stored.chunks[0]), cells))
+    pieces = [da.from_delayed(read(path, *span), (span[1] - span[0], rank), stored.dtype) for span in rows]
     return da.concatenate(pieces, axis=0)
 
 
 def _rows_of_left(path: str, start: int, stop: int) -> NDArray[np.float32]:
     return np.asarray(open_store(path)[f"obsm/X_{_KEY}"][start:stop])
-
-
-def _cells_of(csr: sp.csr_matrix) -> NDArray[np.intp]:
-    """Row of each stored value."""
-    return np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
 
 
 def _blocks_of(array: da.Array) -> Iterator[tuple[int, NDArray[np.float32]]]:

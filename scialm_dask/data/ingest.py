@@ -204,7 +204,7 @@ def _open_10x_h5(source: str, layer: str | None, genome: str | None) -> _Source:
     _refuse_layer(source, layer)
     group = h5_group(source, genome)
     rows = h5_rows(source, group)
-    obs, var = h5_annotation(source, group)
+    obs, var = h5_annotation(rows)
     matrix = _stored(rows, open_store(source)[group])
     keep = np.ones(len(var), bool)
     if genome is not None and "genome" in var:

@@ -83,6 +83,12 @@ class RowBlocks:
             rows = chunk_rows
         return cls((*range(0, n_rows, rows), n_rows))
 
+    @classmethod
+    def panels(cls, n_rows: int, n_columns: int, most_bytes: int) -> RowBlocks:
+        """Cut so that each block takes `most_bytes` at most as dense float32, or is a single row."""
+        rows = max(1, min(n_rows, most_bytes // (4 * n_columns)))
+        return cls((*range(0, n_rows, rows), n_rows))
+
 
 def _split_long(bounds: list[int]) -> Iterator[int]:
     for start, stop in pairwise(bounds):

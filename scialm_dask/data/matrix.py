@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 import dask
 import numpy as np
@@ -17,7 +17,7 @@ from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
 from scialm_dask.data.store import lasting, open_store
 from scialm_dask.data.stream import in_order
-from scialm_dask.data.temporary import current_client, temporary_csr
+from scialm_dask.data.temporary import check_seen, current_client, temporary_csr
 from scialm_dask.data.transpose import spill_to_csr
 from scialm_dask.errors import InputError
 
@@ -30,6 +30,7 @@ __all__ = [
     "ExpressionMatrix",
     "Observed",
     "Origin",
+    "check_array",
     "check_observed",
     "check_values",
     "read_annotation",
@@ -69,6 +70,10 @@ class ExpressionMatrix:
     observed
         Which entries are observed (Ω). ``"nonzero"``: the non-zeros, as in the paper. ``"finite"``: all that
         are not NaN, zeros included, for general matrices.
+    annotation
+        Of cells and genes: data frames (`Annotation`), the path of the store that has them, or None for none.
+    origin
+        What it was opened from; None if that was in memory.
 
     Notes
     -----
@@ -107,11 +112,20 @@ class ExpressionMatrix:
             Read the absent chunks of a dense store as zeros, which some programs do not write, instead of
             refusing them.
 
+        Returns
+        -------
+        ExpressionMatrix
+            Nothing of it is read yet, but a matrix stored by genes is copied to a temporary store, by cells.
+
         Raises
         ------
         InputError
-            If the store, the layer or the numbers cannot be used.
+            If the store or the layer cannot be used: not there, damaged, or no matrix of numbers. Values are checked
+            when they are read; see `read_block`.
+        OutputError
+            If the disk of the temporary store is full.
         """
+        _check_choice(observed)
         store = open_store(path)
         path = lasting(path)
         rows, element = describe(path, store, layer)
@@ -130,7 +144,32 @@ class ExpressionMatrix:
         """Take a NumPy array or SciPy sparse matrix that is in memory, or a Dask array with chunks of either kind.
 
         A Dask array is computed here, once, a row of chunks at a time, into a temporary store; see `temporary_csr`.
+
+        Parameters
+        ----------
+        matrix
+            Cells × genes; a list of lists or a data frame will do as well.
+        blocks
+            Number of row blocks; chosen by the number of stored values if None.
+        observed
+            See the class.
+        name
+            What to call it in messages.
+
+        Returns
+        -------
+        ExpressionMatrix
+            Without names of cells and genes.
+
+        Raises
+        ------
+        InputError
+            If it is empty, or no matrix of numbers of known size. Values are checked when they are read; see
+            `read_block`.
+        OutputError
+            If the disk of the temporary store is full.
         """
+        _check_choice(observed)
         if dask.is_dask_collection(matrix):
             rows = _computed(matrix, name)
             return cls(rows, blocks_of(rows, open_store(rows.path)["X"], blocks), observed)
@@ -186,8 +225,16 @@ class ExpressionMatrix:
 
         If a `distributed.Client` is in force, what is in memory is written to a temporary store, from which workers
         read their blocks; see `temporary_csr`.
+
+        Raises
+        ------
+        InputError
+            If workers of the Dask cluster do not see that store, or one that was made before there was a cluster.
         """
-        if not isinstance(self.rows, MemoryRows) or current_client() is None:
+        if current_client() is None:
+            return self
+        if not isinstance(self.rows, MemoryRows):
+            check_seen(self.rows)
             return self
         csr = self.rows.matrix
         return replace(self, rows=temporary_csr((csr[a:b] for a, b in self.blocks), csr.shape[1], csr.dtype, self.name))
@@ -282,13 +329,23 @@ def read_annotation(path: str | Annotation | None, axis: str, length: int) -> pd
     return frame
 
 
-def _computed(array: da.Array, name: str) -> StoredRows:
+def _check_choice(observed: str) -> None:
+    if observed not in get_args(Observed):
+        raise InputError(f"observed is {observed!r}; choose one of {', '.join(get_args(Observed))}")
+
+
+def check_array(array: Any, name: str) -> None:
+    """Raise `InputError` if an array, of NumPy, SciPy or Dask, is not a matrix of numbers of known size."""
     if array.ndim != 2 or any(np.isnan(n) or n == 0 for n in array.shape):
         raise InputError(
             f"{name}: shape {array.shape}; a matrix of known size, of one cell and gene at least, is needed"
         )
     if array.dtype.kind not in "buif":
         raise InputError(f"{name}: values are of type {array.dtype}, not numbers; convert them first")
+
+
+def _computed(array: da.Array, name: str) -> StoredRows:
+    check_array(array, name)
     array = array.rechunk({1: -1})
     blocks = (sp.csr_matrix(array.blocks[i].compute()) for i in range(array.numblocks[0]))
     return temporary_csr(blocks, array.shape[1], array.dtype, name)

@@ -14,6 +14,7 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import refuse_logarithms
+from scialm_dask.data.csr import scaled_rows
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.data.store import atomic_store, check_output, new_anndata
 from scialm_dask.data.writer import CSRWriter
@@ -251,9 +252,7 @@ def _write(
         layers = ["layers/counts"] if with_counts else []
         counts = [opened.enter_context(CSRWriter(root, name, n_columns=n_genes)) for name in layers]
         for block in blocks:
-            repeated = np.repeat(factors[first : first + block.shape[0]], np.diff(block.indptr))
-            values = (block.data * repeated).astype(np.float32)
-            scaled.append(sp.csr_matrix((values, block.indices, block.indptr), shape=block.shape))
+            scaled.append(scaled_rows(block, factors[first : first + block.shape[0]]))
             for writer in counts:
                 writer.append(block)
             first += block.shape[0]

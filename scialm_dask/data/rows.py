@@ -52,7 +52,21 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows of one element of a store on disk, opened anew wherever it is read."""
+    """Rows of one element of a store on disk, opened anew wherever it is read.
+
+    Parameters
+    ----------
+    path
+        Of the store, or its URL.
+    element
+        Its name in the store, such as ``X``; empty for a bare array.
+    encoding
+        ``"csr_matrix"``, ``"csc_matrix"`` or ``"array"``.
+    shape
+        Cells × genes.
+    label
+        Of a temporary copy alone: what it is a copy of, to call it by.
+    """
 
     path: str
     element: str
@@ -150,8 +164,7 @@ def describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]
         element = store[name]
     encoding = str(element.attrs.get("encoding-type", "array")).replace("-", "_")
     if encoding in ("csr_matrix", "csc_matrix"):
-        shape = tuple(int(n) for n in element.attrs["shape"])
-        dtype = element["data"].dtype
+        shape, dtype = _described_sparse(f"{path}:{name}", element)
     elif encoding == "array" and hasattr(element, "shape"):
         shape, dtype = tuple(element.shape), element.dtype
     else:
@@ -163,6 +176,16 @@ def describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]
     if dtype.kind not in "buif":
         raise InputError(f"{path}:{name}: values are of type {dtype}, not numbers; convert them first")
     return StoredRows(path, name, encoding, (shape[0], shape[1])), element
+
+
+def _described_sparse(name: str, element: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of a CSR or CSC element of which all parts are there."""
+    parts = set(element) if hasattr(element, "keys") else set()
+    absent = [part for part in ("data", "indices", "indptr") if part not in parts]
+    absent += [] if "shape" in element.attrs else ["shape"]
+    if absent:
+        raise InputError(f"{name}: has no {', '.join(absent)}; the store is damaged, write it again")
+    return tuple(int(n) for n in np.ravel(element.attrs["shape"])), element["data"].dtype
 
 
 def blocks_of(rows: StoredRows, element: Any, blocks: int | None = None) -> RowBlocks:
@@ -194,7 +217,10 @@ def check_chunks(rows: StoredRows, element: Any, missing_are_zeros: bool) -> Non
                 f"{rows.name}: {len(gone)} of {array.nchunks} chunks of {array.basename} are missing, first {gone[0]}"
             )
             if rows.encoding == "array":
-                raise InputError(f"{what}; restore them, or pass --missing-chunks-are-zeros if they were all zeros")
+                raise InputError(
+                    f"{what}; restore them, or if they were all zeros pass --missing-chunks-are-zeros, to `scialm-dask "
+                    "convert` where there is no such option"
+                )
             raise InputError(f"{what}; the store is damaged, write it again")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import scipy.sparse as sp
 import zarr
 
-from scialm_dask.data.rows import StoredRows, numeric
+from scialm_dask.data.rows import Rows, StoredRows, numeric
 from scialm_dask.data.store import ZARR_FORMAT, output_error
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
@@ -25,7 +25,7 @@ from scialm_dask.errors import InputError
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["current_client", "temporary_csr", "temporary_folder"]
+__all__ = ["check_seen", "current_client", "temporary_csr", "temporary_folder"]
 
 
 @contextmanager
@@ -101,11 +101,17 @@ def current_client() -> Client | None:
     return owner if isinstance(owner, Client) else None
 
 
+def check_seen(rows: Rows) -> None:
+    """Raise `InputError` if rows are of a temporary copy that workers of the Dask cluster do not see."""
+    if isinstance(rows, StoredRows) and rows.label is not None:  # temporary ones alone have a label
+        _check_seen(Path(rows.path).parent, rows.name)
+
+
 def _check_seen(folder: Path, name: str) -> None:
     client = current_client()
     if client is not None and not all(client.run(os.path.isdir, folder).values()):
         raise InputError(
-            f"{name}: a temporary copy of it for the workers would lie in {folder.parent}, which they do not see; set "
+            f"{name}: a temporary copy of it for the workers is put in {folder.parent}, which they do not see; set "
             "Dask's temporary-directory to a folder that all see, or write the matrix there and pass its path"
         )
 

@@ -33,7 +33,7 @@ def is_10x_h5(store: Any) -> bool:
 def h5_group(path: str, genome: str | None) -> str:
     """Name of the group that holds the matrix: ``matrix``, or in files of before 2018 that of a genome."""
     store = open_store(path)
-    groups = [name for name in store if "barcodes" in store[name]]
+    groups = [name for name, group in store.items() if hasattr(group, "keys") and "barcodes" in group]
     if genome is None and len(groups) > 1:
         raise InputError(f"{path}: holds the genomes {', '.join(groups)}; choose one with --genome")
     if genome is not None and "matrix" not in groups and genome not in groups:
@@ -47,29 +47,38 @@ def h5_rows(path: str, group: str) -> StoredRows:
     absent = [name for name in ("data", "indices", "indptr", "shape") if name not in element]
     if absent:
         raise InputError(f"{path}: group {group} has no {', '.join(absent)}; the file is damaged, fetch it again")
-    n_features, n_cells = (int(n) for n in element["shape"][:])
-    if n_cells == 0 or n_features == 0:
-        raise InputError(f"{path}: shape {(n_cells, n_features)}; a matrix of at least one cell and gene is needed")
-    return StoredRows(path, group, "csr_matrix", (n_cells, n_features))
+    shape = tuple(int(n) for n in np.ravel(element["shape"][()]))[::-1]
+    if len(shape) != 2 or 0 in shape:
+        raise InputError(f"{path}: shape {shape}; a matrix of at least one cell and gene is needed")
+    return StoredRows(path, group, "csr_matrix", (shape[0], shape[1]))
 
 
-def h5_annotation(path: str, group: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+def h5_annotation(rows: StoredRows) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Cells and features of a 10x .h5 file, features by name."""
     import pandas as pd
 
-    element = open_store(path)[group]
+    element = open_store(rows.path)[rows.element]
 
-    def strings(name: str) -> Any:
-        return element[name].asstr()[:]
+    def strings(name: str, length: int) -> Any:
+        if name not in element:
+            raise InputError(f"{rows.name}: has no {name}; the file is damaged, fetch it again")
+        try:
+            found = element[name].asstr()[:]
+        except (AttributeError, TypeError, ValueError, OSError) as error:
+            raise InputError(f"{rows.name}: {name} cannot be read ({error}); fetch the file again") from error
+        if len(found) != length:
+            raise InputError(f"{rows.name}: {len(found)} {name}, but the matrix has {length}; fetch the file again")
+        return found
 
-    obs = pd.DataFrame(index=pd.Index(strings("barcodes")))
-    if group == "matrix":
+    n_cells, n_features = rows.shape
+    obs = pd.DataFrame(index=pd.Index(strings("barcodes", n_cells)))
+    if rows.element == "matrix":
         columns = {"gene_ids": "features/id", "feature_types": "features/feature_type", "genome": "features/genome"}
-        names = strings("features/name")
+        names = strings("features/name", n_features)
     else:
-        columns, names = {"gene_ids": "genes"}, strings("gene_names")
-    var = pd.DataFrame({key: strings(name) for key, name in columns.items() if name in element}, index=pd.Index(names))
-    return obs, var
+        columns, names = {"gene_ids": "genes"}, strings("gene_names", n_features)
+    given = {key: strings(name, n_features) for key, name in columns.items() if name in element}
+    return obs, pd.DataFrame(given, index=pd.Index(names))
 
 
 @dataclass(frozen=True)

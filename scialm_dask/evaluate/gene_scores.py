@@ -9,6 +9,7 @@ import dask
 import numpy as np
 from numpy.typing import NDArray
 
+from scialm_dask.data.annotated import as_dask
 from scialm_dask.data.matrix import tree_reduce
 from scialm_dask.errors import InputError
 
@@ -37,14 +38,15 @@ def gene_scores(truth: Any, recovered: Any) -> GeneScores:
     Parameters
     ----------
     truth, recovered
-        Cells × genes: NumPy arrays, Dask arrays of dense or sparse chunks, or anything with `to_dask()`.
+        Cells × genes: NumPy, SciPy sparse or Dask arrays (of dense or sparse chunks), data frames, AnnData, paths to
+        stores, or anything with `to_dask()`.
 
     Raises
     ------
     InputError
-        If the shapes differ.
+        If one is no matrix of numbers, or the shapes differ.
     """
-    M, X = _as_dask(truth), _as_dask(recovered)
+    M, X = as_dask(truth, "truth"), as_dask(recovered, "recovered")
     if M.shape != X.shape:
         raise InputError(f"truth has shape {M.shape}, recovered {X.shape}; give the same cells and genes")
     M = M.rechunk({0: X.chunks[0], 1: -1})
@@ -55,14 +57,6 @@ def gene_scores(truth: Any, recovered: Any) -> GeneScores:
     with np.errstate(invalid="ignore", divide="ignore"):
         pearson = products / np.sqrt(truths * recoveries)
         return GeneScores(pearson, float(np.sqrt(total["error"] / total["squares"])))
-
-
-def _as_dask(source: Any) -> Any:
-    import dask.array as da
-
-    if hasattr(source, "to_dask"):
-        return source.to_dask()
-    return source if isinstance(source, da.Array) else da.from_array(np.asarray(source))
 
 
 def _moments(M: Any, X: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ of D, a few thousand cells at a time, and keeps sums of the size of genes and po
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import dask
 import numpy as np
 from numpy.typing import NDArray
 
+from scialm_dask.data.annotated import as_dask
 from scialm_dask.data.matrix import tree_reduce
 from scialm_dask.errors import InputError
 
@@ -122,22 +122,18 @@ class Measurements:
 
     @classmethod
     def of(cls, source: Any, pools: int) -> Measurements:
-        """Take a 2-D Dask array, NumPy array, path of a Zarr store, or anything with `to_dask()`.
+        """Take whatever `as_dask` does.
 
         Raises
         ------
         InputError
             If it is not a matrix of numbers with `pools` columns.
         """
-        array = _as_dask(source)
-        if array.ndim != 2 or np.isnan(array.shape[0]) or 0 in array.shape:
-            raise InputError(f"measurements: shape {array.shape}; a matrix of cells × pools of known size is needed")
+        array = as_dask(source, "measurements")
         if array.shape[1] != pools:
             raise InputError(
                 f"measurements: {array.shape[1]} columns, the design has {pools} pools; give D and P of one experiment"
             )
-        if array.dtype.kind not in "buif":
-            raise InputError(f"measurements: values are of type {array.dtype}, not numbers; convert them first")
         return cls(array.rechunk({1: -1}))
 
     @property
@@ -172,23 +168,6 @@ class Measurements:
             for row, size in zip(rows, self.array.chunks[0], strict=True)
         ]
         return da.concatenate(chunks, axis=0)
-
-
-def _as_dask(source: Any) -> da.Array:
-    import dask.array as da
-
-    if isinstance(source, str | os.PathLike):
-        from scialm_dask.data.matrix import ExpressionMatrix
-
-        return ExpressionMatrix.open(source).to_dask()
-    if hasattr(source, "to_dask"):
-        return source.to_dask()
-    if isinstance(source, da.Array):
-        return source
-    array = np.asarray(source)
-    if array.ndim != 2 or 0 in array.shape:
-        raise InputError(f"measurements: shape {array.shape}; a matrix of cells × pools is needed")
-    return da.from_array(array, chunks=(max(1, 2**22 // array.shape[1]), -1)).persist()
 
 
 def dense_block(block: Any, start: int) -> Float:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from scialm_dask.data.annotated import as_dask
 from scialm_dask.errors import InputError
 
 if TYPE_CHECKING:
@@ -207,7 +208,8 @@ def measure(expression: Any, pools: ArrayLike) -> da.Array:
     Parameters
     ----------
     expression
-        M, cells × genes: a Dask array of dense or sparse chunks, or anything with `to_dask()`.
+        M, cells × genes: a NumPy, SciPy sparse or Dask array (of dense or sparse chunks), a data frame, an AnnData, a
+        path to a store, or anything with `to_dask()`.
     pools
         P, genes × pools.
 
@@ -221,7 +223,7 @@ def measure(expression: Any, pools: ArrayLike) -> da.Array:
     InputError
         If the shapes do not fit, or see `check_pools`.
     """
-    array = expression.to_dask() if hasattr(expression, "to_dask") else expression
+    array = as_dask(expression, "expression")
     P = check_pools(pools, array.shape[1])
     array = array.rechunk({1: -1})
     return array.map_blocks(_product, P, chunks=(array.chunks[0], (P.shape[1],)), meta=np.empty((0, 0)))

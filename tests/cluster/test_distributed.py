@@ -9,7 +9,7 @@ import pytest
 from dask.distributed import Client, LocalCluster
 from problems import low_rank_counts
 
-from scialm_dask import ExpressionMatrix, Imputation, impute
+from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
 from scialm_dask.evaluate.metrics import score_held_out
 from scialm_dask.events import Iteration
 
@@ -65,6 +65,17 @@ def test_the_scheduler_holds_no_more_tasks_from_iteration_to_iteration(client, p
     result = impute(ExpressionMatrix.open(path, blocks=5), preset="paper", max_iterations=20, listen=count)
     assert result.rank > 0
     assert max(held[10:]) <= 1.5 * max(held[:10])
+
+
+def test_a_temporary_copy_from_before_the_cluster_must_be_seen_by_its_workers(client, store_of, tmp_path):
+    matrix = ExpressionMatrix.open(store_of(low_rank_counts(160, 90, density=0.5, seed=3).tocsc()))
+    with client.as_current():
+        assert matrix.for_workers() is matrix
+        copy = os.path.dirname(matrix.rows.path)
+        os.rename(copy, tmp_path / "elsewhere")
+        for use in (impute, ExpressionMatrix.to_dask):
+            with pytest.raises(InputError, match=rf"is put in {os.path.dirname(copy)}, which they do not see; set"):
+                use(matrix)
 
 
 def test_a_matrix_in_memory_is_not_sent_in_graphs(client, tmp_path):

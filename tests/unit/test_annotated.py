@@ -11,6 +11,7 @@ import scipy.sparse as sp
 from problems import low_rank_counts
 
 from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
+from scialm_dask.data.annotated import as_matrix
 from scialm_dask.data.ingest import convert
 from scialm_dask.data.quality import quality_control
 from scialm_dask.evaluate.masking import mask
@@ -63,6 +64,14 @@ def test_an_anndata_written_by_its_user_opens_as_a_result(adata, tmp_path):
     opened = Imputation.open(tmp_path / "with.zarr")
     same(opened, result)
     assert opened.summary.keys() == result.summary.keys()
+
+
+def test_so_does_an_h5ad_which_holds_the_left_factor_in_one_piece(adata, tmp_path):
+    result = impute(adata, **SETTINGS)
+    adata.write_h5ad(tmp_path / "with.h5ad")
+    opened = Imputation.open(tmp_path / "with.h5ad")
+    same(opened, result)
+    np.testing.assert_allclose(opened.transform(adata)[:, :], result.transform(adata)[:, :], rtol=1e-3, atol=1e-3)
 
 
 def test_names_and_none(adata, expected):
@@ -201,12 +210,32 @@ def test_logarithms_in_a_file_are_refused_and_counts_under_the_mark_are_not(adat
     impute(adata, **SETTINGS)
 
 
+def test_the_mark_of_logarithms_is_about_x_however_that_is_stored(adata, tmp_path):
+    with_mark(adata)
+    adata.X, adata.layers["normalised"] = adata.X.tocsc(), (adata.layers["counts"] * 0.3).tocsc()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    impute(ExpressionMatrix.open(tmp_path / "a.h5ad", "normalised"), **SETTINGS)
+    with pytest.raises(InputError, match="holds logarithms"):
+        impute(ExpressionMatrix.open(tmp_path / "a.h5ad"), **SETTINGS)
+
+
 @pytest.mark.parametrize("thing", ["text.zarr", {"a": 1}, [["a", "b"]], np.ones((2, 2, 2))])
 def test_other_things_are_refused(thing):
     with pytest.raises(InputError):
         impute(thing)
     with pytest.raises(InputError, match="layer is 'raw', but a list has none"):
         impute([[1.0]], layer="raw")
+
+
+def test_a_matrix_that_is_opened_is_taken_as_it_is_or_refused(counts):
+    finite = ExpressionMatrix.of(counts, observed="finite", name="opened")
+    assert as_matrix(finite) is as_matrix(finite, observed="finite") is finite
+    with pytest.raises(InputError, match="opened: is opened already; give the layer, 'raw', to"):
+        impute(finite, layer="raw")
+    with pytest.raises(InputError, match="opened with observed='finite', and 'nonzero' is needed"):
+        impute(finite, observed="nonzero")
+    assert impute(finite, **SETTINGS).observed == "finite"
+    assert impute(ExpressionMatrix.of(counts), **SETTINGS).observed == "nonzero"
 
 
 def test_chunks_of_unknown_size_are_refused():

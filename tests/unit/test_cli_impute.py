@@ -52,6 +52,12 @@ def test_impute_tells_what_it_did(cli, counts, store_of, tmp_path):
     assert result.history.passes.iloc[-1] < summary["passes"]
 
 
+def test_a_rank_without_limit(cli, counts, store_of, tmp_path):
+    words = ("--max-iterations", "3", "--max-rank", "none", "--json", "--quiet")
+    assert cli("impute", store_of(counts), tmp_path / "r.zarr", "--validation", "0.1", *words).exit_code == 0
+    assert Imputation.open(tmp_path / "r.zarr").summary["settings"]["max_rank"] is None
+
+
 def test_words_for_people(cli, counts, store_of, tmp_path):
     result = cli("impute", store_of(counts), tmp_path / "r.zarr", *QUICK)
     assert result.exit_code == 0
@@ -183,6 +189,16 @@ def test_lost_chunks(cli, counts, store_of, tmp_path, form):
     refused(cli, path, tmp_path, "missing")
     if form is not sp.csr_matrix:
         assert not anndata.read_zarr(path).X[:10].any()  # which is what Zarr makes of it
+
+
+def test_a_plan_is_of_the_same_matrix_as_the_run(cli, counts, tmp_path):
+    zarr.create_array(tmp_path / "bare.zarr", data=counts.toarray() * (np.arange(120) < 60)[:, None], chunks=(60, 40))
+    refusal = cli("plan", tmp_path / "bare.zarr")
+    assert refusal.exit_code == 2
+    assert "1 of 2 chunks" in refusal.stderr
+    assert "--missing-chunks-are-zeros" in refusal.stderr
+    words = ("plan", tmp_path / "bare.zarr", "--missing-chunks-are-zeros", "--observed", "finite", "--json", "--quiet")
+    assert last_json(cli(*words))["n_observed"] == 120 * 40
 
 
 def test_duplicates_are_summed_and_unsorted_sorted(cli, counts, store_of, tmp_path):

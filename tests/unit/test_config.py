@@ -26,6 +26,12 @@ def test_scaling_by_word_or_number(words, exponents):
     assert preset("auto", scaling=words).scaling == exponents
 
 
+def test_a_rank_without_limit_and_words_for_numbers():
+    assert preset("auto", max_rank="none").max_rank is None
+    assert preset("auto", max_rank=None).max_rank == preset("auto").max_rank == 128
+    assert preset("paper", max_rank="50").max_rank == 50
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -33,6 +39,7 @@ def test_scaling_by_word_or_number(words, exponents):
         ({"stop": "never"}, "stop is 'never'; choose one of residual, held-out"),
         *(({name: 0}, f"{name} is 0; it must be 1 at least") for name in
           ("max_iterations", "first_rank", "increment", "patience", "svd_passes", "max_rank")),
+        ({"max_rank": "all"}, "max_rank is 'all'; give a number, or none for no limit"),
         ({"seed": -1}, "seed is -1"),
         ({"epsilon": 0.0}, "epsilon is 0.0; it must lie between 0 and 1"),
         ({"epsilon": float("nan")}, "epsilon is nan"),

@@ -12,7 +12,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from scialm_dask import IALM, InputError, impute
+from scialm_dask import IALM, ExpressionMatrix, InputError, impute
 
 NAMES = [f"gene{j}" for j in range(60)]
 TRANSDUCTIVE = (
@@ -85,6 +85,14 @@ def test_names_of_genes(cells, estimator):
     assert by_frame.imputation_["cell3", "gene7"] == pytest.approx(by_anndata.imputation_[3, 7], rel=1e-3)
     with pytest.raises(ValueError, match="feature names"):
         by_frame.transform(frame[NAMES[::-1]])
+
+
+def test_names_of_an_earlier_fit_are_forgotten(cells, estimator):
+    frame = pd.DataFrame(cells.toarray(), columns=NAMES)
+    for unnamed in (da.from_array(cells.toarray(), chunks=(50, 60)), ExpressionMatrix.of(cells)):
+        model = clone(estimator).fit(frame)
+        assert hasattr(model, "feature_names_in_")
+        assert not hasattr(model.fit(unnamed), "feature_names_in_")
 
 
 def test_a_path(cells, estimator, fitted, store_of):

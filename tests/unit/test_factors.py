@@ -43,6 +43,11 @@ def test_the_matrix_is_the_clipped_product(result, dense, counts):
     assert result.to_dask().chunks[1] == (40,)
 
 
+def test_every_key_of_the_summary_is_described(result, matrix):
+    for summary in (result.summary, result.transform(matrix).summary):
+        assert [key for key in summary if f"``{key}``" not in Imputation.__doc__] == []
+
+
 def test_empty_cells_and_genes_are_kept_and_zero(result, dense, counts):
     empty_cells, empty_genes = counts.getnnz(axis=1) == 0, counts.getnnz(axis=0) == 0
     assert not dense[empty_cells].any()
@@ -140,6 +145,16 @@ def test_dense_writing_and_keeping_what_was_observed(result, dense, matrix, coun
     known = counts.toarray() > 0
     np.testing.assert_array_equal(X[known], counts.toarray()[known])
     np.testing.assert_allclose(X[~known], dense[~known], rtol=1e-5, atol=1e-6)
+
+
+def test_options_that_do_not_go_together_are_refused(result, matrix, tmp_path):
+    for options, message in (
+        ({"dense": True, "preserve_zeros": object()}, "both say what X is to be; give one of them"),
+        ({"keep_observed": matrix}, "keep_observed is about X, and none is written"),
+    ):
+        with pytest.raises(InputError, match=message):
+            result.to_zarr(tmp_path / "r.zarr", **options)
+    assert not (tmp_path / "r.zarr").exists()
 
 
 def test_dense_chunks_are_whole_rows_and_all_written(result, tmp_path):

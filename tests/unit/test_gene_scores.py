@@ -22,7 +22,7 @@ def test_agrees_with_numpy_for_any_blocks():
     with np.errstate(invalid="ignore"):
         expected = np.array([np.corrcoef(m, x)[0, 1] if m.std() else np.nan for m, x in zip(M.T, X.T, strict=True)])
     sparse = da.from_array(M, chunks=(11, 6)).map_blocks(sp.csr_matrix, meta=sp.csr_matrix((0, 0)))
-    for truth in (M, da.from_array(M, chunks=(7, 4)), sparse):
+    for truth in (M, sp.csr_matrix(M), da.from_array(M, chunks=(7, 4)), sparse):
         scores = gene_scores(truth, da.from_array(X, chunks=(20, 3)))
         np.testing.assert_allclose(scores.pearson, expected, rtol=1e-9)
         assert scores.relative_error == pytest.approx(np.linalg.norm(X - M) / np.linalg.norm(M))
@@ -31,3 +31,5 @@ def test_agrees_with_numpy_for_any_blocks():
 def test_shapes_must_agree():
     with pytest.raises(InputError, match="same cells and genes"):
         gene_scores(np.ones((3, 2)), np.ones((3, 3)))
+    with pytest.raises(InputError, match="truth: values are of type"):
+        gene_scores([["a", "b"]], np.ones((1, 2)))

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -171,6 +172,39 @@ def test_10x_h5_of_several_genomes(cli, counts, tmp_path):
     assert same(read(tmp_path / "old.zarr").X, counts)
     assert same(read(tmp_path / "new.zarr").X, counts[:, 1::2])
     assert same(convert(new, tmp_path / "both.zarr") and read(tmp_path / "both.zarr").X, counts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file["matrix"].pop("features/name"), "matrix: has no features/name; the file is damaged"),
+        (lambda file: file["matrix"].pop("indptr"), "has no indptr; the file is damaged"),
+        (lambda file: replaced(file, "barcodes", ["a", "b"]), "2 barcodes, but the matrix has 120; fetch"),
+        (lambda file: replaced(file, "features/id", ["a"]), "1 features/id, but the matrix has 40; fetch"),
+        (lambda file: replaced(file, "barcodes", np.arange(120)), "barcodes cannot be read"),
+        (lambda file: replaced(file, "shape", 40), r"shape \(40,\); a matrix of at least one cell and gene is needed"),
+    ],
+)
+def test_bad_10x_h5(counts, tmp_path, change, message):
+    path = write_10x_h5(tmp_path / "f.h5", counts)
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(InputError, match=message):
+        convert(path, tmp_path / "out.zarr")
+    assert os.listdir(tmp_path) == ["f.h5"]
+
+
+def replaced(file, name, value):
+    del file["matrix"][name]
+    file["matrix"][name] = value
+
+
+def test_a_10x_h5_with_a_dataset_beside_the_matrix(counts, tmp_path):
+    path = write_10x_h5(tmp_path / "f.h5", counts)
+    with h5py.File(path, "r+") as file:
+        file["library_ids"] = ["barcodes", "a"]
+    convert(path, tmp_path / "out.zarr")
+    assert same(read(tmp_path / "out.zarr").X, counts)
 
 
 # 10x MEX
@@ -370,15 +404,16 @@ main()
 """
 
 
+@pytest.mark.parametrize(("sent", "word"), [("SIGINT", "interrupted"), ("SIGTERM", "terminated")])
 @pytest.mark.parametrize(("command", "form"), [("convert", "csr"), ("qc", "csr"), ("mask", "csc")])
-def test_ctrl_c(counts, store_of, tmp_path, form, command):
+def test_ctrl_c_and_sigterm(counts, store_of, tmp_path, form, command, sent, word):
     path = store_of(FORMS[form](counts))
     (tmp_path / "tmp").mkdir()
     env = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
     code = INTERRUPT.replace("== 4", "== 1") if form == "csc" else INTERRUPT
-    result = run(code, command, path, tmp_path / "out.zarr", "--quiet", env=env)
-    assert result.returncode == 130, result.stderr
-    assert result.stderr == "scialm-dask: interrupted; nothing was written\n"
+    result = run(code.replace("SIGINT", sent), command, path, tmp_path / "out.zarr", "--quiet", env=env)
+    assert result.returncode == 128 + signal.Signals[sent], result.stderr
+    assert result.stderr == f"scialm-dask: {word}; nothing was written\n"
     assert sorted(os.listdir(tmp_path)) == ["source.zarr", "tmp"]
     assert os.listdir(tmp_path / "tmp") == []
 

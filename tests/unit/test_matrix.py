@@ -6,6 +6,8 @@ from pathlib import Path
 
 import anndata
 import dask
+import dask.array as da
+import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -152,6 +154,18 @@ def test_what_is_no_matrix_of_numbers_is_refused(store_of, X, message):
         ExpressionMatrix.open(store_of(X))
 
 
+def test_what_may_be_observed_is_checked_before_anything_is_read(counts, store_of):
+    unread = da.from_array(counts.toarray(), chunks=(50, -1)).map_blocks(
+        lambda _: pytest.fail("read"), meta=np.ones((0, 0))
+    )
+    for make in (
+        lambda **o: ExpressionMatrix.of(unread, **o),
+        lambda **o: ExpressionMatrix.open(store_of(counts), **o),
+    ):
+        with pytest.raises(InputError, match="observed is 'Finite'; choose one of nonzero, finite"):
+            make(observed="Finite")
+
+
 def test_a_matrix_of_zeros_opens_and_is_refused_by_who_needs_more(store_of):
     matrix = ExpressionMatrix.open(store_of(sp.csr_matrix((6, 4))))
     assert whole(matrix).nnz == 0
@@ -204,6 +218,25 @@ def test_an_indptr_of_the_wrong_length_is_refused(counts, store_of):
     zarr.open_group(path, mode="r+")["X"].attrs["shape"] = [121, 40]
     with pytest.raises(InputError, match="indptr does not fit 121 cells"):
         ExpressionMatrix.open(path)
+
+
+@pytest.mark.parametrize("name", ["s.zarr", "s.h5ad"])
+@pytest.mark.parametrize("part", ["data", "indices", "indptr", "shape"])
+@pytest.mark.parametrize("form", ["csr", "csc"])
+def test_a_part_that_is_gone_is_named(counts, store_of, form, part, name):
+    path = store_of(FORMS[form](counts), name)
+    root = h5py.File(path, "r+") if name == "s.h5ad" else zarr.open_group(path, mode="r+")
+    del (root["X"].attrs if part == "shape" else root["X"])[part]
+    if name == "s.h5ad":
+        root.close()
+    with pytest.raises(InputError, match=f"X: has no {part}; the store is damaged"):
+        ExpressionMatrix.open(path)
+
+
+def test_a_dense_array_marked_as_sparse_is_refused(counts, tmp_path):
+    zarr.create_array(tmp_path / "a.zarr", data=counts.toarray()).attrs["encoding-type"] = "csr_matrix"
+    with pytest.raises(InputError, match="has no data, indices, indptr, shape; the store is damaged"):
+        ExpressionMatrix.open(tmp_path / "a.zarr")
 
 
 def chunked_store(path, counts, form, zarr_format, shards):

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from pooled_twins import sparse_simulation
 
 import scialm_dask.cli_pooled
@@ -47,6 +48,34 @@ def test_unpool_by_nuclear_norm(cli, tmp_path, experiment):
     assert X.min() >= 0
     assert np.linalg.norm(X @ P - D) <= delta * (1 + 1e-4)
     assert report["certificate"] <= 1e-3 * report["objective"]
+
+
+def test_chunks_that_zarr_left_out(cli, tmp_path, experiment):
+    _, table, D, _ = experiment
+    D[30:] = 0
+    zarr.create_array(tmp_path / "bare.zarr", data=D, chunks=(30, 10))
+    words = ("unpool", tmp_path / "bare.zarr", tmp_path / "out.zarr", "--pools", table, "--rank", 2, "--quiet")
+    assert "1 of 2 chunks" in cli(*words).stderr
+    done = cli(*words, "--missing-chunks-are-zeros")
+    assert done.exit_code == 0, done.output
+    assert not Imputation.open(tmp_path / "out.zarr")[30:].any()
+
+
+def test_pools_are_matched_by_name_if_there_are_the_same_names(cli, tmp_path, experiment, store_of):
+    source, table, D, P = experiment
+    pools, genes = [f"pool{pool}" for pool in range(10)], [f"G{gene}" for gene in range(len(P))]
+    named = store_of(D, "named.zarr", names=pools)
+    order = np.random.default_rng(0).permutation(10)
+    pd.DataFrame(P, genes, pools).iloc[:, order].to_csv(tmp_path / "mixed.csv")
+    results = {}
+    for path, design in ((source, table), (named, tmp_path / "mixed.csv"), (source, tmp_path / "mixed.csv")):
+        done = cli("unpool", path, tmp_path / "out.zarr", "--pools", design, "--rank", 4, "--overwrite")
+        assert done.exit_code == 0, done.output
+        assert ("pools are matched by position" in done.stderr) == (path == source)
+        results[path, design] = Imputation.open(tmp_path / "out.zarr")[:, :]
+    right, by_name, by_position = results.values()
+    np.testing.assert_allclose(by_name, right, rtol=1e-3, atol=1e-4)
+    assert not np.allclose(by_position, right, rtol=1e-2, atol=1e-2)
 
 
 def test_bad_input_is_one_line(cli, tmp_path, experiment):

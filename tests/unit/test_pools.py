@@ -1,5 +1,7 @@
+import anndata
 import dask.array as da
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 
@@ -79,8 +81,15 @@ def test_measure_dense_and_sparse_blocks():
     dense = da.from_array(M, chunks=(7, 5))
     sparse = da.from_array(M, chunks=(7, 12)).map_blocks(sp.csr_matrix, meta=sp.csr_matrix((0, 0), dtype=np.float32))
     for array in (dense, sparse):
-        D = measure(array, P)
-        assert D.chunks[0] == (7, 7, 6)
-        np.testing.assert_allclose(D.compute(scheduler="threads"), M @ P)
+        assert measure(array, P).chunks[0] == (7, 7, 6)
+    for given in (dense, sparse, M, M.tolist(), pd.DataFrame(M), sp.csc_matrix(M), sp.csr_array(M), anndata.AnnData(M)):
+        np.testing.assert_allclose(measure(given, P).compute(scheduler="threads"), M @ P)
     with pytest.raises(InputError, match="12 genes, the matrix has 11"):
         measure(dense[:, :11], P)
+    for wrong, message in (
+        (np.ones(12), r"shape \(12,\)"),
+        ([["a"] * 12], "not numbers"),
+        (dense[dense[:, 0] > 0], "known size"),
+    ):
+        with pytest.raises(InputError, match=f"expression: .*{message}"):
+            measure(wrong, P)

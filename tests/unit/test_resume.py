@@ -253,6 +253,11 @@ def test_folders_without_checkpoints(tmp_path):
         resume(tmp_path / "c")
 
 
+def test_a_cadence_of_no_checkpoints_is_refused(matrix):
+    with pytest.raises(InputError, match="checkpoint_every is 5 without a checkpoint; give the folder"):
+        impute(matrix, checkpoint_every=5)
+
+
 def test_another_run_is_not_written_over(stopped, matrix):
     before = newest_two(stopped)
     with pytest.raises(OutputError, match="holds checkpoints already; go on from them by `scialm-dask resume"):
@@ -360,6 +365,19 @@ def test_a_run_from_python_goes_on_from_the_command_line(cli, whole, stopped, tm
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["resumed_after_iteration"] > 0
     np.testing.assert_array_equal(Imputation.open(tmp_path / "r.zarr").right, whole("auto").right)
+
+
+def test_the_command_opens_the_source_once(cli, stopped, tmp_path, monkeypatch):
+    """One that is stored by genes is copied each time."""
+    opened, real = [], ExpressionMatrix.open.__func__
+    monkeypatch.setattr(
+        ExpressionMatrix,
+        "open",
+        classmethod(lambda cls, *args, **kwargs: opened.append(1) or real(cls, *args, **kwargs)),
+    )
+    result = cli("resume", stopped, tmp_path / "r.zarr", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert len(opened) == 1
 
 
 @pytest.mark.parametrize("words", [("--checkpoint-every", "3"), ("--checkpoint", "source.zarr/c")])

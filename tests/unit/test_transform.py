@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import zarr
 from problems import low_rank_counts
 
 from scialm_dask import Confidence, ExpressionMatrix, Imputation, InputError, impute
@@ -88,6 +89,15 @@ def test_a_result_from_disk_transforms_alike(cells, fitted, tmp_path):
     )
 
 
+def test_a_result_that_says_nothing_of_zeros_transforms_as_if_they_were_unknown(cells, fitted, tmp_path):
+    fitted.to_zarr(tmp_path / "fit.zarr")
+    root = zarr.open_group(tmp_path / "fit.zarr", mode="r+", use_consolidated=False)
+    del root["uns/scialm/model/confidence"]
+    zarr.consolidate_metadata(root.store)
+    opened = Imputation.open(tmp_path / "fit.zarr")
+    np.testing.assert_array_equal(opened.transform(cells[200:])[:, :], fitted.transform(cells[200:])[:, :])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -125,6 +135,18 @@ def test_a_fit_that_trusts_zeros_cell_by_cell_is_refused(cells):
     confidence = Confidence(np.full(N_GENES, 0.5, np.float32), np.full(N_CELLS, 0.5, np.float32))
     with pytest.raises(InputError, match="trusted cell by cell"):
         impute(cells, confidence=confidence).transform(cells)
+
+
+def test_a_fit_of_observed_zeros_observes_those_of_new_cells(cli, store_of, cells, tmp_path):
+    train, new = store_of(cells[:200], "train.zarr"), store_of(cells[200:], "new.zarr")
+    words = ("--max-rank", 6, "--max-iterations", 8, "--observed", "finite", "--quiet")
+    assert cli("impute", train, tmp_path / "fit.zarr", *words).exit_code == 0
+    assert cli("transform", tmp_path / "fit.zarr", new, tmp_path / "out.zarr", "--quiet").exit_code == 0
+    fit = Imputation.open(tmp_path / "fit.zarr")
+    expected = fit.transform(ExpressionMatrix.open(new, observed="finite"))[:, :]
+    np.testing.assert_allclose(Imputation.open(tmp_path / "out.zarr")[:, :], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="opened with observed='nonzero', and 'finite' is needed"):
+        fit.transform(ExpressionMatrix.open(new))
 
 
 def test_command(cli, store_of, cells, tmp_path):
