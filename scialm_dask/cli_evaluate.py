@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import click
 
-from scialm_dask.cli import layer_option, main, overwrite_option, reports, shows_progress
+from scialm_dask.cli import layer_option, main, missing_chunks_option, overwrite_option, reports, shows_progress
 from scialm_dask.events import Listener
 
 
@@ -53,6 +54,7 @@ def report(result: str, path: str, **options: Any) -> dict[str, Any]:
 @click.option("--memory-limit", default=None, help="What each method may hold, such as 8GB.  [default: no limit]")
 @click.option("--time-limit", type=float, default=None, metavar="SECONDS", help="What each method may take.")
 @layer_option
+@missing_chunks_option
 @overwrite_option
 @reports
 @shows_progress
@@ -62,7 +64,9 @@ def evaluate(
     methods: str,
     shares: str,
     seeds: int,
-    memory_limit: str | None,
+    reference: str | None,
+    layer: str | None,
+    missing_chunks_are_zeros: bool,
     overwrite: bool,
     listen: Listener,
     **options: Any,
@@ -72,27 +76,29 @@ def evaluate(
     Peers: gene-mean (always there), knn, alra, softimpute, and with the extra [bench] magic and scvi; dca, saver and
     scimpute quote the publication. module:function runs a function of your own. Each runs in a process of its own.
     """
-    from scialm_dask.api import parse_limit
+    from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.data.store import atomic_output, check_output, scratch_folder_for
     from scialm_dask.evaluate.contest import evaluate_imputation
     from scialm_dask.evaluate.written import summary_table, write_evaluation
 
     hidden = _numbers_of("--mask", shares)
-    sources = tuple(path for path in (src, options["reference"]) if path)
+    sources = tuple(path for path in (src, reference) if path)
     check_output(folder, overwrite=overwrite, sources=sources)
+    open_matrix = functools.partial(ExpressionMatrix.open, missing_chunks_are_zeros=missing_chunks_are_zeros)
     found = evaluate_imputation(
-        src,
+        open_matrix(src, layer),
         methods=_words_of(methods),
         shares=hidden,
         seeds=list(range(seeds)),
-        memory_limit=parse_limit(memory_limit),
+        reference=None if reference is None else open_matrix(reference),
         scratch_folder=scratch_folder_for(folder),
         listen=listen,
         **options,
     )
     with atomic_output(folder, overwrite=overwrite, sources=sources) as partial:
         partial.mkdir()
-        write_evaluation(found, partial, {"source": src, "methods": methods, "mask": hidden, "seeds": seeds, **options})
+        about = {"source": src, "layer": layer, "reference": reference, "methods": methods, "mask": hidden}
+        write_evaluation(found, partial, {**about, "seeds": seeds, **options})
     return {"destination": folder, **_scores_of(summary_table(found))}
 
 
@@ -118,28 +124,25 @@ def publication(
     shares: str,
     seeds: int,
     sizes: str,
-    memory_limit: str | None,
     overwrite: bool,
     listen: Listener,
     **options: Any,
 ) -> dict[str, Any]:
     """Make the publication's tables and figures, and some it lacks, from matrices of raw counts."""
-    from scialm_dask.api import parse_limit
     from scialm_dask.data.store import atomic_output
-    from scialm_dask.evaluate.publication import Plan, publication
+    from scialm_dask.evaluate.publication import Programme, publication
 
-    plan = Plan(
+    programme = Programme(
         methods=_words_of(methods),
         shares=_numbers_of("--mask", shares),
         seeds=list(range(seeds)),
         sizes=[int(size) for size in _numbers_of("--sizes", sizes)],
-        memory_limit=parse_limit(memory_limit),
         **options,
     )
-    read = (*sources, *(path for pair in plan.truths for path in pair))
+    read = (*sources, *(path for pair in programme.truths for path in pair))
     with atomic_output(folder, overwrite=overwrite, sources=read) as partial:
         partial.mkdir()
-        return {"destination": folder, **publication(sources, partial, plan, listen)}
+        return {"destination": folder, **publication(sources, partial, programme, listen)}
 
 
 def _words_of(listed: str) -> list[str]:

@@ -288,7 +288,7 @@ def _tiles(result: Imputation) -> str:
         tiles.append(("Held-out error", f"{known['held_out_error']:.3f}", "relative, at the kept iteration"))
     elif "residual" in known:
         tiles.append(("Residual", f"{known['residual']:.3g}", "relative, on observed entries"))
-    if "mean_imputed_over_observed" in known:
+    if known.get("mean_imputed_over_observed") is not None:
         tiles.append(("Imputed ÷ observed", f"{known['mean_imputed_over_observed']:.2f}×", "ratio of the means"))
     if "seconds" in known:
         memory = known.get("peak_memory_bytes")

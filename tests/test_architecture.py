@@ -24,7 +24,7 @@ evaluate.compare evaluate.panels evaluate.svg evaluate.verdict
 run.termination run.losses run.cluster run.homes run.plan run.keeper run.result run.job run.demo run.progress
 api
 evaluate.soft_impute evaluate.peers evaluate.methods evaluate.isolated evaluate.experiments evaluate.downstream
-evaluate.contest evaluate.charts evaluate.written evaluate.publication
+evaluate.trial evaluate.contest evaluate.charts evaluate.written evaluate.publication
 markup report estimator cli cli_impute cli_evaluate cli_pooled __main__
 """
 ORDER = LINES.split()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scialm_dask.evaluate.figures import logarithmic, new_figure
 from scialm_dask.evaluate.methods import METHODS, OURS, QUOTED
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["cell_pictures", "cluster_scores", "costs", "effort", "method_scores", "scores_over", "whole_scores"]
 
 METRICS = {"mse": "mean squared error", "mae": "mean absolute error", "pearson": "Pearson r", "cosine": "cosine"}
+_ERRORS = ("mse", "mae")
 _COLOURS = {
     "auto": "#0072B2",
     "denoise": "#009E73",
@@ -35,6 +37,9 @@ _COLOURS = {
 }
 _OTHERS = ("#117733", "#882255", "#332288", "#44AA99", "#AA4499")
 _GREY = "#666666"
+_BESIDE, _POINTS = 6, 160  # between a dot and its number, and the least width of a panel of dots, in points
+
+_MOST_TICKS = 10
 
 
 def colour_of(name: str) -> str:
@@ -50,18 +55,7 @@ def label_of(method: str, setting: str = "") -> str:
     return f"{label} {setting}".strip()
 
 
-def _new(rows: int, columns: int, width: float, height: float, **kwargs: Any) -> tuple[Figure, NDArray[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
-    for each in axes.ravel():
-        each.spines[["top", "right"]].set_visible(False)
-        each.tick_params(labelsize=8, length=3)
-    return figure, axes
-
-
-def method_scores(scores: pd.DataFrame, title: str = "", metrics: Sequence[str] = tuple(METRICS)) -> Figure:
+def method_scores(scores: pd.DataFrame, title: str = "") -> Figure:
     """Draw the scores of every method on hidden entries, best at the top: a dot for each seed, the mean in figures.
 
     Parameters
@@ -70,17 +64,16 @@ def method_scores(scores: pd.DataFrame, title: str = "", metrics: Sequence[str] 
         Rows of one experiment and one share of `Evaluation.scores`.
     title
         Over the figure.
-    metrics
-        Columns to draw.
     """
-    return _dots(scores, [(name, METRICS[name], _spread(scores[name])) for name in metrics], title)
+    panels = [(name, words, name in _ERRORS and _spread(scores[name])) for name, words in METRICS.items()]
+    return _dots(scores, panels, title)
 
 
 def whole_scores(scores: pd.DataFrame, title: str = "") -> Figure:
     """Draw how near all entries come to a truth or to unseen molecules, zeros included; see `method_scores`."""
     panels = [
         ("relative_error", "relative error", False),
-        ("mean_ratio", "mean imputed / mean true", True),
+        ("mean_ratio", "mean imputed / mean true", _spread(scores["mean_ratio"])),
         ("zeros_pearson", "Pearson r at observed zeros", False),
     ]
     return _dots(scores, panels, title)
@@ -91,10 +84,10 @@ def _dots(
 ) -> Figure:
     """Draw a panel for each (column, title, whether its axis is logarithmic), methods in the order of the first."""
     names = _ranked(scores, panels[0][0], ascending)
-    figure, axes = _new(1, len(panels), 2.6 * len(panels) + 1.2, 0.3 * len(names) + 1.1, sharey=True)
-    for (column, words, logarithmic), each in zip(panels, axes[0], strict=True):
-        if logarithmic:
-            _logarithmic(each.xaxis)
+    figure, axes = new_figure(1, len(panels), 2.6 * len(panels) + 1.2, 0.3 * len(names) + 1.1, title, sharey=True)
+    for (column, words, spread), each in zip(panels, axes[0], strict=True):
+        if spread:
+            logarithmic(each.xaxis)
             scores = scores.assign(**{column: scores[column].where(scores[column] > 0)})
         for place, name in enumerate(names):
             rows = scores[_names(scores) == name]
@@ -104,31 +97,34 @@ def _dots(
         each.set_title(words, loc="left", fontsize=9)
         each.set_ylim(-0.6, len(names) - 0.4)
         each.grid(axis="y", color="#eeeeee")
-        each.margins(x=0.18)
+        each.margins(x=0.08)
         each.set_axisbelow(True)
+        _make_room(each)
+        if scores[column].isna().all():
+            each.set_xticks([])
     labels = [label_of(*scores[_names(scores) == name].iloc[0][["method", "setting"]]) for name in names]
     axes[0, 0].set_yticks(range(len(names))[::-1], labels)
     for tick, name in zip(axes[0, 0].get_yticklabels(), names, strict=True):
         if name.split(" ")[0] in OURS:
             tick.set_fontweight("bold")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
 
 
+def _make_room(axes: Any) -> None:
+    """Let an axis end so far right that the numbers written beside the dots end before it."""
+    scale = axes.xaxis.get_transform()
+    low, high = scale.transform(np.asarray(axes.get_xlim()))
+    for text in axes.texts:
+        if text.xycoords == "data":
+            taken = (_BESIDE + 0.65 * text.get_fontsize() * len(text.get_text())) / _POINTS
+            high = max(high, low + (scale.transform(text.xy[0]) - low) / (1 - taken))
+    axes.set_xlim(*scale.inverted().transform(np.asarray([low, high])))
+
+
 def _spread(values: pd.Series) -> bool:
-    """Tell whether numbers are so unequal that a logarithmic axis is needed."""
-    known = values.dropna()
-    return len(known) > 0 and float(known.min()) > 0 and float(known.max()) > 5 * float(known.min())
-
-
-def _logarithmic(axis: Any) -> None:
-    """Make an axis logarithmic, with plain numbers at 1, 2 and 5."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axis.set_minor_formatter(NullFormatter())
+    """Tell whether numbers over zero are so unequal that a logarithmic axis is needed."""
+    known = values[values > 0]
+    return len(known) > 0 and float(known.max()) > 5 * float(known.min())
 
 
 def _one_line(axes: Any, rows: pd.DataFrame, column: str, y: int) -> None:
@@ -144,7 +140,15 @@ def _one_line(axes: Any, rows: pd.DataFrame, column: str, y: int) -> None:
     mean = values.mean()
     words = (f"{mean:,.0f}" if mean >= 1000 else f"{mean:#.3g}".rstrip(".")) + (" (quoted)" if quoted else "")
     axes.annotate(
-        words, (values.max(), y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7, color="#333333"
+        words,
+        (values.max(), y),
+        xytext=(_BESIDE, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7,
+        color="#333333",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # no line goes through it
+        zorder=2,
     )
 
 
@@ -172,7 +176,7 @@ def scores_over(scores: pd.DataFrame, column: str, words: str, title: str = "") 
     title
         Over the figure.
     """
-    figure, axes = _new(2, 2, 8.2, 5.4)
+    figure, axes = new_figure(2, 2, 8.2, 5.4, title)
     for (metric, name), each in zip(METRICS.items(), axes.ravel(), strict=True):
         ends: list[tuple[float, float, str]] = []
         for method, rows in scores.dropna(subset=[metric]).groupby("method", sort=False):
@@ -182,13 +186,23 @@ def scores_over(scores: pd.DataFrame, column: str, words: str, title: str = "") 
             each.plot(line.index, line["mean"], ".-", color=colour, linewidth=weight, markersize=5)
             each.fill_between(line.index, line["min"], line["max"], color=colour, alpha=0.15, linewidth=0)
             ends.append((float(line.index[-1]), float(line["mean"].iloc[-1]), str(method)))
-        if metric in ("mse", "mae") and ends and max(e[1] for e in ends) > 5 * min(e[1] for e in ends):
-            _logarithmic(each.yaxis)
-        _label_ends(each, ends)
+        if metric in _ERRORS and _spread(scores[metric]):
+            logarithmic(each.yaxis)
         each.set_title(name, loc="left", fontsize=9)
-        each.set_xlabel(words, fontsize=8)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+        each.set_xlabel(words)
+        _tick_at(each, scores[column])
+        _label_ends(each, ends)
     return figure
+
+
+def _tick_at(axes: Any, values: pd.Series) -> None:
+    """Put numbers at the values there are, unless they are many."""
+    from matplotlib.ticker import NullLocator
+
+    if 1 <= values.nunique() <= _MOST_TICKS:
+        known = np.sort(values.unique())
+        axes.set_xticks(known, [f"{value:,g}" for value in known])
+        axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _label_ends(axes: Any, ends: list[tuple[float, float, str]]) -> None:
@@ -197,14 +211,16 @@ def _label_ends(axes: Any, ends: list[tuple[float, float, str]]) -> None:
     figure.draw_without_rendering()  # lays out, so that pixels mean something
     box = axes.get_window_extent()
     apart = 9 * figure.dpi / 72
-    placed: list[tuple[float, str]] = []
-    for x, y, name in sorted(ends, key=lambda end: end[1]):
-        at = float(axes.transData.transform((x, y))[1])
-        at = max(at, placed[-1][0] + apart) if placed else at
-        placed.append((at, name))
-    over = placed[-1][0] - box.y1 if placed else 0
-    for at, name in placed:
-        height = (at - max(over, 0) - box.y0) / box.height
+    ends = sorted(ends, key=lambda end: end[1])
+    places = [float(axes.transData.transform(end[:2])[1]) for end in ends]
+    for n in range(1, len(places)):
+        places[n] = max(places[n], places[n - 1] + apart)
+    highest = box.y1
+    for n in reversed(range(len(places))):  # what was moved over the top comes down, and what is in its way
+        places[n] = min(places[n], highest)
+        highest = places[n] - apart
+    for at, (_, _, name) in zip(places, ends, strict=True):
+        height = (at - box.y0) / box.height
         weight = "bold" if name in OURS else "normal"
         axes.annotate(
             label_of(name),
@@ -246,8 +262,9 @@ def cell_pictures(umap: dict[str, NDArray[np.float32]], labels: pd.Series, title
 
     columns = min(4, len(umap))
     rows = -(-len(umap) // columns)
-    figure, axes = _new(rows, columns, 2.6 * columns, 2.6 * rows + 0.9)
     kinds = sorted(labels.unique(), key=lambda kind: (len(kind) * kind[:1].isdigit(), kind))
+    beside = max(1, int(2.6 * columns / (0.45 + 0.06 * max(map(len, kinds)))))  # names in a line of the legend
+    figure, axes = new_figure(rows, columns, 2.6 * columns, 2.6 * rows + 0.5 + 0.17 * -(-len(kinds) // beside), title)
     palette = colormaps["tab20"].colors if len(kinds) > 10 else colormaps["tab10"].colors  # type: ignore[attr-defined]
     size = float(np.clip(6000 / len(labels), 0.2, 6))
     for each in axes.ravel()[len(umap) :]:
@@ -264,8 +281,7 @@ def cell_pictures(umap: dict[str, NDArray[np.float32]], labels: pd.Series, title
         figure.axes[0].scatter([], [], s=18, color=palette[number % len(palette)], label=kind)
         for number, kind in enumerate(kinds)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.legend(handles=handles, loc="outside lower center", ncols=beside, fontsize=7, frameon=False)
     return figure
 
 
@@ -274,8 +290,8 @@ def effort(scores: pd.DataFrame, title: str = "") -> Figure:
     megabytes = scores.assign(megabytes=_megabytes(scores["peak_bytes"]))
     panels = [
         ("mse", METRICS["mse"], _spread(scores["mse"])),
-        ("seconds", "seconds", True),
-        ("megabytes", "peak memory over that of imports, MB", True),
+        ("seconds", "seconds", _spread(scores["seconds"])),
+        ("megabytes", "peak memory over that of imports, MB", _spread(megabytes["megabytes"])),
     ]
     return _dots(megabytes[megabytes["status"] != "quoted"], panels, title)
 
@@ -295,13 +311,14 @@ def costs(table: pd.DataFrame, title: str = "") -> Figure:
     title
         Over the figure.
     """
-    figure, axes = _new(1, 2, 9, 3.4)
+    figure, axes = new_figure(1, 2, 9, 3.4, title)
     table = table.assign(megabytes=_megabytes(table["peak_bytes"]))
     panels = (("seconds", "seconds"), ("megabytes", "peak memory over that of imports, MB"))
     for each, (column, words) in zip(axes[0], panels, strict=True):
         ends: list[tuple[float, float, str]] = []
-        _logarithmic(each.xaxis)
-        _logarithmic(each.yaxis)
+        logarithmic(each.xaxis)
+        if _spread(table[column]):
+            logarithmic(each.yaxis)
         for method, rows in table.groupby("method", sort=False):
             ran = rows[rows["status"] == "ok"]
             if not len(ran):
@@ -311,9 +328,9 @@ def costs(table: pd.DataFrame, title: str = "") -> Figure:
             if len(ran) < len(rows):
                 each.plot(ran["cells"].iloc[-1], values.iloc[-1], "x", color=colour, markersize=9)
             ends.append((float(ran["cells"].iloc[-1]), float(values.iloc[-1]), str(method)))
-        _label_ends(each, ends)
-        each.set_xlabel("cells", fontsize=8)
+        each.set_xlabel("cells")
         each.set_title(words, loc="left", fontsize=9)
         each.grid(color="#eeeeee")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+        _tick_at(each, table["cells"])
+        _label_ends(each, ends)
     return figure

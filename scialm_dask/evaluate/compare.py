@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,9 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from scialm_dask.data.csr import row_of
 from scialm_dask.data.factors import Imputation
+from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.stream import in_order
 from scialm_dask.errors import InputError
@@ -63,7 +64,6 @@ def compare(
     source: ExpressionMatrix,
     *,
     most_cells: int = MOST_CELLS,
-    seed: int = 0,
     listen: Listener = silent,
 ) -> Comparison:
     """Compare a result with the matrix it was made from, in one pass over that.
@@ -75,11 +75,14 @@ def compare(
     source
         Cells × genes.
     most_cells
-        Size of the sample. Which cells are in it depends on their numbers and the seed alone.
-    seed
-        Any integer from 0.
+        Size of the sample. Which cells are in it depends on their numbers alone.
     listen
         Called with every event of the work; see `scialm_dask.events`.
+
+    Returns
+    -------
+    Comparison
+        Of the sampled cells.
 
     Raises
     ------
@@ -91,7 +94,7 @@ def compare(
             f"{source.name}: {source.shape[0]} cells × {source.shape[1]} genes, but the result has "
             f"{result.shape[0]} × {result.shape[1]}; give the matrix it was made from"
         )
-    cells = sample(result.shape[0], most_cells, seed)
+    cells = sample(result.shape[0], most_cells)
     observed = _rows_of(source, cells, begin(listen, "comparing"))
     plane = _variable_genes(observed)
     genes, filled, imputed = _by_gene(result, cells, observed, plane)
@@ -102,9 +105,9 @@ def compare(
     return Comparison(cells, seen, genes, filled, before, after * turn, (first, second))
 
 
-def sample(n_cells: int, most: int, seed: int) -> NDArray[np.intp]:
+def sample(n_cells: int, most: int) -> NDArray[np.intp]:
     """Draw cells without replacement: those of the lowest draws, of which each cell has its own."""
-    draws = np.random.default_rng(seed).random(n_cells)
+    draws = np.random.default_rng(0).random(n_cells)
     return np.sort(np.argsort(draws, kind="stable")[:most])
 
 
@@ -136,7 +139,7 @@ def _variable_genes(observed: sp.csr_matrix) -> NDArray[np.intp]:
     """Genes of the largest variance, after the same scaling and logarithm."""
     even = observed.astype(np.float64)
     totals = _totals(observed)
-    even.data = _evened(even.data[:, None], np.repeat(totals, np.diff(observed.indptr)))[:, 0]
+    even.data = _evened(even.data[:, None], totals[row_of(observed)])[:, 0]
     mean = np.asarray(even.mean(axis=0)).ravel()
     even.data **= 2
     variance = np.asarray(even.mean(axis=0)).ravel() - mean**2
@@ -155,7 +158,8 @@ def _by_gene(
     typical = np.divide(sums, counts, out=np.full(n_genes, np.inf), where=counts > 0)
     imputed, squares, filled = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes)
     kept = np.empty((n_cells, len(plane) + 1))
-    for rows in _panels(n_cells, n_genes):
+    for start, stop in RowBlocks.panels(n_cells, n_genes, _PANEL_BYTES):
+        rows = slice(start, stop)
         before = observed[rows].toarray()
         after = result.product(result.left[cells[rows]].compute())
         kept[rows, :-1], kept[rows, -1] = after[:, plane], after.sum(axis=1, dtype=np.float64)
@@ -171,11 +175,6 @@ def _by_gene(
         "filled": np.divide(filled, zeros, out=np.zeros(n_genes), where=zeros > 0),
     }
     return pd.DataFrame(table, index=result.var.index), float(filled.sum() / max(1, zeros.sum())), kept
-
-
-def _panels(n_cells: int, n_genes: int) -> Iterator[slice]:
-    rows = max(1, _PANEL_BYTES // (4 * n_genes))
-    return (slice(start, min(start + rows, n_cells)) for start in range(0, n_cells, rows))
 
 
 def _components(values: Doubles) -> tuple[Doubles, tuple[float, float]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,9 @@ import dask
 import numpy as np
 from numpy.typing import NDArray
 
+from scialm_dask.api import parse_limit
+from scialm_dask.data.annotated import as_matrix, refuse_logarithms
+from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate import downstream
 from scialm_dask.evaluate.experiments import (
@@ -21,31 +23,26 @@ from scialm_dask.evaluate.experiments import (
     Source,
     against_truth,
     as_it_is,
+    check_truth,
     count_split,
     masked,
     open_source,
 )
-from scialm_dask.evaluate.isolated import Outcome, Request, run_isolated
-from scialm_dask.evaluate.methods import QUOTED, Contestant, contestants, expanded, find_method
-from scialm_dask.evaluate.metrics import Moments, compare_all, compare_stored
-from scialm_dask.evaluate.predictions import Given, Prediction, read_prediction
-from scialm_dask.events import Listener, Scored, Stage, silent
+from scialm_dask.evaluate.methods import QUOTED, Contestant, contestants, expanded
+from scialm_dask.evaluate.trial import METRICS, Collected, Row, Trial, fresh_folder
+from scialm_dask.events import Listener, Scored, silent
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Evaluation", "evaluate_imputation", "run_contestant"]
+__all__ = ["Evaluation", "checked_contestants", "evaluate_imputation"]
 
-Row = dict[str, Any]
 _KEY = ("dataset", "experiment", "share", "method", "setting")
-_METRICS = ("mse", "mae", "pearson", "cosine")
 _COLUMNS = (
-    *("dataset", "experiment", "share", "seed", "method", "setting", "status", "n", *_METRICS),
-    *(f"gene_{name}" for name in _METRICS),
+    *("dataset", "experiment", "share", "seed", "method", "setting", "status", "n", *METRICS),
+    *(f"gene_{name}" for name in METRICS),
     *("relative_error", "mean_ratio", "zeros_pearson", "seconds", "peak_bytes", "imports_bytes", "note"),
 )
-_LEAST_ENTRIES = 10  # of a gene whose correlation is to count
-_GIVEN = "as observed"
 
 
 @dataclass
@@ -81,21 +78,11 @@ class Evaluation:
     def summary(self) -> pd.DataFrame:
         """Means over the seeds, one row for each experiment and method, best first."""
         grouped = self.scores.groupby(list(_KEY), dropna=False, sort=False)
-        numbers = ["n", *_METRICS, "gene_pearson", "relative_error", "mean_ratio", "zeros_pearson", "seconds"]
+        numbers = ["n", *METRICS, "gene_pearson", "relative_error", "mean_ratio", "zeros_pearson", "seconds"]
         table = grouped[[*numbers, "peak_bytes"]].mean()
         table["seeds"] = grouped.size()
         table["status"] = grouped["status"].agg(lambda each: next((s for s in each if s != "ok"), "ok"))
         return table.reset_index().sort_values(["experiment", "share", "mse"], kind="stable", ignore_index=True)
-
-
-@dataclass
-class _Collected:
-    """Rows as they come, and what they are pooled from."""
-
-    rows: list[Row] = field(default_factory=list)
-    moments: dict[tuple[Any, ...], Moments] = field(default_factory=dict)
-    clusters: list[Row] = field(default_factory=list)
-    umap: dict[tuple[str, str], NDArray[np.float32]] = field(default_factory=dict)
 
 
 def evaluate_imputation(
@@ -105,11 +92,11 @@ def evaluate_imputation(
     shares: Sequence[float] = (0.1,),
     seeds: Sequence[int] = (0, 1, 2),
     split: bool | None = None,
-    reference: str | os.PathLike[str] | None = None,
+    reference: Any = None,
     labels: str | None = None,
     sweeps: Sequence[str] = (),
     layer: str | None = None,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     time_limit: float | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
     listen: Listener = silent,
@@ -134,7 +121,7 @@ def evaluate_imputation(
         Whether to split counts into molecules to learn from and molecules to predict, which tests zeros too. Done by
         default if the counts are known.
     reference
-        Store with the truth: the same cells and genes, sequenced deeper.
+        The truth, as `source`: the same cells and genes, sequenced deeper.
     labels
         Column of obs with known types of cells: they are clustered as observed, masked and imputed.
     sweeps
@@ -142,8 +129,8 @@ def evaluate_imputation(
     layer
         Read this layer instead of X.
     memory_limit
-        Bytes of data that each method may hold over what its imports take; a method that needs more is a row that
-        says so.
+        Bytes of data that each method may hold over what its imports take, or words such as ``"8 GB"``; a method that
+        needs more is a row that says so.
     time_limit
         Seconds that each method may take.
     scratch_folder
@@ -151,13 +138,19 @@ def evaluate_imputation(
     listen
         Called with every event of the work, `Scored` for each row; see `scialm_dask.events`.
 
+    Returns
+    -------
+    Evaluation
+        Scores of all methods in all experiments, with the clusters and pictures of cells where there are labels.
+
     Raises
     ------
     InputError
         If the source, the reference, the labels, a method or a setting cannot be used.
     """
-    listed = _checked(methods, sweeps, shares, seeds, labels)
-    collected = _Collected()
+    listed = checked_contestants(methods, sweeps, shares, seeds, labels)
+    limit = parse_limit(memory_limit)
+    collected = Collected()
     with tempfile.TemporaryDirectory(prefix="scialm-evaluate-", dir=scratch_folder) as folder:
         work = Path(folder)
         opened = open_source(source, work, layer=layer)
@@ -165,18 +158,18 @@ def evaluate_imputation(
         if split and opened.counts is None:
             count_split(opened, 0, work)  # says what is missing
         split = opened.counts is not None if split is None else split
+        truth = None if reference is None else _truth(reference, opened)
 
         def row(values: Row) -> None:
             collected.rows.append(dict.fromkeys(_COLUMNS, np.nan) | {"dataset": opened.name, **values})
             listen(_scored(collected.rows[-1]))
 
-        for number, make in enumerate(_experiments(opened, shares, seeds, split, reference, known is not None)):
-            with _folder(work / f"experiment{number}") as place, dask.config.set(scheduler="threads"):
+        for number, make in enumerate(_experiments(opened, shares, seeds, split, truth, known is not None)):
+            with fresh_folder(work / f"experiment{number}") as place, dask.config.set(scheduler="threads"):
                 experiment = make(place)
                 first = number == 0 and experiment.kind == "masking"
                 clustered = known if first or experiment.kind == "all data" else None
-                runner = _Runner(experiment, place, memory_limit, time_limit, clustered, collected, row, listen)
-                runner.run(listed)
+                Trial(experiment, place, limit, time_limit, clustered, collected, row, listen).run(listed)
         for name in expanded(methods):
             for quoted in _quoted_rows(name):
                 row(quoted)
@@ -184,9 +177,10 @@ def evaluate_imputation(
     return _evaluation(collected, opened.name, genes, known)
 
 
-def _checked(
+def checked_contestants(
     methods: Sequence[str], sweeps: Sequence[str], shares: Sequence[float], seeds: Sequence[int], labels: str | None
 ) -> list[Contestant]:
+    """List what is compared; see `evaluate_imputation`. Raises `InputError` for what cannot be used."""
     for share in shares:
         if not 0 < share < 1:
             raise InputError(f"share to hide is {share}; give a number between 0 and 1, such as 0.1")
@@ -197,12 +191,19 @@ def _checked(
     return contestants(dict.fromkeys([*methods, "gene-mean"]), sweeps)
 
 
+def _truth(reference: Any, source: Source) -> ExpressionMatrix:
+    truth = as_matrix(reference, observed="nonzero")
+    refuse_logarithms(truth, reference, None)
+    check_truth(truth, source.matrix)
+    return truth
+
+
 def _experiments(
     source: Source,
     shares: Sequence[float],
     seeds: Sequence[int],
     split: bool,
-    reference: str | os.PathLike[str] | None,
+    truth: ExpressionMatrix | None,
     labelled: bool,
 ) -> Iterator[Callable[[Path], Experiment]]:
     """Give what to do, each to be made when its turn comes."""
@@ -211,133 +212,10 @@ def _experiments(
             yield lambda place, share=share, seed=seed: masked(source, share, seed, place)  # type: ignore[misc]
     for seed in seeds if split else ():
         yield lambda place, seed=seed: count_split(source, seed, place)  # type: ignore[misc]
-    if reference is not None:
-        yield lambda place: against_truth(source, reference, seeds[0], place)
+    if truth is not None:
+        yield lambda place: against_truth(source, truth, seeds[0], place)
     if labelled:
         yield lambda _: as_it_is(source, seeds[0])
-
-
-@contextmanager
-def _folder(path: Path) -> Iterator[Path]:
-    import shutil
-
-    path.mkdir()
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-@dataclass
-class _Runner:
-    """Runs all methods on one experiment, and scores them."""
-
-    experiment: Experiment
-    place: Path
-    memory_limit: int | None
-    time_limit: float | None
-    labels: pd.Series | None
-    collected: _Collected
-    row: Callable[[Row], None]
-    listen: Listener
-
-    def run(self, listed: Sequence[Contestant]) -> None:
-        """Run all, the matrix as observed first where that says something."""
-        if self.experiment.all_entries or self.labels is not None:
-            self._judge(Contestant(_GIVEN), Given(self.experiment.given.matrix), Outcome("ok"))
-        for number, contestant in enumerate(listed):
-            if self.experiment.target is None and contestant.method == "gene-mean":
-                continue  # all cells alike, nothing to cluster
-            self.listen(Stage(_label(contestant), f"{number + 1} of {len(listed)}"))
-            with _folder(self.place / f"method{number}") as folder:
-                outcome = run_contestant(
-                    contestant,
-                    self.experiment.given,
-                    folder,
-                    seed=self.experiment.seed,
-                    zeros_matter=self.experiment.all_entries,
-                    memory_limit=self.memory_limit,
-                    time_limit=self.time_limit,
-                )
-                prediction = read_prediction(folder) if outcome.status == "ok" else None
-                if prediction is not None and prediction.shape != self.experiment.given.matrix.shape:
-                    note = f"gave {prediction.shape[0]} × {prediction.shape[1]}"
-                    outcome, prediction = Outcome("failed", outcome.seconds, note=note), None
-                self._judge(contestant, prediction, outcome)
-
-    def _judge(self, contestant: Contestant, prediction: Prediction | None, outcome: Outcome) -> None:
-        which = {
-            "experiment": self.experiment.kind,
-            "share": np.nan if self.experiment.share is None else round(self.experiment.share, 6),
-            "method": contestant.method,
-            "setting": contestant.words,
-        }
-        scores = {} if prediction is None else self._scores(prediction, tuple(which.values()))
-        if self.experiment.all_entries or contestant.method != _GIVEN:
-            self.row({**which, "seed": self.experiment.seed, **asdict(outcome), **scores})
-        if prediction is not None and self.labels is not None and contestant.method != "gene-mean":
-            components = downstream.principal_components(prediction, self.experiment.seed)
-            found = downstream.cluster(components, self.labels, self.experiment.seed)
-            self.collected.clusters.append({**which, **found.scores})
-            self.collected.umap[self.experiment.kind, _label(contestant)] = found.umap
-
-    def _scores(self, prediction: Prediction, key: tuple[Any, ...]) -> Row:
-        target = self.experiment.target
-        if target is None:
-            return {}
-        if not self.experiment.all_entries:
-            moments, scores = compare_stored(prediction, target), {}
-        else:
-            moments, zeros = compare_all(prediction, target, self.experiment.given.matrix)
-            scores = {
-                "relative_error": moments.relative_error,
-                "mean_ratio": moments.mean_ratio,
-                "zeros_pearson": zeros.overall.pearson,
-            }
-        before = self.collected.moments.get(key)
-        self.collected.moments[key] = moments if before is None else before + moments
-        return {**asdict(moments.overall), **_gene_medians(moments), **scores}
-
-
-def run_contestant(
-    contestant: Contestant,
-    given: Source,
-    folder: Path,
-    *,
-    seed: int = 0,
-    zeros_matter: bool = False,
-    memory_limit: int | None = None,
-    time_limit: float | None = None,
-) -> Outcome:
-    """Run a method on the view that it takes, in a process of its own.
-
-    Parameters
-    ----------
-    contestant
-        The method.
-    given
-        The matrix.
-    folder
-        For its answer; see `run_isolated`.
-    seed, zeros_matter, memory_limit, time_limit
-        See `Request` and `run_isolated`.
-    """
-    counts = find_method(contestant.method).takes == "counts"
-    path, scale = (given.counts if counts else given.normalised), None
-    if path is None:
-        return Outcome("needs counts", note="takes raw counts, which are not known")
-    if counts and given.factors is not None:
-        scale = str(folder / "factors.npy")
-        np.save(scale, given.factors.astype(np.float32))
-    request = Request(
-        contestant.method, str(path), scale, seed, zeros_matter, contestant.settings, memory_limit=memory_limit
-    )
-    return run_isolated(request, folder, time_limit=time_limit)
-
-
-def _label(contestant: Contestant) -> str:
-    """Name a method with its settings."""
-    return " ".join(filter(None, [contestant.method, contestant.words]))
 
 
 def _scored(row: Row) -> Scored:
@@ -352,18 +230,6 @@ def _scored(row: Row) -> Scored:
     )
 
 
-def _gene_medians(moments: Moments) -> Row:
-    """Median score over genes of which enough is known."""
-    by_gene = moments.by_gene
-    enough = by_gene.n >= _LEAST_ENTRIES
-
-    def median(values: NDArray[np.float64]) -> float:
-        known = values[enough & np.isfinite(values)]
-        return float(np.median(known)) if len(known) else np.nan
-
-    return {f"gene_{name}": median(getattr(by_gene, name)) for name in _METRICS}
-
-
 def _quoted_rows(name: str) -> Iterator[Row]:
     if name in QUOTED:
         quoted = QUOTED[name]
@@ -373,7 +239,7 @@ def _quoted_rows(name: str) -> Iterator[Row]:
             yield {**common, "dataset": f"{dataset}, as published", **scores, "note": words}
 
 
-def _evaluation(collected: _Collected, name: str, genes: Any, labels: pd.Series | None) -> Evaluation:
+def _evaluation(collected: Collected, name: str, genes: Any, labels: pd.Series | None) -> Evaluation:
     import pandas as pd
 
     tables = []
@@ -381,7 +247,7 @@ def _evaluation(collected: _Collected, name: str, genes: Any, labels: pd.Series 
         scores = moments.by_gene
         chosen = scores.n > 0
         which = dict(zip(_KEY[1:], key, strict=True))
-        values = {metric: np.asarray(getattr(scores, metric))[chosen] for metric in ("n", *_METRICS)}
+        values = {metric: np.asarray(getattr(scores, metric))[chosen] for metric in ("n", *METRICS)}
         tables.append(pd.DataFrame({"gene": genes[chosen], **which, **values}))
     clusters = pd.DataFrame([{"dataset": name, **row} for row in collected.clusters])
     per_gene = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -6,7 +6,6 @@ known. Answers to the latter are multiplied by the size factors, so that all are
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,18 +17,30 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
+from scialm_dask.data.csr import row_of, scaled_rows
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import new_anndata
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.masking import mask
-from scialm_dask.linalg.draws import thinned
+from scialm_dask.solve.scaling import Molecules
+from scialm_dask.solve.zeros import TRAIN_SHARE
 
-__all__ = ["Experiment", "Kind", "Source", "against_truth", "as_it_is", "count_split", "masked", "open_source"]
+__all__ = [
+    "Experiment",
+    "Kind",
+    "Source",
+    "against_truth",
+    "as_it_is",
+    "check_truth",
+    "count_split",
+    "masked",
+    "open_source",
+]
 
 Kind = Literal["masking", "count split", "truth", "all data"]
 Doubles = NDArray[np.float64]
-TRAIN_SHARE = 0.8  # of the molecules; the rest are the test
+_OTHER = 0x5CA1E  # bits by which the seed of a split differs from that of methods
 _WHOLE = 1e-2  # how far from whole numbers restored counts may be, by rounding of float32
 
 
@@ -108,10 +119,10 @@ def open_source(source: Any, folder: Path, *, layer: str | None = None) -> Sourc
     InputError
         If the source cannot be read, or holds logarithms.
     """
-    matrix = as_matrix(source, layer)
+    matrix = as_matrix(source, layer, observed="nonzero")
     refuse_logarithms(matrix, source, layer)
     sums, whole = _totals(matrix)
-    name = Path(source).stem if isinstance(source, str | os.PathLike) else matrix.name
+    name = matrix.name if matrix.origin is None else Path(matrix.origin.path).stem
     normalised, counts = folder / "normalised.zarr", folder / "counts.zarr"
     if whole:
         factors = _factors(sums)
@@ -157,7 +168,7 @@ def _restore(matrix: ExpressionMatrix, factors: Doubles, path: Path) -> bool:
     def restored() -> Iterator[sp.csr_matrix]:
         nonlocal whole
         for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
-            exact = block.data / np.repeat(np.where(factors > 0, factors, 1)[start:stop], np.diff(block.indptr))
+            exact = block.data / np.where(factors > 0, factors, 1)[start:stop][row_of(block)]
             block.data = np.rint(exact).astype(np.float32)
             whole = whole and bool(np.all(np.abs(exact - block.data) <= _WHOLE) and block.data.all())
             yield block
@@ -198,41 +209,32 @@ def count_split(source: Source, seed: int, folder: Path) -> Experiment:
     counts, factors = ExpressionMatrix.open(source.counts), source.factors
     given = Source(source.name, folder / "normalised.zarr", folder / "counts.zarr", factors / TRAIN_SHARE)
     obs = counts.obs.drop(columns="total_counts", errors="ignore")
-    _write(folder / "counts.zarr", _parts(counts, seed, train=True, factors=None), obs=obs, var=counts.var)
+    # Methods are given the seed too, and denoise splits what it is given: with draws of its own.
+    train, test = (Molecules(TRAIN_SHARE, rest, _OTHER ^ seed) for rest in (False, True))
+    _write(folder / "counts.zarr", _part(counts, train), obs=obs, var=counts.var)
     totals, _ = _totals(ExpressionMatrix.open(folder / "counts.zarr"))
-    train = _parts(counts, seed, train=True, factors=factors / TRAIN_SHARE)
-    _write(given.normalised, train, obs=obs.assign(total_counts=totals.astype(np.float32)), var=counts.var)
-    test = _parts(counts, seed, train=False, factors=factors / (1 - TRAIN_SHARE))
-    _write(folder / "target.zarr", test, obs=obs, var=counts.var)
+    normalised = _part(counts, train, factors / TRAIN_SHARE)
+    _write(given.normalised, normalised, obs=obs.assign(total_counts=totals.astype(np.float32)), var=counts.var)
+    unseen = _part(counts, test, factors / (1 - TRAIN_SHARE))
+    _write(folder / "target.zarr", unseen, obs=obs, var=counts.var)
     target = ExpressionMatrix.open(folder / "target.zarr")
     return Experiment("count split", 1 - TRAIN_SHARE, seed, given, target, all_entries=True)
 
 
-def _parts(counts: ExpressionMatrix, seed: int, *, train: bool, factors: Doubles | None) -> Iterator[sp.csr_matrix]:
+def _part(counts: ExpressionMatrix, which: Molecules, factors: Doubles | None = None) -> Iterator[sp.csr_matrix]:
     for (start, stop), block in zip(counts.blocks, counts.stream(), strict=True):
-        kept = thinned(block.indptr, block.indices, block.data, first_row=start, share=TRAIN_SHARE, seed=seed)
-        values = kept if train else block.data - kept
-        if factors is not None:
-            values = values * np.repeat(factors[start:stop], np.diff(block.indptr))
-        part = sp.csr_matrix((values.astype(np.float32), block.indices, block.indptr), shape=block.shape)
-        part.eliminate_zeros()
-        yield part
+        part = which.of(block, start)
+        yield part if factors is None else scaled_rows(part, factors[start:stop])
 
 
-def against_truth(source: Source, reference: str | os.PathLike[str], seed: int, folder: Path) -> Experiment:
-    """Compare all entries with a matrix that is known better: the same cells sequenced deeply.
+def check_truth(truth: ExpressionMatrix, given: ExpressionMatrix) -> None:
+    """Raise `InputError` if genes differ, or genes or cells come in another order.
 
-    Both are scaled to the same total in every cell. Cells whose names have nothing in common are taken in order.
-
-    Raises
-    ------
-    InputError
-        If genes differ, or genes or cells come in another order.
+    Cells whose names have nothing in common are taken in order.
     """
-    truth, given = ExpressionMatrix.open(reference), source.matrix
     if truth.shape != given.shape:
         raise InputError(
-            f"{truth.name}: {truth.shape[0]} cells × {truth.shape[1]} genes, but {source.name} has {given.shape[0]} × "
+            f"{truth.name}: {truth.shape[0]} cells × {truth.shape[1]} genes, but {given.name} has {given.shape[0]} × "
             f"{given.shape[1]}; give a truth of the same cells and genes"
         )
     for axis in ("obs", "var"):
@@ -240,10 +242,17 @@ def against_truth(source: Source, reference: str | os.PathLike[str], seed: int, 
         if not ours.equals(theirs) and (axis == "var" or ours.isin(theirs).any()):
             at = int(np.argmax(ours != theirs))
             raise InputError(
-                f"{truth.name}: {axis} name {at} is {theirs[at]!r}, but {ours[at]!r} in {source.name}; "
+                f"{truth.name}: {axis} name {at} is {theirs[at]!r}, but {ours[at]!r} in {given.name}; "
                 "give the same cells and genes in the same order"
             )
-    wanted, totals = _totals(given)[0], _totals(truth)[0]
+
+
+def against_truth(source: Source, truth: ExpressionMatrix, seed: int, folder: Path) -> Experiment:
+    """Compare all entries with a matrix that is known better: the same cells sequenced deeply; see `check_truth`.
+
+    Both are scaled to the same total in every cell.
+    """
+    wanted, totals = _totals(source.matrix)[0], _totals(truth)[0]
     factors = np.divide(wanted, totals, out=np.zeros_like(totals), where=totals > 0)
     _write(folder / "target.zarr", _scaled(truth, factors), obs=truth.obs, var=truth.var)
     target = ExpressionMatrix.open(folder / "target.zarr")
@@ -252,5 +261,4 @@ def against_truth(source: Source, reference: str | os.PathLike[str], seed: int, 
 
 def _scaled(matrix: ExpressionMatrix, factors: Doubles) -> Iterator[sp.csr_matrix]:
     for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
-        block.data = (block.data * np.repeat(factors[start:stop], np.diff(block.indptr))).astype(np.float32)
-        yield block
+        yield scaled_rows(block, factors[start:stop])

@@ -41,6 +41,11 @@ def gene_scores(truth: Any, recovered: Any) -> GeneScores:
         Cells × genes: NumPy, SciPy sparse or Dask arrays (of dense or sparse chunks), data frames, AnnData, paths to
         stores, or anything with `to_dask()`.
 
+    Returns
+    -------
+    GeneScores
+        Over all cells.
+
     Raises
     ------
     InputError

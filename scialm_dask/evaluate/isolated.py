@@ -91,10 +91,11 @@ def run_isolated(request: Request, folder: Path, *, time_limit: float | None = N
     request
         What to run.
     folder
-        An empty folder, for what it leaves: on success its prediction, see `read_prediction`.
+        A folder of its own, for what it leaves: on success its prediction, see `read_prediction`.
     time_limit
         Seconds after which it is ended.
     """
+    (folder / _ANSWER).unlink(missing_ok=True)  # of a run before, not to be taken for one of this
     (folder / _REQUEST).write_text(json.dumps(asdict(request)))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-m", __name__, str(folder)]

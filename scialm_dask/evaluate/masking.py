@@ -6,11 +6,11 @@ import os
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import refuse_logarithms
+from scialm_dask.data.csr import entries_where
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.data.store import atomic_store, check_output, new_anndata
 from scialm_dask.data.writer import CSRWriter
@@ -121,11 +121,6 @@ def _split(
         for block in matrix.stream(as_stored=True):
             hidden = hidden_entries(block.indices, before, counts, n_hidden, seed)
             before += np.bincount(block.indices, minlength=n_genes)
-            left.append(_only(block, ~hidden))
-            held_out.append(_only(block, hidden))
+            left.append(entries_where(block, ~hidden))
+            held_out.append(entries_where(block, hidden))
             advance(1 / len(matrix.blocks))
-
-
-def _only(block: sp.csr_matrix, chosen: NDArray[np.bool_]) -> sp.csr_matrix:
-    indptr = np.concatenate([[0], np.cumsum(chosen)])[block.indptr]
-    return sp.csr_matrix((block.data[chosen], block.indices[chosen], indptr), shape=block.shape)

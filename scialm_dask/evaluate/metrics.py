@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from scialm_dask.data.csr import row_of
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
 from scialm_dask.errors import InputError
@@ -125,9 +126,8 @@ def compare_all(prediction: Prediction, target: ExpressionMatrix, given: Express
         start, stop = target.blocks[number]
         X, Y = prediction.rows(start, stop), target.read_block(number).toarray()
         csr = observed.read_block(number)
-        rows = np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
-        everything = Moments.of_rows(X, Y)
-        x, y = X[rows, csr.indices], Y[rows, csr.indices]
+        everything, at = Moments.of_rows(X, Y), (row_of(csr), csr.indices)
+        x, y = X[at], Y[at]
         return everything, everything - Moments.of_entries(x, y, csr.indices, csr.shape[1])
 
     parts = [dask.delayed(visit)(number) for number in range(len(target.blocks))]
@@ -174,8 +174,9 @@ def score_held_out(
     listen(Stage("scoring"))
     means = gene_means(observed)
     left = result.left.rechunk((held_out.blocks.sizes, -1)).to_delayed().ravel()
-    visit, right = dask.delayed(_block_moments), dask.delayed(result.right)
-    parts = [visit(held_out, b, left[b], right, means) for b in range(len(held_out.blocks))]
+    visit, hidden = dask.delayed(_block_moments), dask.delayed(held_out, traverse=False)
+    right, baseline_of = dask.delayed(result.right), dask.delayed(means)
+    parts = [visit(hidden, b, left[b], right, baseline_of) for b in range(len(held_out.blocks))]
     ours, baseline = (moments.overall for moments in tree_reduce(parts, _add).compute())
     if ours.n == 0:
         raise InputError(f"{held_out.name}: holds no entries; hide some with `scialm-dask mask`")

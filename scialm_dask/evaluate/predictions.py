@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from scialm_dask.data.csr import row_of
 from scialm_dask.data.factors import Imputation
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
@@ -58,7 +59,7 @@ class Dense:
 
     def at(self, entries: sp.csr_matrix, start: int) -> Floats:
         """Predict stored entries."""
-        picked: Floats = self.values[start + _cells_of(entries), entries.indices]
+        picked: Floats = self.values[start + row_of(entries), entries.indices]
         return np.maximum(picked, 0)
 
 
@@ -105,18 +106,13 @@ class Given:
 
     def at(self, entries: sp.csr_matrix, start: int) -> Floats:
         """Predict stored entries."""
-        picked: Floats = self.rows(start, start + entries.shape[0])[_cells_of(entries), entries.indices]
+        picked: Floats = self.rows(start, start + entries.shape[0])[row_of(entries), entries.indices]
         return picked
-
-
-def _cells_of(csr: sp.csr_matrix) -> NDArray[np.intp]:
-    return np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
 
 
 def panels(shape: tuple[int, int]) -> RowBlocks:
     """Rows of which the dense form is small."""
-    rows = max(1, min(shape[0], _PANEL_BYTES // (4 * shape[1])))
-    return RowBlocks((*range(0, shape[0], rows), shape[0]))
+    return RowBlocks.panels(*shape, _PANEL_BYTES)
 
 
 def as_dask(prediction: Prediction) -> da.Array:
@@ -144,12 +140,19 @@ def write_prediction(answer: Any, folder: Path, scale: NDArray[np.float32] | Non
         To write ``dense.npy``, or ``left.npy`` and ``right.npy`` to.
     scale
         Shape ``(m,)``; None for ones.
+
+    Raises
+    ------
+    ValueError
+        If that is no matrix of finite numbers.
     """
     if isinstance(answer, Imputation):
         answer = answer.left, answer.right
     if isinstance(answer, tuple):
         left, right = answer if answer[1].shape[1] else (np.zeros((len(answer[0]), 1)), np.zeros((len(answer[1]), 1)))
-        np.save(folder / "right.npy", np.asarray(right, np.float32))
+        if left.shape[1] != right.shape[1]:
+            raise ValueError(f"gave factors of {left.shape[1]} and {right.shape[1]} columns")
+        np.save(folder / "right.npy", _finite(np.asarray(right, np.float32)))
         _write_scaled(folder / "left.npy", left, scale)
     else:
         _write_scaled(folder / "dense.npy", np.asarray(answer), scale)
@@ -159,9 +162,15 @@ def _write_scaled(path: Path, rows: Any, scale: NDArray[np.float32] | None) -> N
     target = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=rows.shape)
     for start, stop in panels(rows.shape):
         piece = rows[start:stop]
-        piece = piece.compute() if hasattr(piece, "compute") else piece
+        piece = _finite(piece.compute() if hasattr(piece, "compute") else piece)
         target[start:stop] = piece if scale is None else piece * scale[start:stop, None]
     target.flush()
+
+
+def _finite(values: Any) -> Any:
+    if not np.isfinite(values).all():
+        raise ValueError("gave values that are not finite")
+    return values
 
 
 def read_prediction(folder: Path) -> Prediction:

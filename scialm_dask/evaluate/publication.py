@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scialm_dask.api import impute
+from scialm_dask.api import impute, parse_limit
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.quality import Thresholds, measure_cells, mitochondrial, quality_control
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate import charts, figures
-from scialm_dask.evaluate.contest import Evaluation, evaluate_imputation, run_contestant
-from scialm_dask.evaluate.experiments import open_source
+from scialm_dask.evaluate.contest import Evaluation, checked_contestants, evaluate_imputation
+from scialm_dask.evaluate.downstream import labels_of
+from scialm_dask.evaluate.experiments import check_truth, open_source
 from scialm_dask.evaluate.masking import mask
 from scialm_dask.evaluate.methods import contestants
 from scialm_dask.evaluate.simulation import simulate
+from scialm_dask.evaluate.trial import fresh_folder, run_contestant
 from scialm_dask.evaluate.written import markdown, save_figure, write_evaluation
 from scialm_dask.events import Listener, Scored, Stage, silent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PUBLISHED", "Plan", "publication"]
+__all__ = ["PUBLISHED", "Programme", "publication"]
 
 # Table 2: cells × genes before and after quality control.
 PUBLISHED = {
@@ -43,7 +44,7 @@ _SIMULATED_GENES = 2000
 
 
 @dataclass(frozen=True)
-class Plan:
+class Programme:
     """How much to do.
 
     Parameters
@@ -73,12 +74,12 @@ class Plan:
     labels: str | None = None
     truths: Sequence[tuple[str, str]] = ()
     sizes: Sequence[int] = (1000, 3000, 10000)
-    memory_limit: int | None = None
+    memory_limit: int | str | None = None
     time_limit: float | None = None
 
 
 def publication(
-    sources: Sequence[str | os.PathLike[str]], folder: Path, plan: Plan, listen: Listener = silent
+    sources: Sequence[str | os.PathLike[str]], folder: Path, programme: Programme, listen: Listener = silent
 ) -> dict[str, Any]:
     """Make all tables and figures.
 
@@ -89,7 +90,7 @@ def publication(
         where there are mitochondrial genes, at most 5 % of the counts of a cell on them, and at most 2000 genes.
     folder
         Where to write; must exist and be empty.
-    plan
+    programme
         How much to do.
     listen
         Called with every event of the work; see `scialm_dask.events`.
@@ -102,27 +103,53 @@ def publication(
     Raises
     ------
     InputError
-        If a source or a setting cannot be used, or two sources have one name.
+        If a source, a truth or a setting cannot be used, or two would be written under one name.
     """
-    names = [Path(source).stem for source in sources]
-    if len(set(names)) < len(names):
-        raise InputError(f"sources are {', '.join(map(str, sources))}; give each a name of its own")
-    contestants(plan.methods)
-    press = _Press(folder, plan, listen)
+    _check(sources, programme)
+    press = _Press(folder, replace(programme, memory_limit=parse_limit(programme.memory_limit)), listen)
     with tempfile.TemporaryDirectory(prefix="scialm-publication-", dir=folder.parent) as work:
-        places = [Path(work) / f"{name}.zarr" for name in names]
-        cleaned = [press.clean(source, place) for source, place in zip(sources, places, strict=True)]
+        cleaned = [press.clean(source, Path(work) / f"{Path(source).stem}.zarr") for source in sources]
         press.table2()
+        for clean in cleaned:
+            press.labels(clean)  # refuses what cannot be used before the long work
         for clean in cleaned:
             press.compare(clean)
             press.sweep(clean)
             press.one_run(clean, Path(work))
-        for cells, truth in plan.truths:
+        for cells, truth in programme.truths:
             press.truth(cells, truth)
-        if plan.sizes:
+        if programme.sizes:
             press.sizes(Path(work))
     press.index()
     return {"matrices": len(sources), "figures": len(press.captions)}
+
+
+def _check(sources: Sequence[str | os.PathLike[str]], programme: Programme) -> None:
+    """Refuse what else would fail after hours."""
+    names = [Path(source).stem for source in sources]
+    names += [_name_of_sweep(source) for source in sources] if programme.increments else []
+    names += [_name_of_truth(cells) for cells, _ in programme.truths]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{name}: what two sources or truths would be called; give each a name of its own")
+    if not programme.shares:
+        raise InputError("no share to hide; give one at least, such as 0.1")
+    if min(programme.sizes, default=1) < 1 or len(set(programme.sizes)) < len(programme.sizes):
+        raise InputError(f"sizes are {list(programme.sizes)}; give numbers of cells, each once")
+    common = (programme.shares, programme.seeds, programme.labels)
+    checked_contestants(programme.methods, (), *common)
+    if programme.increments:
+        checked_contestants(["paper"], [f"increment={programme.increments}"], *common)
+    for cells, truth in programme.truths:
+        check_truth(ExpressionMatrix.open(truth), ExpressionMatrix.open(cells))
+
+
+def _name_of_sweep(source: str | os.PathLike[str]) -> str:
+    return f"{Path(source).stem}-increment"
+
+
+def _name_of_truth(cells: str | os.PathLike[str]) -> str:
+    return f"{Path(cells).stem}-truth"
 
 
 @dataclass
@@ -130,10 +157,15 @@ class _Press:
     """Makes one piece after the other, and remembers what each is called."""
 
     folder: Path
-    plan: Plan
+    programme: Programme
     listen: Listener
     table: list[dict[str, Any]] = field(default_factory=list)
     captions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Of each method."""
+        return {"memory_limit": self.programme.memory_limit, "time_limit": self.programme.time_limit}
 
     def clean(self, source: str | os.PathLike[str], to: Path) -> Path:
         """Apply the publication's quality control: a line of Table 2, and Figure 3."""
@@ -172,20 +204,28 @@ class _Press:
         table.to_csv(self.folder / "table2.csv", index=False)
         (self.folder / "table2.md").write_text(markdown(table))
 
+    def labels(self, clean: Path) -> str | None:
+        """Column of obs with the types of these cells, which can be used; None if there is none."""
+        column, obs = self.programme.labels, ExpressionMatrix.open(clean).obs
+        if column is None or column not in obs:
+            return None
+        labels_of(obs, column, clean.stem)
+        return column
+
     def compare(self, clean: Path) -> None:
         """Run all methods: Figures 5, 6 and 7."""
-        matrix, plan, name = ExpressionMatrix.open(clean), self.plan, clean.stem
-        labels = plan.labels if plan.labels in matrix.obs else None
-        found = self.evaluate(clean, name, shares=plan.shares, labels=labels, seeds=plan.seeds)
+        matrix, programme, name = ExpressionMatrix.open(clean), self.programme, clean.stem
+        labels = self.labels(clean)
+        found = self.evaluate(clean, name, shares=programme.shares, labels=labels, seeds=programme.seeds)
         hidden = found.scores[found.scores["experiment"] == "masking"]
         published = f"{_published_name(matrix.shape)}, as published"
         fits = (hidden["status"] != "quoted") | (hidden["dataset"] == published)
-        first = hidden[fits & (hidden["share"] == plan.shares[0])]
-        title = f"{name}, {plan.shares[0]:.0%} of the non-zeros hidden"
+        first = hidden[fits & np.isclose(hidden["share"], programme.shares[0])]
+        title = f"{name}, {programme.shares[0]:.0%} of the non-zeros hidden"
         self.save(f"figure5-{name}", charts.method_scores(first, title), "Figure 5: scores of the methods")
         if labels is not None:
             self._clusters(found, name)
-        if len(plan.shares) > 1:
+        if len(programme.shares) > 1:
             ran = hidden[hidden["status"] == "ok"]
             percent = ran.assign(share=100 * ran["share"])
             lines = charts.scores_over(percent, "share", "% of the non-zeros hidden", name)
@@ -194,7 +234,7 @@ class _Press:
 
     def _clusters(self, found: Evaluation, name: str) -> None:
         for kind, rows in found.clusters.groupby("experiment", sort=False):
-            title = f"{name}, {'nothing hidden' if kind == 'all data' else f'{self.plan.shares[0]:.0%} hidden'}"
+            title = f"{name}, {'nothing hidden' if kind == 'all data' else f'{self.programme.shares[0]:.0%} hidden'}"
             end = f"{name}-{str(kind).replace(' ', '-')}"
             self.save(f"figure6-scores-{end}", charts.cluster_scores(rows, title), "Figure 6a, b: clusters")
             pictures = {charts.label_of(method): xy for (each, method), xy in found.umap.items() if each == kind}
@@ -206,11 +246,10 @@ class _Press:
 
     def sweep(self, clean: Path) -> None:
         """Run preset paper at every R: Figure 4."""
-        if not self.plan.increments:
+        if not self.programme.increments:
             return
-        name = f"{clean.stem}-increment"
-        sweep = [f"increment={self.plan.increments}"]
-        shares = self.plan.shares[:1]
+        name, sweep = _name_of_sweep(clean), [f"increment={self.programme.increments}"]
+        shares = self.programme.shares[:1]
         found = self.evaluate(clean, name, methods=["paper"], shares=shares, seeds=[0], split=False, sweeps=sweep)
         rows = found.scores[(found.scores["method"] == "paper") & (found.scores["status"] == "ok")]
         values = rows.assign(R=rows["setting"].str.extract(r"increment=(\d+)")[0].astype(float))
@@ -220,14 +259,17 @@ class _Press:
     def one_run(self, clean: Path, work: Path) -> None:
         """Follow one run of the default preset: where it stops, its rank and singular values."""
         name = clean.stem
-        mask(clean, work / f"{name}-masked.zarr", fraction=self.plan.shares[0], seed=0)
+        mask(clean, work / f"{name}-masked.zarr", fraction=self.programme.shares[0], seed=0)
         result = impute(work / f"{name}-masked.zarr", listen=self.listen)
-        self.save(f"stop-{name}", figures.convergence(result), "Error over the iterations, with the stop")
-        self.save(f"rank-{name}", figures.spectrum(result), "Rank, and singular values of what was kept")
+        title = f"{name}, {self.programme.shares[0]:.0%} of the non-zeros hidden, preset auto"
+        self.save(
+            f"stop-{name}", figures.convergence(result, title), "Error and rank over the iterations, and the stop"
+        )
+        self.save(f"spectrum-{name}", figures.spectrum(result, title), "Singular values of what was kept")
 
     def truth(self, cells: str, truth: str) -> None:
         """Compare with the same cells sequenced deeper."""
-        name = f"{Path(cells).stem}-truth"
+        name = _name_of_truth(cells)
         found = self.evaluate(cells, name, shares=[], split=False, reference=truth, seeds=[0])
         rows = found.scores[found.scores["experiment"] == "truth"]
         title = f"{Path(cells).stem}, all entries against {Path(truth).stem}"
@@ -235,8 +277,7 @@ class _Press:
 
     def evaluate(self, source: Any, name: str, **changes: Any) -> Evaluation:
         """Run `evaluate_imputation` and keep its tables."""
-        limits = {"memory_limit": self.plan.memory_limit, "time_limit": self.plan.time_limit}
-        options = {"methods": self.plan.methods, "scratch_folder": self.folder.parent, **limits, **changes}
+        options = {"methods": self.programme.methods, "scratch_folder": self.folder.parent, **self.limits, **changes}
         found = evaluate_imputation(source, **options, listen=self.listen)
         (self.folder / name).mkdir()
         write_evaluation(found, self.folder / name, {"source": os.fspath(source), **changes})
@@ -247,17 +288,16 @@ class _Press:
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
-        for number in self.plan.sizes:
+        for number in self.programme.sizes:
             self.listen(Stage("time and memory", f"{number:,} cells"))
             place = work / f"size{number}"
             place.mkdir()
             simulate(place / "cells.zarr", n_cells=number, n_genes=_SIMULATED_GENES, density=0.05, rank=20, seed=0)
             source = open_source(place / "cells.zarr", place)
-            for contestant in contestants(self.plan.methods):
-                outcome = run_contestant(
-                    contestant, source, place, memory_limit=self.plan.memory_limit, time_limit=self.plan.time_limit
-                )
-                rows.append({"cells": number, "method": contestant.method, **dataclasses.asdict(outcome)})
+            for each, contestant in enumerate(contestants(self.programme.methods)):
+                with fresh_folder(place / f"method{each}") as own:
+                    outcome = run_contestant(contestant, source, own, **self.limits)
+                rows.append({"cells": number, "method": contestant.method, **asdict(outcome)})
                 self.listen(_sized(rows[-1]))
         table = pd.DataFrame(rows)
         table.to_csv(self.folder / "sizes.csv", index=False)

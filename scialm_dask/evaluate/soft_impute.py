@@ -13,6 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from scialm_dask.data.csr import entries_where
 from scialm_dask.linalg.draws import hidden_entries, n_to_hide
 from scialm_dask.linalg.kernels import Block, sampled_product
 
@@ -45,7 +46,7 @@ def soft_impute(D: sp.csr_matrix, *, max_rank: int = 100, seed: int = 0) -> tupl
     """
     counts = np.bincount(D.indices, minlength=D.shape[1])
     hidden = hidden_entries(D.indices, np.zeros_like(counts), counts, n_to_hide(counts, _VALIDATION), seed)
-    train, validation = _only(D, ~hidden), _only(D, hidden)
+    train, validation = entries_where(D, ~hidden), entries_where(D, hidden)
     lambdas = _path(train)
     errors: list[float] = []
     for left, right in _along(train, lambdas, max_rank, seed):
@@ -54,11 +55,6 @@ def soft_impute(D: sp.csr_matrix, *, max_rank: int = 100, seed: int = 0) -> tupl
             break
     *_, kept = _along(D, lambdas[: int(np.argmin(errors)) + 1], max_rank, seed)
     return kept
-
-
-def _only(D: sp.csr_matrix, chosen: NDArray[np.bool_]) -> sp.csr_matrix:
-    indptr = np.concatenate([[0], np.cumsum(chosen)])[D.indptr]
-    return sp.csr_matrix((D.data[chosen], D.indices[chosen], indptr), shape=D.shape)
 
 
 def _path(D: sp.csr_matrix) -> NDArray[np.float64]:

@@ -59,12 +59,12 @@ def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any]
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Save as SVG, with letters as letters, and PNG; the same bytes for the same picture."""
+    """Save as `path` with .svg, letters as letters, and with .png added; the same bytes for the same picture."""
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "scialm", "svg.fonttype": "none"}):
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None}, dpi=150)
-        figure.savefig(path.with_suffix(".png"), dpi=150)
+        figure.savefig(f"{path}.svg", metadata={"Date": None}, dpi=150)
+        figure.savefig(f"{path}.png", dpi=150)
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -174,9 +174,9 @@ def _cell(value: Any) -> str:
 def figures_of(evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
     """Draw all that the evaluation has something for, by name."""
     scores = evaluation.scores[evaluation.scores["status"] != "quoted"]  # of other data sets
-    swept = _swept(scores)
+    swept, dataset = _swept(scores), scores["dataset"].iloc[0]
     for (kind, share), rows in scores.groupby(["experiment", "share"], dropna=False, sort=False):
-        title = _TITLES[str(kind)].format(dataset=scores["dataset"].iloc[0], share=share)
+        title = _TITLES[str(kind)].format(dataset=dataset, share=share)
         name = f"{str(kind).replace(' ', '-')}" + (f"-{round(100 * share)}" if share == share else "")
         if kind == "masking":
             yield f"{name}-scores", charts.method_scores(rows, title)
@@ -186,10 +186,11 @@ def figures_of(evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
     hidden = scores[(scores["experiment"] == "masking") & (scores["status"] == "ok")]
     if hidden["share"].nunique() > 1 and not swept:
         percent = hidden.assign(share=100 * hidden["share"])
-        yield "over-share", charts.scores_over(percent, "share", "% of the non-zeros hidden")
+        yield "over-share", charts.scores_over(percent, "share", "% of the non-zeros hidden", dataset)
     for field in swept:
         values = hidden["setting"].str.extract(rf"(?:^| ){field}=([\d.e+-]+)")[0].astype(float)
-        yield f"over-{field}", charts.scores_over(hidden.assign(value=values).dropna(subset=["value"]), "value", field)
+        known = hidden.assign(value=values).dropna(subset=["value"])
+        yield f"over-{field}", charts.scores_over(known, "value", field, dataset)
     yield from _cluster_figures(evaluation)
 
 

@@ -54,8 +54,8 @@ def test_cells_have_a_panel_for_each_matrix(tmp_path):
     figure = charts.cell_pictures(points, labels, "cells")
     assert [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()] == list("abcde")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"{k}.0" for k in range(1, 13)]
-    save_figure(figure, tmp_path / "cells")
-    assert {p.suffix for p in tmp_path.iterdir()} == {".svg", ".png"}
+    save_figure(figure, tmp_path / "pbmc.v2")
+    assert {p.name for p in tmp_path.iterdir()} == {"pbmc.v2.svg", "pbmc.v2.png"}
 
 
 def test_what_is_zero_is_left_out_of_a_logarithmic_axis(scores):

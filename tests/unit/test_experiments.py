@@ -5,7 +5,8 @@ import scipy.sparse as sp
 
 from scialm_dask import ExpressionMatrix, InputError
 from scialm_dask.data.quality import quality_control
-from scialm_dask.evaluate.experiments import against_truth, count_split, masked, open_source
+from scialm_dask.evaluate.experiments import against_truth, check_truth, count_split, masked, open_source
+from scialm_dask.solve.scaling import Molecules
 
 
 def whole(path):
@@ -67,10 +68,19 @@ def test_molecules_are_split_and_none_is_lost(counts, store_of, folder):
     np.testing.assert_array_equal(totals, train.sum(axis=1))
 
 
+def test_molecules_are_split_by_draws_that_methods_do_not_repeat(store_of, folder):
+    """Else single molecules that were kept would be kept again, and a method could learn nothing by splitting them."""
+    source = open_source(store_of(sp.csr_matrix(np.ones((100, 50)))), folder)
+    (folder / "e").mkdir()
+    given = ExpressionMatrix.open(count_split(source, 3, folder / "e").given.counts).to_dask().compute()
+    assert given.nnz / 5000 == pytest.approx(0.8, abs=0.03)
+    assert Molecules(0.8, False, 3).of(given, 0).nnz / given.nnz == pytest.approx(0.8, abs=0.03)
+
+
 def test_a_truth_is_scaled_to_the_same_totals(counts, store_of, folder):
     source = open_source(store_of(counts), folder)
     deep = store_of(counts * 10, "deep.zarr")
-    made = against_truth(source, deep, 0, folder)
+    made = against_truth(source, ExpressionMatrix.open(deep), 0, folder)
     np.testing.assert_allclose(made.target.to_dask().compute().toarray(), whole(source.normalised), rtol=1e-5)
 
 
@@ -81,12 +91,12 @@ def test_a_truth_is_scaled_to_the_same_totals(counts, store_of, folder):
         (lambda X, names: (X, names[::-1]), "same order"),
     ],
 )
-def test_a_truth_of_other_cells_or_genes_is_refused(counts, store_of, folder, change, words):
+def test_a_truth_of_other_cells_or_genes_is_refused(counts, store_of, change, words):
     names = [f"gene{j}" for j in range(counts.shape[1])]
     X, others = change(counts, names)
-    source = open_source(store_of(counts), folder)
+    deep = ExpressionMatrix.open(store_of(sp.csr_matrix(X), "deep.zarr", names=others))
     with pytest.raises(InputError, match=words):
-        against_truth(source, store_of(sp.csr_matrix(X), "deep.zarr", names=others), 0, folder)
+        check_truth(deep, ExpressionMatrix.open(store_of(counts)))
 
 
 def test_any_matrix_can_be_taken_as_normalised(counts, store_of, folder):

@@ -14,6 +14,9 @@ def run(counts, store_of, tmp_path):
     def run(name, **kwargs):
         folder = tmp_path / "answer"
         folder.mkdir()
+        answer = kwargs.pop("before", None)
+        if answer is not None:
+            (folder / "answer.json").write_text(json.dumps(vars(answer)))
         limit = kwargs.pop("time_limit", None)
         return run_isolated(Request(name, source, **kwargs), folder, time_limit=limit), folder
 
@@ -50,7 +53,8 @@ def test_what_takes_too_long_is_ended(run):
 
 @pytest.mark.parametrize(("name", "status"), [("dies", "failed"), ("killed", "out of memory")])
 def test_a_process_that_dies_is_an_outcome(run, name, status):
-    outcome, _ = run(f"own_methods:{name}")
+    """And not that of another, which had the folder before."""
+    outcome, _ = run(f"own_methods:{name}", before=Outcome("ok", 1.0))
     assert outcome.status == status
     assert ("code 3" if name == "dies" else "signal 9") in outcome.note
 

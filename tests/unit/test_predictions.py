@@ -42,6 +42,19 @@ def test_nothing_found_predicts_zero(tmp_path):
     assert not read_prediction(tmp_path).rows(0, 120).any()
 
 
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (np.where(WHOLE > 1, np.nan, WHOLE), "not finite"),
+        ((LEFT, np.full_like(RIGHT, np.inf)), "not finite"),
+        ((LEFT, RIGHT[:, :3]), "factors of 5 and 3 columns"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(answer, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        write_prediction(answer, tmp_path, None)
+
+
 def test_scores_of_stored_entries_are_equations_9_to_12(counts):
     target = ExpressionMatrix.of(counts, blocks=3)
     moments = compare_stored(Dense(WHOLE), target)

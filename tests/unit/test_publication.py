@@ -9,7 +9,10 @@ from scialm_dask import Imputation, Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.quality import CellMeasures, Thresholds
 from scialm_dask.evaluate import charts, figures
-from scialm_dask.evaluate.publication import PUBLISHED, _published_name
+from scialm_dask.evaluate import publication as module
+from scialm_dask.evaluate.isolated import Outcome
+from scialm_dask.evaluate.publication import PUBLISHED, Programme, _Press, _published_name
+from scialm_dask.events import silent
 from scialm_dask.run.job import complete_matrix
 
 
@@ -55,7 +58,7 @@ def test_one_command_makes_all_tables_figures_and_an_index(cli, cells, tmp_path)
         "figure7-source",
         "effort-source",
         "stop-source",
-        "rank-source",
+        "spectrum-source",
         "source-truth",
         "sizes",
     }
@@ -67,9 +70,33 @@ def test_one_command_makes_all_tables_figures_and_an_index(cli, cells, tmp_path)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("scialm")] == []
 
 
+def test_each_method_is_measured_in_an_empty_folder(tmp_path, monkeypatch):
+    def run(contestant, source, folder, **limits):
+        assert not list(folder.iterdir())
+        (folder / "answer.json").write_text("{}")
+        assert limits == {"memory_limit": 100, "time_limit": None}
+        return Outcome("ok", 1.0, 2.0)
+
+    monkeypatch.setattr(module, "run_contestant", run)
+    work, folder = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    folder.mkdir()
+    _Press(folder, Programme(methods=["alra", "knn"], sizes=[20], memory_limit=100), silent).sizes(work)
+    assert list(pd.read_csv(folder / "sizes.csv")["method"]) == ["alra", "knn"]
+    assert sorted(p.name for p in (work / "size20").iterdir()) == ["cells.zarr", "counts.zarr", "normalised.zarr"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--sizes", "many"], "numbers with commas"), (["--methods", "nothing"], "no method is called")],
+    [
+        (["--sizes", "many"], "numbers with commas"),
+        (["--sizes", "10,10"], "each once"),
+        (["--methods", "nothing"], "no method is called"),
+        (["--mask", ""], "no share to hide"),
+        (["--increments", "some"], "give values of increment"),
+        (["--memory-limit", "much"], "memory limit is 'much'"),
+        (["--labels", "batch", "--truth", "nowhere.zarr", "nowhere.zarr"], "no such file"),
+    ],
 )
 def test_bad_input_leaves_nothing(cli, cells, tmp_path, options, words):
     result = cli("publication", cells, "-o", tmp_path / "out", *options)
@@ -78,9 +105,13 @@ def test_bad_input_leaves_nothing(cli, cells, tmp_path, options, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_two_sources_of_one_name_are_refused(cli, cells, tmp_path):
-    result = cli("publication", cells, cells, "-o", tmp_path / "out")
-    assert "a name of its own" in result.stderr
+@pytest.mark.parametrize("twice", [["source"], ["--truth", "source", "source", "--truth", "source", "other"]])
+def test_two_sources_or_truths_of_one_name_are_refused_at_the_start(cli, cells, tmp_path, twice):
+    words = [cells if word == "source" else word for word in twice]
+    result = cli("publication", cells, *words, "-o", tmp_path / "out", "--sizes", "")
+    assert result.exit_code == 2
+    assert "give each a name of its own" in result.stderr
+    assert "masking" not in result.stderr
 
 
 def test_the_published_matrices_are_known_by_their_size():
@@ -106,7 +137,7 @@ def test_spectrum_draws_all_singular_values(counts):
     result: Imputation = complete_matrix(
         ExpressionMatrix.of(counts), Settings(stop="residual", max_iterations=8, max_rank=5)
     )
-    line = figures.spectrum(result).axes[1].lines[0]
+    line = figures.spectrum(result).axes[0].lines[0]
     np.testing.assert_allclose(line.get_ydata(), result.summary["singular_values"])
 
 
