@@ -168,12 +168,12 @@ class _Solver:
 
         noise = (self.model.residual or 1.0) ** 2 * float(np.square(values, dtype=np.float64).mean())
         least = error(noise)
-        for factor in (np.sqrt(2), np.sqrt(0.5)):
+        for step in (np.sqrt(2), np.sqrt(0.5)):
             for _ in range(_MOST_STEPS):
-                latest = error(noise * factor)
+                latest = error(noise * step)
                 if not latest < least:
                     break
-                noise, least = noise * factor, latest
+                noise, least = noise * step, latest
         return noise
 
 
