@@ -68,3 +68,13 @@ def test_plan_tells_the_limit_that_impute_obeys(cli, store_of, counts, tmp_path)
         assert json.loads(done.stdout.splitlines()[-1])["memory_limit_bytes"] == 1_000_000
         done = cli("impute", source, tmp_path / "r.zarr", "--quiet")
     assert "limit 0.95 MiB" in done.stderr
+
+
+def test_a_plan_counts_all_passes(cli, store_of, counts):
+    source = store_of(counts)
+
+    def passes(*words):
+        return json.loads(cli("plan", source, "--json", "--quiet", *words).stdout.splitlines()[-1])["passes"]
+
+    assert passes("--preserve-zeros") == passes() + 10
+    assert passes("--preset", "denoise") > 3 * passes()  # three fits before the last
