@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from PIL import Image
 from selenium import webdriver
 
 import scialm_dask
-from scialm_dask.config import Settings
 from scialm_dask.evaluate.figures import convergence
 from scialm_dask.evaluate.written import save_figure
 from scialm_dask.run.demo import demo
@@ -23,14 +23,16 @@ WIDTH, HEIGHT = 760, 1000
 def draw_convergence() -> None:
     """Draw the iterations of the default preset on PBMC, a tenth of whose non-zeros are masked."""
     masked = Path(os.environ["SCIALM_DATA"], "reference", "pbmc_donor_a_mask10.h5ad")
-    save_figure(convergence(scialm_dask.impute(masked)), FIGURES / "convergence")
+    with tempfile.TemporaryDirectory() as folder:  # without the PNG
+        save_figure(convergence(scialm_dask.impute(masked)), Path(folder, "convergence"))
+        shutil.move(Path(folder, "convergence.svg"), FIGURES / "convergence.svg")
 
 
 def photograph_report() -> None:
     """Put two views of the report on the demonstration side by side: its top in light, changed genes in dark."""
     with tempfile.TemporaryDirectory() as folder:
         cells, page = Path(folder, "demo"), Path(folder, "report.html")
-        demo(str(cells), Settings())
+        demo(cells)
         result = scialm_dask.Imputation.open(cells / "imputed.zarr")
         scialm_dask.write_report(result, page, source=cells / "masked.zarr", color="bulk_labels")
         views = [view(page, "light", ""), view(page, "dark", "Most changed genes")]

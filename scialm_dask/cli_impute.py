@@ -285,6 +285,7 @@ def transform(
 @click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
 @layer_option
 @missing_chunks_option
+@click.option("--preserve-zeros", is_flag=True, help="Count what finding biological zeros takes too.")
 @cluster_options
 @reports
 @shows_progress
@@ -292,6 +293,7 @@ def plan(
     src: str,
     preset: str,
     max_rank: str | None,
+    preserve_zeros: bool,
     connected: Callable[[Listener], Any],
     listen: Listener,
     **source: Any,
@@ -300,13 +302,15 @@ def plan(
 
     Reads one block, to tell the time. With --scheduler or --cluster, on those workers.
     """
+    from scialm_dask.api import parse_limit
+    from scialm_dask.config import configured
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.run.plan import plan
 
     settings, matrix = settings_of(preset, max_rank=max_rank), ExpressionMatrix.open(src, **source)
     with connected(listen):
-        return plan(matrix, settings)
+        return plan(matrix, settings, parse_limit(configured("memory-limit")), preserve_zeros=preserve_zeros)
 
 
 @main.command()
@@ -316,7 +320,6 @@ def plan(
 @shows_progress
 def demo(folder: str, overwrite: bool, listen: Listener) -> dict[str, Any]:
     """Impute 700 real blood cells, offline, and score the result. Makes FOLDER."""
-    from scialm_dask.config import Settings
     from scialm_dask.run.demo import demo
 
-    return demo(folder, Settings(), overwrite=overwrite, listen=listen)
+    return demo(folder, overwrite=overwrite, listen=listen)

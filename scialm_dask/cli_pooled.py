@@ -108,7 +108,7 @@ def unpool(
 
     check_output(dst, overwrite=overwrite, sources=(src, design))
     matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
-    table = _by_name(read_design(design), matrix, listen)
+    table = _by_name(read_design(design), matrix.var.index)
     if method == "als":
         als = PooledALS(rank, seed, ridge=ridge, restarts=restarts, max_sweeps=max_iterations or 100)
         result = als.fit(matrix, table.to_numpy(), listen=listen)
@@ -117,17 +117,15 @@ def unpool(
         result = nuclear.fit(matrix, table.to_numpy(), listen=listen)
     imputation = result.to_imputation(obs=matrix.obs, var=table[[]])
     imputation.to_zarr(dst, overwrite=overwrite, sources=(src, design), listen=listen)
+    if not matrix.var.index.equals(table.columns):
+        listen(Note("pools are matched by position, as their names in the design and the matrix differ"))
     if not result.converged:
         listen(Note("not converged; raise --max-iterations"))
     return {"destination": dst, **imputation.summary}
 
 
-def _by_name(table: Any, matrix: Any, listen: Listener) -> Any:
-    """Put the pools of a design into the order of the matrix, if they have the same names."""
-    ours, theirs = matrix.var.index, table.columns.astype(str)
-    if ours.equals(theirs):
-        return table
-    if ours.is_unique and theirs.is_unique and set(ours) == set(theirs):
-        return table.set_axis(theirs, axis=1)[ours]
-    listen(Note("pools are matched by position, as their names in the design and the matrix differ"))
-    return table
+def _by_name(table: Any, names: Any) -> Any:
+    """Put the pools of a design into the order of `names`, if it has the same ones."""
+    table = table.set_axis(table.columns.astype(str), axis=1)
+    same = names.is_unique and table.columns.is_unique and set(names) == set(table.columns)
+    return table[names] if same else table

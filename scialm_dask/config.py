@@ -147,26 +147,29 @@ def configured(name: str, given: Any = None) -> Any:
     """
     import dask
 
-    known = _ship_defaults()
-    unknown = {key.replace("_", "-") for key in dask.config.get("scialm")} - known
+    defaults = _shipped_defaults()
+    absent = object()
+    if any(dask.config.get(f"scialm.{known}", absent) is absent for known in defaults):
+        # not yet there, or gone with what was set for a while before they were
+        dask.config.update_defaults({"scialm": defaults})
+    unknown = {key.replace("_", "-") for key in dask.config.get("scialm")} - defaults.keys()
     if unknown:
         raise InputError(
-            f"scialm.{min(unknown)} in Dask's configuration is unknown; choose of {', '.join(sorted(known))}"
+            f"scialm.{min(unknown)} in Dask's configuration is unknown; choose of {', '.join(sorted(defaults))}"
         )
     return dask.config.get(f"scialm.{name}") if given is None else given
 
 
 @functools.cache
-def _ship_defaults() -> set[str]:
-    """Tell Dask of our defaults, as its other packages do, and give their names."""
+def _shipped_defaults() -> dict[str, Any]:
+    """Put a commented copy of our defaults where Dask's are, as its other packages do, and read them."""
     import dask
     import yaml
 
     path = Path(__file__).with_name("scialm.yaml")
     dask.config.ensure_file(source=str(path))
-    defaults = yaml.safe_load(path.read_text())
-    dask.config.update_defaults(defaults)
-    return set(defaults["scialm"])
+    defaults: dict[str, Any] = yaml.safe_load(path.read_text())["scialm"]
+    return defaults
 
 
 def _number(field: str, word: str) -> float:

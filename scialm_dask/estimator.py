@@ -170,7 +170,7 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
         matrix = as_matrix(X, observed=self.observed)
         if reset:
             self.n_features_in_ = matrix.shape[1]
-            vars(self).pop("feature_names_in_", None)  # of an earlier fit
+            self.__dict__.pop("feature_names_in_", None)  # of an earlier fit
             if matrix.annotation is not None:
                 self.feature_names_in_ = matrix.var.index.to_numpy(object)
         return matrix

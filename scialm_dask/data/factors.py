@@ -246,13 +246,18 @@ class Imputation:
         rows = max(1, _CHUNK_BYTES // (4 * self.shape[1]))
         left = self.left.rechunk((rows, self.rank)) if self.rank else self.left.rechunk((rows, -1))
         return da.map_blocks(
-            self.product, left, dtype=np.float32, chunks=(left.chunks[0], (self.shape[1],)), meta=np.empty((0, 0), "f4")
+            _product,
+            left,
+            self.right,
+            clip=self.clip,
+            dtype=np.float32,
+            chunks=(left.chunks[0], (self.shape[1],)),
+            meta=np.empty((0, 0), "f4"),
         )
 
     def product(self, left: NDArray[np.float32]) -> NDArray[np.float32]:
         """Impute the cells whose left factors are given, ``(k, r)``: float32, ``(k, n)``."""
-        dense: NDArray[np.float32] = left @ self.right.T
-        return np.maximum(dense, 0, out=dense) if self.clip else dense
+        return _product(left, self.right, clip=self.clip)
 
     def transform(self, matrix: Any, *, layer: str | None = None) -> Imputation:
         """Complete cells that were not in the fit, with its gene factors: one pass, a small problem for each cell.
@@ -325,8 +330,7 @@ class Imputation:
         rows, one_cell = _positions(cells, self.obs.index, "cell")
         columns, one_gene = _positions(genes, self.var.index, "gene")
         left = np.atleast_2d(self.left[rows].compute())
-        dense = left @ self.right[columns].T
-        values: NDArray[np.float32] = np.maximum(dense, 0) if self.clip else dense
+        values = _product(left, self.right[columns], clip=self.clip)
         return values[0 if one_cell else slice(None), 0 if one_gene else slice(None)]
 
     def to_zarr(
@@ -467,6 +471,11 @@ class Imputation:
         """Rows of which the dense form is small."""
         n_cells, n_genes = self.shape
         return RowBlocks.panels(n_cells, n_genes, min(_CHUNK_BYTES, 4 * n_genes * _DENSE_CHUNK_ROWS))
+
+
+def _product(left: NDArray[np.float32], right: NDArray[np.float32], *, clip: bool) -> NDArray[np.float32]:
+    dense: NDArray[np.float32] = left @ right.T
+    return np.maximum(dense, 0, out=dense) if clip else dense
 
 
 def _stored_left(path: str, stored: Any) -> da.Array:

@@ -43,11 +43,6 @@ class RowBlocks:
         return self.bounds[block], self.bounds[block + 1]
 
     @property
-    def n_rows(self) -> int:
-        """Number of rows in all."""
-        return self.bounds[-1]
-
-    @property
     def sizes(self) -> tuple[int, ...]:
         """Rows of each block."""
         return tuple(stop - start for start, stop in self)

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
 import shutil
+import tempfile
 import threading
 import uuid
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MemoryScratch", "Scratch", "ZarrScratch"]
+from scialm_dask.data.rows import MemoryRows, Rows
+from scialm_dask.data.store import output_error
+from scialm_dask.errors import InputError, OutputError
+
+__all__ = ["MemoryScratch", "ZarrScratch", "new_scratch"]
 
 Array = NDArray[Any]
-
-
-class Scratch(Protocol):
-    """Keeps arrays by name, version and block. What `put` returns is all that travels between tasks."""
-
-    @property
-    def durable(self) -> bool:
-        """Whether what `put` returns is small and outlives the process that made it."""
-        ...
-
-    def put(self, name: str, version: int, block: int, array: Array) -> Any:
-        """Keep `array`. The same call again does no harm, so that a task can be run twice, even at once."""
-        ...
-
-    def get(self, reference: Any) -> Array:
-        """Give back what `put` kept."""
-        ...
-
-    def drop(self, name: str, version: int) -> None:
-        """Forget a version in all blocks."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +33,7 @@ class MemoryScratch:
     """The arrays themselves travel between tasks, and stay with the worker that made them."""
 
     durable = False
+    path = None
 
     def put(self, name: str, version: int, block: int, array: Array) -> Any:
         """Keep `array`."""
@@ -115,3 +103,62 @@ class ZarrScratch:
             os.rename(folder, gone)
             # Freeing gigabytes takes a while, in which the next pass can begin.
             threading.Thread(target=shutil.rmtree, args=(gone, True)).start()
+
+
+@contextlib.contextmanager
+def new_scratch(parent: str | os.PathLike[str] | None, rows: Rows) -> Iterator[MemoryScratch | ZarrScratch]:
+    """Open scratch in a new folder, or in memory.
+
+    If the block fails the folder is removed. Else it stays as long as the scratch itself, which every task that reads
+    from there holds: lazy factors may outlive the result that they came with.
+
+    Parameters
+    ----------
+    parent
+        Of the folder; None for memory.
+    rows
+        What is worked on. What a lost worker held is made anew from it, so a temporary copy stays as long as the
+        scratch.
+
+    Raises
+    ------
+    InputError
+        If `parent` is not there.
+    OutputError
+        If it cannot be written, or the disk is full.
+    """
+    if parent is None:
+        memory = MemoryScratch()
+        _keep(rows, memory)
+        yield memory
+        return
+    if not os.path.isdir(parent):
+        raise InputError(f"{os.fspath(parent)}: no such folder for scratch; create it first")
+    try:
+        folder = tempfile.mkdtemp(prefix="scialm-", dir=os.path.abspath(parent))
+    except OSError as error:
+        raise OutputError(
+            f"{os.fspath(parent)}: not writable ({error.strerror}); choose another folder for scratch"
+        ) from error
+    store = ZarrScratch(folder)
+    _keep(rows, store)
+    weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
+    try:
+        yield store
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        # Tasks that were under way may write once more; no thread does when the process ends.
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise output_error(folder, error) from error
+        raise
+
+
+def _keep(rows: Rows, store: object) -> None:
+    """Keep the rows of a store as long as the scratch; those in memory are not made anew from anything."""
+    if not isinstance(rows, MemoryRows):
+        weakref.finalize(store, _let_go, rows)
+
+
+def _let_go(_: object) -> None:
+    """Hold something until called."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from scialm_dask.linalg.kernels import Doubles, Floats
 
-__all__ = ["RowProblems", "column_minima", "cross_validation", "leave_one_out", "solve_rows"]
+__all__ = ["RightFactor", "RowProblems", "column_minima", "cross_validation", "leave_one_out", "solve_rows"]
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
 
@@ -34,55 +34,69 @@ class RowProblems(NamedTuple):
     values: Floats
 
 
-def solve_rows(
-    rows: RowProblems, right: Floats, precision: Doubles, mean: Doubles, confidence: Floats | None = None
-) -> Floats:
+class RightFactor(NamedTuple):
+    """V and what follows from it and ω, the same for all rows.
+
+    V and (1 − ω) V, ``(n, r)``, and Vᵀdiag(ω)V, ``(r, r)``, float64; and the number of columns where ω is not zero.
+    """
+
+    right: Doubles
+    lighter: Doubles
+    gram: Doubles
+    n_trusted: int
+
+    @classmethod
+    def of(cls, right: Floats, confidence: Floats | None = None) -> RightFactor:
+        """Prepare V.
+
+        Parameters
+        ----------
+        right
+            V, shape ``(n, r)``.
+        confidence
+            ω of zeros, shape ``(n,)``; None where they are unknown.
+        """
+        wide = right.astype(np.float64)
+        if confidence is None:
+            return cls(wide, wide, np.zeros((right.shape[1],) * 2), 0)
+        trusted = confidence[:, None] * wide
+        return cls(wide, wide - trusted, wide.T @ trusted, int(np.count_nonzero(confidence)))
+
+
+def solve_rows(rows: RowProblems, factor: RightFactor, precision: Doubles, mean: Doubles) -> Floats:
     """Left factors, float32, shape ``(m, r)``.
 
     Parameters
     ----------
     rows
         What was observed.
-    right
-        V, shape ``(n, r)``.
+    factor
+        V and ω.
     precision, mean
         Of the prior: P, symmetric positive definite, ``(r, r)``, and μ, ``(r,)``.
-    confidence
-        ω of zeros, shape ``(n,)``; None where they are unknown.
     """
-    left = np.empty((len(rows.indptr) - 1, right.shape[1]), np.float32)
-    wide, lighter, gram = _trusting(right, confidence)
-    _solve_rows(*rows, wide, lighter, gram + precision, precision @ mean, left)
+    left = np.empty((len(rows.indptr) - 1, factor.right.shape[1]), np.float32)
+    _solve_rows(*rows, factor.right, factor.lighter, factor.gram + precision, precision @ mean, left)
     return left
 
 
-def cross_validation(rows: RowProblems, right: Floats, precision: Doubles, mean: Doubles, confidence: Floats) -> float:
+def cross_validation(rows: RowProblems, factor: RightFactor, precision: Doubles, mean: Doubles) -> float:
     """Error with which rows predict entries that they have not seen, by generalised cross-validation.
 
     Takes what `solve_rows` takes. Each row's misfit, zeros included, is divided by (1 − p/n)², with p = r − tr(A⁻¹P)
     the parameters in use, A the matrix that is inverted, and n the number of columns where ω is not zero.
     """
-    wide, lighter, gram = _trusting(right, confidence)
-    n_columns = int(np.count_nonzero(confidence))
-    return float(_cross_validation(*rows, wide, lighter, gram, precision, precision @ mean, n_columns))
+    right, lighter, gram, n_trusted = factor
+    return float(_cross_validation(*rows, right, lighter, gram, precision, precision @ mean, n_trusted))
 
 
-def _trusting(right: Floats, confidence: Floats | None) -> tuple[Doubles, Doubles, Doubles]:
-    """Give V, (1 − ω) V and Vᵀdiag(ω)V."""
-    wide = right.astype(np.float64)
-    if confidence is None:
-        return wide, wide, np.zeros((right.shape[1],) * 2)
-    trusted = confidence[:, None] * wide
-    return wide, wide - trusted, wide.T @ trusted
-
-
-def leave_one_out(rows: RowProblems, right: Floats, precision: Doubles, mean: Doubles) -> float:
+def leave_one_out(rows: RowProblems, factor: RightFactor, precision: Doubles, mean: Doubles) -> float:
     """Sum of (d − u·v)² over the observed entries, each predicted from the others of its row; zeros are unknown.
 
     Takes what `solve_rows` takes. Leaving out entry j of a row turns its misfit e into e / (1 − h), where
     h = vᵀ (V_ΩᵀV_Ω + P)⁻¹ v.
     """
-    return float(_leave_one_out(*rows, right.astype(np.float64), precision, precision @ mean))
+    return float(_leave_one_out(*rows, factor.right, precision, precision @ mean))
 
 
 def column_minima(left: Floats, right: Floats) -> Floats:

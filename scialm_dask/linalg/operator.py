@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -411,8 +412,9 @@ class LowRankPlusSparse:
 
 def _run(values: list[Any], how: Callable[..., Any] = dask.persist) -> tuple[Any, ...]:
     """Compute and hold on the scheduler in force, where threads of this process leave BLAS one thread each."""
-    # A view of some megabytes goes to the workers with every pass: that is meant, and no cause for a warning.
-    large = {"distributed.admin.large-graph-warning-threshold": "1GB"}
+    # A view of some megabytes goes to the workers with every pass: that is meant, and no cause for a warning. Without
+    # distributed there are none; were it imported while its configuration is changed, its defaults would go with that.
+    large = {"distributed.admin.large-graph-warning-threshold": "1GB"} if "distributed" in sys.modules else {}
     with threadpool_limits(1, user_api="blas"), dask.config.set(large):
         return how(*values)  # type: ignore[no-any-return]
 

@@ -126,13 +126,18 @@ def leading_triplets(
     tolerance: float,
     seed: int,
 ) -> PartialSVD:
-    """All triplets over `threshold`, `limit` at most: refine, and widen the basis until one falls under it."""
+    """All triplets over `threshold`, `limit` at most: refine, and widen the basis until one falls under it.
+
+    Fewer where W has no more: a wider basis that finds none has found them all.
+    """
     svd = refine(operator, product, limit=limit, threshold=threshold, passes=passes, tolerance=tolerance)
     most = min(operator.shape)
-    while len(svd.values) < min(limit, most) and svd.values[-1] > threshold:
-        basis = extended_basis(svd.right, min(2 * len(svd.values), most), seed)
+    while (known := len(svd.values)) < min(limit, most) and svd.values[-1] > threshold:
+        basis = extended_basis(svd.right, min(2 * known, most), seed)
         product = operator.multiply(basis)
         svd = refine(operator, product, limit=limit, threshold=threshold, passes=passes, tolerance=tolerance)
+        if len(svd.values) <= known:
+            break
     return svd
 
 

@@ -47,23 +47,26 @@ class BlockSource(Protocol):
 
 
 class Store(Protocol):
-    """Keeps a block's working arrays between passes; see `scialm_dask.data.scratch`."""
+    """Keeps arrays by name, version and block between passes; see `scialm_dask.data.scratch`."""
 
     @property
     def durable(self) -> bool:
-        """Whether references are small and outlive the process that made them."""
+        """Whether what `put` returns is small and outlives the process that made it."""
         ...
 
     def put(self, name: str, version: int, block: int, array: NDArray[Any]) -> Any:
-        """Keep an array and return what to refer to it by."""
+        """Keep an array; what is returned is all that travels between tasks.
+
+        The same call again does no harm, so that a task can be run twice, even at once.
+        """
         ...
 
     def get(self, reference: Any) -> NDArray[Any]:
-        """Give an array back."""
+        """Give back what `put` kept."""
         ...
 
     def drop(self, name: str, version: int) -> None:
-        """Forget a version."""
+        """Forget a version in all blocks."""
         ...
 
 

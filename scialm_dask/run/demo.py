@@ -20,17 +20,13 @@ from scialm_dask.run.job import complete_matrix
 __all__ = ["demo"]
 
 
-def demo(
-    folder: str | os.PathLike[str], settings: Settings, *, overwrite: bool = False, listen: Listener = silent
-) -> dict[str, Any]:
+def demo(folder: str | os.PathLike[str], *, overwrite: bool = False, listen: Listener = silent) -> dict[str, Any]:
     """Hide a tenth of the entries of real cells, impute, and score beside each gene's mean. Needs no network.
 
     Parameters
     ----------
     folder
         To make, with ``cells.zarr`` (counts), ``masked.zarr`` and ``imputed.zarr``.
-    settings
-        How to impute.
     overwrite
         Replace `folder` if it exists.
     listen
@@ -45,9 +41,9 @@ def demo(
     with atomic_output(folder, overwrite=overwrite) as partial:
         partial.mkdir()
         _write_cells(partial / "cells.zarr")
-        mask(partial / "cells.zarr", partial / "masked.zarr", fraction=0.1, seed=settings.seed, listen=listen)
+        mask(partial / "cells.zarr", partial / "masked.zarr", fraction=0.1, seed=0, listen=listen)
         masked = ExpressionMatrix.open(partial / "masked.zarr")
-        result = complete_matrix(masked, settings, listen=listen)
+        result = complete_matrix(masked, Settings(), listen=listen)
         result.summary["source"] = f"{Path(folder) / 'masked.zarr'}:X"  # where it is going to be
         result.to_zarr(partial / "imputed.zarr", listen=listen)
         scores = score_held_out(result, ExpressionMatrix.open(partial / "masked.zarr", "held_out"), masked, listen)

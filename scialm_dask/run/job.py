@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
-import math
+import contextlib
 import os
-import shutil
 import tempfile
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import dask
@@ -23,19 +19,19 @@ from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.remote_checkpoint import checkpoints_at
-from scialm_dask.data.rows import MemoryRows
-from scialm_dask.data.scratch import MemoryScratch, Scratch, ZarrScratch
-from scialm_dask.data.store import check_apart, output_error
+from scialm_dask.data.scratch import new_scratch
+from scialm_dask.data.store import check_apart
 from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
 from scialm_dask.events import Listener, Note, Pass, Stage, silent
 from scialm_dask.linalg.kernels import Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.linalg.tasks import Store
 from scialm_dask.run.cluster import team
 from scialm_dask.run.homes import Homes
-from scialm_dask.run.keeper import Checkpointing, Job, Keeper, Saved, ended
+from scialm_dask.run.keeper import Checkpointing, Job, Keeper, Saved, ended, under_way
 from scialm_dask.run.losses import cluster_is_back, loss_of_cluster
-from scialm_dask.run.plan import Forecast, forecast, place_scratch
-from scialm_dask.run.result import make_report, make_result, peak_memory
+from scialm_dask.run.plan import Forecast, forecast, limit_of, place_scratch
+from scialm_dask.run.result import make_result, peak_memory
 from scialm_dask.solve.ialm import complete
 from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepare, survey
 from scialm_dask.solve.stopping import ThresholdStop
@@ -94,11 +90,13 @@ def complete_matrix(
     StoppedError
         If it was lost and there are, or the run was asked to stop.
     """
+    if confidence is not None:
+        confidence.check(matrix)
     folder = None if scratch_folder is None else os.fspath(scratch_folder)
     job = Job(matrix, settings, scratch, memory_limit, folder, confidence)
     if checkpoint is None:
         try:
-            return _attempt(job, Keeper(job, None, Checkpointing(""), None), listen)
+            return _attempt(job, Keeper(job), listen)
         except Exception as error:
             if (loss := loss_of_cluster(error)) is None:
                 raise
@@ -111,12 +109,13 @@ def complete_matrix(
                 f"{checkpoint.folder}: holds checkpoints already; go on from them by `scialm-dask resume "
                 f"{checkpoint.folder}`, or choose another folder"
             )
-        Keeper(job, checkpoints, checkpoint, None).write()
+        Keeper(job, checkpoints, checkpoint).write()
         try:
             return _persevere(checkpoints, checkpoint.stop, lambda _: job, listen)
         except (InputError, DoesNotFitError):
-            if not Saved(checkpoints.read(checkpoints.names()[0])).is_under_way:  # so it cannot be done
-                checkpoints.clear()
+            with contextlib.suppress(InputError):
+                if not under_way(checkpoints.notes()):  # so it cannot be done
+                    checkpoints.clear()
             raise
 
 
@@ -148,6 +147,8 @@ def resume_matrix(
     ------
     InputError
         If there is no checkpoint that can be used.
+    DoesNotFitError, OutputError, StoppedError
+        See `complete_matrix`.
     """
     notes_of(folder)
     changes = {"scratch": scratch, "memory_limit": memory_limit}
@@ -220,66 +221,35 @@ def _attempt(job: Job, keeper: Keeper, listen: Listener) -> Imputation:
     matrix, here = job.matrix.for_workers(), team()
     need = forecast(matrix, job.settings, here.threads, here.workers, here.resident)
     folder_for_scratch = job.scratch_folder or dask.config.get("temporary-directory", None) or tempfile.gettempdir()
-    of_workers = here.memory is not None and here.memory < (job.memory_limit or math.inf)
-    scratch = place_scratch(
-        job.scratch,
-        need,
-        memory_limit=here.memory if of_workers else job.memory_limit,
-        folder=folder_for_scratch,
-        raised_by="--worker-memory" if of_workers else "--memory-limit",
-    )
+    limit, raised_by = limit_of(here, job.memory_limit)
+    scratch = place_scratch(job.scratch, need, limit=limit, raised_by=raised_by, folder=folder_for_scratch)
     job = replace(job, matrix=matrix)
     with dask.annotate(retries=_RETRIES):
         listen(Stage("surveying"))
         found = survey(matrix)
-        store, folder = _open_scratch(scratch)
-        try:
-            result = _complete(job, keeper, found, store, folder, need, listen)
-        except BaseException as error:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-                # Tasks that were under way may write once more; no thread does when the process ends.
-                atexit.register(shutil.rmtree, folder, ignore_errors=True)
-                if isinstance(error, OSError):
-                    raise output_error(folder, error) from error
-            raise
+        with new_scratch(None if scratch == "memory" else scratch.removeprefix("zarr:"), matrix.rows) as store:
+            keeper.surveyed(found, store.path)
+            result = _complete(job, keeper, found, store, need, listen)
     result.summary["seconds"] = time.perf_counter() - began
     result.summary["peak_memory_bytes"] = peak_memory()
-    result.summary["forecast_memory_bytes"] = (need.memory if folder is None else need.zarr).memory
-    result.summary["scratch"] = "memory" if folder is None else "zarr"
-    if folder is not None:  # the result reads its left factor from there
-        weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
-    # Blocks of a worker that is lost are made anew: a temporary copy of the matrix stays as long as the result.
-    if not isinstance(matrix.rows, MemoryRows):
-        weakref.finalize(result, _let_go, matrix.rows)
+    result.summary["forecast_memory_bytes"] = (need.in_memory if scratch == "memory" else need.on_disk).memory
+    result.summary["scratch"] = "memory" if scratch == "memory" else "zarr"
     return result
 
 
-def _let_go(*held: object) -> None:
-    """Hold something until called."""
-
-
-def _complete(
-    job: Job,
-    keeper: Keeper,
-    found: Survey,
-    store: Scratch,
-    folder: str | None,
-    need: Forecast,
-    listen: Listener,
-) -> Imputation:
-    keeper.surveyed(found, folder)
-
+def _complete(job: Job, keeper: Keeper, found: Survey, store: Store, need: Forecast, listen: Listener) -> Imputation:
     homes = Homes()
 
     def operator_of(blocks: PreparedBlocks) -> LowRankPlusSparse:
-        return LowRankPlusSparse(
+        operator = LowRankPlusSparse(
             blocks,
             store,
             on_pass=lambda number: listen(Pass(number)),
             before_pass=keeper.before_pass,
             homes=homes,
         )
+        _check_observed(operator, blocks)
+        return operator
 
     matrix, settings, confidence, stop = job.matrix, job.settings, job.confidence, None
     if settings.stop == "count-split" or settings.zeros == "auto":
@@ -296,12 +266,13 @@ def _complete(
     listen(Stage("iterating", iterations=need.iterations))
     completion = complete(operator, settings, listen, stop, state=state, after=keeper.after_iteration)
     keeper.check_source()
+    keeper.let_go()
     factors = None if confidence is None else refit_kept(operator)
-    report = make_report(matrix, found, blocks, operator, completion, settings)
-    report["passes"] += sum(choice.passes for choice in keeper.tried.values())
+    result = make_result(found, blocks, operator, completion, settings, factors)
+    result.summary["passes"] += sum(choice.passes for choice in keeper.tried.values())
     if state is not None:
-        report["resumed_after_iteration"] = len(state.history)
-    return make_result(matrix, blocks, operator, report, factors)
+        result.summary["resumed_after_iteration"] = len(state.history)
+    return result
 
 
 def refit_kept(operator: LowRankPlusSparse) -> Floats:
@@ -310,14 +281,10 @@ def refit_kept(operator: LowRankPlusSparse) -> Floats:
     return refit(operator).astype(np.float32)
 
 
-def _open_scratch(scratch: str) -> tuple[Scratch, str | None]:
-    if scratch == "memory":
-        return MemoryScratch(), None
-    path = scratch.removeprefix("zarr:")
-    if not Path(path).is_dir():
-        raise InputError(f"{path or scratch}: no such folder for scratch; create it first")
-    folder = tempfile.mkdtemp(prefix="scialm-", dir=os.path.abspath(path))
-    return ZarrScratch(folder), folder
+def _check_observed(operator: LowRankPlusSparse, blocks: PreparedBlocks) -> None:
+    if operator.observations.sum_squares + operator.observations.held_out_squares == 0:
+        where = "" if blocks.molecules is None else " in the share of the molecules that is fitted"
+        raise InputError(f"{blocks.matrix.name}: every observed entry is zero{where}; there is nothing to complete")
 
 
 def _check_validation(operator: LowRankPlusSparse, settings: Settings) -> None:
@@ -333,4 +300,10 @@ def _check_validation(operator: LowRankPlusSparse, settings: Settings) -> None:
         raise InputError(
             f"validation is {settings.validation}, which leaves {seen.n_emptied} cells without an observed entry; "
             "give a smaller share, or drop cells with few genes by `scialm-dask qc --min-genes`"
+        )
+    if 0 in (seen.sum_squares, seen.held_out_squares):
+        share = "all" if seen.sum_squares == 0 else "none"
+        raise InputError(
+            f"validation is {settings.validation}, which hides {share} of the observed entries other than zero; give "
+            "another share, or stop by the residual"
         )

@@ -27,7 +27,7 @@ from scialm_dask.solve.ialm import LoopState, Penalty
 from scialm_dask.solve.scaling import Confidence, Survey
 from scialm_dask.solve.zeros import Choice
 
-__all__ = ["Checkpointing", "Job", "Keeper", "Saved", "cadence", "ended", "source_of"]
+__all__ = ["Checkpointing", "Job", "Keeper", "Saved", "cadence", "ended", "source_of", "under_way"]
 
 _SAME_SUM = 1e-9  # relative; sums of the same numbers on another machine
 _SAME_SQUARES = 1e-5
@@ -165,12 +165,6 @@ class Saved:
             )
 
     @property
-    def is_under_way(self) -> bool:
-        """Whether more is known than what was asked for."""
-        notes = self.checkpoint.notes
-        return bool(notes["tried"]) or notes["loop"] is not None
-
-    @property
     def tried(self) -> dict[tuple[float, float], Choice]:
         """What count splitting has found."""
         choices = [Choice(*numbers) for numbers in self.checkpoint.notes["tried"]]
@@ -212,6 +206,11 @@ def source_of(notes: Mapping[str, Any]) -> ExpressionMatrix:
     return ExpressionMatrix.open(**run["source"], observed=run["observed"])
 
 
+def under_way(notes: Mapping[str, Any]) -> bool:
+    """Tell whether more is known of a run than what was asked for."""
+    return bool(notes["tried"]) or notes["loop"] is not None
+
+
 def ended(folder: str, notes: Mapping[str, Any]) -> str:
     """Say what became of a run, if it has ended."""
     return f"{folder}: that run is finished; its result is {notes['finished']}" if notes["finished"] else ""
@@ -227,17 +226,21 @@ class Keeper:
     ----------
     job
         The run.
-    checkpoints
-        Where to; None for no checkpoints.
-    asked
-        When.
+    checkpoints, asked
+        Where to, and when; None for no checkpoints.
     saved
-        What the run goes on from.
+        What the run goes on from, if it does.
     """
 
-    def __init__(self, job: Job, checkpoints: Checkpoints | None, asked: Checkpointing, saved: Saved | None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        checkpoints: Checkpoints | None = None,
+        asked: Checkpointing | None = None,
+        saved: Saved | None = None,
+    ) -> None:
         self._job, self._checkpoints, self._asked, self._saved = job, checkpoints, asked, saved
-        self._most_iterations, self._most_seconds = cadence(asked.every)
+        self._most_iterations, self._most_seconds = (np.inf, np.inf) if asked is None else cadence(asked.every)
         self._source = fingerprint(job.matrix.rows)
         self._found: Survey | None = None
         self._operator: LowRankPlusSparse | None = None
@@ -261,6 +264,10 @@ class Keeper:
         self._written(0 if state is None else len(state.history))
         return state
 
+    def let_go(self) -> None:
+        """Forget the operator, which knows of this: neither is to outlive the run for the other's sake."""
+        self._operator = self._state = None
+
     def after_iteration(self, state: LoopState) -> None:
         """Learn the latest state, and write it if that is due, or if there is no other: what follows changes W."""
         self._state = state
@@ -276,7 +283,7 @@ class Keeper:
         StoppedError
             Which says how to go on.
         """
-        if self._checkpoints is None or not self._asked.stop():
+        if self._checkpoints is None or self._asked is None or not self._asked.stop():
             return
         if self._state is not None and len(self._state.history) > self._iterations:
             self.write()
@@ -301,13 +308,13 @@ class Keeper:
         InputError
             If the source has changed.
         """
-        if self._checkpoints is None:
+        if self._checkpoints is None or self._asked is None:
             return
         self.check_source()
         files = self._checkpoints.begin()
         try:
             saved, arrays = self._arrays(files)
-            checkpoint = self._checkpoints.commit(files, self._notes(), saved | arrays)
+            checkpoint = self._checkpoints.commit(files, self._notes(self._asked), saved | arrays)
         except BaseException as error:
             self._checkpoints.abandon(files)
             if isinstance(error, OSError):
@@ -337,7 +344,7 @@ class Keeper:
                 others |= {"cross": product.cross, "gram": product.gram}
         return saved, {name: [files.put(name, 0, array)] for name, array in others.items() if array is not None}
 
-    def _notes(self) -> dict[str, Any]:
+    def _notes(self, asked: Checkpointing) -> dict[str, Any]:
         loop = None
         if self._state is not None and self._operator is not None:
             loop = {
@@ -352,8 +359,8 @@ class Keeper:
         return {
             "program": __version__,
             "run": self._job.notes(),
-            "every": self._asked.every,
-            "result": dict(self._asked.result),
+            "every": asked.every,
+            "result": dict(asked.result),
             "matrix": None if self._found is None else _identity(self._found),
             "tried": [astuple(choice) for choice in self.tried.values()],
             "loop": loop,

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import dask
 import numpy as np
@@ -19,10 +19,12 @@ from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import DoesNotFitError, InputError
 from scialm_dask.linalg.kernels import Block, BlockState, View, visit
-from scialm_dask.run.cluster import team
+from scialm_dask.run.cluster import Team, team
+from scialm_dask.solve.alra import PASSES as BIOLOGICAL_ZEROS_PASSES
+from scialm_dask.solve.ialm import first_penalty, zero_iterations
 from scialm_dask.solve.rank import basis_width, prefers_short_side, widest_basis
 
-__all__ = ["Forecast", "Need", "forecast", "place_scratch", "plan", "usable_memory"]
+__all__ = ["Forecast", "Need", "forecast", "limit_of", "place_scratch", "plan", "usable_memory"]
 
 _FLOAT = 4
 _READ_VALUES = 10  # arrays as long as a block's entries that a task holds while it reads them: as stored, scaled, …
@@ -35,7 +37,11 @@ _LIKELY_RANK = (
 )
 _STARTED = 200 << 20  # what compiling, reading and scheduling add to a process that has imported everything
 _IMPORTED = 250 << 20  # what a worker holds once it has imported everything
-_STOP_AT = 0.03  # threshold, relative to the first, at which held-out stops were seen
+_STOP_AT = 0.03  # threshold, relative to σ₁, at which stops that guard against noise were seen
+_FIRST_PASSES = 5  # the survey, reading, and the first SVD
+_GIVE_BACK_PASSES = 3
+_SPLIT_PASSES = 2  # of each iteration while zeros are chosen: the refit, and the error on the test molecules
+_LIKELY_FITS = 3  # while zeros are chosen: two confidences, and the other exponent of the genes
 
 
 @dataclass(frozen=True)
@@ -60,30 +66,28 @@ class Forecast:
 
     Parameters
     ----------
-    memory, zarr
+    in_memory, on_disk
         With the working state in memory, and in Zarr on disk.
     basis_width
         Columns that the SVD is expected to compute at most.
     iterations, passes_per_iteration
         Expected.
+    passes
+        Expected in all: the first ones, those of choosing zeros and those at the end included.
     tasks_per_pass
         One for each block, and those that add up.
     bytes_per_pass
         That a pass reads and writes if the state is on disk: the matrix, the estimate and the sketch.
     """
 
-    memory: Need
-    zarr: Need
+    in_memory: Need
+    on_disk: Need
     basis_width: int
     iterations: int
     passes_per_iteration: int
+    passes: int
     tasks_per_pass: int
     bytes_per_pass: int
-
-    @property
-    def passes(self) -> int:
-        """Passes over the data in all, the first ones included."""
-        return 5 + self.iterations * self.passes_per_iteration
 
 
 def forecast(
@@ -129,13 +133,15 @@ def forecast(
     state = _FLOAT * ((2 + kept) * n_observed + m * (2 * wanted + 2 * rank))
     blocks = 2 * _FLOAT * n_observed
     share = math.ceil(n_blocks / workers) / n_blocks  # what one process holds
-    log_rho = math.log(1.1 + 2.5 * n_observed / (m * n))
+    idle, busy = _iterations(settings, n_observed / (m * n))
+    per_iteration = settings.svd_passes if settings.svd_tolerance == 0 else 3
     return Forecast(
-        memory=Need(int(working + share * (state + blocks)), 0),
-        zarr=Need(int(working), int(state + blocks + _FLOAT * m * rank)),
+        in_memory=Need(int(working + share * (state + blocks)), 0),
+        on_disk=Need(int(working), int(state + blocks + _FLOAT * m * rank)),
         basis_width=wanted,
-        iterations=min(settings.max_iterations, round(math.log(_shrinkage(settings)) / log_rho)),
-        passes_per_iteration=settings.svd_passes if settings.svd_tolerance == 0 else 3,
+        iterations=idle + busy,
+        passes_per_iteration=per_iteration,
+        passes=_passes(settings, busy, per_iteration),
         tasks_per_pass=2 * n_blocks - 1,
         bytes_per_pass=_FLOAT * (4 * n_observed + m * (wanted + rank)),
     )
@@ -152,9 +158,29 @@ def _short_side_memory(shape: tuple[int, int], rows: int, rank: int, threads: in
     return max(gram + pairs, 2 * gram, projected) + _FLOAT * (m + n) * rank
 
 
-def _shrinkage(settings: Settings) -> float:
-    """How far the threshold falls until a run stops."""
-    return 1 / (0.3 * _STOP_AT) if settings.stop == "held-out" else 2.5 / settings.epsilon
+def _iterations(settings: Settings, density: float) -> tuple[int, int]:
+    """Expect iterations whose A is zero, which cost no pass, and others."""
+    penalty = first_penalty(1.0, density)
+    nothing, _ = zero_iterations(1.0, penalty, 0, settings.max_iterations, grow=settings.zeros == 0)
+    log_rho, idle = math.log(penalty.rho), len(nothing)
+    if settings.stop == "residual":
+        working = round(math.log(2.5 / settings.epsilon) / log_rho) - idle
+    else:
+        working = round(-math.log(_STOP_AT) / log_rho)
+    return idle, max(0, min(working, settings.max_iterations - idle))
+
+
+def _passes(settings: Settings, working: int, per_iteration: int) -> int:
+    """Expect passes over the data in all, of so many iterations whose A is not zero."""
+    passes = _FIRST_PASSES + working * per_iteration
+    if settings.stop == "held-out":
+        passes += _GIVE_BACK_PASSES
+    if settings.zeros != 0:
+        passes += 1  # the refit
+    if settings.stop == "count-split" or settings.zeros == "auto":
+        fits = _LIKELY_FITS if settings.zeros == "auto" else 1
+        passes += fits * (_FIRST_PASSES - 1 + working * (per_iteration + _SPLIT_PASSES))
+    return passes
 
 
 def _likely_rank(settings: Settings, short_side: int, n_observed: int) -> int:
@@ -179,9 +205,9 @@ def place_scratch(
     scratch: str,
     need: Forecast,
     *,
-    memory_limit: int | None,
+    limit: int,
+    raised_by: str,
     folder: str | os.PathLike[str],
-    raised_by: str = "--memory-limit",
 ) -> str:
     """Choose where the working state is kept, or refuse.
 
@@ -191,12 +217,10 @@ def place_scratch(
         ``"auto"``, ``"memory"`` or ``"zarr:PATH"``.
     need
         The forecast.
-    memory_limit
-        Bytes for each process; None for what is left here.
+    limit, raised_by
+        See `limit_of`.
     folder
         Where Zarr scratch goes if it is chosen here.
-    raised_by
-        The option that raises `memory_limit`, for the message.
 
     Returns
     -------
@@ -210,26 +234,23 @@ def place_scratch(
     DoesNotFitError
         If the forecast is over the limit, or over the free disk.
     """
-    if scratch not in ("auto", "memory") and not scratch.startswith("zarr:"):
+    path = scratch.removeprefix("zarr:") if scratch.startswith("zarr:") else os.fspath(folder)
+    if scratch not in ("auto", "memory") and not (scratch.startswith("zarr:") and path):
         raise InputError(f"scratch is {scratch!r}; give auto, memory, or zarr:PATH with a folder on a local disk")
-    limit = memory_limit or usable_memory()
-    kind: Literal["memory", "zarr"] = "memory"
-    if scratch.startswith("zarr:") or (scratch == "auto" and need.memory.memory > limit):
-        kind = "zarr"
-    wanted: Need = getattr(need, kind)
+    on_disk = scratch.startswith("zarr:") or (scratch == "auto" and need.in_memory.memory > limit)
+    wanted = need.on_disk if on_disk else need.in_memory
     if wanted.memory > limit:
         remedy = (
             "pass --scratch auto"
-            if kind == "memory" and need.zarr.memory <= limit
-            else "pass more --blocks or --max-rank"
+            if not on_disk and need.on_disk.memory <= limit
+            else "pass more --blocks or a lower --max-rank"
         )
         raise DoesNotFitError(
             f"the forecast is {format_bytes(wanted.memory)} of memory and the limit {format_bytes(limit)}; {remedy}, "
             f"or raise {raised_by}"
         )
-    if kind == "memory":
+    if not on_disk:
         return "memory"
-    path = scratch.removeprefix("zarr:") if scratch.startswith("zarr:") else os.fspath(folder)
     free = shutil.disk_usage(path).free if os.path.isdir(path) else 0
     if os.path.isdir(path) and wanted.disk > free:
         raise DoesNotFitError(
@@ -239,9 +260,29 @@ def place_scratch(
     return f"zarr:{path}"
 
 
-def time_of_pass(matrix: ExpressionMatrix, width: int, threads: int | None = None) -> float:
-    """Seconds that one pass will take, from reading and multiplying one block, twice, the second time measured."""
-    threads = threads or CPU_COUNT
+def limit_of(here: Team, asked: int | None) -> tuple[int, str]:
+    """Bytes that each process may take, and the option that raises that.
+
+    Parameters
+    ----------
+    here
+        Who computes.
+    asked
+        The limit that was asked for; None for what is left.
+    """
+    if here.memory is not None and here.memory < (asked or math.inf):
+        return here.memory, "--worker-memory"
+    return asked or usable_memory(), "--memory-limit"
+
+
+def time_of_pass(matrix: ExpressionMatrix, width: int, threads: int) -> float:
+    """Seconds that one pass will take on `threads` in all, from one block, on whatever scheduler Dask has."""
+    seconds: float = dask.delayed(_time_of_block, pure=False)(matrix.for_workers(), width).compute()
+    return seconds * len(matrix.blocks) / min(threads, len(matrix.blocks))
+
+
+def _time_of_block(matrix: ExpressionMatrix, width: int) -> float:
+    """Seconds for reading and multiplying one, the second time, when all is compiled."""
     rank = max(1, width // 2)
     right, basis = np.ones((matrix.shape[1], rank), np.float32), np.ones((matrix.shape[1], width), np.float32)
     seconds = 0.0
@@ -255,30 +296,43 @@ def time_of_pass(matrix: ExpressionMatrix, width: int, threads: int | None = Non
             View(right, right, basis=basis, overlap=right.T @ basis),
         )
         seconds = time.perf_counter() - began
-    return seconds * len(matrix.blocks) / min(threads, len(matrix.blocks))
+    return seconds
 
 
-def plan(matrix: ExpressionMatrix, settings: Settings) -> dict[str, Any]:
-    """Say what a run will take, for people: the forecast and an estimate of the time after timing one block."""
+def plan(
+    matrix: ExpressionMatrix, settings: Settings, asked: int | None = None, *, preserve_zeros: bool = False
+) -> dict[str, Any]:
+    """Say what a run will take, for people: the forecast and an estimate of the time after timing one block.
+
+    Parameters
+    ----------
+    matrix, settings
+        What is to be completed, and how.
+    asked
+        Bytes that each process may take in all; None for what is left.
+    preserve_zeros
+        Whether biological zeros are looked for too, by another SVD.
+    """
     here = team()
     need = forecast(matrix, settings, here.threads, here.workers, here.resident)
+    passes = need.passes + (BIOLOGICAL_ZEROS_PASSES if preserve_zeros else 0)
     seconds = time_of_pass(matrix, need.basis_width, here.threads * here.workers)
     return {
         "n_cells": matrix.shape[0],
         "n_genes": matrix.shape[1],
         "n_observed": matrix.n_stored,
         "n_blocks": len(matrix.blocks),
-        "peak_memory_bytes": need.memory.memory,
-        "peak_memory_bytes_with_zarr_scratch": need.zarr.memory,
-        "zarr_scratch_bytes": need.zarr.disk,
-        "memory_limit_bytes": here.memory or usable_memory(),
+        "peak_memory_bytes": need.in_memory.memory,
+        "peak_memory_bytes_with_zarr_scratch": need.on_disk.memory,
+        "zarr_scratch_bytes": need.on_disk.disk,
+        "memory_limit_bytes": limit_of(here, asked)[0],
         "workers": here.workers,
         "threads_per_worker": here.threads,
         "basis_width": need.basis_width,
         "iterations": need.iterations,
-        "passes": need.passes,
+        "passes": passes,
         "tasks_per_iteration": need.tasks_per_pass * need.passes_per_iteration,
         "bytes_read_per_pass": need.bytes_per_pass,
         "seconds_per_pass": seconds,
-        "seconds": seconds * need.passes,
+        "seconds": seconds * passes,
     }

@@ -6,13 +6,14 @@ import json
 import math
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import fmean
 from types import TracebackType
-from typing import Any, Protocol, Self, TextIO
+from typing import Any, Self, TextIO
 
 from scialm_dask.events import Advanced, Event, Iteration, Note, Pass, Scored, Stage, Sweep
 
@@ -23,24 +24,6 @@ _LAST = 3  # iterations whose mean time the next ones are expected to take
 _UNKNOWN = "{desc} {elapsed}{postfix}"
 _KNOWN = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 Clock = Callable[[], float]
-
-
-class Display(Protocol):
-    """A listener that shows events, until it is closed."""
-
-    def __call__(self, event: Event) -> None:
-        """Show an event."""
-        ...
-
-    def close(self) -> None:
-        """Stop showing."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Close it."""
-        ...
 
 
 def show_progress(*, json_lines: bool = False) -> Display:
@@ -112,26 +95,28 @@ class _Pace:
             self.seconds_left = (expected - made) * fmean(self._durations) if self._durations else None
 
 
-class _Shown:
-    """What the displays have in common."""
+class Display(ABC):
+    """A listener that shows events, until it is closed."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock, self._pace = clock, _Pace(clock)
 
     def __call__(self, event: Event) -> None:
+        """Show an event."""
         self._pace.see(event)
         self._show(event)
 
-    def _show(self, event: Event) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _show(self, event: Event) -> None: ...
 
-    def close(self) -> None:
-        """Nothing to do, by default."""
+    def close(self) -> None:  # noqa: B027  most have nothing to do
+        """Stop showing."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Close it."""
         self.close()
 
     def _left(self) -> str:
@@ -139,7 +124,7 @@ class _Shown:
         return "" if left is None else f", about {duration(left)} left"
 
 
-class _JSONLines(_Shown):
+class _JSONLines(Display):
     """One JSON object for each event."""
 
     def __init__(self, stream: TextIO, clock: Clock = time.monotonic) -> None:
@@ -157,7 +142,7 @@ class _JSONLines(_Shown):
         print(json.dumps(record, default=float), file=self._stream, flush=True)
 
 
-class _Lines(_Shown):
+class _Lines(Display):
     """Plain lines: stages, iterations and notes; and a sign of life when none of them has come for a while."""
 
     def __init__(self, stream: TextIO, clock: Clock = time.monotonic) -> None:
@@ -175,7 +160,7 @@ class _Lines(_Shown):
         print(words + ("" if isinstance(event, Note | Scored) else self._left()), file=self._stream, flush=True)
 
 
-class _Bar(_Shown):
+class _Bar(Display):
     """A bar for each stage."""
 
     def __init__(self, tqdm: Any, *, leave: bool) -> None:

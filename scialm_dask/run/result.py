@@ -1,10 +1,10 @@
-"""What comes out of a run: the report and the factors on the scale of the input."""
+"""What comes out of a run: the factors on the scale of the input, and the summary."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,76 @@ import numpy as np
 
 from scialm_dask.config import Settings
 from scialm_dask.data.factors import Imputation
-from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.events import Iteration
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.solve.ialm import Completion
 from scialm_dask.solve.scaling import PreparedBlocks, Survey
 from scialm_dask.solve.transform import cell_model
 
-__all__ = ["make_report", "make_result", "peak_memory"]
+__all__ = ["make_result", "peak_memory"]
 
 
-def make_report(
-    matrix: ExpressionMatrix,
+def make_result(
     found: Survey,
     blocks: PreparedBlocks,
     operator: LowRankPlusSparse,
     completion: Completion,
     settings: Settings,
+    factors: Floats | None,
+) -> Imputation:
+    """Put the factors back on the scale of the input, lazily, and sum up what was done and found.
+
+    Parameters
+    ----------
+    found, blocks, operator, completion, settings
+        Of the run.
+    factors
+        What to multiply the columns of A with, ``(r,)``; None for nothing.
+    """
+    import dask.array as da
+
+    matrix, scales = blocks.matrix, blocks.scales
+    lefts, right = operator.factors()
+    if factors is not None:
+        right = right * factors
+    unscaled, rank = dask.delayed(_unscaled), right.shape[1]
+    pieces = [
+        da.from_delayed(
+            unscaled(left, None if scales.cell is None else scales.cell[start:stop]),
+            shape=(stop - start, rank),
+            dtype=np.float32,
+        )
+        for left, (start, stop) in zip(lefts, matrix.blocks, strict=True)
+    ]
+    model = None
+    if not blocks.has_row_confidence:
+        model = cell_model(
+            lefts,
+            blocks,
+            residual=completion.returned.residual,
+            raw_counts=found.integer,
+            cell_exponent=settings.exponents[1],
+        )
+    result = Imputation(
+        da.concatenate(pieces, axis=0),
+        right if scales.gene is None else right / scales.gene[:, None],
+        obs=matrix.obs,
+        var=matrix.var,
+        summary=_summary(found, blocks, operator, completion, settings),
+        history={line.name: [getattr(i, line.name) for i in completion.history] for line in fields(Iteration)},
+        clip=matrix.observed == "nonzero",
+        model=model,
+    )
+    if matrix.observed == "nonzero":  # of values of either sign a ratio of means says nothing
+        result.summary["mean_imputed_over_observed"] = _sum(result) / float(found.gene_sums.sum())
+    return result
+
+
+def _summary(
+    found: Survey, blocks: PreparedBlocks, operator: LowRankPlusSparse, completion: Completion, settings: Settings
 ) -> dict[str, Any]:
-    """Sum up what was done and found."""
-    last = completion.returned
+    matrix, last = blocks.matrix, completion.returned
     return {
         "n_cells": matrix.shape[0],
         "n_genes": matrix.shape[1],
@@ -54,55 +104,17 @@ def make_report(
         "source": matrix.name,
         "settings": settings.as_dict(),
         "singular_values": list(completion.values),
-        "history": {name: [getattr(i, name) for i in completion.history] for name in asdict(completion.history[0])},
-        "mean_observed": float(found.gene_sums.sum()) / (matrix.shape[0] * matrix.shape[1]),
     }
-
-
-def make_result(
-    matrix: ExpressionMatrix,
-    blocks: PreparedBlocks,
-    operator: LowRankPlusSparse,
-    report: dict[str, Any],
-    factors: Floats | None,
-) -> Imputation:
-    """Put the factors back on the scale of the input, lazily."""
-    import dask.array as da
-
-    lefts, right = operator.factors()
-    unscaled = dask.delayed(_unscaled)
-    scale = blocks.scales
-    if factors is not None:
-        right = right * factors
-    rank, bounds = right.shape[1], operator.bounds
-    pieces = []
-    for b, left in enumerate(lefts):
-        rows = slice(bounds[b], bounds[b + 1])
-        piece = unscaled(left, None if scale.cell is None else scale.cell[rows])
-        pieces.append(da.from_delayed(piece, shape=(rows.stop - rows.start, rank), dtype=np.float32))
-    history = report.pop("history")
-    result = Imputation(
-        da.concatenate(pieces, axis=0),
-        right if scale.gene is None else right / scale.gene[:, None],
-        obs=matrix.obs,
-        var=matrix.var,
-        summary=report,
-        history=history,
-        clip=matrix.observed == "nonzero",
-        model=None if blocks.has_row_confidence else cell_model(lefts, blocks, report),
-    )
-    result.summary["mean_imputed_over_observed"] = _mean(result) / report.pop("mean_observed")
-    return result
 
 
 def _unscaled(left: Floats, scale: Floats | None) -> Floats:
     return left if scale is None else left / scale[:, None]
 
 
-def _mean(result: Imputation) -> float:
-    """Mean of the imputed matrix before clipping, from sums of the factors."""
+def _sum(result: Imputation) -> float:
+    """Sum of the imputed matrix before clipping, from sums of the factors."""
     sums: Doubles = result.left.sum(axis=0, dtype=np.float64).compute()
-    return float(sums @ result.right.sum(axis=0, dtype=np.float64)) / (result.shape[0] * result.shape[1])
+    return float(sums @ result.right.sum(axis=0, dtype=np.float64))
 
 
 def peak_memory() -> int:

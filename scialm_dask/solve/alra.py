@@ -12,9 +12,6 @@ normalisation matter.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +21,7 @@ from dask.delayed import Delayed
 from numpy.typing import NDArray
 
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
-from scialm_dask.data.scratch import MemoryScratch, Scratch, ZarrScratch
+from scialm_dask.data.scratch import new_scratch
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Pass, Stage, silent
 from scialm_dask.linalg.cellwise import column_minima
@@ -37,9 +34,10 @@ __all__ = ["BiologicalZeros", "biological_zeros", "spectral_gap_rank"]
 # ALRA's: singular values looked at, the share of them after which all is noise, and how many standard deviations
 # over the gaps between those a gap is a signal.
 _VALUES, _NOISE_FROM, _DEVIATIONS = 100, 0.8, 6.0
+_LEAST_VALUES = 6  # of fewer the last fifth has no two gaps
 _LEAST_SIDE = 20
 _SPARE = 12  # columns that only help the last values to settle
-_PASSES = 10
+PASSES = 10  # at most, besides reading
 
 
 @dataclass(frozen=True)
@@ -115,14 +113,22 @@ def biological_zeros(
         Of the directions that the singular value decomposition starts from.
     scratch_folder
         Where to keep the working state, while the matrix is read anew in every pass; both are held in memory if
-        None. What is kept there goes when the result does.
+        None. What is kept there goes when nothing that is lazy needs it any more.
     listen
         Called with every event of the work; see `scialm_dask.events`.
+
+    Returns
+    -------
+    BiologicalZeros
+        The rule, for `Imputation.to_zarr`. Its left factor is lazy.
 
     Raises
     ------
     InputError
-        If zeros of the matrix count as measured, or it is too small to tell a signal from noise.
+        If zeros of the matrix count as measured, it is too small to tell a signal from noise, or `scratch_folder` is
+        not there.
+    OutputError
+        If that cannot be written, or the disk is full.
     """
     if matrix.observed != "nonzero":
         raise InputError(f"{matrix.name}: its zeros are observed values; only zeros that are unknown can be preserved")
@@ -132,24 +138,17 @@ def biological_zeros(
             "needed to tell biological zeros"
         )
     listen(Stage("finding biological zeros"))
-    folder = None if scratch_folder is None else tempfile.mkdtemp(prefix="scialm-zeros-", dir=scratch_folder)
-    try:
-        store: Scratch = MemoryScratch() if folder is None else ZarrScratch(folder)
-        operator = LowRankPlusSparse(_Detected(matrix.for_workers()), store, on_pass=lambda n: listen(Pass(n)))
+    shipped = matrix.for_workers()
+    with new_scratch(scratch_folder, shipped.rows) as store:
+        operator = LowRankPlusSparse(_Detected(shipped), store, on_pass=lambda n: listen(Pass(n)))
         lefts, right = _approximation(operator, seed)
         thresholds = np.maximum(-_minima(lefts, right), 0)
-    except BaseException:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+
     import dask.array as da
 
     shapes = [(stop - start, right.shape[1]) for start, stop in matrix.blocks]
     pieces = [da.from_delayed(left, shape, np.float32) for left, shape in zip(lefts, shapes, strict=True)]
-    found = BiologicalZeros(matrix, da.concatenate(pieces, axis=0), right, thresholds)
-    if folder is not None:
-        weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
-    return found
+    return BiologicalZeros(matrix, da.concatenate(pieces, axis=0), right, thresholds)
 
 
 def _approximation(operator: LowRankPlusSparse, seed: int) -> tuple[list[Delayed], Floats]:
@@ -158,7 +157,7 @@ def _approximation(operator: LowRankPlusSparse, seed: int) -> tuple[list[Delayed
     count, width = min(_VALUES, most), min(_VALUES + _SPARE, most)
     basis = extended_basis(np.zeros((operator.shape[1], 0), np.float32), width, seed)
     product = operator.multiply(basis)
-    svd = leading_triplets(operator, product, limit=count, threshold=0.0, passes=_PASSES, tolerance=0.0, seed=seed)
+    svd = leading_triplets(operator, product, limit=count, threshold=0.0, passes=PASSES, tolerance=0.0, seed=seed)
     k = spectral_gap_rank(svd.values[:count])
     rotation = (svd.to_left[:, :k] * svd.values[:k]).astype(np.float32)
     right = np.ascontiguousarray(svd.right[:, :k])
@@ -172,8 +171,11 @@ def spectral_gap_rank(values: Doubles) -> int:
     Parameters
     ----------
     values
-        Leading singular values, falling; the last fifth of them taken to be noise.
+        Leading singular values, falling; the last fifth of them taken to be noise. All are signal where there are
+        too few to have any.
     """
+    if len(values) < _LEAST_VALUES:
+        return len(values)
     gaps = values[:-1] - values[1:]
     noise = gaps[int(_NOISE_FROM * len(values)) - 1 :]
     outstanding = np.flatnonzero(gaps > noise.mean() + _DEVIATIONS * noise.std(ddof=1))

@@ -39,9 +39,9 @@ class PooledResult:
     Attributes
     ----------
     left
-        Cells × rank, a lazy Dask array in the row blocks of D.
+        Cells × rank, float64, a lazy Dask array in the row blocks of D.
     right
-        Genes × rank.
+        Genes × rank, float64.
     objective
         What was minimised: ‖D − UVᵀP‖_F² plus the ridge (least squares), or ‖X‖_* (nuclear norm).
     feasibility

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from scialm_dask.solve.pooled import Float, Sums, batches
 
-__all__ = ["Admm", "Iteration", "Projection", "Solution", "State", "advance", "project", "square_root", "start_state"]
+__all__ = ["Admm", "AdmmStep", "Projection", "Solution", "State", "advance", "project", "square_root", "start_state"]
 
 State = tuple[NDArray[np.float32], NDArray[np.float32]]  # a, cells × genes, and b, cells × pools
 
@@ -35,7 +35,7 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Iteration:
+class AdmmStep:
     """What an iteration of a block needs to know.
 
     Attributes
@@ -96,7 +96,7 @@ class Admm:
 
     def run(
         self,
-        visit: Callable[[Iteration], Sums],
+        visit: Callable[[AdmmStep], Sums],
         start: Float,
         on_sweep: Callable[[int, float], None] = lambda *_: None,
     ) -> Solution:
@@ -117,7 +117,7 @@ class Admm:
         history: list[dict[str, float]] = []
         bound = 0.0
         while True:
-            sums = visit(Iteration(projection, shrink, slack, rescale, step))
+            sums = visit(AdmmStep(projection, shrink, slack, rescale, step))
             shrink = threshold(sums["aa"], step)
             slack = min(1.0, self.delta / (float(np.sqrt(sums["bb"])) + 1e-300))
             primal, dual = residuals(sums, shrink, slack)
@@ -206,7 +206,7 @@ def project(Z: Float, T: Float, D: Float, projection: Projection) -> tuple[Float
     return X, T - w * Y, Y, S
 
 
-def advance(state: State, D: Float, iteration: Iteration) -> tuple[State, Sums]:
+def advance(state: State, D: Float, iteration: AdmmStep) -> tuple[State, Sums]:
     """Do one iteration on some cells.
 
     Parameters
@@ -233,7 +233,7 @@ def advance(state: State, D: Float, iteration: Iteration) -> tuple[State, Sums]:
     return following, total
 
 
-def _advance(a: NDArray[np.float32], b: NDArray[np.float32], D: Float, iteration: Iteration) -> tuple[State, Sums]:
+def _advance(a: NDArray[np.float32], b: NDArray[np.float32], D: Float, iteration: AdmmStep) -> tuple[State, Sums]:
     a, b = a.astype(np.float64), b.astype(np.float64)
     Z, T = a @ iteration.shrink, iteration.slack * b
     L, M = iteration.rescale * (Z - a), iteration.rescale * (T - b)

@@ -135,6 +135,11 @@ class PooledALS:
         D
             Measurements of the cells through the same pools; see `fit`.
 
+        Returns
+        -------
+        PooledResult
+            `left` is U of these cells, lazy; `right` is V as it was.
+
         Raises
         ------
         InputError

@@ -17,7 +17,7 @@ from scialm_dask.events import Listener, Stage, Sweep, silent
 from scialm_dask.solve.pooled import Float, Measurements, PooledResult, Sums, add_sums, batches, dense_block
 from scialm_dask.solve.pooled_admm import (
     Admm,
-    Iteration,
+    AdmmStep,
     Projection,
     Solution,
     State,
@@ -136,11 +136,10 @@ class PooledNuclearNorm:
         keep = values > 1e-14 * values[-1]
         values, basis = np.sqrt(values[keep]), basis[:, keep]
         D = values[:, None] * basis.T  # DᵀD is all that counts
-        state = start_state(D @ inverse, D.shape[1])
         loop = Admm(P, delta, 0.1 * self.tol, self.max_iterations, non_negative=False)
         state = start_state(D @ inverse, P.shape[1])
 
-        def visit(iteration: Iteration) -> Sums:
+        def visit(iteration: AdmmStep) -> Sums:
             nonlocal state
             state, sums = advance(state, D, iteration)
             return sums
@@ -195,7 +194,7 @@ class BlockIterate:
                 break
         return self._result(settings, sums)
 
-    def advance(self, iteration: Iteration) -> Sums:
+    def advance(self, iteration: AdmmStep) -> Sums:
         """Do one iteration on all cells: one pass over D."""
         shared = dask.delayed(iteration, traverse=False)
         task = dask.delayed(advance_block, nout=2, pure=False)
@@ -220,8 +219,9 @@ class BlockIterate:
         converged = found.converged and misfit <= self.delta
         if not converged:
             warnings.warn(
-                f"not converged after {len(found.history)} iterations: gap {objective / found.bound - 1:.2g}, "
-                f"‖XP − D‖_F {misfit * scale:.6g}; raise max_iterations, tol or delta",
+                f"not converged after {len(found.history)} iterations: objective {objective * scale:.6g}, of which "
+                f"{(objective - found.bound) * scale:.2g} may be too much, ‖XP − D‖_F {misfit * scale:.6g}; raise "
+                "max_iterations, tol or delta",
                 stacklevel=4,
             )
         left = self.measured.map(final_factors, right.shape[1], scale, settings, right, states=self.states)
@@ -260,7 +260,7 @@ def begin_block(block: Any, matrix: Float, pools: int) -> State:
     return start_state(np.maximum(values @ matrix, 0.0), pools)
 
 
-def advance_block(state: State, block: Any, start: int, scale: float, iteration: Iteration) -> tuple[State, Sums]:
+def advance_block(state: State, block: Any, start: int, scale: float, iteration: AdmmStep) -> tuple[State, Sums]:
     """Do one iteration on a block."""
     return advance(state, dense_block(block, start) / scale, iteration)
 

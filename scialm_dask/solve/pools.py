@@ -167,6 +167,16 @@ def balanced_pools(genes: int, pools: int, *, per_gene: int, random_state: int =
 def pool_report(pools: ArrayLike) -> PoolReport:
     """Describe a design.
 
+    Parameters
+    ----------
+    pools
+        P, genes × pools, binary.
+
+    Returns
+    -------
+    PoolReport
+        Its size, and what it can tell apart.
+
     Raises
     ------
     InputError

@@ -62,7 +62,8 @@ class _BlockSurvey(NamedTuple):
 
 def survey(matrix: ExpressionMatrix) -> Survey:
     """Read the matrix once. Raises `InputError` for values that cannot be used, and if nothing is observed."""
-    parts = dask.compute(*(dask.delayed(_survey_block)(matrix, b) for b in range(len(matrix.blocks))))
+    shared, visit = dask.delayed(matrix, traverse=False), dask.delayed(_survey_block)
+    parts = dask.compute(*(visit(shared, b) for b in range(len(matrix.blocks))))
     counts, gene_sums, cell_sums, cell_counts, integer = zip(*parts, strict=True)
     found = Survey(
         np.stack(counts),
@@ -155,6 +156,11 @@ class Confidence:
         β, float32, shape ``(n,)``.
     cell
         α, float32, shape ``(m,)``; None for ones.
+
+    Raises
+    ------
+    InputError
+        If a number is below 0, over 1 or NaN.
     """
 
     gene: Floats
@@ -164,6 +170,21 @@ class Confidence:
         for part in (self.gene, self.cell):
             if part is not None and not (np.all(part >= 0) and np.all(part <= 1)):
                 raise InputError(f"confidence in zeros reaches from {part.min()} to {part.max()}; give 0 to 1")
+
+    def check(self, matrix: ExpressionMatrix) -> None:
+        """Raise `InputError` if there is not one number for each gene, and for each cell.
+
+        Parameters
+        ----------
+        matrix
+            Of the zeros.
+        """
+        for part, length, what in ((self.gene, matrix.shape[1], "gene"), (self.cell, matrix.shape[0], "cell")):
+            if part is not None and part.shape != (length,):
+                raise InputError(
+                    f"confidence in zeros of {what}s has shape {part.shape}, and {matrix.name} has {length} {what}s; "
+                    f"give one number for each {what}"
+                )
 
     @classmethod
     def uniform(cls, omega: float, n_genes: int) -> Confidence | None:

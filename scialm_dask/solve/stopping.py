@@ -7,23 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from scialm_dask.config import Settings
+from scialm_dask.events import Iteration
 
 __all__ = ["StopRule", "ThresholdStop", "Verdict", "stop_rule"]
-
-
-class Measured(Protocol):
-    """What a stop rule looks at."""
-
-    @property
-    def iteration(self) -> int: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def threshold(self) -> float: ...
-    @property
-    def residual(self) -> float: ...
-    @property
-    def held_out(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +23,7 @@ class Verdict:
 class StopRule(Protocol):
     """Looks at each iteration."""
 
-    def judge(self, latest: Measured) -> Verdict:
+    def judge(self, latest: Iteration) -> Verdict:
         """Say whether to keep it and whether to stop."""
         ...
 
@@ -48,7 +34,7 @@ class ResidualStop:
     def __init__(self, epsilon: float) -> None:
         self._epsilon = epsilon
 
-    def judge(self, latest: Measured) -> Verdict:
+    def judge(self, latest: Iteration) -> Verdict:
         """Compare with ε."""
         done = latest.residual < self._epsilon
         return Verdict(True, f"residual {latest.residual:.3g} is below ε = {self._epsilon:g}" if done else "")
@@ -63,7 +49,7 @@ class HeldOutStop:
         self._lowest = math.inf
         self._at = 0
 
-    def judge(self, latest: Measured) -> Verdict:
+    def judge(self, latest: Iteration) -> Verdict:
         """Compare with the lowest error so far."""
         best = latest.held_out < self._lowest
         if best:
@@ -79,7 +65,7 @@ class ThresholdStop:
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
 
-    def judge(self, latest: Measured) -> Verdict:
+    def judge(self, latest: Iteration) -> Verdict:
         """Compare with the threshold."""
         done = latest.threshold <= self._threshold
         return Verdict(True, f"threshold {latest.threshold:.4g} is best by count splitting" if done else "")

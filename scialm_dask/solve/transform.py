@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +16,7 @@ from scialm_dask.data.factors import CellModel, Imputation
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
 from scialm_dask.errors import InputError
-from scialm_dask.linalg.cellwise import RowProblems, cross_validation, leave_one_out, solve_rows
+from scialm_dask.linalg.cellwise import RightFactor, RowProblems, cross_validation, leave_one_out, solve_rows
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.solve.scaling import PreparedBlocks
 
@@ -81,11 +80,11 @@ def transform(
 
     import dask.array as da
 
-    solve, shared = dask.delayed(_solve_block), dask.delayed(replace(solver, sizes=None), traverse=False)
-    precision = solver.precision(noise)
+    solve = dask.delayed(_solve_block)
+    shared = dask.delayed((replace(solver, sizes=None), matrix, solver.precision(noise)), traverse=False)
     pieces = [
         da.from_delayed(
-            solve(shared, matrix, b, None if sizes is None else sizes[start:stop], precision),
+            solve(shared, b, None if sizes is None else sizes[start:stop]),
             shape=(stop - start, result.rank),
             dtype=np.float32,
         )
@@ -142,6 +141,10 @@ class _Solver:
         values = (values * self.model.gene_scale[indices] * scale[rows]).astype(np.float32)
         return RowProblems(indptr, indices, values), scale
 
+    def factor(self) -> RightFactor:
+        """Prepare V for the problems of any number of cells."""
+        return RightFactor.of(self.right, self.confidence)
+
     def precision(self, noise: float) -> Doubles:
         """Noise over covariance; what rounding has left of a direction without spread is not taken for spread."""
         covariance = self.model.covariance
@@ -157,20 +160,20 @@ class _Solver:
         if not values.any():
             raise InputError(f"{name}: no entry of the sampled cells is of a gene of the fit; check the matrix")
 
+        factor, judge = self.factor(), leave_one_out if self.confidence is None else cross_validation
+
         def error(noise: float) -> float:
-            prior = self.precision(noise), self.model.mean
-            if self.confidence is None:
-                return sum(leave_one_out(p, self.right, *prior) for p in problems)
-            return sum(cross_validation(p, self.right, *prior, self.confidence) for p in problems)
+            precision = self.precision(noise)
+            return sum(judge(p, factor, precision, self.model.mean) for p in problems)
 
         noise = (self.model.residual or 1.0) ** 2 * float(np.square(values, dtype=np.float64).mean())
         least = error(noise)
-        for factor in (np.sqrt(2), np.sqrt(0.5)):
+        for step in (np.sqrt(2), np.sqrt(0.5)):
             for _ in range(_MOST_STEPS):
-                latest = error(noise * factor)
+                latest = error(noise * step)
                 if not latest < least:
                     break
-                noise, least = noise * factor, latest
+                noise, least = noise * step, latest
         return noise
 
 
@@ -237,8 +240,22 @@ def _size_factors(model: CellModel, sample: list[_Run], obs: pd.DataFrame) -> tu
     return sizes, "cells scaled by obs['total_counts']"
 
 
-def cell_model(lefts: list[Delayed], blocks: PreparedBlocks, report: Mapping[str, Any]) -> CellModel:
-    """Sum up the rows of a fitted left factor, not yet scaled back, block by block."""
+def cell_model(
+    lefts: list[Delayed], blocks: PreparedBlocks, *, residual: float, raw_counts: bool, cell_exponent: float
+) -> CellModel:
+    """Sum up the rows of a fitted left factor, not yet scaled back, block by block.
+
+    Parameters
+    ----------
+    lefts
+        The blocks of the left factor, float32, ``(rows, r)``.
+    blocks
+        What was fitted.
+    residual, raw_counts
+        See `CellModel`.
+    cell_exponent
+        With which cells were scaled, if they were.
+    """
     n_cells, n_genes = blocks.shape
     moments = dask.delayed(_moments)
     total, squares = tree_reduce([moments(left) for left in lefts], _add).compute()
@@ -248,9 +265,9 @@ def cell_model(lefts: list[Delayed], blocks: PreparedBlocks, report: Mapping[str
         gene_scale=np.ones(n_genes, np.float32) if scales.gene is None else scales.gene,
         mean=mean,
         covariance=squares / n_cells - np.outer(mean, mean),
-        residual=float(report["residual"]),
-        raw_counts=bool(report["raw_counts"]),
-        cell_exponent=0.0 if scales.cell is None else float(report["settings"]["scaling"][1]),
+        residual=residual,
+        raw_counts=raw_counts,
+        cell_exponent=0.0 if scales.cell is None else cell_exponent,
         centre=scales.centre,
         confidence=np.zeros(n_genes, np.float32) if blocks.confidence is None else blocks.confidence.gene,
     )
@@ -265,10 +282,9 @@ def _add(one: tuple[Doubles, Doubles], other: tuple[Doubles, Doubles]) -> tuple[
     return one[0] + other[0], one[1] + other[1]
 
 
-def _solve_block(
-    solver: _Solver, matrix: ExpressionMatrix, block: int, sizes: Doubles | None, precision: Doubles
-) -> Floats:
+def _solve_block(shared: tuple[_Solver, ExpressionMatrix, Doubles], block: int, sizes: Doubles | None) -> Floats:
+    solver, matrix, precision = shared
     problems, scale = solver.problems(matrix.read_block(block), sizes)
-    left = solve_rows(problems, solver.right, precision, solver.model.mean, solver.confidence) / scale[:, None]
+    left = solve_rows(problems, solver.factor(), precision, solver.model.mean) / scale[:, None]
     left[np.diff(problems.indptr) == 0] = 0
     return left.astype(np.float32)

@@ -16,12 +16,12 @@ import numpy as np
 from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
-from scialm_dask.events import Listener, Stage
+from scialm_dask.events import Iteration, Listener, Stage
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.solve.ialm import complete
 from scialm_dask.solve.scaling import Confidence, Molecules, PreparedBlocks, Survey, prepare
-from scialm_dask.solve.stopping import Measured, Verdict
+from scialm_dask.solve.stopping import Verdict
 
 __all__ = ["Choice", "choose_zeros", "refit"]
 
@@ -163,7 +163,7 @@ class _SplitStop:
         self._rank = self._since = 0
         self.lowest, self.threshold = math.inf, math.inf
 
-    def judge(self, latest: Measured) -> Verdict:
+    def judge(self, latest: Iteration) -> Verdict:
         """Refit, predict, compare."""
         coefficients = (1 - TRAIN_SHARE) / TRAIN_SHARE * refit(self._operator)
         linear, square = self._operator.quadratic(self._test, self._columns)

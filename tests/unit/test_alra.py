@@ -81,3 +81,22 @@ def test_command(cli, store_of, two_types, tmp_path):
     assert sp.issparse(anndata.read_zarr(tmp_path / "out.zarr").X)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.zarr", "source.zarr"]
     assert cli("impute", source, tmp_path / "b.zarr", "--preserve-zeros", "--write", "dense").exit_code == 2
+
+
+def test_genes_that_were_never_seen_change_nothing(two_types):
+    """The pattern has fewer singular values than genes, and they are found all the same."""
+    X = two_types[0].tolil()[:, :60]
+    X[:, 3], X[:, 7] = 0, X[:, 8]
+    few = sp.csr_matrix(X)
+    there = np.delete(np.arange(60), 3)
+    zeros = biological_zeros(ExpressionMatrix.of(few))
+    assert not zeros.expressed(0, M)[:, 3].any()
+    expected = biological_zeros(ExpressionMatrix.of(few[:, there]))
+    assert zeros.rank == expected.rank
+    np.testing.assert_allclose(zeros.thresholds[there], expected.thresholds, atol=1e-3)
+
+
+def test_a_pattern_of_rank_one_is_all_signal():
+    zeros = biological_zeros(ExpressionMatrix.of(np.ones((30, 25), np.float32)))
+    assert zeros.rank == 1
+    assert zeros.expressed(0, 30).all()

@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from scialm_dask.linalg.cellwise import RowProblems, column_minima, cross_validation, leave_one_out, solve_rows
+from scialm_dask.linalg.cellwise import (
+    RightFactor,
+    RowProblems,
+    column_minima,
+    cross_validation,
+    leave_one_out,
+    solve_rows,
+)
 
 RANK = 3
 
@@ -30,7 +37,7 @@ def row_of(rows, right, i):
 
 def test_rows_are_the_regularised_least_squares(problem):
     rows, right, precision, mean = problem
-    left = solve_rows(*problem)
+    left = solve_rows(rows, RightFactor.of(right), precision, mean)
     assert left.dtype == np.float32
     for i, u in enumerate(left):
         v, d = row_of(rows, right, i)
@@ -39,7 +46,8 @@ def test_rows_are_the_regularised_least_squares(problem):
 
 
 def test_a_row_without_entries_is_the_mean_of_the_prior(problem):
-    np.testing.assert_allclose(solve_rows(*problem)[4], problem[3], rtol=1e-6)
+    rows, right, precision, mean = problem
+    np.testing.assert_allclose(solve_rows(rows, RightFactor.of(right), precision, mean)[4], mean, rtol=1e-6)
 
 
 @pytest.fixture
@@ -60,22 +68,23 @@ def weighted(problem, confidence, i):
 
 
 def test_zeros_count_as_far_as_they_are_trusted(problem, confidence):
-    _, right, precision, mean = problem
-    for i, u in enumerate(solve_rows(*problem, confidence)):
+    rows, right, precision, mean = problem
+    for i, u in enumerate(solve_rows(rows, RightFactor.of(right, confidence), precision, mean)):
         d, weights, inverted = weighted(problem, confidence, i)
         expected = np.linalg.solve(inverted, right.T @ (weights * d) + precision @ mean)
         np.testing.assert_allclose(u, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_cross_validation_is_the_misfit_over_what_is_left_of_the_entries(problem, confidence):
-    _, right, precision, mean = problem
+    rows, right, precision, mean = problem
     total = 0.0
     for i in range(9):
         d, weights, inverted = weighted(problem, confidence, i)
         u = np.linalg.solve(inverted, right.T @ (weights * d) + precision @ mean)
         used = np.trace(np.linalg.solve(inverted, inverted - precision))
         total += weights @ (d - right @ u) ** 2 / (1 - used / 26) ** 2
-    assert cross_validation(*problem, confidence) == pytest.approx(total, rel=1e-5)
+    factor = RightFactor.of(right, confidence)
+    assert cross_validation(rows, factor, precision, mean) == pytest.approx(total, rel=1e-5)
 
 
 def test_leave_one_out_is_leaving_one_out(problem):
@@ -88,7 +97,7 @@ def test_leave_one_out_is_leaving_one_out(problem):
             w, e = v[others], d[others]
             u = np.linalg.solve(w.T @ w + precision, w.T @ e + precision @ mean)
             total += (d[k] - u @ v[k]) ** 2
-    assert leave_one_out(*problem) == pytest.approx(total, rel=1e-6)
+    assert leave_one_out(rows, RightFactor.of(right), precision, mean) == pytest.approx(total, rel=1e-6)
 
 
 def test_column_minima_do_not_depend_on_panels(monkeypatch):

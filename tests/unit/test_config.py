@@ -3,9 +3,10 @@
 import dataclasses
 import json
 
+import dask
 import pytest
 
-from scialm_dask.config import Settings, preset
+from scialm_dask.config import Settings, configured, preset
 from scialm_dask.errors import InputError
 
 
@@ -70,6 +71,18 @@ def test_settings_are_frozen_and_plain():
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.max_rank = 5
     assert json.loads(json.dumps(settings.as_dict()))["max_rank"] == 4
+
+
+def test_what_was_set_before_the_first_use_takes_no_defaults_along():
+    """Dask removes the whole namespace at the end, if it was not there at the beginning."""
+    before = dask.config.config.pop("scialm", None)
+    try:
+        with dask.config.set({"scialm.memory-limit": "1 MB"}):
+            assert (configured("memory-limit"), configured("scratch")) == ("1 MB", "auto")
+        assert (configured("memory-limit"), configured("scratch")) == (None, "auto")
+    finally:
+        if before is not None:
+            dask.config.config["scialm"] = before
 
 
 def test_a_setting_that_there_is_not_is_refused_by_name():

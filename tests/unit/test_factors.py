@@ -1,7 +1,9 @@
 """The result on disk and in Python: factors that AnnData and scanpy open, multiplied where they are asked for."""
 
+import gc
 import json
 import os
+import weakref
 
 import anndata
 import numpy as np
@@ -52,6 +54,16 @@ def test_empty_cells_and_genes_are_kept_and_zero(result, dense, counts):
     assert not dense[:, empty_genes].any()
     assert result.summary["n_empty_cells"] == empty_cells.sum() >= 2
     assert result.summary["n_empty_genes"] == empty_genes.sum() >= 2
+
+
+def test_the_lazy_matrix_holds_the_factors_alone(matrix, dense):
+    """Whatever is in its tasks goes to the workers of a cluster with them."""
+    result = impute(matrix, **SETTINGS)
+    lazy, gone = result.to_dask(), weakref.ref(result)
+    del result
+    gc.collect()
+    assert gone() is None
+    np.testing.assert_array_equal(lazy.compute(), dense)
 
 
 def test_anndata_and_scanpy_open_it(result, dense, tmp_path):

@@ -1,6 +1,8 @@
 """The operator over blocks: the same whatever the blocks, the store and the residence; passes and versions counted."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import dask
@@ -190,3 +192,16 @@ def test_a_released_operator_leaves_nothing_on_disk(tmp_path):
     take_steps(operator, 1)
     operator.release()
     assert not [name for name in os.listdir(tmp_path) if not name.startswith(".")]
+
+
+def test_the_first_work_of_a_process_leaves_the_configuration_whole():
+    """Dask imports distributed on its way, and with it the defaults of its configuration."""
+    program = """
+import dask, numpy, sys
+from scialm_dask import ExpressionMatrix, biological_zeros
+assert "distributed" not in sys.modules
+biological_zeros(ExpressionMatrix.of(numpy.eye(20)))
+dask.config.get("distributed.comm.timeouts.connect")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

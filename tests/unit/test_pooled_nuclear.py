@@ -143,12 +143,13 @@ def test_delta_that_no_expression_can_meet_is_refused_with_the_least_one():
     checked(result, D, P, 0.75)
 
 
-def test_iterations_that_run_out_warn_and_still_give_a_feasible_answer():
+@pytest.mark.parametrize(("iterations", "share"), [(3, 1e-3), (1, 0.3)])  # the latter with nothing for a lower bound
+def test_iterations_that_run_out_warn_and_still_give_a_feasible_answer(iterations, share):
     M, P = sparse_simulation(0)
     D = M @ P
-    delta = 1e-3 * np.linalg.norm(D)
-    with pytest.warns(UserWarning, match="not converged after 3 iterations"):
-        result = PooledNuclearNorm(delta, max_iterations=3).fit(D, P)
+    delta = share * np.linalg.norm(D)
+    with pytest.warns(UserWarning, match=f"not converged after {iterations} iterations: objective"):
+        result = PooledNuclearNorm(delta, max_iterations=iterations).fit(D, P)
     assert not result.converged
     X = checked(result, D, P, delta)
     assert result.certificate >= 0

@@ -89,7 +89,7 @@ def test_measure_dense_and_sparse_blocks():
     for wrong, message in (
         (np.ones(12), r"shape \(12,\)"),
         ([["a"] * 12], "not numbers"),
-        (dense[M[:, 0] > 0], "known size"),
+        (dense[dense[:, 0] > 0], "known size"),
     ):
         with pytest.raises(InputError, match=f"expression: .*{message}"):
             measure(wrong, P)

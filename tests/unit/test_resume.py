@@ -17,7 +17,7 @@ from test_checkpoint import edited, of_manifest, truncated
 
 from scialm_dask import Confidence, ExpressionMatrix, Imputation, InputError, impute, resume
 from scialm_dask.data.checkpoint import Checkpoints
-from scialm_dask.errors import OutputError, StoppedError
+from scialm_dask.errors import CheckpointError, OutputError, StoppedError
 from scialm_dask.events import Iteration, Note, Stage
 from scialm_dask.run.keeper import Checkpointing, cadence
 
@@ -300,6 +300,15 @@ def test_a_source_that_changes_meanwhile(matrix, tmp_path, whole, checkpointed):
     assert len(told) == (7 if checkpointed else 12)
     if checkpointed:  # it is the same matrix after all
         same(resume(tmp_path / "c"), whole("paper"))
+
+
+def test_a_first_checkpoint_that_cannot_be_read_back(matrix, tmp_path, monkeypatch):
+    def torn(self, name):
+        raise CheckpointError(f"{name}: is torn")
+
+    monkeypatch.setattr(Checkpoints, "read", torn)
+    with pytest.raises(InputError, match=r"no checkpoint can be used \(000001: is torn\); begin anew"):
+        impute(matrix, checkpoint=tmp_path / "c", **RUNS["paper"])
 
 
 FULL = {

@@ -78,6 +78,19 @@ def test_a_basis_that_was_too_narrow_is_widened(shape):
     np.testing.assert_allclose(svd.values[:20], exact[:20], rtol=1e-4)
 
 
+def test_widening_ends_when_there_is_no_more():
+    """Columns of zeros, and one twice: fewer triplets than the limit asks for."""
+    matrix = low_rank_counts(90, 20, seed=3).toarray()
+    matrix[:, [2, 7]] = 0
+    matrix[:, 5] = matrix[:, 4]
+    operator = operator_of(matrix, 2)
+    product = operator.multiply(extended_basis(np.zeros((20, 0), np.float32), 6, 0))
+    svd = leading_triplets(operator, product, limit=20, threshold=0.0, passes=20, tolerance=0, seed=0)
+    exact = np.linalg.svd(matrix, compute_uv=False)
+    assert len(svd.values) == 17
+    np.testing.assert_allclose(svd.values, exact[:17], rtol=1e-4)
+
+
 @pytest.mark.parametrize("limit", [1, 7])
 def test_no_more_is_computed_than_the_limit_asks(limit):
     operator, _ = operator_in_flight(90, 61)

@@ -1,4 +1,5 @@
 import anndata
+import cloudpickle
 import numpy as np
 import pandas as pd
 import pytest
@@ -43,6 +44,14 @@ def test_blocks_change_nothing(cells, fitted):
     whole = fitted.transform(matrix.with_blocks(RowBlocks((0, 40))))
     cut = fitted.transform(matrix.with_blocks(RowBlocks((0, 1, 17, 40))))
     np.testing.assert_array_equal(whole.left.compute(), cut.left.compute())
+
+
+def test_what_blocks_share_travels_once(cells, fitted):
+    matrix = ExpressionMatrix.of(cells[200:]).with_blocks(RowBlocks(tuple(range(41))))
+    tasks = dict(fitted.transform(matrix).left.__dask_graph__()).values()
+    sizes = sorted(len(cloudpickle.dumps(task)) for task in tasks)
+    assert len(sizes) > 40
+    assert sizes[-2] < 2000 < 10 * sizes[-2] < sizes[-1]
 
 
 def test_genes_are_matched_by_name(cells, fitted):

@@ -142,6 +142,15 @@ def test_confidence_of_cells_and_genes_must_lie_between_0_and_1():
         Confidence(np.array([0.2, 1.2], np.float32))
 
 
+@pytest.mark.parametrize(
+    ("genes", "cells", "words"), [(7, None, r"of genes has shape \(7,\), and matrix has 40"), (40, 7, "of cells has")]
+)
+def test_confidence_must_be_of_these_cells_and_genes(genes, cells, words):
+    confidence = Confidence(np.ones(genes, np.float32), None if cells is None else np.ones(cells, np.float32))
+    with pytest.raises(InputError, match=f"confidence in zeros {words}"):
+        impute(np.ones((30, 40)), confidence=confidence)
+
+
 def test_confidence_may_differ_by_cell_and_gene(counts):
     """Genes whose zeros are trusted are not filled; the others are as if no zero were."""
     trusted = np.arange(counts.shape[1]) < 20
