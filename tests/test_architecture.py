@@ -15,7 +15,7 @@ errors config events
 data.layout data.csr data.remote data.remote_output data.store data.writer data.stream data.rows data.temporary data.transpose data.matrix data.annotated
 data.tenx data.ingest data.quality
 data.fingerprint data.scratch data.array_files data.checkpoint data.remote_checkpoint
-data.factors data.design
+data.cell_model data.imputed data.factors data.design
 linalg.draws linalg.nnls linalg.tiles linalg.kernels linalg.cellwise linalg.tasks linalg.operator linalg.svd
 solve.rank solve.stopping solve.scaling solve.reference solve.ialm solve.zeros solve.alra solve.transform
 solve.pools solve.pooled solve.pooled_als solve.pooled_admm solve.pooled_nuclear

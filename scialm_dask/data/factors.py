@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import dask
 import numpy as np
@@ -14,84 +13,22 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import add_factors
-from scialm_dask.data.csr import row_of
+from scialm_dask.data.cell_model import CellModel
+from scialm_dask.data.imputed import CHUNK_BYTES, ZeroRule, write_dense, write_left, write_sparse
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
-from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store, set_encoding
-from scialm_dask.data.writer import CSRWriter
+from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store
 from scialm_dask.errors import InputError
-from scialm_dask.events import Advance, Listener, begin, silent
+from scialm_dask.events import Listener, begin, silent
 
 if TYPE_CHECKING:
     import anndata
     import dask.array as da
     import pandas as pd
 
-__all__ = ["CellModel", "Imputation", "ZeroRule"]
+__all__ = ["Imputation"]
 
 _KEY = "scialm"
-_CHUNK_BYTES = 8 << 20
-_DENSE_CHUNK_ROWS = 1024
-
-
-class ZeroRule(Protocol):
-    """Tells which entries of a matrix may be other than zero; see `scialm_dask.solve.alra.BiologicalZeros`."""
-
-    @property
-    def matrix(self) -> ExpressionMatrix:
-        """Whose observed entries are never zero."""
-        ...
-
-    def expressed(self, start: int, stop: int) -> NDArray[np.bool_]:
-        """Of cells `start` to `stop`, shape ``(stop − start, n)``."""
-        ...
-
-
-@dataclass(frozen=True)
-class CellModel:
-    """What a fit has learnt of cells, on the scale on which it made their noise even.
-
-    Parameters
-    ----------
-    gene_scale
-        What genes were multiplied with, float32, shape ``(n,)``.
-    mean, covariance
-        Of the rows of the left factor there, float64, shapes ``(r,)`` and ``(r, r)``.
-    residual
-        What the fit left of the observed entries, relative to their norm.
-    raw_counts
-        Whether it was made from raw counts.
-    cell_exponent
-        Cells were multiplied with (size factor / `centre`)^−cell_exponent.
-    centre
-        Geometric mean of the size factors.
-    confidence
-        In zeros, float32, shape ``(n,)``.
-    """
-
-    gene_scale: NDArray[np.float32]
-    mean: NDArray[np.float64]
-    covariance: NDArray[np.float64]
-    residual: float
-    raw_counts: bool
-    cell_exponent: float
-    centre: float
-    confidence: NDArray[np.float32]
-
-    @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> CellModel:
-        """Make one from what AnnData has read; nothing said of zeros means that they were unknown."""
-        gene_scale = np.asarray(stored["gene_scale"])
-        return cls(
-            gene_scale,
-            np.asarray(stored["mean"]),
-            np.asarray(stored["covariance"]),
-            residual=float(stored["residual"]),
-            raw_counts=bool(stored["raw_counts"]),
-            cell_exponent=float(stored["cell_exponent"]),
-            centre=float(stored["centre"]),
-            confidence=np.asarray(stored.get("confidence", np.zeros_like(gene_scale))),
-        )
 
 
 class Imputation:
@@ -243,7 +180,7 @@ class Imputation:
         """Give the imputed matrix as a dense Dask array, float32, computed block by block when asked for."""
         import dask.array as da
 
-        rows = max(1, _CHUNK_BYTES // (4 * self.shape[1]))
+        rows = max(1, CHUNK_BYTES // (4 * self.shape[1]))
         left = self.left.rechunk((rows, self.rank)) if self.rank else self.left.rechunk((rows, -1))
         return da.map_blocks(
             _product,
@@ -385,13 +322,13 @@ class Imputation:
 
         with atomic_store(path, overwrite=overwrite, sources=sources) as partial:
             root = new_anndata(partial, obs=self.obs, var=self.var)
-            self._write_left(root, advance_part)
+            write_left(root, f"X_{_KEY}", self.left, advance_part)
             anndata.io.write_elem(root["varm"], _KEY, self.right)
             anndata.io.write_elem(root["uns"], _KEY, self._notes())
             if preserve_zeros is not None:
-                self._write_sparse(root, preserve_zeros, keep_observed is not None, advance_part)
+                write_sparse(root, self, preserve_zeros, keep_observed is not None, advance_part)
             elif dense:
-                self._write_dense(root, keep_observed, advance_part)
+                write_dense(root, self, keep_observed, advance_part)
             zarr.consolidate_metadata(root.store)
 
     def to_anndata(self) -> anndata.AnnData:
@@ -424,54 +361,6 @@ class Imputation:
         notes = {"summary": json.dumps(self.summary), "history": self.history, "clip": self.clip}
         return notes if self.model is None else notes | {"model": asdict(self.model)}
 
-    def _write_left(self, root: zarr.Group, advance: Advance) -> None:
-        rows = max(1, min(self.shape[0], _CHUNK_BYTES // (4 * max(1, self.rank))))
-        chunks = (rows, max(1, self.rank))
-        array = root.require_group("obsm").create_array(
-            f"X_{_KEY}", shape=self.left.shape, chunks=chunks, dtype=np.float32
-        )
-        set_encoding(array, "array", "0.2.0")
-        for start, block in _blocks_of(self.left):
-            array[start : start + len(block)] = block
-            advance(len(block) / self.shape[0])
-
-    def _write_dense(self, root: zarr.Group, keep_observed: ExpressionMatrix | None, advance: Advance) -> None:
-        panels = self._panels()
-        rows = panels.sizes[0]
-        array = root.create_array(
-            "X", shape=self.shape, chunks=(rows, self.shape[1]), dtype=np.float32, config={"write_empty_chunks": True}
-        )
-        set_encoding(array, "array", "0.2.0")
-        observed = keep_observed.with_blocks(panels) if keep_observed else None
-        for number, (start, stop) in enumerate(panels):
-            values = self.product(self.left[start:stop].compute())
-            if observed is not None:
-                csr = observed.read_block(number)
-                values[row_of(csr), csr.indices] = csr.data
-            array[start:stop] = values
-            advance(1 / len(panels))
-
-    def _write_sparse(self, root: zarr.Group, zeros: ZeroRule, keep_observed: bool, advance: Advance) -> None:
-        import scipy.sparse as sp
-
-        panels = self._panels()
-        observed = zeros.matrix.with_blocks(panels)
-        with CSRWriter(root, "X", n_columns=self.shape[1]) as writer:
-            for number, (start, stop) in enumerate(panels):
-                values = self.product(self.left[start:stop].compute())
-                csr = observed.read_block(number)
-                at = row_of(csr), csr.indices
-                imputed = values[at]
-                values *= zeros.expressed(start, stop)
-                values[at] = csr.data if keep_observed else np.where(imputed > 0, imputed, csr.data)
-                writer.append(sp.csr_matrix(values))
-                advance(1 / len(panels))
-
-    def _panels(self) -> RowBlocks:
-        """Rows of which the dense form is small."""
-        n_cells, n_genes = self.shape
-        return RowBlocks.panels(n_cells, n_genes, min(_CHUNK_BYTES, 4 * n_genes * _DENSE_CHUNK_ROWS))
-
 
 def _product(left: NDArray[np.float32], right: NDArray[np.float32], *, clip: bool) -> NDArray[np.float32]:
     dense: NDArray[np.float32] = left @ right.T
@@ -483,7 +372,7 @@ def _stored_left(path: str, stored: Any) -> da.Array:
     import dask.array as da
 
     read, (cells, rank) = dask.delayed(_rows_of_left, pure=True), stored.shape
-    rows = RowBlocks.panels(cells, max(1, rank), _CHUNK_BYTES)
+    rows = RowBlocks.panels(cells, max(1, rank), CHUNK_BYTES)
     if stored.chunks is not None:  # an .h5ad may hold it in one piece
         rows = RowBlocks((*range(0, cells, stored.chunks[0]), cells))
     pieces = [da.from_delayed(read(path, *span), (span[1] - span[0], rank), stored.dtype) for span in rows]
@@ -492,14 +381,6 @@ def _stored_left(path: str, stored: Any) -> da.Array:
 
 def _rows_of_left(path: str, start: int, stop: int) -> NDArray[np.float32]:
     return np.asarray(open_store(path)[f"obsm/X_{_KEY}"][start:stop])
-
-
-def _blocks_of(array: da.Array) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    start = 0
-    for block in range(array.numblocks[0]):
-        values = array.blocks[block].compute()
-        yield start, values
-        start += len(values)
 
 
 def _positions(wanted: Any, names: pd.Index, what: str) -> tuple[Any, bool]:

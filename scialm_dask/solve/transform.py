@@ -12,7 +12,8 @@ from dask.delayed import Delayed
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import as_matrix
-from scialm_dask.data.factors import CellModel, Imputation
+from scialm_dask.data.cell_model import CellModel
+from scialm_dask.data.factors import Imputation
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
 from scialm_dask.errors import InputError
