@@ -12,6 +12,7 @@ import scanpy as sc
 import zarr
 
 from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
+from scialm_dask.data import factors
 from scialm_dask.errors import OutputError
 
 SETTINGS = {"preset": "paper", "max_iterations": 8, "max_rank": 6}
@@ -167,16 +168,16 @@ def test_dense_chunks_are_whole_rows_and_all_written(result, tmp_path):
 
 def test_nothing_is_there_until_it_is_complete(result, tmp_path, monkeypatch):
     seen = []
-    write = Imputation._write_dense
+    write = factors.write_dense
 
-    def watched(self, *args):
-        write(self, *args)
+    def watched(*args):
+        write(*args)
         seen.append((tmp_path / "r.zarr").exists())
 
-    monkeypatch.setattr(Imputation, "_write_dense", watched)
+    monkeypatch.setattr(factors, "write_dense", watched)
     result.to_zarr(tmp_path / "r.zarr", dense=True)
     assert seen == [False]
-    monkeypatch.setattr(Imputation, "_write_dense", lambda *_: 1 / 0)
+    monkeypatch.setattr(factors, "write_dense", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         result.to_zarr(tmp_path / "bad.zarr", dense=True)
     with pytest.raises(ZeroDivisionError):

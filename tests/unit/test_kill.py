@@ -28,7 +28,7 @@ POINTS = {
     "a checkpoint that has its name": ("data.checkpoint:_sync_folder", 8),
     "before an old checkpoint is removed": ("data.checkpoint:Checkpoints.remove", 2),
     "while an old checkpoint is removed": ("data.checkpoint:shutil.rmtree", 20),
-    "the result": ("data.factors:Imputation._write_left", 1),
+    "the result": ("data.factors:write_left", 1),
     "after the result": ("run.job:finish", 1),
 }
 
