@@ -51,7 +51,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(
-    ("form", "zarr_format"), [(sp.csr_matrix, 2), (sp.csc_matrix, 3), (sp.csr_matrix.toarray, 3)], ids=["csr", "csc", "dense"]
+    ("form", "zarr_format"),
+    [(sp.csr_matrix, 2), (sp.csc_matrix, 3), (sp.csr_matrix.toarray, 3)],
+    ids=["csr", "csc", "dense"],
 )
 def test_a_store_is_read_by_its_url(bucket, counts, store_of, form, zarr_format):
     upload(store_of(form(counts), zarr_format=zarr_format, twice=form(counts * 2)), "s3://bucket/a/b.zarr")
