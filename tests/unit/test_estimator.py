@@ -127,5 +127,8 @@ def test_what_cannot_be_done_is_refused(cells):
         IALM().transform(cells)
     with pytest.raises(InputError, match="choose one of auto, paper, denoise"):
         IALM("best").fit(cells)
-    with pytest.raises(InputError, match="zeros had weight"):
-        IALM("denoise", max_iterations=5).fit(cells).transform(cells)
+
+
+def test_denoise_completes_other_cells_too(cells):
+    fitted = IALM("denoise", max_iterations=5).fit(cells[:-7])
+    assert fitted.transform(cells[-7:]).compute().shape == (7, cells.shape[1])
