@@ -140,8 +140,13 @@ def _sections(summary: pd.DataFrame, evaluation: Evaluation) -> str:
                 clustered = rows[rows["kmeans_ari"].notna()]
                 parts.append(f"## Clusters: {title}\n\n{_section(clustered, _CLUSTERS, ascending=False)}")
     quoted = evaluation.scores[evaluation.scores["status"] == "quoted"]
-    words = [f"- {charts.label_of(row.method)} ({row.dataset}): {row.note}\n" for row in quoted.itertuples()]
+    words = [_quotation(row) for row in quoted.to_dict("records")]
     return "\n".join([*parts, "## Quoted\n\n" + "".join(words)] if words else parts)
+
+
+def _quotation(row: dict[str, Any]) -> str:
+    scores = [f"{words} {row[name]:.4g}" for name, words in charts.METRICS.items() if row[name] == row[name]]
+    return f"- {charts.label_of(row['method'])} ({row['dataset']}): {', '.join([*scores, row['note']])}\n"
 
 
 def _section(rows: pd.DataFrame, columns: dict[str, str], *, ascending: bool = True) -> str:

@@ -112,6 +112,7 @@ def test_labelled_cells_are_clustered_raw_masked_and_imputed(evaluation):
 
 def test_clusters_are_written_and_drawn(evaluation, tmp_path):
     write_evaluation(evaluation, tmp_path, {})
+    assert "SAVER (PBMC, as published): Pearson r 0.7768, quoted" in (tmp_path / "summary.md").read_text()
     assert len(pd.read_csv(tmp_path / "clusters.csv")) == 4
     assert len(pd.read_csv(tmp_path / "umap.csv.gz")) == 4 * 160
     summary = pd.read_csv(tmp_path / "summary.csv")
