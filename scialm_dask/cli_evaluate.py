@@ -45,7 +45,7 @@ def report(result: str, path: str, **options: Any) -> dict[str, Any]:
 @click.argument("src", metavar="SRC")
 @click.argument("folder", default="scialm-evaluation")
 @click.option("--methods", default="auto,denoise", help="auto, denoise, paper, peers, all, or names as below.")
-@click.option("--mask", "shares", default="0.1", help="Shares of the non-zeros to hide, such as 0.1,0.3,0.5.")
+@click.option("--mask", "shares", default="0.1", help="Shares of the non-zeros to hide, such as 0.1,0.5; empty: none.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, help="How often, each time with another seed.")
 @click.option("--count-split/--no-count-split", "split", default=None, help="[default: if the counts are known]")
 @click.option("--reference", default=None, metavar="STORE", help="The same cells and genes sequenced deeper.")
