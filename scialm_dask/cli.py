@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import click
 
 from scialm_dask import __version__
-from scialm_dask.errors import ScialmError
+from scialm_dask.errors import OutputError, ScialmError
 from scialm_dask.events import Listener, Note, silent
 from scialm_dask.run.termination import Terminated, on_sigterm
 
@@ -28,6 +29,13 @@ class _Commands(click.Group):
         except ScialmError as error:
             click.echo(f"scialm-dask: error: {' '.join(str(error).split())}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            # Outputs and scratch say themselves which disk it is; numba does not, which keeps compiled code.
+            remedy = "free some space, in your home too, or set NUMBA_CACHE_DIR to a folder on another disk"
+            click.echo(f"scialm-dask: error: {error.strerror}; {remedy}", err=True)
+            sys.exit(OutputError.exit_code)
         except KeyboardInterrupt as error:
             terminated = isinstance(error, Terminated)
             what = "terminated" if terminated else "interrupted"

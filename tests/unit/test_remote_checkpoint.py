@@ -104,10 +104,14 @@ def test_damage_is_told_by_name(checkpoints, damage):
     assert message in str(told.value)
 
 
-def test_a_server_that_fails_is_no_damage(checkpoints, bucket, impatient):
-    bucket.faults = Faults("PUT", r"\.npy", at={1: "500"})  # one, as files go side by side and each is tried but twice
+def test_a_failure_that_passes_is_tried_again(checkpoints, bucket):
+    bucket.faults = Faults("PUT", r"\.npy", at={1: "500"})
     write(checkpoints)
     assert len(bucket.faults.made) == 1
+
+
+def test_a_server_that_fails_is_no_damage(checkpoints, bucket, impatient):
+    write(checkpoints)
     bucket.faults = Faults("GET", r"\.npy", ever_after=(1, "500"))
     with (
         checkpoints_at(URL) as later,
