@@ -38,7 +38,7 @@ Doubles = NDArray[np.float64]
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
 
 _DENSE_FROM = 0.4  # density from which BLAS on dense panels beats the sparse loops
-_PANEL_VALUES = 4_000_000  # of a dense panel: 16 MB
+PANEL_VALUES = 4_000_000  # of a dense panel: 16 MB
 
 
 @dataclass(frozen=True)
@@ -251,18 +251,16 @@ def _given_back(observed: Floats, estimate: Floats, trust: Floats, a: Floats, ho
     return estimate
 
 
-def project(block: Block, state: BlockState, view: View) -> Sums:
-    """Compute what Wᵀ Y needs of the block, for given rows Y of orthonormal left vectors in ``state.sketch``."""
-    sparse, left = _sparse(block, state, view), _spread_left(block, state.left, view)
-    cross = np.zeros((block.n_columns, state.sketch.shape[1]), np.float32)
-    scatter(block.indptr, block.indices, sparse, state.sketch, cross)
-    wide = state.sketch.astype(np.float64)
-    return Sums(cross, left.T.astype(np.float64) @ wide, wide.T @ wide, 0.0, 0.0)
+def project(block: Block, left: Floats, sparse: Floats, vectors: Floats) -> tuple[Floats, Doubles]:
+    """Compute SᵀY and LᵀY, of which WᵀY is made, for the block's rows Y of some vectors."""
+    cross = np.zeros((block.n_columns, vectors.shape[1]), np.float32)
+    scatter(block.indptr, block.indices, sparse, vectors, cross)
+    return cross, left.T.astype(np.float64) @ vectors
 
 
 def column_gram(block: Block, state: BlockState, view: View) -> tuple[Doubles, Doubles, Doubles]:
     """LᵀL, LᵀS and SᵀS (n × n), float64, of which WᵀW is made."""
-    sparse, left = _sparse(block, state, view), _spread_left(block, state.left, view)
+    left, sparse = left_and_sparse(block, state, view)
     cross = np.zeros((block.n_columns, left.shape[1]), np.float32)
     scatter(block.indptr, block.indices, sparse, left, cross)
     gram = np.zeros((block.n_columns, block.n_columns))
@@ -273,39 +271,46 @@ def column_gram(block: Block, state: BlockState, view: View) -> tuple[Doubles, D
 
 
 class RowHalf(NamedTuple):
-    """What a row block brings to WWᵀ: L, S R, both with m rows, and the values of S at the observed entries."""
+    """What a row block brings to WWᵀ = P Lᵀ + L Pᵀ + S Sᵀ, where P = S R + ½ L RᵀR.
+
+    L and P, float32 and float64 with m rows, and S at the observed entries, float32.
+    """
 
     left: Floats
-    sparse_right: Floats
+    mixed: Doubles
     sparse: Floats
 
 
-def row_half(block: Block, state: BlockState, view: View) -> RowHalf:
-    """Prepare a block for `row_gram`."""
-    sparse = _sparse(block, state, view)
+def row_half(block: Block, state: BlockState, view: View, core: Doubles) -> RowHalf:
+    """Prepare a block for `row_gram`; `core` is RᵀR."""
+    left, sparse = left_and_sparse(block, state, view)
     sparse_right = np.zeros((block.n_rows, view.spread.shape[1]), np.float32)
     gather(block.indptr, block.indices, sparse, view.spread, sparse_right)
-    return RowHalf(_spread_left(block, state.left, view), sparse_right, sparse)
+    mixed = left @ (core / 2)
+    mixed += sparse_right
+    return RowHalf(left, mixed, sparse)
 
 
-def row_gram(blocks: tuple[Block, Block], halves: tuple[RowHalf, RowHalf], core: Doubles) -> Doubles:
-    """W₁W₂ᵀ of two row blocks, float64; `core` is RᵀR."""
-    left, other = (half.left.astype(np.float64) for half in halves)
-    gram = (left @ core + halves[0].sparse_right) @ other.T
-    gram += left @ halves[1].sparse_right.T.astype(np.float64)
-    one, two = (
-        _dense_panel(block, half.sparse, slice(0, block.n_rows), slice(0, len(half.sparse)))
-        for block, half in zip(blocks, halves, strict=True)
-    )
-    gram += one @ two.T
+def row_gram(blocks: tuple[Block, Block], halves: tuple[RowHalf, RowHalf]) -> Doubles:
+    """W₁W₂ᵀ of two row blocks, float64."""
+    gram = halves[0].mixed @ halves[1].left.T + halves[0].left @ halves[1].mixed.T
+    for rows, entries in _panels(blocks[0]):
+        panel = _dense_panel(blocks[0], halves[0].sparse, rows, entries)
+        if blocks[1].is_dense:
+            other = _dense_panel(blocks[1], halves[1].sparse, slice(0, blocks[1].n_rows), slice(None))
+            gram[rows] += panel @ other.T
+        else:
+            product = np.zeros((blocks[1].n_rows, len(panel)), np.float32)
+            gather(blocks[1].indptr, blocks[1].indices, halves[1].sparse, np.ascontiguousarray(panel.T), product)
+            gram[rows] += product.T
     return gram
 
 
-def _sparse(block: Block, state: BlockState, view: View) -> Floats:
-    """Give S, the sparse part of W, at the observed entries."""
+def left_and_sparse(block: Block, state: BlockState, view: View) -> tuple[Floats, Floats]:
+    """Give L, and S at the observed entries, of which and R the block's W = L Rᵀ + S is made."""
     sparse = sampled_product(block, state.left, view.right)
     _sparse_part(state.estimate, _trust(block, view), sparse)
-    return sparse
+    return _spread_left(block, state.left, view), sparse
 
 
 def quadratic(block: Block, left: Floats, view: View) -> tuple[Doubles, Doubles, Doubles]:
@@ -317,7 +322,7 @@ def quadratic(block: Block, left: Floats, view: View) -> tuple[Doubles, Doubles,
     trust, rank = _trust(block, view), left.shape[1]
     linear, square = np.zeros(rank), np.zeros((rank, rank))
     rows = np.repeat(np.arange(block.n_rows), np.diff(block.indptr))
-    step = max(1, _PANEL_VALUES // max(1, rank))
+    step = max(1, PANEL_VALUES // max(1, rank))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         terms = (left[rows[part]] * view.right[block.indices[part]]).astype(np.float64)
@@ -335,7 +340,7 @@ def _dense_panel(block: Block, sparse: Floats, rows: slice, entries: slice) -> F
 
 def _panels(block: Block) -> Iterator[tuple[slice, slice]]:
     """Row ranges whose dense form is small, with the range of their entries."""
-    step = max(1, _PANEL_VALUES // block.n_columns)
+    step = max(1, PANEL_VALUES // block.n_columns)
     for start in range(0, block.n_rows, step):
         stop = min(start + step, block.n_rows)
         yield slice(start, stop), slice(int(block.indptr[start]), int(block.indptr[stop]))

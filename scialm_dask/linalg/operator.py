@@ -55,6 +55,7 @@ class _Kept(NamedTuple):
 
 
 _PANEL_ROWS = 1024
+PANEL_COLUMNS = 256  # of left vectors that are projected at once
 _UNUSED = 1  # a version that no pass makes
 
 
@@ -165,12 +166,37 @@ class LowRankPlusSparse:
         view = self._view(right)
         overlap = None if basis is None else view.spread.T @ basis
         view = replace(view, basis=basis, overlap=overlap, step=step, give_back=give_back)
-        return self._pass(tasks.visit, view, [None] * self.n_blocks, changed)
+        return self._pass(view, changed)
 
-    def project(self, vectors: Floats) -> Product:
-        """Compute Wᵀ times orthonormal left vectors, shape ``(m, l)``, which become the sketch. One pass."""
-        rows = [dask.delayed(vectors[a:b]) for a, b in pairwise(self.bounds)]
-        return self._pass(tasks.project, self._view(), rows, {"sketch"})
+    def project(self, vectors: Floats) -> Floats:
+        """Compute Wᵀ times left vectors, shape ``(m, l)``, which become the sketch: float32, ``(n, l)``. One pass.
+
+        A few vectors at a time, so that what the blocks give back is never all there at once.
+        """
+        view, number = self._view(), self.passes + 1
+        carried = self._carry(view)
+        rows = [vectors[a:b] for a, b in pairwise(self.bounds)]
+        prepare = dask.delayed(tasks.take_sketch, pure=False, nout=2)
+        begun = self._at_home(
+            lambda b: tuple(prepare(self._store, b, self._blocks[b], self._state[b], carried, number, rows[b]))
+        )
+        held = _run([part for pair in begun for part in pair])
+        self._state, parts = self._hold(list(held[::2])), held[1::2]
+        cross = np.empty((self.shape[1], vectors.shape[1]), np.float32)
+        for start in range(0, vectors.shape[1], PANEL_COLUMNS):
+            some = slice(start, start + PANEL_COLUMNS)
+            cross[:, some], left_cross = self._project_some(parts, vectors[:, some])
+            _add_product(cross[:, some], view.spread, left_cross)
+        self._count_pass()
+        self._renew({"sketch"}, number)
+        return cross
+
+    def _project_some(self, parts: Sequence[Delayed], vectors: Floats) -> tuple[Floats, Doubles]:
+        project = dask.delayed(tasks.project)
+        rows = [vectors[a:b] for a, b in pairwise(self.bounds)]
+        sums = self._at_home(lambda b: project(self._store, self._blocks[b], parts[b], rows[b]))
+        (total,) = _run([self._sum(sums, tasks.add)])
+        return total.compute()  # type: ignore[no-any-return]
 
     def column_gram(self) -> Doubles:
         """WᵀW, shape ``(n, n)``, when columns are the short side. One pass."""
@@ -190,13 +216,11 @@ class LowRankPlusSparse:
     def row_gram(self) -> Doubles:
         """WWᵀ, shape ``(m, m)``, when rows are the short side: a task for each pair of blocks. One pass."""
         view = self._view()
-        core, carried = view.spread.T.astype(np.float64) @ view.spread, self._carry(view)
+        carried, core = self._carry(view), dask.delayed(_gram(view.spread), traverse=False)
         prepare, pair = dask.delayed(tasks.row_half), dask.delayed(tasks.row_gram)
-        halves = self._at_home(lambda b: prepare(self._store, self._blocks[b], self._state[b], carried))
+        halves = self._at_home(lambda b: prepare(self._store, self._blocks[b], self._state[b], carried, core))
         corners = [(i, j) for i in self._each() for j in range(i, self.n_blocks)]
-        tiles = _run(
-            [pair(self._store, self._blocks[i], self._blocks[j], halves[i], halves[j], core) for i, j in corners]
-        )
+        tiles = _run([pair(self._store, self._blocks[i], self._blocks[j], halves[i], halves[j]) for i, j in corners])
         self._count_pass()
         gram = np.empty((self.shape[0], self.shape[0]))
         for (i, j), tile in zip(corners, dask.compute(*tiles), strict=True):
@@ -327,27 +351,29 @@ class LowRankPlusSparse:
         """Whether a block that a worker loses is made again by all the passes since the state was last put back."""
         return not self._store.durable and _on_cluster()
 
-    def _pass(self, function: Callable[..., Any], view: View, extra: list[Any], changed: set[str]) -> Product:
-        """Run `function` once for each block and add up the sums that it returns beside the block's new state."""
+    def _pass(self, view: View, changed: set[str]) -> Product:
+        """Visit each block once and add up the sums that it gives beside its new state."""
         number = self.passes + 1
         carried = self._carry(view)
-        visit = dask.delayed(function, pure=False, nout=2)
-        parts = self._at_home(
-            lambda b: tuple(visit(self._store, b, self._blocks[b], self._state[b], carried, number, extra[b]))
-        )
+        visit = dask.delayed(tasks.visit, pure=False, nout=2)
+        parts = self._at_home(lambda b: tuple(visit(self._store, b, self._blocks[b], self._state[b], carried, number)))
         total = self._sum([sums for _, sums in parts], add_sums)
         sums: Sums
         state, sums = self._settle([state for state, _ in parts], total)
         self._state, self._right = state, view.right
         self._count_pass()
-        for name in changed:
-            if self._best is None or self._best.versions.get(name) != self._versions[name]:
-                self._store.drop(name, self._versions[name])
-            self._versions[name] = number
+        self._renew(changed, number)
         cross = sums.sparse_cross.astype(np.float64)
         if cross.size:
             _add_product(cross, view.spread, sums.left_cross)
         return Product(cross, sums.gram, sums.misfit, sums.held_out)
+
+    def _renew(self, changed: set[str], number: int) -> None:
+        """Forget what a pass has made anew, unless it is kept."""
+        for name in changed:
+            if self._best is None or self._best.versions.get(name) != self._versions[name]:
+                self._store.drop(name, self._versions[name])
+            self._versions[name] = number
 
     def _count_pass(self) -> None:
         self.passes += 1
@@ -434,7 +460,16 @@ def _on_cluster() -> bool:
     return hasattr(getattr(get_scheduler(), "__self__", None), "persist")
 
 
-def _add_product(total: Doubles, tall: Floats, wide: Doubles) -> None:
+def _gram(tall: Floats) -> Doubles:
+    """Give TᵀT, float64, some rows at a time: on large matrices a copy in float64 is too much."""
+    gram = np.zeros((tall.shape[1],) * 2)
+    for start in range(0, len(tall), _PANEL_ROWS):
+        panel = tall[start : start + _PANEL_ROWS].astype(np.float64)
+        gram += panel.T @ panel
+    return gram
+
+
+def _add_product(total: Doubles | Floats, tall: Floats, wide: Doubles) -> None:
     """Add a product to `total`, some rows at a time: on large matrices a temporary of its size is too much."""
     for start in range(0, len(tall), _PANEL_ROWS):
         rows = slice(start, start + _PANEL_ROWS)

@@ -149,7 +149,7 @@ def short_side_svd(operator: LowRankPlusSparse, limit: int, threshold: float) ->
     if m > n:
         operator.multiply(vectors)  # the sketch is W V = U Σ
         return _with_signs(values, vectors, np.diag(1 / values))
-    cross = operator.project(vectors).cross
+    cross = operator.project(vectors)
     cross /= values
     return _with_signs(values, cross, np.eye(len(values)))
 
@@ -157,11 +157,11 @@ def short_side_svd(operator: LowRankPlusSparse, limit: int, threshold: float) ->
 def _leading_eigenpairs(gram: Doubles, limit: int, smallest: float) -> tuple[Doubles, Floats]:
     """Square roots of the eigenvalues over `smallest`, `limit` at most and one at least, falling, and the vectors.
 
-    Overwrites `gram`: its eigenvectors are as large as it is, and there is no room for a third such matrix.
+    Overwrites `gram` by the vectors; LAPACK works in twice its room besides.
     """
     empty = np.diagonal(gram) == 0  # rows of zeros, which rounding must not fill
-    # All of them: LAPACK takes longer to find a third.
-    squares, vectors = eigh(gram.T, overwrite_a=True, check_finite=False, driver="evr")
+    # All of them, by divide and conquer: LAPACK takes longer to find a third, and so does iterating on a warm start.
+    squares, vectors = eigh(gram.T, overwrite_a=True, check_finite=False, driver="evd")
     count = min(limit, max(1, int(np.count_nonzero(squares > smallest))))
     values = np.sqrt(np.maximum(squares[::-1][:count], 0))
     leading = vectors[:, ::-1][:, :count].astype(np.float32)

@@ -146,7 +146,6 @@ def visit(
     at: References,
     view: View,
     number: int,
-    _: None,
 ) -> tuple[References, Sums]:
     # A step makes a new left factor of the sketch; without one the old left factor is in force and the sketch is not.
     unneeded = np.zeros((0, 0), np.float32)
@@ -156,18 +155,16 @@ def visit(
     return _put_changes(store, block, number, at, state, new), sums
 
 
-def project(
-    store: Store,
-    block: int,
-    held: HeldBlock,
-    at: References,
-    view: View,
-    number: int,
-    vectors: Floats,
-) -> tuple[References, Sums]:
+def take_sketch(
+    store: Store, block: int, held: HeldBlock, at: References, view: View, number: int, vectors: Floats
+) -> tuple[References, tuple[Floats, Floats]]:
     state = BlockState(store.get(at.estimate), store.get(at.left), vectors)
-    sums = kernels.project(_block(store, held), state, view)
-    return replace(at, sketch=store.put("sketch", number, block, vectors)), sums
+    parts = kernels.left_and_sparse(_block(store, held), state, view)
+    return replace(at, sketch=store.put("sketch", number, block, vectors)), parts
+
+
+def project(store: Store, held: HeldBlock, parts: tuple[Floats, Floats], vectors: Floats) -> tuple[Floats, Doubles]:
+    return kernels.project(_block(store, held), *parts, vectors)
 
 
 def column_gram(store: Store, held: HeldBlock, at: References, view: View) -> tuple[Doubles, Doubles, Doubles]:
@@ -175,15 +172,13 @@ def column_gram(store: Store, held: HeldBlock, at: References, view: View) -> tu
     return kernels.column_gram(_block(store, held), state, view)
 
 
-def row_half(store: Store, held: HeldBlock, at: References, view: View) -> RowHalf:
+def row_half(store: Store, held: HeldBlock, at: References, view: View, core: Doubles) -> RowHalf:
     state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
-    return kernels.row_half(_block(store, held), state, view)
+    return kernels.row_half(_block(store, held), state, view, core)
 
 
-def row_gram(
-    store: Store, one: HeldBlock, other: HeldBlock, half: RowHalf, other_half: RowHalf, core: Doubles
-) -> Doubles:
-    return kernels.row_gram((_block(store, one), _block(store, other)), (half, other_half), core)
+def row_gram(store: Store, one: HeldBlock, other: HeldBlock, half: RowHalf, other_half: RowHalf) -> Doubles:
+    return kernels.row_gram((_block(store, one), _block(store, other)), (half, other_half))
 
 
 def quadratic(

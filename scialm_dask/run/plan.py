@@ -18,7 +18,8 @@ from dask.utils import format_bytes
 from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import DoesNotFitError, InputError
-from scialm_dask.linalg.kernels import Block, BlockState, View, visit
+from scialm_dask.linalg.kernels import PANEL_VALUES, Block, BlockState, View, visit
+from scialm_dask.linalg.operator import PANEL_COLUMNS
 from scialm_dask.run.cluster import Team, team
 from scialm_dask.solve.alra import PASSES as BIOLOGICAL_ZEROS_PASSES
 from scialm_dask.solve.ialm import first_penalty, zero_iterations
@@ -153,9 +154,10 @@ def _short_side_memory(shape: tuple[int, int], rows: int, rank: int, threads: in
     gram = _DOUBLE * min(shape) ** 2
     if m > n:
         return gram * (threads + levels + 2)
-    pairs = gram // 2 + threads * (2 * _FLOAT * rows * n + 2 * _DOUBLE * rows**2)
-    projected = _FLOAT * n * rank * max(threads + levels - 1, 4)  # by the workers; then here, in float64
-    return max(gram + pairs, 2 * gram, projected) + _FLOAT * (m + n) * rank
+    pairs = gram // 2 + threads * (2 * _FLOAT * PANEL_VALUES + 2 * _DOUBLE * rows**2)
+    some = _FLOAT * n * min(rank, PANEL_COLUMNS) * max(threads + levels - 1, 4)  # what blocks give for some vectors
+    projected = _FLOAT * n * rank + max(some, _FLOAT * n * rank)  # then with their signs
+    return max(gram + pairs, 3 * gram, projected) + _FLOAT * (m + 2 * n) * rank
 
 
 def _iterations(settings: Settings, density: float) -> tuple[int, int]:

@@ -29,7 +29,7 @@ def block(request, monkeypatch):
     indices = np.concatenate(rows).astype(np.int32)
     made = Block(indptr, indices, 1 + rng.gamma(1, 3, len(indices)).astype(np.float32), N)
     assert made.is_dense == (request.param == "dense")
-    monkeypatch.setattr(kernels, "_PANEL_VALUES", 5 * N)
+    monkeypatch.setattr(kernels, "PANEL_VALUES", 5 * N)
     return made
 
 
@@ -180,17 +180,19 @@ def test_project_and_grams(block, rank):
     rng = np.random.default_rng(6)
     state, right = state_of(block, rank), rough(rng, N, rank)
     S, A = sparse_part(block, state, right)
-    sums = kernels.project(block, state, view_of(right))
-    close(sums.sparse_cross, S.T @ state.sketch)
-    close(sums.left_cross, state.left.T @ state.sketch)
-    close(sums.gram, state.sketch.T @ state.sketch)
+    left, sparse = kernels.left_and_sparse(block, state, view_of(right))
+    close(dense_of(block, sparse), S)
+    cross, left_cross = kernels.project(block, left, sparse, state.sketch)
+    assert (cross.dtype, left_cross.dtype) == (np.float32, np.float64)
+    close(cross, S.T @ state.sketch)
+    close(left_cross, state.left.T @ state.sketch)
     left_gram, cross, gram = kernels.column_gram(block, state, view_of(right))
     assert left_gram.dtype == cross.dtype == gram.dtype == np.float64
     close(left_gram, state.left.T @ state.left)
     close(cross, state.left.T @ S)
     close(gram, S.T @ S)
-    half = kernels.row_half(block, state, view_of(right))
-    got = kernels.row_gram((block, block), (half, half), right.T.astype(np.float64) @ right)
+    half = kernels.row_half(block, state, view_of(right), right.T.astype(np.float64) @ right)
+    got = kernels.row_gram((block, block), (half, half))
     assert got.dtype == np.float64
     close(got, (A + S) @ (A + S).T)
 
@@ -207,5 +209,6 @@ def test_row_gram_of_two_blocks(block, rank):
     states = tuple(state_of(b, rank, n_hidden=3, seed=k) for k, b in enumerate(blocks))
     right = rough(rng, N, rank)
     one, two = (sum(sparse_part(b, s, right)) for b, s in zip(blocks, states, strict=True))
-    halves = tuple(kernels.row_half(b, s, view_of(right)) for b, s in zip(blocks, states, strict=True))
-    close(kernels.row_gram(blocks, halves, right.T.astype(np.float64) @ right), one @ two.T)
+    core = right.T.astype(np.float64) @ right
+    halves = tuple(kernels.row_half(b, s, view_of(right), core) for b, s in zip(blocks, states, strict=True))
+    close(kernels.row_gram(blocks, halves), one @ two.T)
