@@ -12,6 +12,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from scialm_dask.arguments import checked, taken
 from scialm_dask.data.annotated import add_factors
 from scialm_dask.data.cell_model import CellModel
 from scialm_dask.data.imputed import CHUNK_BYTES, ZeroRule, write_dense, write_left, write_sparse
@@ -116,6 +117,7 @@ class Imputation:
         self.clip = clip
 
     @classmethod
+    @checked
     def open(cls, path: str | os.PathLike[str]) -> Imputation:
         """Open what `to_zarr` or ``scialm-dask impute`` has written, or an AnnData that `impute` has added to.
 
@@ -314,6 +316,7 @@ class Imputation:
         """
         import anndata
 
+        path = taken("path", path, str | os.PathLike)
         if dense and preserve_zeros is not None:
             raise InputError("dense and preserve_zeros both say what X is to be; give one of them")
         if keep_observed is not None and not dense and preserve_zeros is None:
