@@ -127,7 +127,10 @@ def publication(
     listen: Listener,
     **options: Any,
 ) -> dict[str, Any]:
-    """Make the publication's tables and figures, and some it lacks, from matrices of raw counts."""
+    """Make the publication's tables and figures, and some it lacks, from matrices of raw counts.
+
+    If it fails on the way, what was made is kept beside FOLDER, under a name that ends with .unfinished.
+    """
     from scialm_dask.data.store import kept_output
     from scialm_dask.evaluate.publication import Programme, publication
 

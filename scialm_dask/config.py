@@ -106,7 +106,7 @@ class Settings:
     @property
     def idle(self) -> dict[str, tuple[str, str]]:
         """Settings that have no effect with these: of each, what makes it so, and what it goes with."""
-        idle = {}
+        idle: dict[str, tuple[str, str]] = {}
         if self.rank_policy == "adaptive":
             why = "rank_policy adaptive", "rank_policy paper, as in preset paper"
             idle |= {"first_rank": why, "increment": why}
