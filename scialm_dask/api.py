@@ -88,7 +88,7 @@ def impute(
     Raises
     ------
     InputError
-        If the matrix or a setting cannot be used.
+        If the matrix or a setting cannot be used, or a setting has no effect beside the others.
     DoesNotFitError
         If the forecast does not fit memory or disk.
     OutputError
@@ -106,6 +106,8 @@ def impute(
         if checkpoint is None:
             raise InputError(f"checkpoint_every is {checkpoint_every!r} without a checkpoint; give the folder for them")
         checkpoint = replace(checkpoint, every=checkpoint_every)
+    if confidence is not None and settings.get("zeros") is not None:
+        raise InputError(f"zeros is {settings['zeros']!r} beside a confidence, which goes first; give one of them")
     chosen = settings_of(preset, **settings)
     source = as_matrix(matrix, layer, observed=observed)
     refuse_logarithms(source, matrix, layer)

@@ -50,7 +50,7 @@ def report(result: str, path: str, **options: Any) -> dict[str, Any]:
 @click.option("--count-split/--no-count-split", "split", default=None, help="[default: if the counts are known]")
 @click.option("--reference", default=None, metavar="STORE", help="The same cells and genes sequenced deeper.")
 @click.option("--labels", default=None, metavar="COLUMN", help="Known types in obs: cluster the cells and compare.")
-@click.option("--sweep", "sweeps", multiple=True, metavar="FIELD=VALUES", help="Such as increment=10,50,100,…,400.")
+@click.option("--sweep", "sweeps", multiple=True, metavar="FIELD=VALUES", help="Such as max_rank=10,20,…,50.")
 @click.option("--memory-limit", default=None, help="What each method may hold, such as 8GB.  [default: no limit]")
 @click.option("--time-limit", type=float, default=None, metavar="SECONDS", help="What each method may take.")
 @layer_option
@@ -77,7 +77,7 @@ def evaluate(
     scimpute quote the publication. module:function runs a function of your own. Each runs in a process of its own.
     """
     from scialm_dask.data.matrix import ExpressionMatrix
-    from scialm_dask.data.store import atomic_output, check_output, scratch_folder_for
+    from scialm_dask.data.store import check_output, kept_output, scratch_folder_for
     from scialm_dask.evaluate.contest import evaluate_imputation
     from scialm_dask.evaluate.written import summary_table, write_evaluation
 
@@ -95,8 +95,7 @@ def evaluate(
         listen=listen,
         **options,
     )
-    with atomic_output(folder, overwrite=overwrite, sources=sources) as partial:
-        partial.mkdir()
+    with kept_output(folder, overwrite=overwrite, sources=sources, listen=listen) as partial:
         about = {"source": src, "layer": layer, "reference": reference, "methods": methods, "mask": hidden}
         write_evaluation(found, partial, {**about, "seeds": seeds, **options})
     return {"destination": folder, **_scores_of(summary_table(found))}
@@ -128,8 +127,11 @@ def publication(
     listen: Listener,
     **options: Any,
 ) -> dict[str, Any]:
-    """Make the publication's tables and figures, and some it lacks, from matrices of raw counts."""
-    from scialm_dask.data.store import atomic_output
+    """Make the publication's tables and figures, and some it lacks, from matrices of raw counts.
+
+    If it fails on the way, what was made is kept beside FOLDER, under a name that ends with .unfinished.
+    """
+    from scialm_dask.data.store import kept_output
     from scialm_dask.evaluate.publication import Programme, publication
 
     programme = Programme(
@@ -140,8 +142,7 @@ def publication(
         **options,
     )
     read = (*sources, *(path for pair in programme.truths for path in pair))
-    with atomic_output(folder, overwrite=overwrite, sources=read) as partial:
-        partial.mkdir()
+    with kept_output(folder, overwrite=overwrite, sources=read, listen=listen) as partial:
         return {"destination": folder, **publication(sources, partial, programme, listen)}
 
 
@@ -162,7 +163,7 @@ def _scores_of(table: Any) -> dict[str, Any]:
     """Scores by experiment and method, for people and for --json."""
     scores: dict[str, Any] = {}
     for row in table.to_dict("records"):
-        share = f"{row['share']:.0%}" if row.get("share", None) == row.get("share", None) else ""
+        share = f"{row['share']:.0%}" if row["share"] == row["share"] else ""
         name = " ".join(filter(None, [row["experiment"], share, row["method"], row["setting"]]))
         kept = {k: row[k] for k in ("mse", "mae", "pearson", "cosine", "relative_error", "leiden_ari") if k in row}
         known = {k: v for k, v in kept.items() if v == v}

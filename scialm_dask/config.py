@@ -103,6 +103,21 @@ class Settings:
         """Of genes and of cells."""
         return (0.5, 0.5) if self.scaling is None else self.scaling
 
+    @property
+    def idle(self) -> dict[str, tuple[str, str]]:
+        """Settings that have no effect with these: of each, what makes it so, and what it goes with."""
+        idle: dict[str, tuple[str, str]] = {}
+        if self.rank_policy == "adaptive":
+            why = "rank_policy adaptive", "rank_policy paper, as in preset paper"
+            idle |= {"first_rank": why, "increment": why}
+        if self.stop != "held-out":
+            idle["validation"] = f"stop {self.stop}", "stop held-out, as in preset auto"
+        if self.stop == "residual" and self.zeros != "auto":  # ω is chosen with patience, too
+            idle["patience"] = "stop residual", "stop held-out or count-split, as in presets auto and denoise"
+        if self.svd_passes < 3:  # the first two are made before anything is compared
+            idle["svd_tolerance"] = f"svd_passes {self.svd_passes}", "svd_passes of 3 or more, as in preset paper"
+        return idle
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and for the result's ``uns``."""
         return asdict(self) | {"scaling": self.exponents}
@@ -119,6 +134,11 @@ def preset(name: str, **changes: Any) -> Settings:
     **changes
         Fields of `Settings` to set otherwise; None leaves the preset's. `max_rank` may be ``"none"``, for no limit.
         `scaling` may be ``"none"``, ``"poisson"`` or two numbers with a comma between.
+
+    Raises
+    ------
+    InputError
+        If there is no such preset or field, a value cannot be, or a change has no effect; see `Settings.idle`.
     """
     unknown = [field for field in changes if field not in Settings.__dataclass_fields__]
     if unknown:
@@ -132,11 +152,16 @@ def preset(name: str, **changes: Any) -> Settings:
         changes["zeros"] = _number("zeros", changes["zeros"])
     if name == "paper":
         published = {"rank_policy": "paper", "stop": "residual", "scaling": (0.0, 0.0), "max_rank": None}
-        return Settings(**{**published, "svd_passes": 30, "svd_tolerance": 3e-4, **changes})
-    if name == "denoise":
-        return Settings(**{"stop": "count-split", "zeros": "auto", **changes})
-    taken("preset", name, Preset)
-    return Settings(**changes)
+        settings = Settings(**{**published, "svd_passes": 30, "svd_tolerance": 3e-4, **changes})
+    elif name == "denoise":
+        settings = Settings(**{"stop": "count-split", "zeros": "auto", **changes})
+    else:
+        taken("preset", name, Preset)
+        settings = Settings(**changes)
+    for field, (because, wanted) in settings.idle.items():
+        if field in changes:
+            raise InputError(f"{field} has no effect with preset {name} ({because}); it goes with {wanted}")
+    return settings
 
 
 def configured(name: str, given: Any = None) -> Any:

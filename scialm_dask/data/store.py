@@ -24,12 +24,14 @@ from zarr.core.sync import sync
 from scialm_dask.data.remote import RemoteStore, is_url
 from scialm_dask.data.remote_output import NewStore, check_new, new_store
 from scialm_dask.errors import InputError, OutputError
+from scialm_dask.events import Listener, Note
 
 __all__ = [
     "atomic_output",
     "atomic_store",
     "check_apart",
     "check_output",
+    "kept_output",
     "lasting",
     "missing_chunks",
     "new_anndata",
@@ -185,6 +187,30 @@ def atomic_output(
         raise output_error(final, error) from error
     finally:
         _remove(partial)
+
+
+@contextmanager
+def kept_output(
+    destination: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    sources: tuple[str | os.PathLike[str], ...] = (),
+    listen: Listener,
+) -> Iterator[Path]:
+    """Give a new folder to write to, as `atomic_output` does, whose pieces are worth something by themselves.
+
+    After an exception (Ctrl-C too) those that were made are kept beside `destination`, in a folder whose name ends with
+    ``.unfinished``, and `listen` is told of it.
+    """
+    with atomic_output(destination, overwrite=overwrite, sources=sources) as partial:
+        partial.mkdir()
+        try:
+            yield partial
+        except BaseException:
+            if any(partial.iterdir()):
+                unfinished = partial.rename(partial.with_name(f"{partial.stem.removeprefix('.')}.unfinished"))
+                listen(Note(f"not finished; what was made is kept in {unfinished}"))
+            raise
 
 
 @contextmanager

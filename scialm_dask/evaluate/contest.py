@@ -36,9 +36,9 @@ from scialm_dask.events import Listener, Scored, silent
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Evaluation", "checked_contestants", "evaluate_imputation"]
+__all__ = ["KEY", "Evaluation", "checked_contestants", "evaluate_imputation"]
 
-_KEY = ("dataset", "experiment", "share", "method", "setting")
+KEY = ("dataset", "experiment", "share", "method", "setting")
 _COLUMNS = (
     *("dataset", "experiment", "share", "seed", "method", "setting", "status", "n", *METRICS),
     *(f"gene_{name}" for name in METRICS),
@@ -78,7 +78,7 @@ class Evaluation:
 
     def summary(self) -> pd.DataFrame:
         """Means over the seeds, one row for each experiment and method, best first."""
-        grouped = self.scores.groupby(list(_KEY), dropna=False, sort=False)
+        grouped = self.scores.groupby(list(KEY), dropna=False, sort=False)
         numbers = ["n", *METRICS, "gene_pearson", "relative_error", "mean_ratio", "zeros_pearson", "seconds"]
         table = grouped[[*numbers, "peak_bytes"]].mean()
         table["seeds"] = grouped.size()
@@ -127,7 +127,7 @@ def evaluate_imputation(
     labels
         Column of obs with known types of cells: they are clustered as observed, masked and imputed.
     sweeps
-        Such as ``"increment=10,50,100,…,400"``: our presets at each value of a field of `Settings`.
+        Such as ``"max_rank=10,20,…,50"``: our presets at each value of a field of `Settings`.
     layer
         Read this layer instead of X.
     memory_limit
@@ -248,7 +248,7 @@ def _evaluation(collected: Collected, name: str, genes: Any, labels: pd.Series |
     for key, moments in collected.moments.items():
         scores = moments.by_gene
         chosen = scores.n > 0
-        which = dict(zip(_KEY[1:], key, strict=True))
+        which = dict(zip(KEY[1:], key, strict=True))
         values = {metric: np.asarray(getattr(scores, metric))[chosen] for metric in ("n", *METRICS)}
         tables.append(pd.DataFrame({"gene": genes[chosen], **which, **values}))
     clusters = pd.DataFrame([{"dataset": name, **row} for row in collected.clusters])

@@ -137,17 +137,20 @@ def contestants(names: Iterable[str], sweeps: Iterable[str] = ()) -> list[Contes
     names
         Of methods; ``"peers"`` and ``"all"`` stand for several. Quoted ones are left out.
     sweeps
-        Such as ``"increment=10,50,100,…,400"``: our presets are run at each value, and at each combination of values
+        Such as ``"max_rank=10,20,…,50"``: our presets are run at each value, and at each combination of values
         of several sweeps. Values that hold commas are parted by semicolons.
 
     Raises
     ------
     InputError
-        If a method, a field or a value is not valid.
+        If a method, a field or a value is not valid, or a preset does not use the field.
     """
     listed: list[Contestant] = []
+    names, sweeps = list(dict.fromkeys(expanded(names))), list(sweeps)
+    if sweeps and not set(names) & set(OURS):
+        raise InputError(f"sweep is {sweeps[0]!r}, but no method has settings to sweep; add auto, denoise or paper")
     combinations = [dict(pairs) for pairs in itertools.product(*map(_sweep, sweeps))]
-    for name in dict.fromkeys(expanded(names)):
+    for name in names:
         if name in QUOTED:
             continue
         find_method(name)

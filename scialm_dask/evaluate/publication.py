@@ -81,7 +81,7 @@ class Programme:
 def publication(
     sources: Sequence[str | os.PathLike[str]], folder: Path, programme: Programme, listen: Listener = silent
 ) -> dict[str, Any]:
-    """Make all tables and figures.
+    """Make all tables and figures, each written when it is made, and last ``README.md``, which shows them all.
 
     Parameters
     ----------
@@ -109,9 +109,9 @@ def publication(
     press = _Press(folder, replace(programme, memory_limit=parse_limit(programme.memory_limit)), listen)
     with tempfile.TemporaryDirectory(prefix="scialm-publication-", dir=folder.parent) as work:
         cleaned = [press.clean(source, Path(work) / f"{Path(source).stem}.zarr") for source in sources]
-        press.table2()
         for clean in cleaned:
-            press.labels(clean)  # refuses what cannot be used before the long work
+            press.labels(clean)  # refuses what cannot be used before the long work, and before anything is written
+        press.table2()
         for clean in cleaned:
             press.compare(clean)
             press.sweep(clean)
@@ -160,6 +160,7 @@ class _Press:
     programme: Programme
     listen: Listener
     table: list[dict[str, Any]] = field(default_factory=list)
+    removed: dict[str, Figure] = field(default_factory=dict)
     captions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -168,7 +169,7 @@ class _Press:
         return {"memory_limit": self.programme.memory_limit, "time_limit": self.programme.time_limit}
 
     def clean(self, source: str | os.PathLike[str], to: Path) -> Path:
-        """Apply the publication's quality control: a line of Table 2, and Figure 3."""
+        """Apply the publication's quality control, for a line of Table 2, and Figure 3."""
         matrix, name = ExpressionMatrix.open(source), to.stem
         is_mito = mitochondrial(matrix, Thresholds())
         thresholds = _WITH_MITO if is_mito.any() else _EVERYWHERE
@@ -193,16 +194,18 @@ class _Press:
         )
         if is_mito.any():
             words = f"{name}: {before[0] - after[0]} of {before[0]} cells removed"
-            self.save(f"figure3-{name}", figures.quality(cells, thresholds, words), "Figure 3: quality control")
+            self.removed[name] = figures.quality(cells, thresholds, words)
         return to
 
     def table2(self) -> None:
-        """Write the sizes before and after quality control."""
+        """Write the sizes before and after quality control, and what it removed: Figure 3."""
         import pandas as pd
 
         table = pd.DataFrame(self.table)
         table.to_csv(self.folder / "table2.csv", index=False)
         (self.folder / "table2.md").write_text(markdown(table))
+        for name, figure in self.removed.items():
+            self.save(f"figure3-{name}", figure, "Figure 3: quality control")
 
     def labels(self, clean: Path) -> str | None:
         """Column of obs with the types of these cells, which can be used; None if there is none."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scialm_dask.evaluate import charts
-from scialm_dask.evaluate.contest import Evaluation
+from scialm_dask.evaluate.contest import KEY, Evaluation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,15 +34,13 @@ _TITLES = {
 def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any]) -> None:
     """Write everything into a folder, which must exist.
 
-    ``scores.csv`` (a row for each experiment, seed and method), ``summary.csv`` and ``summary.md`` (means over the
-    seeds), ``genes.csv.gz``, ``clusters.csv`` and ``umap.csv.gz`` where there were labels, ``evaluation.json`` (all
-    scores, with `about` and the versions of the libraries), and a folder ``figures``.
+    ``scores.csv`` (a row for each experiment, seed and method), ``genes.csv.gz``, ``clusters.csv`` and
+    ``umap.csv.gz`` where there were labels, ``evaluation.json`` (all scores, with `about` and the versions of the
+    libraries), a folder ``figures``, and last, so that nothing unfinished has them, ``summary.csv`` and ``summary.md``
+    (means over the seeds).
     """
-    summary = summary_table(evaluation)
     evaluation.scores.to_csv(folder / "scores.csv", index=False)
     evaluation.genes.to_csv(folder / "genes.csv.gz", index=False, float_format="%.5g")
-    summary.to_csv(folder / "summary.csv", index=False)
-    (folder / "summary.md").write_text(_sections(summary, evaluation))
     if len(evaluation.clusters):
         evaluation.clusters.to_csv(folder / "clusters.csv", index=False)
         _cells(evaluation).to_csv(folder / "umap.csv.gz", index=False, float_format="%.4g")
@@ -56,6 +54,9 @@ def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any]
     (folder / "figures").mkdir()
     for name, figure in figures_of(evaluation):
         save_figure(figure, folder / "figures" / name)
+    summary = summary_table(evaluation)
+    summary.to_csv(folder / "summary.csv", index=False)
+    (folder / "summary.md").write_text(_sections(summary, evaluation))
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -95,14 +96,15 @@ def _cells(evaluation: Evaluation) -> pd.DataFrame:
 
 
 def summary_table(evaluation: Evaluation) -> pd.DataFrame:
-    """`Evaluation.summary`, without columns that hold nothing, with ARI and NMI where they are known."""
+    """`Evaluation.summary`, without scores that no row has, with ARI and NMI where they are known."""
     table = evaluation.summary()
     if len(evaluation.clusters):
         found = evaluation.clusters[[*("experiment", "share", "method", "setting"), *_CLUSTER_COLUMNS]]
         table = table.merge(found, on=["experiment", "share", "method", "setting"], how="outer", sort=False)
         table["dataset"] = table["dataset"].fillna(evaluation.clusters["dataset"].iloc[0])
         table["status"] = table["status"].fillna("ok")
-    return table.dropna(axis="columns", how="all")
+    empty = [name for name in table.columns if name not in KEY and table[name].isna().all()]
+    return table.drop(columns=empty)
 
 
 _CLUSTER_COLUMNS = ("kmeans_ari", "kmeans_nmi", "leiden_ari", "leiden_nmi", "leiden_clusters", "silhouette")

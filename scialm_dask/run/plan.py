@@ -139,7 +139,7 @@ def forecast(
     blocks = 2 * _FLOAT * n_observed
     share = math.ceil(n_blocks / workers) / n_blocks  # what one process holds
     idle, busy = _iterations(settings, n_observed / (m * n))
-    per_iteration = settings.svd_passes if settings.svd_tolerance == 0 else 3
+    per_iteration = settings.svd_passes if settings.svd_tolerance == 0 else min(settings.svd_passes, 3)
     return Forecast(
         in_memory=Need(int(working + share * (state + blocks)), 0),
         on_disk=Need(int(working), int(state + blocks + _FLOAT * m * rank)),

@@ -228,6 +228,8 @@ def test_duplicates_are_summed_and_unsorted_sorted(cli, counts, store_of, tmp_pa
         (("--scratch", "zarr:/no/such/folder"), "no such folder for scratch; create it first"),
         (("--validation", "0.001"), "hides none of"),
         (("--memory-limit", "1MB"), "memory"),
+        (("--increment", "7"), "increment has no effect with preset auto (rank_policy adaptive)"),
+        (("--preset", "paper", "--validation", "0.3"), "validation has no effect with preset paper (stop residual)"),
     ],
 )
 def test_settings_that_cannot_be(cli, counts, store_of, tmp_path, words, message):

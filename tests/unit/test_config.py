@@ -61,6 +61,41 @@ def test_what_cannot_be_is_refused(changes, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("auto", {"increment": 200}, "increment has no effect with preset auto (rank_policy adaptive); it goes with rank_"),
+        ("denoise", {"first_rank": 7}, "first_rank has no effect with preset denoise (rank_policy adaptive)"),
+        ("paper", {"rank_policy": "adaptive", "increment": 7}, "increment has no effect with preset paper"),
+        ("paper", {"validation": 0.3}, "validation has no effect with preset paper (stop residual)"),
+        ("denoise", {"validation": 0.3}, "validation has no effect with preset denoise (stop count-split)"),
+        ("paper", {"patience": 3}, "patience has no effect with preset paper (stop residual)"),
+        ("auto", {"svd_tolerance": 0.1}, "svd_tolerance has no effect with preset auto (svd_passes 2)"),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_is_refused(name, changes, message):
+    with pytest.raises(InputError) as caught:
+        preset(name, **changes)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("auto", {"rank_policy": "paper", "increment": 7, "first_rank": 3}),
+        ("auto", {"stop": "residual", "zeros": "auto", "patience": 3}),
+        ("auto", {"svd_passes": 3, "svd_tolerance": 0.1}),
+        ("auto", {"increment": None}),
+        ("paper", {"stop": "held-out", "validation": 0.3, "patience": 3}),
+        ("denoise", {"patience": 1}),
+    ],
+)
+def test_what_has_an_effect_is_taken(name, changes):
+    settings = preset(name, **changes).as_dict()
+    assert {field: settings[field] for field, value in changes.items() if value is not None}.items() <= changes.items()
+
+
 def test_an_unknown_preset_is_named():
     with pytest.raises(InputError, match="preset is 'fast'; choose one of auto, paper"):
         preset("fast")

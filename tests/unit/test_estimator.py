@@ -47,6 +47,11 @@ def fitted(cells, estimator):
     return clone(estimator).fit(cells[:160])
 
 
+def test_a_parameter_without_effect_is_refused(cells):
+    with pytest.raises(InputError, match=r"validation has no effect with preset paper \(stop residual\)"):
+        IALM("paper", validation=0.05).fit(cells)
+
+
 def test_it_is_impute(cells, estimator, fitted):
     result = impute(cells[:160], max_rank=6, max_iterations=8, validation=0.05, seed=2)
     filled = clone(estimator).fit_transform(cells[:160])

@@ -9,6 +9,7 @@ from in_process import in_process
 from problems import low_rank_counts
 
 from scialm_dask import InputError, evaluate_imputation
+from scialm_dask.evaluate import written
 from scialm_dask.evaluate.methods import METHODS, QUOTED, contestants, expanded
 from scialm_dask.evaluate.written import write_evaluation
 from scialm_dask.events import Scored
@@ -81,6 +82,34 @@ def test_answers_to_counts_are_scored_on_the_normalised_scale(cells, tmp_path):
     assert rows(found, method="own_methods:wrong_shape")["note"].item() == "gave 3 × 2"
     write_evaluation(found, tmp_path, {})
     assert titles_in(tmp_path / "summary.md") == ["AnnData:X, 20% of the molecules unseen, all entries"]
+
+
+def test_a_truth_alone_is_tabled_and_drawn(cli, path, tmp_path):
+    words = ["--reference", path, "--methods", "alra", "--mask", "", "--no-count-split", "--seeds", 1, "--json"]
+    with in_process():
+        result = cli("evaluate", path, tmp_path / "out", *words)
+    assert result.exit_code == 0, result.exception
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert told["truth as observed"]["relative_error"] < 1e-6
+    assert titles_in(tmp_path / "out" / "summary.md") == ["cells, all entries against a truth"]
+    assert {"experiment", "share", "relative_error"} <= set(pd.read_csv(tmp_path / "out" / "summary.csv"))
+    assert [p.stem for p in (tmp_path / "out" / "figures").glob("*.svg")] == ["truth-scores"]
+
+
+def test_what_was_written_before_a_failure_is_kept_under_another_name(cli, path, tmp_path, monkeypatch):
+    def fail(figure, path):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(written, "save_figure", fail)
+    words = ["--methods", "gene-mean", "--no-count-split", "--seeds", 1]
+    with in_process():
+        result = cli("evaluate", path, tmp_path / "out", *words)
+    assert str(result.exception) == "no ink"
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.startswith("out.")
+    assert f"kept in {kept}" in result.stderr
+    assert len(pd.read_csv(kept / "scores.csv")) == 1
+    assert not list(kept.glob("summary*"))
 
 
 def test_quotations_are_marked(evaluation):
@@ -171,6 +200,8 @@ def test_the_command_writes_tables_and_figures(cli, path, tmp_path):
         (["--sweep", "increment=10,x"], "give values of increment"),
         (["--sweep", "increment=0"], "must be 1 at least"),
         (["--sweep", "stop=never"], "choose one of"),
+        (["--sweep", "increment=10,100"], "increment has no effect with preset auto (rank_policy adaptive)"),
+        (["--sweep", "max_rank=3", "--methods", "knn"], "no method has settings to sweep"),
         (["--labels", "colour"], "no column 'colour'"),
         (["--labels", "one"], "two labels at least"),
         (["--reference", "nowhere.zarr"], "no such file"),

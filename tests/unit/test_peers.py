@@ -1,5 +1,7 @@
 """Peers at toy size, against what their papers say they do."""
 
+import os
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -91,10 +93,12 @@ def test_soft_impute_has_the_optimum_of_the_convex_problem():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "library"), [("magic", "magic"), ("scvi", "scvi")])
+@pytest.mark.parametrize("name", ["magic", "scvi"])
 @pytest.mark.filterwarnings("ignore")
-def test_heavy_peers_smooth_within_kinds(task, name, library):
-    pytest.importorskip(library, reason="needs the extra [bench]", exc_type=ImportError)
+def test_heavy_peers_smooth_within_kinds(task, name):
+    """MAGIC must be there in CI. scVI is not: see CONTRIBUTING.md for the size of what it needs, and how to run this."""
+    if name == "scvi" or os.environ.get("CI") != "true":
+        pytest.importorskip(name, reason="needs the extra [bench]", exc_type=ImportError)
     X, rates = two_kinds(cells=300, genes=150)
     completed = getattr(peers, name)(task(X))
     assert completed.shape == X.shape

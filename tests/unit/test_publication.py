@@ -33,12 +33,30 @@ def test_matrices_are_cleaned_tabled_and_drawn(cli, cells, tmp_path):
     folder = tmp_path / "out"
     options = ["--methods", "gene-mean", "--mask", "0.1", "--seeds", 1, "--sizes", "", "--increments", ""]
     with in_process():
-        result = cli("publication", cells, "-o", folder, *options, "--json")
-    assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1])["figures"] == 5
+        result = cli("publication", cells, "-o", folder, "--truth", cells, cells, *options, "--json")
+    assert result.exit_code == 0, result.exception
+    assert json.loads(result.stdout.splitlines()[-1])["figures"] == 6
     table = pd.read_csv(folder / "table2.csv").iloc[0]
     assert (table["cells before"], table["genes before"], table["cells after"]) == (100, 500, 98)
     assert "100 | 500 | 98" in (folder / "README.md").read_text()
+    assert "all entries against a truth" in (folder / "source-truth" / "summary.md").read_text()  # and nothing quoted
+
+
+def test_pieces_made_before_a_failure_are_kept_under_another_name(cli, cells, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(charts, "effort", fail)
+    options = ["--methods", "gene-mean", "--mask", "0.1", "--seeds", 1, "--sizes", "", "--increments", ""]
+    with in_process():
+        result = cli("publication", cells, "-o", tmp_path / "out", *options)
+    assert str(result.exception) == "no ink"
+    (kept,) = set(tmp_path.iterdir()) - {tmp_path / "source.zarr"}
+    assert f"kept in {kept}" in result.stderr
+    assert kept.suffix == ".unfinished"
+    assert (kept / "table2.md").exists()
+    assert (kept / "figure3-source.svg").exists()
+    assert not (kept / "README.md").exists()
 
 
 @pytest.mark.slow
@@ -104,7 +122,7 @@ def test_bad_input_leaves_nothing(cli, cells, tmp_path, options, words):
     result = cli("publication", cells, "-o", tmp_path / "out", *options)
     assert result.exit_code == 2
     assert words in result.stderr
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["source.zarr"]
 
 
 @pytest.mark.parametrize("twice", [["source"], ["--truth", "source", "source", "--truth", "source", "other"]])

@@ -151,6 +151,12 @@ def test_confidence_must_be_of_these_cells_and_genes(genes, cells, words):
         impute(np.ones((30, 40)), confidence=confidence)
 
 
+def test_one_confidence_is_given(counts):
+    confidence = Confidence(np.ones(counts.shape[1], np.float32))
+    with pytest.raises(InputError, match=r"zeros is 0\.3 beside a confidence.*give one of them"):
+        impute(counts, zeros=0.3, confidence=confidence)
+
+
 def test_confidence_may_differ_by_cell_and_gene(counts):
     """Genes whose zeros are trusted are not filled; the others are as if no zero were."""
     trusted = np.arange(counts.shape[1]) < 20
