@@ -109,7 +109,7 @@ def test_a_running_scheduler_is_used_by_all_commands(cli, source, tmp_path, stan
     np.testing.assert_allclose(factors(tmp_path / "r.zarr"), expected, rtol=1e-3, atol=1e-4)
     done = cli("transform", tmp_path / "r.zarr", source, tmp_path / "t.zarr", "--scheduler", standing.scheduler_address)
     assert done.exit_code == 0, done.output
-    monkeypatch.setattr("scialm_dask.run.plan.visit", None)  # the block is timed by a worker, not here
+    monkeypatch.setattr("scialm_dask.run.dry_run.visit", None)  # the block is timed by a worker, not here
     done = cli("plan", source, "--json", "--scheduler", standing.scheduler_address)
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout.splitlines()[-1])
