@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import psutil
@@ -97,14 +96,13 @@ def place_scratch(
     InputError
         If `scratch` is none of these.
     """
-    path = (
-        scratch.removeprefix("zarr:") if scratch.startswith("zarr:") else os.fspath(folder or scratch_folder_for(None))
-    )
-    if scratch not in ("auto", "memory") and not (scratch.startswith("zarr:") and path):
+    named = scratch.startswith("zarr:")
+    path = scratch.removeprefix("zarr:") if named else os.fspath(folder or scratch_folder_for(None))
+    if scratch not in ("auto", "memory") and not (named and path):
         raise InputError(f"scratch is {scratch!r}; give auto, memory, or zarr:PATH with a folder on a local disk")
     limit, raised_by = limit_of(here, memory_limit)
     need = forecast(matrix, settings, here.threads, here.workers, here.resident)
-    on_disk = scratch.startswith("zarr:") or (scratch == "auto" and need.in_memory.memory > limit)
+    on_disk = named or (scratch == "auto" and need.in_memory.memory > limit)
     chosen = Place(f"zarr:{path}" if on_disk else "memory", need, here, limit)
     wanted = chosen.need
     if wanted.memory > limit:
@@ -128,33 +126,24 @@ def _remedy(
     now, sure = len(matrix.blocks), _SURE * limit
     forecasts = _forecasts(matrix, settings, here, resumed=resumed)
 
-    def words(change: Change, *before: str) -> str:
-        blocks, rank = change
-        more = [f"--blocks {blocks}"] * (blocks != now) + [f"--max-rank {rank}"] * (rank is not None)
-        return " ".join([*before, *more])
-
-    def ways(take: Callable[[Forecast], int], *before: str) -> list[str]:
-        fit = [change for change, one in forecasts.items() if take(one) <= sure]
-        more_blocks = [(blocks, rank) for blocks, rank in fit if rank is None][:1]
-        lower_rank = [(blocks, rank) for blocks, rank in fit if rank is not None and blocks == now][:1]
-        return [
-            f"{words(change, *before)} would take {format_bytes(take(forecasts[change]))}"
-            for change in more_blocks + lower_rank or fit[:1]
-        ]
-
-    def take_least(one: Forecast) -> int:
+    def take(change: Change) -> int:
+        one = forecasts[change]
         return one.in_memory.memory if one.in_memory.memory <= sure else one.on_disk.memory
 
-    if scratch == "memory":
-        found = ways(take_least, "--scratch auto")[:1] + ways(lambda one: one.in_memory.memory)
-    else:
-        found = ways(take_least)
-    if found:
-        return f"{', '.join(found)}, or raise {raised_by}"
-    least = min(forecasts, key=lambda change: forecasts[change].on_disk.memory)
-    options = words(least, *["--scratch auto"] * (scratch == "memory"))
-    needed = f"at least {format_bytes(forecasts[least].on_disk.memory)} are needed"
-    return f"{needed}{f', with {options}' if options else ''}; raise {raised_by}"
+    def words(change: Change) -> str:
+        blocks, rank = change
+        options = ["--scratch auto"] * (scratch == "memory") + [f"--blocks {blocks}"] * (blocks != now)
+        return " ".join(options + [f"--max-rank {rank}"] * (rank is not None))
+
+    fit = [change for change in forecasts if take(change) <= sure]
+    more_blocks = [(blocks, rank) for blocks, rank in fit if rank is None][:1]
+    lower_rank = [(blocks, rank) for blocks, rank in fit if rank is not None and blocks == now][:1]
+    if chosen := more_blocks + lower_rank or fit[:1]:
+        ways = [f"{words(change)} would take {format_bytes(take(change))}" for change in chosen]
+        return f"{', '.join(ways)}, or raise {raised_by}"
+    least = min(forecasts, key=take)
+    by = words(least)
+    return f"at least {format_bytes(take(least))} are needed{f', with {by}' if by else ''}; raise {raised_by}"
 
 
 def _forecasts(matrix: ExpressionMatrix, settings: Settings, here: Team, *, resumed: bool) -> dict[Change, Forecast]:
