@@ -164,11 +164,11 @@ def ask_everyone(question: Callable[[], int]) -> list[int]:
     """
     client, answers = current_client(), dict([_signed(question)])
     if client is not None:
-        with contextlib.suppress(Exception):  # whatever it is, the scheduler is gone, or no Python of ours
+        with contextlib.suppress(
+            Exception
+        ):  # whatever it is, the cluster is gone, or its scheduler knows no such thing
+            answers |= client.run(_signed, question, on_error="ignore", callback_timeout=_ANSWER).values()
             answers |= [client.run_on_scheduler(_signed, question, callback_timeout=_ANSWER)]
-        with contextlib.suppress(Exception):
-            found = client.run(_signed, question, on_error="ignore", callback_timeout=_ANSWER)
-            answers |= found.values()
     return list(answers.values())
 
 
