@@ -128,7 +128,8 @@ def _remedy(
 
     def take(change: Change) -> int:
         one = forecasts[change]
-        return one.in_memory.memory if one.in_memory.memory <= sure else one.on_disk.memory
+        on_disk = scratch.startswith("zarr:") or one.in_memory.memory > limit
+        return (one.on_disk if on_disk else one.in_memory).memory
 
     def words(change: Change) -> str:
         blocks, rank = change

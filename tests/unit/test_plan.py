@@ -57,7 +57,7 @@ def test_scratch_is_placed_by_the_limit(large, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["auto", "paper"])
-@pytest.mark.parametrize("scratch", ["auto", "memory"])
+@pytest.mark.parametrize("scratch", ["auto", "memory", "zarr:/"])
 @pytest.mark.parametrize("share", [0.03, 0.3, 0.9])
 def test_what_is_advised_fits(large, name, scratch, share):
     """Whoever follows any of the advice is not refused again, and takes what was said."""
