@@ -9,12 +9,13 @@ import pytest
 import scipy.sparse as sp
 from dask.utils import parse_bytes
 
-from scialm_dask import ExpressionMatrix
+from scialm_dask import ExpressionMatrix, impute, resume
 from scialm_dask.config import bytes_of, preset
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows
-from scialm_dask.errors import InputError
+from scialm_dask.errors import DoesNotFitError, InputError, StoppedError
 from scialm_dask.run.cluster import Team
+from scialm_dask.run.keeper import Checkpointing
 from scialm_dask.run.placing import limit_of, place_scratch, usable_memory
 from scialm_dask.run.plan import forecast
 
@@ -98,6 +99,14 @@ def test_a_run_that_is_resumed_has_its_blocks_and_rank(large):
     assert re.search(r"; --scratch auto would take \S+ \w+, or raise --memory-limit$", words)
     words = refusal(large, settings, memory_limit=int(0.9 * need.on_disk.memory), resumed=True)
     assert re.search(r"; at least \S+ \w+ are needed; raise --memory-limit$", words)
+
+
+def test_resume_is_not_advised_what_it_cannot_be_given(store_of, counts, tmp_path):
+    asked = Checkpointing(tmp_path / "run", stop=lambda: True)
+    with pytest.raises(StoppedError):
+        impute(store_of(counts), checkpoint=asked)
+    with pytest.raises(DoesNotFitError, match=r"; at least \S+ \w+ are needed; raise --memory-limit$"):
+        resume(tmp_path / "run", memory_limit="1MB")
 
 
 @pytest.mark.parametrize("scratch", ["disk", "zarr", "zarr:", ""])
