@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from scialm_dask.arguments import checked, taken
-from scialm_dask.config import configured
+from scialm_dask.config import bytes_of, configured
 from scialm_dask.config import preset as settings_of
 from scialm_dask.data.annotated import as_matrix, is_anndata, refuse_logarithms
 from scialm_dask.data.factors import Imputation
@@ -179,9 +179,4 @@ def resume(
 
 def parse_limit(limit: float | str | None) -> int | None:
     """Turn words such as ``"8 GB"`` into bytes."""
-    from dask.utils import parse_bytes
-
-    try:
-        return None if limit is None else int(parse_bytes(limit))
-    except ValueError:
-        raise InputError(f"memory limit is {limit!r}; give bytes, or a number with a unit such as 8GB") from None
+    return bytes_of("memory limit", limit)

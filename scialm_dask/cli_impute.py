@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,48 +24,53 @@ from scialm_dask.errors import InputError, StoppedError
 from scialm_dask.events import Listener, Note
 from scialm_dask.run.termination import on_sigterm
 
-preset_option = click.option(
-    "--preset",
-    type=click.Choice(["auto", "paper", "denoise"]),
-    default="auto",
-    help="auto: recover dropouts. denoise: expression levels, from raw counts. paper: as published.",
+_SETTINGS = (
+    click.option(
+        "--preset",
+        type=click.Choice(["auto", "paper", "denoise"]),
+        default="auto",
+        help="auto: recover dropouts. denoise: expression levels, from raw counts. paper: as published.",
+    ),
+    click.option(
+        "--observed",
+        type=click.Choice(["nonzero", "finite"]),
+        default="nonzero",
+        help="finite: zeros are values, NaN is missing.",
+    ),
+    click.option(
+        "--stop",
+        type=click.Choice(["residual", "held-out", "count-split"]),
+        default=None,
+        help="When to stop.  [default: by preset]",
+    ),
+    click.option("--zeros", default=None, help="Confidence in zeros: 0 (unknown, as published) to 1, or auto."),
+    click.option("--epsilon", type=float, default=None, help="Residual to stop at.  [default: 1e-4]"),
+    click.option("--validation", type=float, default=None, help="Share hidden to know when to stop.  [default: 0.02]"),
+    click.option("--max-iterations", type=int, default=None, help="Most iterations.  [default: 1000]"),
+    click.option("--rank-policy", type=click.Choice(["paper", "adaptive"]), default=None),
+    click.option("--increment", type=int, default=None, help="R of the paper's rank policy."),
+    click.option(
+        "--max-rank",
+        default=None,
+        help="Most singular values to keep, or none for no limit.  [default: 128; paper: none]",
+    ),
+    click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5."),
+    click.option("--seed", type=int, default=None, help="Of all random draws.  [default: 0]"),
+    click.option("--scratch", default=None, help="Where the working state is kept: auto, memory, or zarr:PATH."),
+    click.option("--memory-limit", default=None, help="Most memory to use, such as 8GB.  [default: what is free]"),
+    click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks."),
 )
 
 
-max_rank_option = click.option(
-    "--max-rank", default=None, help="Most singular values to keep, or none for no limit.  [default: 128; paper: none]"
-)
-observed_option = click.option(
-    "--observed",
-    type=click.Choice(["nonzero", "finite"]),
-    default="nonzero",
-    help="finite: zeros are values, NaN is missing.",
-)
+def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say how a matrix is completed, and within what memory."""
+    return functools.reduce(lambda decorated, option: option(decorated), reversed(_SETTINGS), command)
 
 
 @main.command()
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
-@preset_option
-@observed_option
-@click.option(
-    "--stop",
-    type=click.Choice(["residual", "held-out", "count-split"]),
-    default=None,
-    help="When to stop.  [default: by preset]",
-)
-@click.option("--zeros", default=None, help="Confidence in zeros: 0 (unknown, as published) to 1, or auto.")
-@click.option("--epsilon", type=float, default=None, help="Residual to stop at.  [default: 1e-4]")
-@click.option("--validation", type=float, default=None, help="Share hidden to know when to stop.  [default: 0.02]")
-@click.option("--max-iterations", type=int, default=None, help="Most iterations.  [default: 1000]")
-@click.option("--rank-policy", type=click.Choice(["paper", "adaptive"]), default=None)
-@click.option("--increment", type=int, default=None, help="R of the paper's rank policy.")
-@max_rank_option
-@click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5.")
-@click.option("--seed", type=int, default=None, help="Of all random draws.  [default: 0]")
-@click.option("--scratch", default=None, help="Where the working state is kept: auto, memory, or zarr:PATH.")
-@click.option("--memory-limit", default=None, help="Most memory to use, such as 8GB.  [default: what is free]")
-@click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
+@setting_options
 @click.option("--write", type=click.Choice(["factors", "dense"]), default="factors", help="dense: the matrix as X too.")
 @click.option("--keep-observed", is_flag=True, help="In X, leave observed entries as they were.")
 @click.option("--preserve-zeros", is_flag=True, help="Write X, sparse: biological zeros (rule of ALRA) stay zero.")
@@ -279,10 +285,8 @@ def transform(
 
 @main.command()
 @click.argument("src", metavar="SRC")
-@preset_option
-@observed_option
-@max_rank_option
-@click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks.")
+@click.argument("dst", metavar="[DST.zarr]", required=False)
+@setting_options
 @layer_option
 @missing_chunks_option
 @click.option("--preserve-zeros", is_flag=True, help="Count what finding biological zeros takes too.")
@@ -291,26 +295,44 @@ def transform(
 @shows_progress
 def plan(
     src: str,
+    dst: str | None,
     preset: str,
-    max_rank: str | None,
+    observed: Any,
+    scratch: str | None,
+    memory_limit: str | None,
+    blocks: int | None,
+    layer: str | None,
+    missing_chunks_are_zeros: bool,
     preserve_zeros: bool,
     connected: Callable[[Listener], Any],
     listen: Listener,
-    **source: Any,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Say what imputing SRC will take: memory, disk, passes, tasks, bytes and time.
+    """Say what imputing SRC will take, and whether it fits: memory, disk, passes, tasks, bytes and time.
 
-    Reads one block, to tell the time. With --scheduler or --cluster, on those workers.
+    Reads one block, to tell the time. With --scheduler or --cluster, on those workers. DST.zarr is not written; scratch
+    on disk would lie beside it.
     """
     from scialm_dask.api import parse_limit
     from scialm_dask.config import configured
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.matrix import ExpressionMatrix
-    from scialm_dask.run.plan import plan
+    from scialm_dask.data.store import scratch_folder_for
+    from scialm_dask.run.dry_run import plan
 
-    settings, matrix = settings_of(preset, max_rank=max_rank), ExpressionMatrix.open(src, **source)
+    chosen, limit = settings_of(preset, **settings), parse_limit(configured("memory-limit", memory_limit))
+    matrix = ExpressionMatrix.open(
+        src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
+    )
     with connected(listen):
-        return plan(matrix, settings, parse_limit(configured("memory-limit")), preserve_zeros=preserve_zeros)
+        return plan(
+            matrix,
+            chosen,
+            scratch=configured("scratch", scratch),
+            memory_limit=limit,
+            scratch_folder=scratch_folder_for(dst),
+            preserve_zeros=preserve_zeros,
+        )
 
 
 @main.command()

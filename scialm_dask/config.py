@@ -10,7 +10,7 @@ from typing import Any, Literal
 from scialm_dask.arguments import check_fields, taken
 from scialm_dask.errors import InputError
 
-__all__ = ["Preset", "Settings", "configured", "preset"]
+__all__ = ["Preset", "Settings", "bytes_of", "configured", "preset"]
 
 RankPolicy = Literal["paper", "adaptive"]
 Stop = Literal["residual", "held-out", "count-split"]
@@ -183,6 +183,25 @@ def configured(name: str, given: Any = None) -> Any:
             f"scialm.{min(unknown)} in Dask's configuration is unknown; choose of {', '.join(sorted(defaults))}"
         )
     return dask.config.get(f"scialm.{name}") if given is None else given
+
+
+def bytes_of(name: str, limit: float | str | None) -> int | None:
+    """Turn words such as ``"8 GB"`` into bytes; None stays None.
+
+    Raises
+    ------
+    InputError
+        If they are no number, or none over 0.
+    """
+    from dask.utils import parse_bytes
+
+    try:
+        found = None if limit is None else int(parse_bytes(limit))
+    except (ValueError, OverflowError):
+        raise InputError(f"{name} is {limit!r}; give a number with a unit, such as 8GB") from None
+    if found is not None and found <= 0:
+        raise InputError(f"{name} is {limit!r}; give more than 0, such as 8GB")
+    return found
 
 
 @functools.cache

@@ -21,7 +21,7 @@ solve.rank solve.stopping solve.scaling solve.reference solve.ialm solve.zeros s
 solve.pools solve.pooled solve.pooled_als solve.pooled_admm solve.pooled_nuclear
 evaluate.masking evaluate.predictions evaluate.metrics evaluate.gene_scores evaluate.simulation evaluate.figures
 evaluate.compare evaluate.panels evaluate.svg evaluate.verdict
-run.termination run.losses run.cluster run.homes run.plan run.keeper run.result run.job run.demo run.progress
+run.termination run.losses run.cluster run.homes run.plan run.placing run.dry_run run.keeper run.result run.job run.demo run.progress
 api
 evaluate.soft_impute evaluate.peers evaluate.methods evaluate.isolated evaluate.experiments evaluate.downstream
 evaluate.trial evaluate.contest evaluate.charts evaluate.written evaluate.publication

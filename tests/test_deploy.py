@@ -67,6 +67,24 @@ def test_the_job_of_one_node_runs_with_a_real_matrix(counts, store_of, tmp_path)
     assert result.is_dir()
 
 
+def test_a_job_whose_checkpoint_was_never_whole_begins_anew(counts, store_of, tmp_path):
+    """A run was killed when there was but the folder; the next goes to its end, and one more finds it finished."""
+    source, result = store_of(counts), tmp_path / "imputed.zarr"
+    Path(f"{result}.checkpoint", ".0123abcd.partial").mkdir(parents=True)
+    Path(f"{result}.checkpoint", ".lock").touch()
+    for again in (False, True):
+        done = subprocess.run(
+            ["bash", DEPLOY / "slurm" / "requeue.sbatch", source, result, "--validation", "0.2"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("that run is finished" in done.stderr) == again
+        assert result.is_dir()
+
+
 @pytest.mark.parametrize("script", sorted(DEPLOY.rglob("*.sbatch")), ids=named)
 def test_a_job_says_what_it_needs(script):
     text = script.read_text()
@@ -250,6 +268,22 @@ def test_the_services_are_those_of_the_specification():
     for service in services.values():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
         assert (path.parent / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+
+
+def test_what_workers_spill_is_on_disk():
+    """A named volume: what is written to a tmpfs counts against the memory of the container."""
+    composed = yaml.safe_load((DEPLOY / "docker" / "compose.yaml").read_text())
+    worker = composed["services"]["worker"]
+    words = shlex.split(worker["command"])
+    folder = words[words.index("--local-directory") + 1]
+    mounted = {target: name for name, target in (volume.split(":") for volume in worker["volumes"])}
+    assert mounted[folder] in composed["volumes"]
+    assert not any(folder.startswith(temporary) for temporary in worker["tmpfs"])
+    assert worker["cap_drop"] == ["ALL"]
+    # a new volume has the owner of the folder in the image, and nobody else may write there
+    assert re.search(
+        rf"mkdir [^&]*{folder}\b.*chown scialm [^&]*{folder}\b", (DEPLOY / "docker" / "Dockerfile").read_text()
+    )
 
 
 def strict(schema):

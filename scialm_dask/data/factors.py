@@ -78,9 +78,13 @@ class Imputation:
         are unknown.
     ``n_blocks``, ``scratch``
         Row blocks, and where the working state was: ``"memory"`` or ``"zarr"``.
-    ``seconds``, ``peak_memory_bytes``, ``forecast_memory_bytes``
-        Wall time in seconds; the most memory that this process (not workers) has ever held, and what was forecast for
-        each process, in bytes.
+    ``seconds``
+        Wall time.
+    ``peak_memory_bytes``, ``forecast_memory_bytes``
+        The most memory that any of the processes has ever held, and what was forecast for each, in bytes. Processes
+        are this one, or this one, the workers and the scheduler; those of them that are gone at the end do not count.
+    ``peak_memory_bytes_in_all``
+        The sum of what each of them has held at most.
     ``resumed_after_iteration``, ``run``
         Of a run that was resumed: the iteration of its checkpoint. Of the command line: a token of the run.
 

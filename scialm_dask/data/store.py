@@ -279,10 +279,10 @@ def lasting(path: str | os.PathLike[str]) -> str:
     return path if is_url(path) else os.path.abspath(path)
 
 
-def scratch_folder_for(destination: str | os.PathLike[str]) -> str:
+def scratch_folder_for(destination: str | os.PathLike[str] | None) -> str:
     """Where the working state goes by default: beside a local output, else where temporary files do."""
-    destination = _plain(destination)
-    if is_url(destination):
+    destination = None if destination is None else _plain(destination)
+    if destination is None or is_url(destination):
         return dask.config.get("temporary-directory", None) or tempfile.gettempdir()
     return os.path.dirname(os.path.abspath(destination))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import shlex
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from scialm_dask.arguments import checked
-from scialm_dask.config import configured
+from scialm_dask.config import bytes_of, configured
 from scialm_dask.data.temporary import current_client
 from scialm_dask.errors import ClusterError, InputError
 from scialm_dask.run.losses import loss_of_cluster
@@ -22,13 +24,14 @@ from scialm_dask.run.losses import loss_of_cluster
 if TYPE_CHECKING:
     from distributed import Client, Security
 
-__all__ = ["CLUSTERS", "Team", "connect", "current_client", "team"]
+__all__ = ["CLUSTERS", "Team", "ask_everyone", "connect", "current_client", "team"]
 
 _JOBQUEUE = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "sge": "SGECluster", "lsf": "LSFCluster"}
 CLUSTERS = ("local", *_JOBQUEUE)
 _RETRIES = 10  # of a lost connection; a network that fails for a minute must not end a run of hours
 # A worker that died is started again, which may take a while on a busy machine; work waits, but not for ever.
 _RESTARTS = {"distributed.deploy.lost-worker-timeout": "5m", "distributed.scheduler.no-workers-timeout": "10m"}
+_ANSWER = 30  # seconds to wait for one, of workers that may be busy
 _SAME_EVERYWHERE = ("python", "dask", "distributed", "scialm_dask")
 
 
@@ -153,6 +156,29 @@ def team() -> Team:
     return Team(len(workers), threads, int(pause * min(limits)) if limits else None, resident)
 
 
+def ask_everyone(question: Callable[[], int]) -> list[int]:
+    """Ask this process, and if there is a cluster its workers and scheduler; each once, who does not answer not at all.
+
+    Parameters
+    ----------
+    question
+        A function that workers can import.
+    """
+    client, answers = current_client(), dict([_signed(question)])
+    if client is not None:
+        with contextlib.suppress(
+            Exception
+        ):  # whatever it is, the cluster is gone, or its scheduler knows no such thing
+            answers |= client.run(_signed, question, on_error="ignore", callback_timeout=_ANSWER).values()
+            answers |= [client.run_on_scheduler(_signed, question, callback_timeout=_ANSWER)]
+    return list(answers.values())
+
+
+def _signed(question: Callable[[], int]) -> tuple[tuple[str, int], int]:
+    """Answer with the name of this process: workers may be threads of the one that asks."""
+    return (socket.gethostname(), os.getpid()), question()
+
+
 def _patient() -> dict[str, Any]:
     """Give settings for runs that take hours and send V, of some megabytes, to every worker once per pass."""
     import dask
@@ -182,15 +208,10 @@ def _check_places(scheduler: Any, scheduler_file: Any, cluster: Any, **given: An
 
 
 def _check_values(workers: Any, threads: Any, memory: Any) -> None:
-    from dask.utils import parse_bytes
-
     for name, number in {"workers": workers, "threads": threads}.items():
         if number is not None and (not isinstance(number, int) or number < 1):
             raise InputError(f"{name} is {number!r}; give a whole number, 1 at least")
-    try:
-        parse_bytes(memory or 0)
-    except ValueError:
-        raise InputError(f"worker memory is {memory!r}; give a number with a unit, such as 8GB") from None
+    bytes_of("worker memory", memory)
 
 
 def _seconds(name: str) -> float:

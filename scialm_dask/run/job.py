@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,11 +25,12 @@ from scialm_dask.events import Listener, Note, Pass, Stage, silent
 from scialm_dask.linalg.kernels import Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.tasks import Store
-from scialm_dask.run.cluster import team
+from scialm_dask.run.cluster import ask_everyone, team
 from scialm_dask.run.homes import Homes
 from scialm_dask.run.keeper import Checkpointing, Job, Keeper, Saved, ended, under_way
 from scialm_dask.run.losses import cluster_is_back, loss_of_cluster
-from scialm_dask.run.plan import Forecast, forecast, limit_of, place_scratch
+from scialm_dask.run.placing import place_scratch
+from scialm_dask.run.plan import Forecast
 from scialm_dask.run.result import make_result, peak_memory
 from scialm_dask.solve.ialm import complete
 from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepare, survey
@@ -219,21 +219,31 @@ def _attempt(job: Job, keeper: Keeper, listen: Listener) -> Imputation:
     """Make the run once."""
     began = time.perf_counter()
     matrix, here = job.matrix.for_workers(), team()
-    need = forecast(matrix, job.settings, here.threads, here.workers, here.resident)
-    folder_for_scratch = job.scratch_folder or dask.config.get("temporary-directory", None) or tempfile.gettempdir()
-    limit, raised_by = limit_of(here, job.memory_limit)
-    scratch = place_scratch(job.scratch, need, limit=limit, raised_by=raised_by, folder=folder_for_scratch)
+    place = place_scratch(
+        job.scratch,
+        matrix,
+        job.settings,
+        here,
+        folder=job.scratch_folder,
+        memory_limit=job.memory_limit,
+        resumed=job.resumed,
+    )
+    if place.refusal:
+        raise DoesNotFitError(place.refusal)
+    in_memory = place.scratch == "memory"
     job = replace(job, matrix=matrix)
     with dask.annotate(retries=_RETRIES):
         listen(Stage("surveying"))
         found = survey(matrix)
-        with new_scratch(None if scratch == "memory" else scratch.removeprefix("zarr:"), matrix.rows) as store:
+        with new_scratch(None if in_memory else place.scratch.removeprefix("zarr:"), matrix.rows) as store:
             keeper.surveyed(found, store.path)
-            result = _complete(job, keeper, found, store, need, listen)
+            result = _complete(job, keeper, found, store, place.forecast, listen)
     result.summary["seconds"] = time.perf_counter() - began
-    result.summary["peak_memory_bytes"] = peak_memory()
-    result.summary["forecast_memory_bytes"] = (need.in_memory if scratch == "memory" else need.on_disk).memory
-    result.summary["scratch"] = "memory" if scratch == "memory" else "zarr"
+    peaks = ask_everyone(peak_memory)
+    result.summary["peak_memory_bytes"] = max(peaks)
+    result.summary["peak_memory_bytes_in_all"] = sum(peaks)
+    result.summary["forecast_memory_bytes"] = place.need.memory
+    result.summary["scratch"] = "memory" if in_memory else "zarr"
     return result
 
 

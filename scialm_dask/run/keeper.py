@@ -42,6 +42,8 @@ class Job:
     ----------
     matrix, settings, scratch, memory_limit, scratch_folder, confidence
         See `scialm_dask.run.job.complete_matrix`.
+    resumed
+        Whether it goes on from a checkpoint that an earlier run has written, by whose blocks and settings it is bound.
     """
 
     matrix: ExpressionMatrix
@@ -50,6 +52,7 @@ class Job:
     memory_limit: int | None = None
     scratch_folder: str | None = None
     confidence: Confidence | None = None
+    resumed: bool = False
 
     def notes(self) -> dict[str, Any]:
         """Plain values, of which `Saved.job` makes it again; but for the confidence."""
@@ -150,7 +153,7 @@ class Saved:
         if "gene_confidence" in self.checkpoint.arrays:
             confidence = Confidence(self._array("gene_confidence"), self._array("cell_confidence"))
         blocks = RowBlocks(tuple(run["bounds"]))
-        return Job(matrix.with_blocks(blocks), Settings(**settings), confidence=confidence, **asked)
+        return Job(matrix.with_blocks(blocks), Settings(**settings), confidence=confidence, resumed=True, **asked)
 
     def check(self, found: Survey) -> None:
         """Raise `CheckpointError` if this is of another matrix."""

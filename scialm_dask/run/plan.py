@@ -1,31 +1,23 @@
-"""What a run will take, said beforehand: memory, disk, passes, tasks, bytes, time. Go or refuse."""
+"""What a run will take, foreseen from sizes alone: memory, disk, passes, tasks and bytes."""
 
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import time
 from dataclasses import dataclass
-from typing import Any
 
 import dask
 import numpy as np
 import psutil
 from dask.system import CPU_COUNT
-from dask.utils import format_bytes
 
 from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.errors import DoesNotFitError, InputError
-from scialm_dask.linalg.kernels import PANEL_VALUES, Block, BlockState, View, visit
+from scialm_dask.linalg.kernels import PANEL_VALUES
 from scialm_dask.linalg.operator import PANEL_COLUMNS
-from scialm_dask.run.cluster import Team, team
-from scialm_dask.solve.alra import PASSES as BIOLOGICAL_ZEROS_PASSES
 from scialm_dask.solve.ialm import first_penalty, zero_iterations
 from scialm_dask.solve.rank import basis_width, prefers_short_side, widest_basis
 
-__all__ = ["Forecast", "Need", "forecast", "limit_of", "place_scratch", "plan", "usable_memory"]
+__all__ = ["Forecast", "Need", "forecast"]
 
 _FLOAT = 4
 _READ_VALUES = 10  # arrays as long as a block's entries that a task holds while it reads them: as stored, scaled, …
@@ -204,147 +196,3 @@ def _base_memory(resident: int | None) -> int:
 
         return int(psutil.Process().memory_info().rss) + _STARTED
     return max(resident, _IMPORTED) + _STARTED  # a worker that has done nothing yet has imported nothing either
-
-
-def usable_memory() -> int:
-    """Bytes that this process may still take: what the cgroup or the machine leaves."""
-    from distributed.system import MEMORY_LIMIT
-
-    return int(min(MEMORY_LIMIT, psutil.virtual_memory().available + psutil.Process().memory_info().rss))
-
-
-def place_scratch(
-    scratch: str,
-    need: Forecast,
-    *,
-    limit: int,
-    raised_by: str,
-    folder: str | os.PathLike[str],
-) -> str:
-    """Choose where the working state is kept, or refuse.
-
-    Parameters
-    ----------
-    scratch
-        ``"auto"``, ``"memory"`` or ``"zarr:PATH"``.
-    need
-        The forecast.
-    limit, raised_by
-        See `limit_of`.
-    folder
-        Where Zarr scratch goes if it is chosen here.
-
-    Returns
-    -------
-    str
-        ``"memory"`` or ``"zarr:PATH"``.
-
-    Raises
-    ------
-    InputError
-        If `scratch` is none of these.
-    DoesNotFitError
-        If the forecast is over the limit, or over the free disk.
-    """
-    path = scratch.removeprefix("zarr:") if scratch.startswith("zarr:") else os.fspath(folder)
-    if scratch not in ("auto", "memory") and not (scratch.startswith("zarr:") and path):
-        raise InputError(f"scratch is {scratch!r}; give auto, memory, or zarr:PATH with a folder on a local disk")
-    on_disk = scratch.startswith("zarr:") or (scratch == "auto" and need.in_memory.memory > limit)
-    wanted = need.on_disk if on_disk else need.in_memory
-    if wanted.memory > limit:
-        remedy = (
-            "pass --scratch auto"
-            if not on_disk and need.on_disk.memory <= limit
-            else "pass more --blocks or a lower --max-rank"
-        )
-        raise DoesNotFitError(
-            f"the forecast is {format_bytes(wanted.memory)} of memory and the limit {format_bytes(limit)}; {remedy}, "
-            f"or raise {raised_by}"
-        )
-    if not on_disk:
-        return "memory"
-    free = shutil.disk_usage(path).free if os.path.isdir(path) else 0
-    if os.path.isdir(path) and wanted.disk > free:
-        raise DoesNotFitError(
-            f"the forecast is {format_bytes(wanted.disk)} of scratch and {path} has {format_bytes(free)} free; pass "
-            "--scratch zarr:PATH with a folder on another disk"
-        )
-    return f"zarr:{path}"
-
-
-def limit_of(here: Team, asked: int | None) -> tuple[int, str]:
-    """Bytes that each process may take, and the option that raises that.
-
-    Parameters
-    ----------
-    here
-        Who computes.
-    asked
-        The limit that was asked for; None for what is left.
-    """
-    if here.memory is not None and here.memory < (asked or math.inf):
-        return here.memory, "--worker-memory"
-    return asked or usable_memory(), "--memory-limit"
-
-
-def time_of_pass(matrix: ExpressionMatrix, width: int, threads: int) -> float:
-    """Seconds that one pass will take on `threads` in all, from one block, on whatever scheduler Dask has."""
-    seconds: float = dask.delayed(_time_of_block, pure=False)(matrix.for_workers(), width).compute()
-    return seconds * len(matrix.blocks) / min(threads, len(matrix.blocks))
-
-
-def _time_of_block(matrix: ExpressionMatrix, width: int) -> float:
-    """Seconds for reading and multiplying one, the second time, when all is compiled."""
-    rank = max(1, width // 2)
-    right, basis = np.ones((matrix.shape[1], rank), np.float32), np.ones((matrix.shape[1], width), np.float32)
-    seconds = 0.0
-    for _ in range(2):
-        began = time.perf_counter()
-        csr = matrix.read_block(0)
-        state = BlockState(csr.data, np.ones((csr.shape[0], rank), np.float32), np.zeros((0, 0), np.float32))
-        visit(
-            Block(csr.indptr, csr.indices, csr.data, csr.shape[1]),
-            state,
-            View(right, right, basis=basis, overlap=right.T @ basis),
-        )
-        seconds = time.perf_counter() - began
-    return seconds
-
-
-def plan(
-    matrix: ExpressionMatrix, settings: Settings, asked: int | None = None, *, preserve_zeros: bool = False
-) -> dict[str, Any]:
-    """Say what a run will take, for people: the forecast and an estimate of the time after timing one block.
-
-    Parameters
-    ----------
-    matrix, settings
-        What is to be completed, and how.
-    asked
-        Bytes that each process may take in all; None for what is left.
-    preserve_zeros
-        Whether biological zeros are looked for too, by another SVD.
-    """
-    here = team()
-    need = forecast(matrix, settings, here.threads, here.workers, here.resident)
-    passes = need.passes + (BIOLOGICAL_ZEROS_PASSES if preserve_zeros else 0)
-    seconds = time_of_pass(matrix, need.basis_width, here.threads * here.workers)
-    return {
-        "n_cells": matrix.shape[0],
-        "n_genes": matrix.shape[1],
-        "n_observed": matrix.n_stored,
-        "n_blocks": len(matrix.blocks),
-        "peak_memory_bytes": need.in_memory.memory,
-        "peak_memory_bytes_with_zarr_scratch": need.on_disk.memory,
-        "zarr_scratch_bytes": need.on_disk.disk,
-        "memory_limit_bytes": limit_of(here, asked)[0],
-        "workers": here.workers,
-        "threads_per_worker": here.threads,
-        "basis_width": need.basis_width,
-        "iterations": need.iterations,
-        "passes": passes,
-        "tasks_per_iteration": need.tasks_per_pass * need.passes_per_iteration,
-        "bytes_read_per_pass": need.bytes_per_pass,
-        "seconds_per_pass": seconds,
-        "seconds": seconds * passes,
-    }

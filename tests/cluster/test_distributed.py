@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 import dask
 import numpy as np
@@ -12,6 +13,8 @@ from problems import low_rank_counts
 from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
 from scialm_dask.evaluate.metrics import score_held_out
 from scialm_dask.events import Iteration
+from scialm_dask.run.cluster import ask_everyone
+from scialm_dask.run.result import peak_memory
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +98,50 @@ def test_a_matrix_in_memory_is_not_sent_in_graphs(client, tmp_path):
     del result, new
     gc.collect()
     assert os.listdir(tmp_path) == []
+
+
+def test_the_peak_is_that_of_the_largest_process(client, path):
+    """A worker that has held much more than this process, at some time."""
+    much = peak_memory() + (200 << 20)
+    (first, second) = client.run(os.getpid)
+    client.run(lambda: np.ones(much, np.int8).sum(), workers=[first])
+    with client.as_current():
+        summary = impute(path, **SETTINGS["auto"]).summary
+    peaks = client.run(peak_memory)
+    assert peaks[second] < much < peaks[first]
+    assert summary["peak_memory_bytes"] == peaks[first]
+    assert summary["peak_memory_bytes_in_all"] == pytest.approx(sum(peaks.values()) + peak_memory(), rel=0.05)
+    with dask.config.set(scheduler="threads"):
+        alone = impute(path, **SETTINGS["auto"]).summary
+    assert much - (200 << 20) <= alone["peak_memory_bytes"] == alone["peak_memory_bytes_in_all"] < much
+
+
+def test_a_plan_foresees_what_all_processes_take(client, path):
+    from scialm_dask.config import preset
+    from scialm_dask.run.dry_run import plan
+
+    with client.as_current():
+        told = plan(ExpressionMatrix.open(path), preset("auto"))
+    assert told["workers"] == 2
+    assert 2 * told["peak_memory_bytes"] < told["memory_bytes_in_all"] < 4 * told["peak_memory_bytes"]
+
+
+def test_who_dies_when_asked_is_left_out(client):
+    victim, other = client.run(os.getpid).values()
+
+    def answer():
+        if os.getpid() == victim:
+            os.kill(victim, signal.SIGKILL)
+        return os.getpid()
+
+    with client.as_current():
+        assert sorted(ask_everyone(answer)) == sorted([os.getpid(), other])
+
+
+def test_without_a_cluster_any_more_this_process_answers():
+    cluster = LocalCluster(n_workers=1, processes=False, dashboard_address=":0")
+    with Client(cluster) as left, left.as_current():
+        assert ask_everyone(os.getpid) == [os.getpid()]  # all of it is in this process, which answers once
+        left.close()
+        cluster.close()
+        assert ask_everyone(os.getpid) == [os.getpid()]

@@ -1,56 +1,118 @@
-"""Go or refuse: where the working state is kept, and what limit it is held against."""
+"""Go or refuse: where the working state is kept, what limit it is held against, and what would fit it."""
 
 import json
+import re
 
 import dask
+import numpy as np
 import pytest
+import scipy.sparse as sp
+from dask.utils import parse_bytes
 
-from scialm_dask.errors import DoesNotFitError, InputError
+from scialm_dask import ExpressionMatrix, impute, resume
+from scialm_dask.config import bytes_of, preset
+from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.rows import MemoryRows
+from scialm_dask.errors import DoesNotFitError, InputError, StoppedError
 from scialm_dask.run.cluster import Team
-from scialm_dask.run.plan import Forecast, Need, limit_of, place_scratch, usable_memory
+from scialm_dask.run.keeper import Checkpointing
+from scialm_dask.run.placing import limit_of, place_scratch, usable_memory
+from scialm_dask.run.plan import forecast
 
-NEED = Forecast(
-    in_memory=Need(800, 0),
-    on_disk=Need(100, 500),
-    basis_width=16,
-    iterations=20,
-    passes_per_iteration=2,
-    passes=45,
-    tasks_per_pass=9,
-    bytes_per_pass=4000,
-)
+WORKER = Team(1, 2, None, resident=0)  # as it has not begun, what it holds is no matter of chance
 
 
-def place(scratch, limit, folder="/"):
-    return place_scratch(scratch, NEED, limit=limit, raised_by="--memory-limit", folder=folder)
+@pytest.fixture(scope="module")
+def large():
+    """A matrix of 20 000 × 20 000, of which nothing but the size is looked at."""
+    indptr = np.arange(20_001, dtype=np.int32) * 1000
+    values, indices = np.broadcast_to(np.float32(1), indptr[-1]), np.broadcast_to(np.int32(1), indptr[-1])
+    rows = sp.csr_matrix((values, indices, indptr), shape=(20_000, 20_000), copy=False)
+    return ExpressionMatrix(MemoryRows(rows), RowBlocks.even(20_000, 8))
 
 
-@pytest.mark.parametrize(
-    ("scratch", "limit", "chosen"),
-    [("auto", 800, "memory"), ("auto", 799, "zarr:/"), ("memory", 800, "memory"), ("zarr:/tmp", 10**9, "zarr:/tmp")],
-)
-def test_scratch_is_placed_by_the_limit(scratch, limit, chosen):
-    assert place(scratch, limit) == chosen
+def refusal(matrix, settings, scratch="auto", **options):
+    return place_scratch(scratch, matrix, settings, WORKER, folder="/", **options).refusal
 
 
-@pytest.mark.parametrize(
-    ("scratch", "limit", "remedy"),
-    [
-        ("memory", 799, "pass --scratch auto, or raise --memory-limit"),
-        ("memory", 99, "pass more --blocks or a lower --max-rank, or raise --memory-limit"),
-        ("auto", 99, "pass more --blocks or a lower --max-rank, or raise --memory-limit"),
-        ("zarr:/", 99, "pass more --blocks or a lower --max-rank, or raise --memory-limit"),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_what_helps(scratch, limit, remedy):
-    with pytest.raises(DoesNotFitError, match=f"the limit {limit} B; {remedy}"):
-        place(scratch, limit)
+def least_of(words):
+    (least,) = re.findall(r"at least ([\d.]+ \w+) are needed, with --[^,]*; raise --memory-limit$", words)
+    return parse_bytes(least)
+
+
+def test_scratch_is_placed_by_the_limit(large, tmp_path):
+    settings = preset("auto")
+    need = forecast(large, settings, WORKER.threads, resident=0)
+    enough = need.in_memory.memory
+
+    def placed(scratch, limit):
+        place = place_scratch(scratch, large, settings, WORKER, folder=tmp_path, memory_limit=limit)
+        assert place.refusal == ""
+        return place
+
+    assert placed("auto", enough).scratch == placed("memory", enough).scratch == "memory"
+    assert placed("auto", enough).need == need.in_memory
+    assert placed("auto", enough - 1).scratch == f"zarr:{tmp_path}"
+    assert placed("auto", enough - 1).need == need.on_disk
+    assert placed("zarr:/tmp", 10**12).scratch == "zarr:/tmp"
+
+
+@pytest.mark.parametrize("name", ["auto", "paper"])
+@pytest.mark.parametrize("scratch", ["auto", "memory", "zarr:/"])
+@pytest.mark.parametrize("share", [0.03, 0.3, 0.9])
+def test_what_is_advised_fits(large, name, scratch, share):
+    """Whoever follows any of the advice is not refused again, and takes what was said."""
+    settings = preset(name)
+    need = forecast(large, settings, WORKER.threads, resident=0)
+    wanted = (need.in_memory if scratch == "memory" else need.on_disk).memory
+    least = least_of(refusal(large, settings, scratch, memory_limit=10**8))
+    limit = int(least + share * (wanted - least))
+    words = refusal(large, settings, scratch, memory_limit=limit)
+    assert words.count("the limit") == 1
+    assert words.endswith(", or raise --memory-limit")
+    ways = re.findall(r"(--[^,;]*) would take ([\d.]+ \w+)", words)
+    assert ways
+    for options, taken in ways:
+        chosen = dict(re.findall(r"--(\S+) (\S+)", options))
+        cut = large.with_blocks(RowBlocks.even(20_000, int(chosen.get("blocks", 8))))
+        changed = preset(name, max_rank=chosen.get("max-rank"))
+        followed = place_scratch(chosen.get("scratch", scratch), cut, changed, WORKER, folder="/", memory_limit=limit)
+        assert "of memory" not in followed.refusal
+        assert followed.need.memory == pytest.approx(parse_bytes(taken), rel=0.01)
+
+
+@pytest.mark.parametrize("scratch", ["auto", "memory", "zarr:/"])
+def test_where_nothing_helps_it_is_said_what_is_needed(large, scratch):
+    words = refusal(large, preset("paper"), scratch, memory_limit=300 * 10**6)
+    least = least_of(words)
+    assert "would take" not in words
+    assert "would take" in refusal(large, preset("paper"), scratch, memory_limit=int(1.02 * least))
+    assert "at least" in refusal(large, preset("paper"), scratch, memory_limit=int(0.98 * least))
+
+
+def test_a_run_that_is_resumed_has_its_blocks_and_rank(large):
+    settings = preset("auto")
+    need = forecast(large, settings, WORKER.threads, resident=0)
+    limit = int(1.1 * need.on_disk.memory)
+    assert limit < need.in_memory.memory
+    words = refusal(large, settings, "memory", memory_limit=limit, resumed=True)
+    assert re.search(r"; --scratch auto would take \S+ \w+, or raise --memory-limit$", words)
+    words = refusal(large, settings, memory_limit=int(0.9 * need.on_disk.memory), resumed=True)
+    assert re.search(r"; at least \S+ \w+ are needed; raise --memory-limit$", words)
+
+
+def test_resume_is_not_advised_what_it_cannot_be_given(store_of, counts, tmp_path):
+    asked = Checkpointing(tmp_path / "run", stop=lambda: True)
+    with pytest.raises(StoppedError):
+        impute(store_of(counts), checkpoint=asked)
+    with pytest.raises(DoesNotFitError, match=r"; at least \S+ \w+ are needed; raise --memory-limit$"):
+        resume(tmp_path / "run", memory_limit="1MB")
 
 
 @pytest.mark.parametrize("scratch", ["disk", "zarr", "zarr:", ""])
-def test_unknown_scratch(scratch):
+def test_unknown_scratch(large, scratch):
     with pytest.raises(InputError, match="give auto, memory, or zarr:PATH"):
-        place(scratch, 1000)
+        refusal(large, preset("auto"), scratch)
 
 
 def test_the_lower_limit_holds():
@@ -61,20 +123,71 @@ def test_the_lower_limit_holds():
     assert limit_of(Team(1, 4, None), None)[0] <= usable_memory() * 1.1
 
 
+@pytest.mark.parametrize("limit", ["-5GB", "0", 0, -1, "-1 MiB", "much", "1e400"])
+def test_a_limit_is_a_size(limit):
+    with pytest.raises(InputError, match=r"give (more than 0|a number with a unit), such as 8GB"):
+        bytes_of("memory limit", limit)
+    assert bytes_of("memory limit", "2 kB") == 2000
+
+
+@pytest.mark.parametrize("words", [("--memory-limit", "-5GB"), ("--cluster", "local", "--worker-memory", "0")])
+@pytest.mark.parametrize("command", ["impute", "plan"])
+def test_limits_under_nothing_are_refused(cli, store_of, counts, tmp_path, command, words):
+    done = cli(command, store_of(counts), tmp_path / "r.zarr", "--quiet", *words)
+    assert done.exit_code == 2
+    assert re.fullmatch(r"scialm-dask: error: \w+ memory is '0'.*\n|.*memory limit is '-5GB'.*\n", done.stderr)
+    assert "give more than 0" in done.stderr
+
+
+def planned(cli, *words):
+    done = cli("plan", *words, "--json", "--quiet")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def test_plan_tells_the_limit_that_impute_obeys(cli, store_of, counts, tmp_path):
     source = store_of(counts)
     with dask.config.set({"scialm.memory-limit": "1 MB"}):
-        done = cli("plan", source, "--json")
-        assert json.loads(done.stdout.splitlines()[-1])["memory_limit_bytes"] == 1_000_000
+        assert planned(cli, source)["memory_limit_bytes"] == 1_000_000
         done = cli("impute", source, tmp_path / "r.zarr", "--quiet")
     assert "limit 0.95 MiB" in done.stderr
+
+
+def test_plan_says_what_impute_would_do(cli, store_of, counts, tmp_path):
+    """Where the state would go, what is taken in all, and if it does not fit, the words of the refusal."""
+    source, result = store_of(counts), tmp_path / "r.zarr"
+    fits = planned(cli, source, result)
+    assert (fits["fits"], fits["scratch"], "refusal" in fits) == (True, "memory", False)
+    assert fits["memory_bytes_in_all"] == fits["peak_memory_bytes"]
+    elsewhere = planned(cli, source, result, "--scratch", f"zarr:{tmp_path}")
+    assert elsewhere["scratch"] == f"zarr:{tmp_path}"
+    assert elsewhere["memory_bytes_in_all"] == elsewhere["peak_memory_bytes_with_zarr_scratch"]
+    tight = ("--memory-limit", "1MB")
+    wanting = planned(cli, source, result, *tight)
+    assert (wanting["fits"], wanting["scratch"]) == (False, f"zarr:{tmp_path}")
+    done = cli("impute", source, result, "--quiet", *tight)
+    numbers = r"[\d.]+ MiB"
+    assert re.sub(numbers, "N", wanting["refusal"]) in re.sub(numbers, "N", done.stderr)
+    assert not result.exists()
 
 
 def test_a_plan_counts_all_passes(cli, store_of, counts):
     source = store_of(counts)
 
     def passes(*words):
-        return json.loads(cli("plan", source, "--json", "--quiet", *words).stdout.splitlines()[-1])["passes"]
+        return planned(cli, source, *words)["passes"]
 
     assert passes("--preserve-zeros") == passes() + 10
     assert passes("--preset", "denoise") > 3 * passes()  # three fits before the last
+    few = ("--stop", "residual", "--max-iterations")
+    assert passes(*few, "9") > passes(*few, "3")
+
+
+def test_plan_has_the_options_of_impute(cli):
+    """But for those that say what is written, and when."""
+    from scialm_dask.__main__ import main
+
+    options = {name: {option.name for option in main.commands[name].params} for name in ("impute", "plan")}
+    written = {"write", "keep_observed", "checkpoint", "checkpoint_every", "overwrite"}
+    assert options["impute"] - options["plan"] == written
+    assert options["plan"] <= options["impute"]
