@@ -17,7 +17,10 @@ from scialm_dask.events import Listener
 @reports
 @shows_progress
 def score(result: str, masked: str, listen: Listener) -> dict[str, Any]:
-    """Score a result on the hidden entries of MASKED, beside the prediction of each gene's mean."""
+    """Score a result on the hidden entries of MASKED, beside the prediction of each gene's mean.
+
+    Its X is scored where it was written with one, its factors where not.
+    """
     from scialm_dask.data.factors import Imputation
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.evaluate.metrics import score_held_out

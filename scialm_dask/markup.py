@@ -53,6 +53,8 @@ def _value(key: str, value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{_label(name)} {_value(name, each)}" for name, each in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_value("", each) for each in value)
     return str(value)

@@ -199,8 +199,8 @@ def _compared(result: Imputation, compared: Comparison | None, why_not: str, col
         return [section("Inflation, genes and cells", why_not, "")]
     k, m = len(compared.cells), result.shape[0]
     sampled = f"Over all {m:,} cells." if k == m else f"Over a sample of {k:,} of the {m:,} cells."
-    overall = result.summary.get("mean_imputed_over_observed")
-    words = "" if overall is None else f"The imputed matrix has {overall:.3g} times the mean of the observed one. "
+    overall, what = result.mean_ratio, "X, as it was written," if result.summary.get("X") else "The imputed matrix"
+    words = "" if overall is None else f"{what} has {overall:.3g} times the mean of the observed one. "
     words += f"{sampled} {compared.filled:.2%} of the zeros were imputed as high as the mean of their gene’s non-zeros"
     histogram = inflation_panel(compared)
     groups = _groups(result, compared, color)
@@ -288,8 +288,8 @@ def _tiles(result: Imputation) -> str:
         tiles.append(("Held-out error", f"{known['held_out_error']:.3f}", "relative, at the kept iteration"))
     elif "residual" in known:
         tiles.append(("Residual", f"{known['residual']:.3g}", "relative, on observed entries"))
-    if known.get("mean_imputed_over_observed") is not None:
-        tiles.append(("Imputed ÷ observed", f"{known['mean_imputed_over_observed']:.2f}×", "ratio of the means"))
+    if (ratio := result.mean_ratio) is not None:
+        tiles.append(("Imputed ÷ observed", f"{ratio:.2f}×", f"ratio of the means{', of X' if known.get('X') else ''}"))
     if "seconds" in known:
         memory = known.get("peak_memory_bytes")
         tiles.append(("Time", duration(known["seconds"]), f"peak memory {readable_bytes(memory)}" if memory else ""))

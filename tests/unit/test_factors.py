@@ -14,6 +14,7 @@ import zarr
 from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
 from scialm_dask.data import factors
 from scialm_dask.errors import OutputError
+from scialm_dask.evaluate.metrics import score_held_out
 
 SETTINGS = {"preset": "paper", "max_iterations": 8, "max_rank": 6}
 
@@ -44,8 +45,8 @@ def test_the_matrix_is_the_clipped_product(result, dense, counts):
     assert result.to_dask().chunks[1] == (40,)
 
 
-def test_every_key_of_the_summary_is_described(result, matrix):
-    for summary in (result.summary, result.transform(matrix).summary):
+def test_every_key_of_the_summary_is_described(result, matrix, tmp_path):
+    for summary in (result.to_zarr(tmp_path / "r.zarr"), result.transform(matrix).summary):
         assert [key for key in summary if f"``{key}``" not in Imputation.__doc__] == []
 
 
@@ -92,7 +93,7 @@ def test_what_is_opened_is_what_was_written(result, dense, tmp_path):
     np.testing.assert_array_equal(opened.left.compute(), result.left.compute())
     np.testing.assert_array_equal(opened.right, result.right)
     np.testing.assert_allclose(opened.to_dask().compute(), dense, rtol=1e-5, atol=1e-6)
-    assert opened.summary == json.loads(json.dumps(result.summary))
+    assert opened.summary == json.loads(json.dumps(result.summary)) | {"X": None}
     assert opened.history.equals(result.history)
     assert opened.obs.equals(result.obs)
     opened.to_zarr(tmp_path / "again.zarr")
@@ -152,10 +153,41 @@ def test_options_that_do_not_go_together_are_refused(result, matrix, tmp_path):
     for options, message in (
         ({"dense": True, "preserve_zeros": object()}, "both say what X is to be; give one of them"),
         ({"keep_observed": matrix}, "keep_observed is about X, and none is written"),
+        ({"preserve_zeros": True}, r"preserve_zeros is True; give the rule .* biological_zeros\(matrix\)"),
     ):
         with pytest.raises(InputError, match=message):
             result.to_zarr(tmp_path / "r.zarr", **options)
     assert not (tmp_path / "r.zarr").exists()
+
+
+def test_what_was_written_as_x_is_on_record_and_scored(result, dense, matrix, counts, tmp_path):
+    """The mean of X over the mean observed, and the scores, are those of X, not of the factors."""
+    path, observed = tmp_path / "r.zarr", counts.toarray()
+    for options in ({}, {"dense": True}, {"dense": True, "keep_observed": matrix}):
+        told = result.to_zarr(path, overwrite=True, **options)["X"]
+        opened, X = Imputation.open(path), anndata.read_zarr(path).X
+        assert opened.summary["X"] == told
+        scores = score_held_out(opened, matrix, matrix)
+        if not options:
+            assert (told, opened.X, scores["scored"]) == (None, None, "factors")
+            X = dense
+        else:
+            assert (told["written"], told["keep_observed"]) == ("dense", "keep_observed" in options)
+            assert scores["scored"] == "X"
+            assert (
+                opened.mean_ratio == told["mean_over_observed"] == pytest.approx(X.mean() / observed.mean(), rel=1e-5)
+            )
+        seen = observed > 0
+        assert scores["mse"] == pytest.approx(np.square(X[seen] - observed[seen]).mean(), rel=1e-4, abs=1e-9)
+
+
+def test_factors_put_beside_another_x_are_scored_themselves(result, dense, matrix, counts, tmp_path):
+    result.to_zarr(tmp_path / "r.zarr", dense=True)
+    cells = anndata.AnnData(counts.astype(np.float32), obs=result.obs, var=result.var)
+    Imputation.open(tmp_path / "r.zarr").add_to(cells)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    scores = score_held_out(Imputation.open(tmp_path / "cells.h5ad"), matrix, matrix)
+    assert (scores["scored"], scores["mse"] > 0) == ("factors", True)
 
 
 def test_dense_chunks_are_whole_rows_and_all_written(result, tmp_path):
@@ -171,8 +203,9 @@ def test_nothing_is_there_until_it_is_complete(result, tmp_path, monkeypatch):
     write = factors.write_dense
 
     def watched(*args):
-        write(*args)
+        total = write(*args)
         seen.append((tmp_path / "r.zarr").exists())
+        return total
 
     monkeypatch.setattr(factors, "write_dense", watched)
     result.to_zarr(tmp_path / "r.zarr", dense=True)
