@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
-__all__ = ["Imputation"]
+__all__ = ["LONG", "Imputation"]
 
 _KEY = "scialm"
+LONG = ("settings", "singular_values", "count_splitting")  # of a summary; told elsewhere, or not to everybody
 
 
 class Imputation:
@@ -74,6 +75,9 @@ class Imputation:
         Of the chosen iteration, the values on the scale on which it was solved.
     ``residual``, ``held_out_error``
         ‖P_Ω(D − A)‖ / ‖P_Ω(D)‖ there, and the same over held-out entries; None if none were held out.
+    ``count_splitting``
+        Where zeros or the threshold were chosen by it: what was tried and how well unseen molecules were predicted;
+        see `scialm_dask.solve.zeros.account`.
     ``converged``, ``stop_reason``
         Whether a stopping rule was met, and which, in words.
     ``mean_observed``, ``mean_imputed_over_observed``

@@ -80,20 +80,28 @@ class Groups:
 
 
 def fit_panels(result: Imputation) -> dict[str, list[Panel]]:
-    """Draw what the fit has left: lists ``convergence``, ``held_out`` and ``spectrum``, empty if there is nothing."""
-    history, kept = result.history, result.summary.get("chosen_iteration")
-    panels: dict[str, list[Panel]] = {"convergence": [], "held_out": [], "spectrum": []}
-    if "iteration" not in history:
-        history = history.assign(iteration=np.arange(1, len(history) + 1))
+    """Draw what the fit has left: ``convergence``, ``held_out``, ``unseen`` and ``spectrum``, empty without any."""
+    import pandas as pd
+
+    history, kept = _numbered(result.history), result.summary.get("chosen_iteration")
+    panels: dict[str, list[Panel]] = {"convergence": [], "held_out": [], "unseen": [], "spectrum": []}
     for name, title in _CURVES.items():
         if name in history and len(history):
             panels["convergence"].append(_curve(history, name, title, kept))
     if held_out_known(history):
         panels["held_out"].append(_curve(history, "held_out", "Error on held-out entries", kept))
+    if (splitting := result.summary.get("count_splitting")) is not None:
+        best = next(fit["chosen_iteration"] for fit in splitting["tried"] if fit["chosen"])
+        errors = _numbered(pd.DataFrame({"unseen": splitting["errors"]}))
+        panels["unseen"].append(_curve(errors, "unseen", "Error on unseen molecules", best))
     values = np.asarray(result.summary.get("singular_values", ()))
     if len(values):
         panels["spectrum"].append(_spectrum(values))
     return panels
+
+
+def _numbered(history: pd.DataFrame) -> pd.DataFrame:
+    return history if "iteration" in history else history.assign(iteration=np.arange(1, len(history) + 1))
 
 
 def held_out_known(history: pd.DataFrame) -> bool:

@@ -147,6 +147,24 @@ def test_results_of_other_kinds(tmp_path, strange):
         assert [fact for fact in told["warnings"] if fact not in page.text] == []
 
 
+def test_choices_by_count_splitting_are_shown(tmp_path):
+    result = impute(COUNTS, preset="denoise", max_rank=8)
+    written = result.to_zarr(tmp_path / "r.zarr")["count_splitting"]
+    assert Imputation.open(tmp_path / "r.zarr").summary["count_splitting"] == written
+    write_report(tmp_path / "r.zarr", tmp_path / "r.html")
+    page = Page(tmp_path / "r.html")
+    (best,) = (fit for fit in written["tried"] if fit["chosen"])
+    assert "Held-out error" not in page.text
+    told = f"Iteration {best['chosen_iteration']}, with {best['error']:.3g}, was kept"
+    assert f"Error on unseen molecules: 1 at iteration 1, {written['errors'][-1]:.3g} at the last" in page.text
+    assert told in page.text
+    assert f"{len(written['tried'])} confidences in zeros" in page.text
+    for fit in written["tried"]:
+        name = f"{fit['zeros']:g}{' (chosen)' if fit['chosen'] else ''}"
+        row = (name, f"{fit['gene_exponent']:g}", "0.5", fit["iterations"], fit["chosen_iteration"])
+        assert " ".join(map(str, row)) in page.text
+
+
 # The numbers
 
 
