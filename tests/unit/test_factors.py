@@ -261,13 +261,15 @@ def test_scratch_on_disk_is_gone_with_the_result(matrix, tmp_path):
     assert os.listdir(tmp_path / "scratch") == []
 
 
-def test_a_result_of_rank_zero_is_a_matrix_of_zeros(counts, tmp_path):
-    result = impute(counts, preset="paper", max_iterations=1)
-    assert (result.rank, result.summary["residual"], result.summary["converged"]) == (0, 1.0, False)
-    assert not result.to_dask().compute().any()
-    assert result.summary["mean_imputed_over_observed"] == 0
-    result.to_zarr(tmp_path / "r.zarr", dense=True)
-    assert Imputation.open(tmp_path / "r.zarr")[3, [1, 2]].tolist() == [0, 0]
+def test_a_result_of_rank_zero_is_refused(counts, store_of, cli, tmp_path):
+    """The fit that chooses the threshold, and that of all molecules; nothing is written, checkpoints neither."""
+    source, words = store_of(counts), ("--max-iterations", "2", "--checkpoint", tmp_path / "c")
+    for options in (("--preset", "denoise", "--zeros", "1"), ("--zeros", "1", "--scaling", "none")):
+        done = cli("impute", source, tmp_path / "r.zarr", *options, *words, "--quiet")
+        assert done.exit_code == 2
+        (line,) = done.stderr.splitlines()
+        assert "max_iterations is 2, in which the threshold falls to" in line
+        assert [path.name for path in tmp_path.iterdir()] == ["source.zarr"]
 
 
 def test_with_finite_observed_nan_is_completed_and_nothing_clipped():
