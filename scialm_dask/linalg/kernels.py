@@ -39,6 +39,7 @@ _jit = numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={"reassoc"
 
 _DENSE_FROM = 0.4  # density from which BLAS on dense panels beats the sparse loops
 PANEL_VALUES = 4_000_000  # of a dense panel: 16 MB
+_TERM_VALUES = 1 << 18  # of a panel of products: 2 MB in float64, of which a few are in use
 
 
 @dataclass(frozen=True)
@@ -322,7 +323,7 @@ def quadratic(block: Block, left: Floats, view: View) -> tuple[Doubles, Doubles,
     trust, rank = _trust(block, view), left.shape[1]
     linear, square, squares = np.zeros(rank), np.zeros((rank, rank)), 0.0
     rows = np.repeat(np.arange(block.n_rows), np.diff(block.indptr))
-    step = max(1, PANEL_VALUES // max(1, rank))
+    step = max(1, _TERM_VALUES // max(1, rank))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         terms = (left[rows[part]] * view.right[block.indices[part]]).astype(np.float64)

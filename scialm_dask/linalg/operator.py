@@ -54,7 +54,7 @@ class _Kept(NamedTuple):
     versions: dict[str, int]
 
 
-_PANEL_ROWS = 1024
+PANEL_ROWS = 1024  # of tall matrices that are multiplied at once
 PANEL_COLUMNS = 256  # of left vectors that are projected at once
 _UNUSED = 1  # a version that no pass makes
 
@@ -465,16 +465,16 @@ def _on_cluster() -> bool:
 def _gram(tall: Floats) -> Doubles:
     """Give TᵀT, float64, some rows at a time: on large matrices a copy in float64 is too much."""
     gram = np.zeros((tall.shape[1],) * 2)
-    for start in range(0, len(tall), _PANEL_ROWS):
-        panel = tall[start : start + _PANEL_ROWS].astype(np.float64)
+    for start in range(0, len(tall), PANEL_ROWS):
+        panel = tall[start : start + PANEL_ROWS].astype(np.float64)
         gram += panel.T @ panel
     return gram
 
 
 def _add_product(total: Doubles | Floats, tall: Floats, wide: Doubles) -> None:
     """Add a product to `total`, some rows at a time: on large matrices a temporary of its size is too much."""
-    for start in range(0, len(tall), _PANEL_ROWS):
-        rows = slice(start, start + _PANEL_ROWS)
+    for start in range(0, len(tall), PANEL_ROWS):
+        rows = slice(start, start + PANEL_ROWS)
         total[rows] += tall[rows].astype(np.float64) @ wide
 
 

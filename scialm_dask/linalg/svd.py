@@ -13,7 +13,7 @@ import numpy as np
 from scipy.linalg import eigh
 
 from scialm_dask.linalg.kernels import Doubles, Floats
-from scialm_dask.linalg.operator import LowRankPlusSparse, Product
+from scialm_dask.linalg.operator import PANEL_ROWS, LowRankPlusSparse, Product
 
 __all__ = ["PartialSVD", "extended_basis", "leading_triplets", "rayleigh_ritz", "refine", "short_side_svd"]
 
@@ -47,24 +47,30 @@ def rayleigh_ritz(product: Product) -> PartialSVD:
     correlation = product.gram[np.ix_(used, used)] / np.outer(scale, scale)
     spread, vectors = np.linalg.eigh(correlation)
     keep = spread > _DEPENDENT * spread[-1]
-    whiten = vectors[:, keep] / np.sqrt(spread[keep]) / scale[:, None]  # WQ @ whiten is orthonormal
-    projected = product.cross[:, used] @ whiten
+    whiten = np.zeros((len(used), np.count_nonzero(keep)))
+    whiten[used] = vectors[:, keep] / np.sqrt(spread[keep]) / scale[:, None]  # WQ @ whiten is orthonormal
+    projected = product.cross @ whiten
     squares, rotation = np.linalg.eigh(projected.T @ projected)
     order = np.argsort(squares)[::-1]
     order = order[squares[order] > np.finfo(np.float64).eps * max(squares[order[0]], 0.0)]
     values, rotation = np.sqrt(squares[order]), rotation[:, order]
-    right = projected @ (rotation / values)
-    to_left = np.zeros((len(used), len(values)))
-    to_left[used] = whiten @ rotation
-    return _with_signs(values, right, to_left)
+    right = _in_float32(projected, rotation / values)
+    return _with_signs(values, right, whiten @ rotation)
 
 
-def _with_signs(values: Doubles, right: Doubles | Floats, to_left: Doubles) -> PartialSVD:
-    """Make the largest entry of each right vector positive."""
-    signs = np.where(-right.min(axis=0) > right.max(axis=0), -1.0, 1.0)
-    signed = np.empty(right.shape, np.float32)
-    np.multiply(right, signs, out=signed, casting="same_kind")
-    return PartialSVD(values, signed, to_left * signs)
+def _in_float32(tall: Doubles, small: Doubles) -> Floats:
+    """Multiply, some rows at a time: on large matrices another tall one in float64 is too much."""
+    product = np.empty((len(tall), small.shape[1]), np.float32)
+    for start in range(0, len(tall), PANEL_ROWS):
+        product[start : start + PANEL_ROWS] = tall[start : start + PANEL_ROWS] @ small
+    return product
+
+
+def _with_signs(values: Doubles, right: Floats, to_left: Doubles) -> PartialSVD:
+    """Make the largest entry of each right vector positive, in place."""
+    signs = np.where(-right.min(axis=0) > right.max(axis=0), np.float32(-1), np.float32(1))
+    right *= signs
+    return PartialSVD(values, right, to_left * signs)
 
 
 def extended_basis(known: Floats, width: int, seed: int) -> Floats:
@@ -147,8 +153,8 @@ def short_side_svd(operator: LowRankPlusSparse, limit: int, threshold: float) ->
     gram = operator.row_gram() if m <= n else operator.column_gram()
     values, vectors = _leading_eigenpairs(gram, limit, threshold**2)
     if m > n:
-        operator.multiply(vectors)  # the sketch is W V = U Σ
-        return _with_signs(values, vectors, np.diag(1 / values))
+        operator.multiply(vectors)  # the sketch is W V = U Σ; lost blocks would be made again of these vectors
+        return _with_signs(values, vectors.copy(), np.diag(1 / values))
     cross = operator.project(vectors)
     cross /= values
     return _with_signs(values, cross, np.eye(len(values)))

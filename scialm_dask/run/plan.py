@@ -31,12 +31,13 @@ _FLOAT = 4
 _READ_VALUES = 10  # arrays as long as a block's entries that a task holds while it reads them: as stored, scaled, …
 _TASK_VALUES = 6  # while it visits them: columns, values, old and new estimate, A there
 _TASK_ROWS = 7  # arrays as large as a block's sketch
-_DRIVER_PANELS = 9  # float64 arrays of n × l that the small algebra of an SVD holds
+_DRIVER_PANELS = 5  # float64 arrays of n × l that the small algebra of an SVD holds
+_FREED_PANELS = 3  # of those, that the allocator keeps when iterations go over to the short side
 _DOUBLE = 8
 _LIKELY_RANK = (
     0.65  # times √N: where the paper's runs end (0.55 to 0.64 on three data sets; √2 is the most there can be)
 )
-_STARTED = 200 << 20  # what compiling, reading and scheduling add to a process that has imported everything
+_STARTED = 180 << 20  # what compiling, reading and scheduling add to a process that has imported everything
 _IMPORTED = 250 << 20  # what a worker holds once it has imported everything
 _STOP_AT = 0.03  # threshold, relative to σ₁, at which stops that guard against noise were seen
 _FIRST_PASSES = 5  # the survey, reading, and the first SVD
@@ -125,10 +126,13 @@ def forecast(
     values = min(n_observed, int(1.3 * n_observed / n_blocks))  # rows differ in length
     panel, levels = n * width, math.ceil(math.log2(n_blocks) + 1)
     visit = _TASK_VALUES * values + _TASK_ROWS * rows * width + 2 * panel
-    task = _FLOAT * max(_READ_VALUES * values, visit)
+    reading = _READ_VALUES * values
+    # While molecules are split, what is tested on is read beside the fit.
+    task = _FLOAT * (reading + visit if _splits(settings) else max(reading, visit))
     products = threads * task + _FLOAT * panel * levels + _DOUBLE * panel * _DRIVER_PANELS
     if exact:
-        products = max(products, _short_side_memory((m, n), rows, rank, threads, levels))
+        freed = _DOUBLE * panel * _FREED_PANELS
+        products = max(products, freed + _short_side_memory((m, n), rows, rank, threads, levels))
     working = _base_memory(resident) + products + _DOUBLE * n * n_blocks
     kept = 1 if settings.stop == "held-out" else 0  # the estimate of the best iteration
     state = _FLOAT * ((2 + kept) * n_observed + m * (2 * wanted + 2 * rank))
@@ -179,10 +183,14 @@ def _passes(settings: Settings, working: int, per_iteration: int) -> int:
         passes += _GIVE_BACK_PASSES
     if settings.zeros != 0:
         passes += 1  # the refit
-    if settings.stop == "count-split" or settings.zeros == "auto":
+    if _splits(settings):
         fits = _LIKELY_FITS if settings.zeros == "auto" else 1
         passes += fits * (_FIRST_PASSES - 1 + working * (per_iteration + _SPLIT_PASSES))
     return passes
+
+
+def _splits(settings: Settings) -> bool:
+    return settings.stop == "count-split" or settings.zeros == "auto"
 
 
 def _likely_rank(settings: Settings, short_side: int, n_observed: int) -> int:
@@ -192,6 +200,8 @@ def _likely_rank(settings: Settings, short_side: int, n_observed: int) -> int:
 
 def _base_memory(resident: int | None) -> int:
     if resident is None:
+        import dask.array  # noqa: F401 (what a result is made of is to count)
+
         return int(psutil.Process().memory_info().rss) + _STARTED
     return max(resident, _IMPORTED) + _STARTED  # a worker that has done nothing yet has imported nothing either
 

@@ -112,14 +112,21 @@ def test_the_default_preset_does_better_at_a_small_rank(shared, name, mse, rank)
     assert result.summary["iterations"] == result.summary["chosen_iteration"] + Settings().patience
 
 
-@pytest.mark.parametrize("scratch", ["memory", "zarr"])
+@pytest.mark.parametrize(
+    ("source", "preset", "scratch"),
+    [
+        ("reference/pbmc_donor_a_mask10", "auto", "memory"),
+        ("reference/pbmc_donor_a_mask10", "auto", "zarr"),
+        ("data/baron_downsampled", "denoise", "memory"),
+    ],
+)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_forecast_holds(shared, tmp_path, scratch):
+def test_the_forecast_holds(shared, tmp_path, source, preset, scratch):
     """Peak memory of the whole process, imports included."""
     where = "memory" if scratch == "memory" else f"zarr:{tmp_path}"
-    source = masked(shared, "pbmc_donor_a")
-    words = ["impute", source, tmp_path / "r.zarr", "--scratch", where, "--json", "--quiet"]
-    done = subprocess.run([sys.executable, "-m", "scialm_dask", *map(str, words)], capture_output=True, text=True)
+    words = ["impute", shared / f"{source}.h5ad", tmp_path / "r.zarr", "--preset", preset, "--scratch", where]
+    command = [sys.executable, "-m", "scialm_dask", *map(str, words), "--json", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert 1.0 < summary["forecast_memory_bytes"] / summary["peak_memory_bytes"] < 1.5
