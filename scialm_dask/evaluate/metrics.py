@@ -142,7 +142,7 @@ def _add(one: tuple[Moments, Moments], other: tuple[Moments, Moments]) -> tuple[
 
 def score_held_out(
     result: Imputation, held_out: ExpressionMatrix, observed: ExpressionMatrix, listen: Listener = silent
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """Score a result on hidden entries, beside the prediction of each gene's mean over its observed entries.
 
     Parameters
@@ -159,8 +159,7 @@ def score_held_out(
     Returns
     -------
     dict
-        ``scored`` (``"X"`` or ``"factors"``), ``n``, ``mse``, ``mae``, ``pearson``, ``cosine``, and the last four again
-        as ``gene_mean_…``.
+        ``n``, ``mse``, ``mae``, ``pearson``, ``cosine``, and the last four again as ``gene_mean_…``.
 
     Raises
     ------
@@ -182,9 +181,7 @@ def score_held_out(
     ours, baseline = (moments.overall for moments in tree_reduce(parts, _add).compute())
     if ours.n == 0:
         raise InputError(f"{held_out.name}: holds no entries; hide some with `scialm-dask mask`")
-    scored = {"scored": "factors" if result.X is None else "X"}
-    by_means = {f"gene_mean_{name}": value for name, value in asdict(baseline).items() if name != "n"}
-    return scored | asdict(ours) | by_means
+    return asdict(ours) | {f"gene_mean_{name}": value for name, value in asdict(baseline).items() if name != "n"}
 
 
 def _pieces(result: Imputation, blocks: RowBlocks) -> list[Any]:
