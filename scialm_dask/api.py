@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from scialm_dask.arguments import checked, taken
 from scialm_dask.config import configured
 from scialm_dask.config import preset as settings_of
 from scialm_dask.data.annotated import as_matrix, is_anndata, refuse_logarithms
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["impute", "resume"]
 
 
+@checked
 def impute(
     matrix: ExpressionMatrix | str | os.PathLike[str] | Any,
     *,
@@ -30,7 +32,7 @@ def impute(
     key_added: str | None = "scialm",
     observed: Observed | None = None,
     scratch: str | None = None,
-    memory_limit: int | str | None = None,
+    memory_limit: float | str | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
     confidence: Confidence | None = None,
     checkpoint: str | os.PathLike[str] | Checkpointing | None = None,
@@ -97,6 +99,7 @@ def impute(
     from scialm_dask.run.job import complete_matrix
     from scialm_dask.run.keeper import Checkpointing
 
+    checkpoint = taken("checkpoint", checkpoint, str | os.PathLike | Checkpointing | None)
     if isinstance(checkpoint, str | os.PathLike):
         checkpoint = Checkpointing(checkpoint)
     if checkpoint_every is not None:
@@ -121,12 +124,13 @@ def impute(
     return result
 
 
+@checked
 def resume(
     folder: str | os.PathLike[str],
     matrix: Any = None,
     *,
     scratch: str | None = None,
-    memory_limit: int | str | None = None,
+    memory_limit: float | str | None = None,
     stop: Callable[[], bool] = lambda: False,
     listen: Listener = silent,
 ) -> Imputation:
@@ -171,7 +175,7 @@ def resume(
     return resume_matrix(folder, source, scratch=scratch, memory_limit=limit, stop=stop, listen=listen)
 
 
-def parse_limit(limit: int | str | None) -> int | None:
+def parse_limit(limit: float | str | None) -> int | None:
     """Turn words such as ``"8 GB"`` into bytes."""
     from dask.utils import parse_bytes
 

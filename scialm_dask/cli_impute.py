@@ -272,7 +272,7 @@ def transform(
     fit = Imputation.open(result)
     matrix = ExpressionMatrix.open(src, layer, observed=fit.observed, missing_chunks_are_zeros=missing_chunks_are_zeros)
     with connected(listen):
-        completed = fit.transform(matrix)
+        completed = fit.transform(matrix, listen=listen)
         completed.to_zarr(dst, overwrite=overwrite, sources=(src, result), listen=listen)
     return {"destination": dst, **completed.summary}
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from scialm_dask.arguments import check_fields, taken
 from scialm_dask.errors import InputError
 
 __all__ = ["Preset", "Settings", "configured", "preset"]
@@ -58,7 +59,7 @@ class Settings:
     Raises
     ------
     InputError
-        If a value cannot be: outside its limits, or none of its choices.
+        If a value cannot be: of another type, outside its limits, or none of its choices.
     """
 
     rank_policy: RankPolicy = "adaptive"
@@ -77,8 +78,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _choice("rank_policy", self.rank_policy, RankPolicy)
-        _choice("stop", self.stop, Stop)
+        check_fields(self)
         _at_least("max_iterations", self.max_iterations, 1)
         _at_least("first_rank", self.first_rank, 1)
         _at_least("increment", self.increment, 1)
@@ -95,7 +95,7 @@ class Settings:
             raise InputError(f"zeros is {self.zeros}; the confidence in zeros lies between 0 and 1, or is auto")
         if not 0 <= self.svd_tolerance < 1:
             raise InputError(f"svd_tolerance is {self.svd_tolerance}; give a number from 0 to 1, or 0 for all passes")
-        if len(self.exponents) != 2 or not all(0 <= exponent <= 1 for exponent in self.exponents):
+        if not all(0 <= exponent <= 1 for exponent in self.exponents):
             raise InputError(f"scaling is {self.scaling}; give two exponents between 0 and 1, of genes and of cells")
 
     @property
@@ -135,7 +135,7 @@ def preset(name: str, **changes: Any) -> Settings:
         return Settings(**{**published, "svd_passes": 30, "svd_tolerance": 3e-4, **changes})
     if name == "denoise":
         return Settings(**{"stop": "count-split", "zeros": "auto", **changes})
-    _choice("preset", name, Preset)
+    taken("preset", name, Preset)
     return Settings(**changes)
 
 
@@ -195,11 +195,6 @@ def _exponents(words: str) -> tuple[float, float]:
     except ValueError:
         raise InputError(f"scaling is {words!r}; give none, poisson, or two exponents such as 0.75,0.5") from None
     return gene, cell
-
-
-def _choice(field: str, value: Any, options: Any) -> None:
-    if value not in get_args(options):
-        raise InputError(f"{field} is {value!r}; choose one of {', '.join(get_args(options))}")
 
 
 def _at_least(field: str, value: int, limit: int) -> None:

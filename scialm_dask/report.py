@@ -9,6 +9,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from scialm_dask import __version__
+from scialm_dask.arguments import checked
 from scialm_dask.data.annotated import as_matrix, is_anndata
 from scialm_dask.data.factors import LONG, Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
@@ -40,6 +41,7 @@ _MOST_GENES = 20
 _DEPTH = "number of genes seen in the cell"
 
 
+@checked
 def write_report(
     result: Imputation | str | os.PathLike[str],
     path: str | os.PathLike[str],

@@ -11,7 +11,7 @@ import scialm_dask
 ROOT = Path(scialm_dask.__file__).parent
 
 LINES = """
-errors config events
+errors arguments config events
 data.layout data.csr data.remote data.remote_output data.store data.writer data.stream data.rows data.temporary data.transpose data.matrix data.annotated
 data.tenx data.ingest data.quality
 data.fingerprint data.scratch data.array_files data.checkpoint data.remote_checkpoint

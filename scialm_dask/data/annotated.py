@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scialm_dask.data.matrix import Annotation, ExpressionMatrix, Observed, check_array
+from scialm_dask.data.matrix import Annotation, ExpressionMatrix, Observed, check_array, held_array
 from scialm_dask.data.store import open_store
 from scialm_dask.errors import InputError
 
@@ -125,11 +125,8 @@ def as_dask(matrix: Any, name: str) -> da.Array:
     if isinstance(matrix, da.Array):
         check_array(matrix, name)
         return matrix
-    try:
-        held = sp.csr_matrix(matrix) if sp.issparse(matrix) else np.asarray(matrix)
-    except ValueError as error:
-        raise InputError(f"{name}: a {type(matrix).__name__}, not a matrix of numbers ({error})") from error
-    check_array(held, name)
+    held = held_array(matrix, name)
+    held = sp.csr_matrix(held) if sp.issparse(held) else held
     rows = max(1, _IN_A_CHUNK // held.shape[1])
     return da.from_array(held, chunks=(rows, -1), asarray=False).persist()  # goes to the workers once
 

@@ -13,6 +13,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from scialm_dask.arguments import checked, taken
 from scialm_dask.data.annotated import add_factors
 from scialm_dask.data.cell_model import CellModel
 from scialm_dask.data.imputed import CHUNK_BYTES, ZeroRule, write_dense, write_left, write_sparse
@@ -98,6 +99,8 @@ class Imputation:
     That of `transform` has ``n_cells``, ``n_genes``, ``rank``, ``scaling`` and ``source`` alike, and
     ``n_genes_matched``, ``n_genes_not_in_fit``
         Genes of the new cells that the fit knows, and that it does not.
+    ``few_genes``
+        What that means, in words; only where the new cells have less than half of the genes of the fit.
     ``noise``
         Variance of an entry, on the scale of the fit, at which the new cells predict themselves best.
     ``fitted_on``
@@ -128,6 +131,7 @@ class Imputation:
         self._stored = stored
 
     @classmethod
+    @checked
     def open(cls, path: str | os.PathLike[str]) -> Imputation:
         """Open what `to_zarr` or ``scialm-dask impute`` has written, or an AnnData that `impute` has added to.
 
@@ -225,7 +229,7 @@ class Imputation:
         """Impute the cells whose left factors are given, ``(k, r)``: float32, ``(k, n)``."""
         return _product(left, self.right, clip=self.clip)
 
-    def transform(self, matrix: Any, *, layer: str | None = None) -> Imputation:
+    def transform(self, matrix: Any, *, layer: str | None = None, listen: Listener = silent) -> Imputation:
         """Complete cells that were not in the fit, with its gene factors: one pass, a small problem for each cell.
 
         Parameters
@@ -237,6 +241,8 @@ class Imputation:
             missing.
         layer
             Layer to read instead of X.
+        listen
+            Called with a `scialm_dask.events.Note` if less than half of the genes of the fit match.
 
         Returns
         -------
@@ -252,7 +258,7 @@ class Imputation:
         """
         from scialm_dask.solve.transform import transform
 
-        return transform(self, matrix, layer=layer)
+        return transform(self, matrix, layer=layer, listen=listen)
 
     def of_cells(self, left: da.Array, obs: pd.DataFrame, summary: dict[str, Any]) -> Imputation:
         """Give the imputation of other cells, whose left factor is known, by the same right factor.
@@ -346,6 +352,7 @@ class Imputation:
         """
         import anndata
 
+        path = taken("path", path, str | os.PathLike)
         self._check_x(dense, keep_observed, preserve_zeros)
         advance = begin(listen, "writing")
         parts = 2 if dense or preserve_zeros is not None else 1

@@ -6,13 +6,14 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import dask
 import numpy as np
 import scipy.sparse as sp
 import zarr
 
+from scialm_dask.arguments import checked, shown
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
 from scialm_dask.data.store import lasting, open_store
@@ -33,6 +34,7 @@ __all__ = [
     "check_array",
     "check_observed",
     "check_values",
+    "held_array",
     "read_annotation",
     "tree_reduce",
 ]
@@ -87,6 +89,7 @@ class ExpressionMatrix:
     origin: Origin | None = field(default=None, compare=False, repr=False)
 
     @classmethod
+    @checked
     def open(
         cls,
         path: str | os.PathLike[str],
@@ -125,7 +128,6 @@ class ExpressionMatrix:
         OutputError
             If the disk of the temporary store is full.
         """
-        _check_choice(observed)
         store = open_store(path)
         path = lasting(path)
         rows, element = describe(path, store, layer)
@@ -138,6 +140,7 @@ class ExpressionMatrix:
         return cls(rows, cuts, observed, path if not isinstance(store, zarr.Array) else None, origin)
 
     @classmethod
+    @checked
     def of(
         cls, matrix: Any, *, blocks: int | None = None, observed: Observed = "nonzero", name: str = "matrix"
     ) -> ExpressionMatrix:
@@ -169,16 +172,10 @@ class ExpressionMatrix:
         OutputError
             If the disk of the temporary store is full.
         """
-        _check_choice(observed)
         if dask.is_dask_collection(matrix):
             rows = _computed(matrix, name)
             return cls(rows, blocks_of(rows, open_store(rows.path)["X"], blocks), observed)
-        try:
-            csr = sp.csr_matrix(matrix)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{name}: a {type(matrix).__name__}, not a matrix of numbers ({error})") from error
-        if csr.shape[0] == 0 or csr.shape[1] == 0:
-            raise InputError(f"{name}: empty, {csr.shape[0]} cells × {csr.shape[1]} genes; nothing to do")
+        csr = sp.csr_matrix(held_array(matrix, name))
         cuts = RowBlocks.even(csr.shape[0], blocks) if blocks else RowBlocks.by_nonzeros(csr.indptr)
         return cls(MemoryRows(csr, name), cuts, observed)
 
@@ -329,19 +326,28 @@ def read_annotation(path: str | Annotation | None, axis: str, length: int) -> pd
     return frame
 
 
-def _check_choice(observed: str) -> None:
-    if observed not in get_args(Observed):
-        raise InputError(f"observed is {observed!r}; choose one of {', '.join(get_args(Observed))}")
+def held_array(matrix: Any, name: str) -> Any:
+    """Take what is in memory, SciPy sparse or anything that NumPy takes; raises `InputError` as `check_array`."""
+    try:
+        held = matrix if sp.issparse(matrix) else np.asarray(matrix)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: a {type(matrix).__name__}, not a matrix of numbers ({error})") from error
+    if held.ndim == 0:
+        raise InputError(f"{name} is {shown(matrix)}; give a matrix of numbers")
+    check_array(held, name)
+    return held
 
 
 def check_array(array: Any, name: str) -> None:
     """Raise `InputError` if an array, of NumPy, SciPy or Dask, is not a matrix of numbers of known size."""
     if array.ndim != 2 or any(np.isnan(n) or n == 0 for n in array.shape):
         raise InputError(
-            f"{name}: shape {array.shape}; a matrix of known size, of one cell and gene at least, is needed"
+            f"{name}: shape {array.shape}; give a matrix: two dimensions of known size, one cell and gene at least"
         )
-    if array.dtype.kind not in "buif":
-        raise InputError(f"{name}: values are of type {array.dtype}, not numbers; convert them first")
+    if array.dtype.kind not in "buif" or array.dtype == np.float16:
+        raise InputError(
+            f"{name}: values are of type {array.dtype}, not numbers that can be computed with; convert them first"
+        )
 
 
 def _computed(array: da.Array, name: str) -> StoredRows:

@@ -13,6 +13,7 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
+from scialm_dask.arguments import check_fields, checked
 from scialm_dask.data.annotated import refuse_logarithms
 from scialm_dask.data.csr import scaled_rows
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
@@ -49,6 +50,7 @@ class Thresholds:
     min_cells: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("min_genes", "max_genes", "max_mito", "min_cells"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
@@ -70,6 +72,7 @@ class CellMeasures(NamedTuple):
         return 100 * np.divide(self.mito, self.totals, out=np.zeros_like(self.mito), where=self.totals > 0)
 
 
+@checked
 def quality_control(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],

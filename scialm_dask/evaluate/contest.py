@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scialm_dask.api import parse_limit
+from scialm_dask.arguments import checked
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
@@ -85,6 +86,7 @@ class Evaluation:
         return table.reset_index().sort_values(["experiment", "share", "mse"], kind="stable", ignore_index=True)
 
 
+@checked
 def evaluate_imputation(
     source: Any,
     *,
@@ -96,7 +98,7 @@ def evaluate_imputation(
     labels: str | None = None,
     sweeps: Sequence[str] = (),
     layer: str | None = None,
-    memory_limit: int | str | None = None,
+    memory_limit: float | str | None = None,
     time_limit: float | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
     listen: Listener = silent,

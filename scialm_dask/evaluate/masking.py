@@ -9,6 +9,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from scialm_dask.arguments import checked
 from scialm_dask.data.annotated import refuse_logarithms
 from scialm_dask.data.csr import entries_where
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
@@ -30,6 +31,7 @@ def gene_counts(matrix: ExpressionMatrix, advance: Advance = lambda _: None) -> 
     return counts
 
 
+@checked
 def mask(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],

@@ -11,6 +11,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from scialm_dask.arguments import checked
 from scialm_dask.data.store import atomic_store, check_output, new_anndata, set_encoding
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.writer import CSRWriter
@@ -97,6 +98,7 @@ def _library(expected: NDArray[np.float32], density: float) -> float:
     return float(np.exp(high))
 
 
+@checked
 def simulate(
     destination: str | os.PathLike[str],
     *,

@@ -85,6 +85,8 @@ def _of_inflation(result: Imputation, compared: Comparison | None) -> Warnings:
 
 
 def _of_input(summary: dict[str, Any]) -> Warnings:
+    if "few_genes" in summary:  # completed by `transform`
+        yield "Few genes of the fit were measured in these cells.", f"{summary['few_genes']}."
     for what, remedy in (("cell", "--min-genes"), ("gene", "--min-cells")):
         empty, of = int(summary.get(f"n_empty_{what}s", 0)), int(summary.get(f"n_{what}s", 0))
         if of and empty / of > _EMPTY:

@@ -37,7 +37,7 @@ Doubles = NDArray[np.float64]
 # Everything that lets loops be vectorised but "no NaN": NaN is what marks the held-out entries.
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
 
-_DENSE_FROM = 0.4  # density from which BLAS on dense panels beats the sparse loops
+_DENSE_FROM = 0.5  # density from which BLAS on dense panels beats the sparse loops, with 128 columns and more clearly
 PANEL_VALUES = 4_000_000  # of a dense panel: 16 MB
 _TERM_VALUES = 1 << 18  # of a panel of products: 2 MB in float64, of which a few are in use
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from scialm_dask.arguments import checked
 from scialm_dask.config import configured
 from scialm_dask.data.temporary import current_client
 from scialm_dask.errors import ClusterError, InputError
@@ -58,6 +59,7 @@ def _say_nothing(_: str) -> None:
 
 
 @contextmanager
+@checked
 def connect(
     scheduler: str | None = None,
     *,

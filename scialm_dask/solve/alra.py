@@ -20,6 +20,7 @@ import numpy as np
 from dask.delayed import Delayed
 from numpy.typing import NDArray
 
+from scialm_dask.arguments import checked
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
 from scialm_dask.data.scratch import new_scratch
 from scialm_dask.errors import InputError
@@ -100,6 +101,7 @@ class _Detected:
         return None
 
 
+@checked
 def biological_zeros(
     matrix: ExpressionMatrix, *, seed: int = 0, scratch_folder: str | None = None, listen: Listener = silent
 ) -> BiologicalZeros:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from scialm_dask.arguments import checked
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, Sweep, silent
 from scialm_dask.solve.pooled import Float, Measurements, PooledResult, Sums, batches, dense_block
@@ -65,6 +66,7 @@ class PooledALS:
     rounding.
     """
 
+    @checked
     def __init__(
         self,
         rank: int,
@@ -75,7 +77,8 @@ class PooledALS:
         max_sweeps: int = 100,
         tol: float = 1e-4,
     ) -> None:
-        for name, value, least in (("rank", rank, 1), ("restarts", restarts, 1), ("max_sweeps", max_sweeps, 1)):
+        limits = ("rank", rank, 1), ("restarts", restarts, 1), ("max_sweeps", max_sweeps, 1)
+        for name, value, least in (*limits, ("random_state", random_state, 0)):
             if value < least:
                 raise InputError(f"{name} {value} is below {least}")
         for name, number in (("ridge", ridge), ("tol", tol)):

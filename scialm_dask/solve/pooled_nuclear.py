@@ -11,6 +11,7 @@ import dask
 import numpy as np
 from numpy.typing import ArrayLike
 
+from scialm_dask.arguments import checked, taken
 from scialm_dask.data.matrix import tree_reduce
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, Sweep, silent
@@ -67,6 +68,7 @@ class PooledNuclearNorm:
     on the blocks of D or the number of workers, except by rounding.
     """
 
+    @checked
     def __init__(self, delta: float, *, tol: float = 1e-4, max_iterations: int = 1000) -> None:
         if not 0 <= delta < np.inf:
             raise InputError(f"delta {delta} is negative or not finite; it bounds ‖XP − D‖_F, 0 is the least")
@@ -108,7 +110,7 @@ class PooledNuclearNorm:
         UserWarning
             If the iterations end before the stopping rule is met.
         """
-        P = check_pools(P)
+        P, start = check_pools(P), taken("start", start, PooledResult | None)
         measured = Measurements.of(D, P.shape[1])
         listen(Stage("solving"))
         gram = measured.total(visit_gram)["DD"]

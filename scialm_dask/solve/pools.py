@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from scialm_dask.arguments import checked
 from scialm_dask.data.annotated import as_dask
 from scialm_dask.errors import InputError
 
@@ -70,7 +71,10 @@ def check_pools(pools: ArrayLike, genes: int | None = None) -> NDArray[np.float6
     InputError
         If P is not a binary matrix, has another number of genes, an empty pool, or a gene in no pool.
     """
-    P = np.asarray(pools)
+    try:
+        P = np.asarray(pools)
+    except ValueError as error:
+        raise InputError(f"pools: rows differ in length ({error}); give a matrix of genes × pools") from error
     if P.ndim != 2 or 0 in P.shape:
         raise InputError(f"pools: shape {P.shape}; give a matrix of genes × pools")
     if P.dtype.kind not in "buif" or not np.isin(P, (0, 1)).all():
@@ -89,6 +93,7 @@ def check_pools(pools: ArrayLike, genes: int | None = None) -> NDArray[np.float6
     return P
 
 
+@checked
 def random_pools(genes: int, pools: int, *, density: float = 0.25, random_state: int = 0) -> NDArray[np.int8]:
     """Put every gene into every pool with one probability; genes that fall into no pool are drawn again.
 
@@ -111,7 +116,7 @@ def random_pools(genes: int, pools: int, *, density: float = 0.25, random_state:
     InputError
         If the design cannot exist, or leaves a pool empty.
     """
-    _check_size(genes, pools)
+    _check_draw(genes, pools, random_state)
     if not 0 < density <= 1:
         raise InputError(f"density {density} is outside (0, 1]; about a quarter is usual")
     P = np.zeros((genes, pools), np.int8)
@@ -123,6 +128,7 @@ def random_pools(genes: int, pools: int, *, density: float = 0.25, random_state:
     return P
 
 
+@checked
 def balanced_pools(genes: int, pools: int, *, per_gene: int, random_state: int = 0) -> NDArray[np.int8]:
     """Put every gene into the same number of pools, and about as many genes into each pool.
 
@@ -148,7 +154,7 @@ def balanced_pools(genes: int, pools: int, *, per_gene: int, random_state: int =
     InputError
         If the design cannot exist.
     """
-    _check_size(genes, pools)
+    _check_draw(genes, pools, random_state)
     if not 1 <= per_gene <= pools:
         raise InputError(f"per_gene {per_gene} is outside 1 to {pools}, the number of pools")
     if genes * per_gene < pools:
@@ -233,6 +239,8 @@ def _product(block: Any, P: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(block.astype(np.float64) @ P)
 
 
-def _check_size(genes: int, pools: int) -> None:
+def _check_draw(genes: int, pools: int, random_state: int) -> None:
     if genes < 1 or pools < 1:
         raise InputError(f"{genes} genes × {pools} pools; at least one of each is needed")
+    if random_state < 0:
+        raise InputError(f"random_state is {random_state}; give 0 or more")

@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from scialm_dask.arguments import shown
 from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.errors import InputError
@@ -160,15 +161,17 @@ class Confidence:
     Raises
     ------
     InputError
-        If a number is below 0, over 1 or NaN.
+        If they are no vectors of numbers, or one is below 0, over 1 or NaN.
     """
 
     gene: Floats
     cell: Floats | None = None
 
     def __post_init__(self) -> None:
-        for part in (self.gene, self.cell):
-            if part is not None and not (np.all(part >= 0) and np.all(part <= 1)):
+        for part in (self.gene,) if self.cell is None else (self.gene, self.cell):
+            if not isinstance(part, np.ndarray) or part.dtype.kind not in "buif" or part.ndim != 1:
+                raise InputError(f"confidence in zeros is {shown(part)}; give an array of numbers, one-dimensional")
+            if not (np.all(part >= 0) and np.all(part <= 1)):
                 raise InputError(f"confidence in zeros reaches from {part.min()} to {part.max()}; give 0 to 1")
 
     def check(self, matrix: ExpressionMatrix) -> None:

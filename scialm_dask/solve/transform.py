@@ -17,6 +17,7 @@ from scialm_dask.data.factors import Imputation
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
 from scialm_dask.errors import InputError
+from scialm_dask.events import Listener, Note, silent
 from scialm_dask.linalg.cellwise import RightFactor, RowProblems, cross_validation, leave_one_out, solve_rows
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.solve.scaling import PreparedBlocks
@@ -32,7 +33,11 @@ _MOST_STEPS = 60  # of the search: from anywhere in float32's range
 
 
 def transform(
-    result: Imputation, matrix: ExpressionMatrix | str | os.PathLike[str] | Any, *, layer: str | None = None
+    result: Imputation,
+    matrix: ExpressionMatrix | str | os.PathLike[str] | Any,
+    *,
+    layer: str | None = None,
+    listen: Listener = silent,
 ) -> Imputation:
     """Complete cells that were not in the fit, with its gene factors.
 
@@ -53,6 +58,8 @@ def transform(
         have the genes of the fit in their order.
     layer
         Layer of the store to read instead of X.
+    listen
+        Called with a `Note` if less than half of the genes match.
 
     Returns
     -------
@@ -73,6 +80,10 @@ def transform(
             "fit with a confidence in zeros that is the same for all cells"
         )
     columns = _matching(result, names, matrix)
+    matched = int(np.count_nonzero(columns >= 0))
+    few = _few_genes(matched, result.shape[1])
+    if few:
+        listen(Note(f"{matrix.name}: {few}"))
     sample = _sample(matrix)
     sizes, note = _size_factors(result.model, sample, obs)
     right = result.right * result.model.gene_scale[:, None]
@@ -91,7 +102,6 @@ def transform(
         )
         for b, (start, stop) in enumerate(matrix.blocks)
     ]
-    matched = int(np.count_nonzero(columns >= 0))
     summary = {
         "n_cells": matrix.shape[0],
         "n_genes": result.shape[1],
@@ -102,6 +112,7 @@ def transform(
         "scaling": note,
         "source": matrix.name,
         "fitted_on": result.summary.get("source"),
+        **({"few_genes": few} if few else {}),
     }
     return result.of_cells(da.concatenate(pieces, axis=0), obs, summary)
 
@@ -199,6 +210,16 @@ def _matching(result: Imputation, names: pd.Index | None, matrix: ExpressionMatr
             f"{result.var.index[0]}; {result.rank} at least, the rank of the fit, are needed"
         )
     return columns
+
+
+def _few_genes(matched: int, fitted: int) -> str:
+    """Say so if little was measured of what the factors tell cells apart by; empty if half of the genes are there."""
+    if 2 * matched >= fitted:
+        return ""
+    return (
+        f"{matched:,} of the fit's {fitted:,} genes match ({matched / fitted:.1%}); all others are guessed from these, "
+        "the worse the fewer: give more of them, or fit on the genes that both have"
+    )
 
 
 def _confidence(model: CellModel, columns: NDArray[np.intp]) -> Floats | None:

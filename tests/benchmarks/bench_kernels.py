@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from scialm_dask.linalg import kernels
 from scialm_dask.linalg.kernels import Block, BlockState, Step, View, visit
 
-WIDTHS, DENSITIES = (32, 64, 128, 256), (0.01, 0.05, 0.1, 0.2, 0.3, 0.4)
+WIDTHS, DENSITIES = (32, 64, 128, 256), (0.01, 0.05, 0.1, 0.2, 0.4, 0.5, 0.6)
 N_GENES, N_VALUES = 20_000, 4_000_000
 LEAST_DENSE = 0.1  # below it the dense variant is hopeless, and slow to measure
 

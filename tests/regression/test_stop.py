@@ -1,4 +1,8 @@
-"""The default stop against the best stop of its own path, where the truth is known. Nothing is tuned to these."""
+"""The default stop against the best stop of its own path, where the truth is known. Nothing is tuned to these.
+
+From a depth of about 2 molecules on. At 1, where most of what is seen is zero and so taken as unknown, hidden entries say
+less of the truth, and the default stops at up to 1.18 times the best error (300 to 2,000 cells, density 0.3 and 0.6).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from scialm_dask.solve.ialm import complete
 from scialm_dask.solve.scaling import prepare, survey
 from scialm_dask.solve.stopping import Verdict, stop_rule
 
-_BEYOND = 6  # iterations that the path is followed after the default would have stopped
+_BEYOND = 12  # iterations that the path is followed after the default would have stopped
 
 
 class Follow:
@@ -56,6 +60,9 @@ def simulated(cells, genes, rank, density, depth, seed):
         (600, 1000, 12, 0.2, 5),
         (1500, 800, 10, 0.1, 20),
         (2000, 2000, 20, 0.1, 10),
+        (500, 600, 5, 0.6, 2),
+        (2000, 600, 6, 0.1, 3),
+        (3000, 600, 5, 0.04, 2),
     ],
 )
 def test_the_default_stops_within_5_percent_of_the_best(cells, genes, rank, density, depth):
@@ -65,4 +72,5 @@ def test_the_default_stops_within_5_percent_of_the_best(cells, genes, rank, dens
     operator = LowRankPlusSparse(blocks, MemoryScratch())
     follow = Follow(operator, blocks.scales, truth)
     complete(operator, Settings(), stop=follow)
+    assert follow.chosen > 0  # something was held out
     assert follow.errors[follow.chosen - 1] <= 1.05 * min(follow.errors), follow.errors

@@ -48,7 +48,7 @@ def test_a_rank_without_limit_and_words_for_numbers():
         ({"scaling": "log"}, "scaling is 'log'; give none, poisson, or two exponents"),
         ({"scaling": "1,2,3"}, "scaling is '1,2,3'"),
         ({"scaling": (0.5, 1.5)}, "give two exponents between 0 and 1"),
-        ({"scaling": (0.5,)}, "give two exponents"),
+        ({"scaling": (0.5,)}, "scaling is (0.5,); give 2 numbers or None"),
         ({"scaling": (0.5, float("nan"))}, "give two exponents"),
         ({"svd_tolerance": -1.0}, "svd_tolerance is -1.0"),
         ({"svd_tolerance": float("nan")}, "svd_tolerance is nan"),

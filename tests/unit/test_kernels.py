@@ -21,8 +21,8 @@ def rough(rng, *shape):
 def block(request, monkeypatch):
     """Rows of 0, 1, 2, ... entries; what is dense is cut into several panels."""
     rng = np.random.default_rng(3)
-    most = 4 if request.param == "sparse" else N
-    counts = np.r_[np.arange(most + 1), rng.integers(0, most + 1, M - most - 1)]
+    least, most = (0, 4) if request.param == "sparse" else (N - 3, N)
+    counts = np.r_[np.arange(most + 1), rng.integers(least, most + 1, M - most - 1)]
     counts[-1] = 0
     rows = [np.sort(rng.choice(N - 1, min(c, N - 1), replace=False)) for c in counts]  # the last column stays empty
     indptr = np.r_[0, np.cumsum([len(r) for r in rows])]

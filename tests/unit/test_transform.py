@@ -9,6 +9,8 @@ from problems import low_rank_counts
 
 from scialm_dask import Confidence, ExpressionMatrix, Imputation, InputError, impute
 from scialm_dask.data.layout import RowBlocks
+from scialm_dask.evaluate.verdict import warnings_of
+from scialm_dask.events import Note
 
 N_CELLS, N_GENES = 240, 90
 NAMES = np.array([f"gene{j}" for j in range(N_GENES)])
@@ -73,6 +75,26 @@ def test_genes_may_be_missing(cells, fitted):
     missing = half[:, 1::2]
     observed = new[:, 1::2].toarray()
     assert np.corrcoef(missing[observed > 0], observed[observed > 0])[0, 1] > 0.5
+
+
+@pytest.mark.parametrize(("n_matched", "few"), [(N_GENES, False), (45, False), (44, True), (6, True)])
+def test_less_than_half_of_the_genes_is_said(cells, fitted, n_matched, few):
+    told = []
+    some = fitted.transform(annotated(cells[200:, :n_matched], NAMES[:n_matched]), listen=told.append)
+    words = [event.words for event in told if isinstance(event, Note)]
+    warnings = [f"{what} {why}" for what, why in warnings_of(some) if "Few genes" in what]
+    assert len(words) == len(warnings) == few
+    assert ("few_genes" in some.summary) == few
+    for line in (*words, *warnings):
+        assert f"{n_matched} of the fit's 90 genes match" in line
+        assert "\n" not in line
+    assert some.summary["n_genes_matched"] == n_matched
+
+
+def test_fewer_genes_than_the_rank_are_refused(cells, fitted):
+    few = fitted.rank - 1
+    with pytest.raises(InputError, match=f"{few} of {few} genes are in the fit.*{fitted.rank} at least"):
+        fitted.transform(annotated(cells[200:, :few], NAMES[:few]))
 
 
 def test_a_cell_without_entries_is_zero(cells, fitted):
@@ -155,3 +177,15 @@ def test_command(cli, store_of, cells, tmp_path):
     done = cli("transform", tmp_path / "fit.zarr", new, tmp_path / "out.zarr")
     assert done.exit_code == 0, done.output
     assert Imputation.open(tmp_path / "out.zarr").shape == (40, N_GENES)
+    assert "few genes" not in done.output
+
+
+def test_command_says_that_few_genes_match(cli, store_of, cells, tmp_path):
+    train, new = store_of(cells[:200], "train.zarr"), store_of(cells[200:, :20], "new.zarr")
+    assert cli("impute", train, tmp_path / "fit.zarr", "--max-rank", 6, "--quiet").exit_code == 0
+    done = cli("transform", tmp_path / "fit.zarr", new, tmp_path / "out.zarr")
+    assert done.exit_code == 0, done.output
+    assert f"{new}:X: 20 of the fit's 90 genes match" in done.stderr
+    page = tmp_path / "report.html"
+    assert cli("report", tmp_path / "out.zarr", "-o", page, "--quiet").exit_code == 0
+    assert "20 of the fit&#x27;s 90 genes match" in page.read_text()
