@@ -17,13 +17,17 @@ from scialm_dask.events import Listener
 @reports
 @shows_progress
 def score(result: str, masked: str, listen: Listener) -> dict[str, Any]:
-    """Score a result on the hidden entries of MASKED, beside the prediction of each gene's mean."""
+    """Score a result on the hidden entries of MASKED, beside the prediction of each gene's mean.
+
+    Its X is scored where it was written with one, its factors where not; `scored` says which.
+    """
     from scialm_dask.data.factors import Imputation
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.evaluate.metrics import score_held_out
 
-    held_out = ExpressionMatrix.open(masked, "held_out")
-    return score_held_out(Imputation.open(result), held_out, ExpressionMatrix.open(masked), listen)
+    completed, held_out = Imputation.open(result), ExpressionMatrix.open(masked, "held_out")
+    scored = "factors" if completed.X is None else "X"
+    return {"scored": scored, **score_held_out(completed, held_out, ExpressionMatrix.open(masked), listen)}
 
 
 @main.command()

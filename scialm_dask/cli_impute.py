@@ -216,13 +216,14 @@ def _write(
     result: Any, matrix: Any, asked: dict[str, Any], src: str, checkpoint: str | None, listen: Listener
 ) -> dict[str, Any]:
     """Write the result as it was asked for, and be done with the checkpoints."""
+    from scialm_dask.data.factors import LONG
     from scialm_dask.run.job import finish
 
     if "run" in asked:
         result.summary["run"] = asked["run"]
     dst, preserve_zeros = asked["destination"], asked.get("preserve_zeros", False)
     with _resumable(checkpoint, deferred=False):
-        result.to_zarr(
+        summary = result.to_zarr(
             dst,
             dense=asked.get("write") == "dense",
             keep_observed=matrix if asked.get("keep_observed") else None,
@@ -233,8 +234,7 @@ def _write(
         )
         if checkpoint is not None:
             finish(checkpoint, dst)
-    hidden = ("settings", "singular_values")
-    return {"destination": dst} | {key: value for key, value in result.summary.items() if key not in hidden}
+    return {"destination": dst} | {key: value for key, value in summary.items() if key not in LONG}
 
 
 def _zeros_of(matrix: Any, result: Any, dst: str, listen: Listener) -> Any:

@@ -11,7 +11,7 @@ from scialm_dask.evaluate.panels import Panel
 from scialm_dask.evaluate.svg import plain, svg_of
 from scialm_dask.run.progress import duration
 
-__all__ = ["figures", "readable_bytes", "section", "short", "table", "text", "with_code"]
+__all__ = ["columns", "figures", "readable_bytes", "section", "short", "table", "text", "with_code"]
 
 
 def section(title: str, words: str, body: str) -> str:
@@ -53,6 +53,8 @@ def _value(key: str, value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{_label(name)} {_value(name, each)}" for name, each in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_value("", each) for each in value)
     return str(value)
@@ -80,6 +82,12 @@ def table(facts: Mapping[str, Any]) -> str:
         for key, value in facts.items()
     )
     return f'<div class="card"><table class="facts"><tbody>\n{rows}\n</tbody></table></div>'
+
+
+def columns(heads: Iterable[tuple[str, str]], rows: str) -> str:
+    """Make a table of rows that are HTML already, with heads and the classes of these; ``aside`` goes on a phone."""
+    head = "".join(f'<th scope="col" class="{kind}">{label}</th>' for label, kind in heads)
+    return f'<div class="card"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>'
 
 
 def _label(key: str) -> str:

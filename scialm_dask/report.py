@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from scialm_dask import __version__
 from scialm_dask.arguments import checked
 from scialm_dask.data.annotated import as_matrix, is_anndata
-from scialm_dask.data.factors import Imputation
+from scialm_dask.data.factors import LONG, Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import atomic_output, check_output
 from scialm_dask.errors import InputError
@@ -19,6 +19,7 @@ from scialm_dask.evaluate.compare import GENES_OF_PLANE, Comparison, compare
 from scialm_dask.evaluate.panels import (
     LEAST_DETECTED,
     Groups,
+    Panel,
     cell_panels,
     fit_panels,
     groups_of,
@@ -27,8 +28,9 @@ from scialm_dask.evaluate.panels import (
 )
 from scialm_dask.evaluate.verdict import warnings_of
 from scialm_dask.events import Listener, Stage, silent
-from scialm_dask.markup import figures, readable_bytes, section, short, table, text, with_code
+from scialm_dask.markup import columns, figures, readable_bytes, section, short, table, text, with_code
 from scialm_dask.run.progress import duration
+from scialm_dask.solve.zeros import TRAIN_SHARE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -136,7 +138,7 @@ def _page(
     sections = [
         _warnings(warnings),
         section("Convergence", _convergence_words(result), figures(panels["convergence"])),
-        section("Held-out error", _held_out_words(result), figures(panels["held_out"])),
+        *_errors(result, panels),
         section("Spectrum", _spectrum_words(result), figures(panels["spectrum"])),
         *_compared(result, compared, why_not, color),
         _facts(result),
@@ -172,19 +174,58 @@ def _convergence_words(result: Imputation) -> str:
     return words
 
 
+def _errors(result: Imputation, panels: dict[str, list[Panel]]) -> list[str]:
+    """Make the sections on what the fit has not seen: hidden entries, molecules that were split off, or neither."""
+    sections = []
+    if (splitting := result.summary.get("count_splitting")) is not None:
+        body = figures(panels["unseen"]) + _tried_table(splitting["tried"])
+        sections.append(section("Error on unseen molecules", _unseen_words(result, len(splitting["tried"])), body))
+    if splitting is None or held_out_known(result.history):
+        sections.append(section("Held-out error", _held_out_words(result), figures(panels["held_out"])))
+    return sections
+
+
+def _unseen_words(result: Imputation, fits: int) -> str:
+    words = (
+        f"No entries were hidden to choose this: {TRAIN_SHARE:.0%} of the molecules were fitted to predict the others, "
+        "over all entries, zeros too. Their relative error, on the scale on which noise is even, falls as long as "
+        "structure is fitted and rises once noise is. "
+    )
+    if fits > 1:
+        words += f"{fits} confidences in zeros and exponents of the scaling were tried, and the best is drawn. "
+    if result.summary["settings"]["stop"] == "count-split":
+        words += "Its threshold at the iteration of the lowest error is where the fit of all molecules stopped."
+    return words
+
+
+def _tried_table(tried: list[dict[str, Any]]) -> str:
+    heads = [
+        ("Confidence in zeros", ""),
+        ("Gene exponent", ""),
+        ("Cell exponent", "aside"),
+        ("Iterations", "aside"),
+        ("Lowest at", "aside"),
+        ("Threshold", "aside"),
+        ("Rank", ""),
+        ("Error", ""),
+    ]
+    rows = "\n".join(
+        f'<tr><th scope="row">{fit["zeros"]:g}{" (chosen)" if fit["chosen"] else ""}</th>'
+        f'<td>{fit["gene_exponent"]:g}</td><td class="aside">{fit["cell_exponent"]:g}</td>'
+        f'<td class="aside">{fit["iterations"]}</td><td class="aside">{fit["chosen_iteration"]}</td>'
+        f'<td class="aside">{fit["threshold"]:.4g}</td><td>{fit["rank"]}</td><td>{fit["error"]:.4f}</td></tr>'
+        for fit in tried
+    )
+    return columns(heads, rows)
+
+
 def _held_out_words(result: Imputation) -> str:
-    stop = result.summary.get("settings", {}).get("stop")
     share = result.summary.get("settings", {}).get("validation", 0)
     if held_out_known(result.history):
         return (
             f"{100 * share:.3g}% of each gene’s observed entries were hidden. Their relative error falls as long as "
             "structure is fitted and rises once noise is. The iteration of the lowest error is kept, and one more made "
             "with all entries, those that were hidden too."
-        )
-    if stop == "count-split":
-        return (
-            "No entries were hidden: molecules were split into a train and a test part instead, and the threshold was "
-            "kept at which the fit of the one predicted the other best, zeros included."
         )
     return "No entries were held out, so nothing is known of how well hidden ones are recovered."
 
@@ -201,8 +242,8 @@ def _compared(result: Imputation, compared: Comparison | None, why_not: str, col
         return [section("Inflation, genes and cells", why_not, "")]
     k, m = len(compared.cells), result.shape[0]
     sampled = f"Over all {m:,} cells." if k == m else f"Over a sample of {k:,} of the {m:,} cells."
-    overall = result.summary.get("mean_imputed_over_observed")
-    words = "" if overall is None else f"The imputed matrix has {overall:.3g} times the mean of the observed one. "
+    overall, what = result.mean_ratio, "X, as it was written," if result.summary.get("X") else "The imputed matrix"
+    words = "" if overall is None else f"{what} has {overall:.3g} times the mean of the observed one. "
     words += f"{sampled} {compared.filled:.2%} of the zeros were imputed as high as the mean of their gene’s non-zeros"
     histogram = inflation_panel(compared)
     groups = _groups(result, compared, color)
@@ -253,8 +294,7 @@ def _gene_table(compared: Comparison) -> str:
         ("Zeros made large", ""),
         ("Change", ""),
     ]
-    head = "".join(f'<th scope="col" class="{kind}">{label}</th>' for label, kind in heads)
-    return f'<div class="card"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>'
+    return columns(heads, rows)
 
 
 def _gene_row(name: str, gene: pd.Series, share: float) -> str:
@@ -269,8 +309,7 @@ def _gene_row(name: str, gene: pd.Series, share: float) -> str:
 
 def _facts(result: Imputation) -> str:
     """Make the tables of the summary and of the settings."""
-    hidden = ("settings", "singular_values")
-    summary = {key: value for key, value in result.summary.items() if key not in hidden}
+    summary = {key: value for key, value in result.summary.items() if key not in LONG}
     tables = section("Summary", "", table(summary))
     settings = result.summary.get("settings")
     return f'<div class="columns">{tables}{section("Settings", "", table(settings)) if settings else ""}</div>'
@@ -290,8 +329,8 @@ def _tiles(result: Imputation) -> str:
         tiles.append(("Held-out error", f"{known['held_out_error']:.3f}", "relative, at the kept iteration"))
     elif "residual" in known:
         tiles.append(("Residual", f"{known['residual']:.3g}", "relative, on observed entries"))
-    if known.get("mean_imputed_over_observed") is not None:
-        tiles.append(("Imputed ÷ observed", f"{known['mean_imputed_over_observed']:.2f}×", "ratio of the means"))
+    if (ratio := result.mean_ratio) is not None:
+        tiles.append(("Imputed ÷ observed", f"{ratio:.2f}×", f"ratio of the means{', of X' if known.get('X') else ''}"))
     if "seconds" in known:
         memory = known.get("peak_memory_bytes")
         tiles.append(("Time", duration(known["seconds"]), f"peak memory {readable_bytes(memory)}" if memory else ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from dataclasses import asdict
@@ -27,16 +28,18 @@ if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
-__all__ = ["Imputation"]
+__all__ = ["LONG", "Imputation"]
 
 _KEY = "scialm"
+LONG = ("settings", "singular_values", "count_splitting")  # of a summary; told elsewhere, or not to everybody
 
 
 class Imputation:
     """A completed matrix, in factors.
 
-    The imputed matrix is ``max(left @ right.T, 0)``, cells × genes, on the scale of the input. It is never stored;
-    ask for entries by ``imputation[cells, genes]``, or for all of it, lazily, by `to_dask`.
+    The imputed matrix is ``max(left @ right.T, 0)``, cells × genes, on the scale of the input. It is stored only where
+    `to_zarr` was told to, and can be another there; see `X`. Ask for entries by ``imputation[cells, genes]``, or for
+    all of it, lazily, by `to_dask`.
 
     Parameters
     ----------
@@ -54,6 +57,8 @@ class Imputation:
         Whether negative entries are set to zero.
     model
         What `transform` needs to know of the fit; None if it cannot be done.
+    stored
+        The store that it was opened from.
 
     Notes
     -----
@@ -71,11 +76,14 @@ class Imputation:
         Of the chosen iteration, the values on the scale on which it was solved.
     ``residual``, ``held_out_error``
         ‖P_Ω(D − A)‖ / ‖P_Ω(D)‖ there, and the same over held-out entries; None if none were held out.
+    ``count_splitting``
+        Where zeros or the threshold were chosen by it: what was tried and how well unseen molecules were predicted;
+        see `scialm_dask.solve.zeros.account`.
     ``converged``, ``stop_reason``
         Whether a stopping rule was met, and which, in words.
-    ``mean_imputed_over_observed``
-        Mean of the imputed matrix, before clipping, over that of the observed one, zeros included. Only where zeros
-        are unknown.
+    ``mean_observed``, ``mean_imputed_over_observed``
+        Mean of the observed matrix, zeros included, and that of the imputed matrix, before clipping, over it. Only
+        where zeros are unknown.
     ``n_blocks``, ``scratch``
         Row blocks, and where the working state was: ``"memory"`` or ``"zarr"``.
     ``seconds``
@@ -87,6 +95,10 @@ class Imputation:
         The sum of what each of them has held at most.
     ``resumed_after_iteration``, ``run``
         Of a run that was resumed: the iteration of its checkpoint. Of the command line: a token of the run.
+    ``X``
+        Of a result that was written: None if without X, else ``written`` (``"dense"``, or ``"preserve_zeros"``: sparse,
+        without the biological zeros of ALRA's rule, with its ``rank``), ``keep_observed``, and ``mean_over_observed``,
+        the mean of X over ``mean_observed``, if that is known.
 
     That of `transform` has ``n_cells``, ``n_genes``, ``rank``, ``scaling`` and ``source`` alike, and
     ``n_genes_matched``, ``n_genes_not_in_fit``
@@ -110,6 +122,7 @@ class Imputation:
         history: dict[str, list[float]],
         clip: bool = True,
         model: CellModel | None = None,
+        stored: str | None = None,
     ) -> None:
         self.left = left
         self.right = right
@@ -119,6 +132,7 @@ class Imputation:
         self.model = model
         self._history = history
         self.clip = clip
+        self._stored = stored
 
     @classmethod
     @checked
@@ -157,6 +171,7 @@ class Imputation:
             history={name: column.tolist() for name, column in uns["history"].items()},
             clip=bool(uns["clip"]),
             model=CellModel.of(uns["model"]) if "model" in uns else None,
+            stored=lasting(path),
         )
 
     @property
@@ -173,6 +188,20 @@ class Imputation:
     def observed(self) -> Observed:
         """Which entries were observed; see `ExpressionMatrix`."""
         return "nonzero" if self.clip else "finite"
+
+    @functools.cached_property
+    def X(self) -> ExpressionMatrix | None:  # noqa: N802  as AnnData calls it
+        """What `to_zarr` has written as X beside the factors, to be read by blocks; None if nothing."""
+        if self._stored is None or not self.summary.get("X"):
+            return None
+        return ExpressionMatrix.open(self._stored, observed=self.observed)
+
+    @property
+    def mean_ratio(self) -> float | None:
+        """Mean of X, or of the imputed matrix where there is no X, over the mean observed; None if that is unknown."""
+        written = self.summary.get("X")
+        ratio = written["mean_over_observed"] if written else self.summary.get("mean_imputed_over_observed")
+        return None if ratio is None else float(ratio)
 
     @property
     def history(self) -> pd.DataFrame:
@@ -290,7 +319,7 @@ class Imputation:
         overwrite: bool = False,
         sources: tuple[str | os.PathLike[str], ...] = (),
         listen: Listener = silent,
-    ) -> None:
+    ) -> dict[str, Any]:
         """Write an AnnData Zarr store: the factors in ``obsm["X_scialm"]`` and ``varm["scialm"]``.
 
         Parameters
@@ -302,8 +331,9 @@ class Imputation:
         keep_observed
             In X, leave the observed entries of this matrix as they were.
         preserve_zeros
-            Write the imputed matrix as sparse X, without what this rule takes for biological zeros. Observed entries
-            stay, at their observed value if they were imputed as zero. Instead of `dense`.
+            Write the imputed matrix as sparse X, without what this rule, as `biological_zeros` gives it, takes for
+            biological zeros. Observed entries stay, at their observed value if they were imputed as zero. Instead of
+            `dense`.
         overwrite
             Replace what is at `path`.
         sources
@@ -311,20 +341,23 @@ class Imputation:
         listen
             Called with every event of the work; see `scialm_dask.events`.
 
+        Returns
+        -------
+        dict
+            The summary as it was written: with ``X``.
+
         Raises
         ------
         InputError
-            If `dense` and `preserve_zeros` are both given, or `keep_observed` without either.
+            If `dense` and `preserve_zeros` are both given, `keep_observed` without either, or a rule for
+            `preserve_zeros` that is none, or of another matrix.
         OutputError
             If `path` cannot be written.
         """
         import anndata
 
         path = taken("path", path, str | os.PathLike)
-        if dense and preserve_zeros is not None:
-            raise InputError("dense and preserve_zeros both say what X is to be; give one of them")
-        if keep_observed is not None and not dense and preserve_zeros is None:
-            raise InputError("keep_observed is about X, and none is written; give dense=True or preserve_zeros too")
+        self._check_x(dense, keep_observed, preserve_zeros)
         advance = begin(listen, "writing")
         parts = 2 if dense or preserve_zeros is not None else 1
 
@@ -335,12 +368,46 @@ class Imputation:
             root = new_anndata(partial, obs=self.obs, var=self.var)
             write_left(root, f"X_{_KEY}", self.left, advance_part)
             anndata.io.write_elem(root["varm"], _KEY, self.right)
-            anndata.io.write_elem(root["uns"], _KEY, self._notes())
+            written: dict[str, Any] | None = None
             if preserve_zeros is not None:
-                write_sparse(root, self, preserve_zeros, keep_observed is not None, advance_part)
+                total = write_sparse(root, self, preserve_zeros, keep_observed is not None, advance_part)
+                written = {"written": "preserve_zeros", "rank": preserve_zeros.rank}
             elif dense:
-                write_dense(root, self, keep_observed, advance_part)
+                total = write_dense(root, self, keep_observed, advance_part)
+                written = {"written": "dense"}
+            if written is not None:
+                written |= {
+                    "keep_observed": keep_observed is not None,
+                    "mean_over_observed": self._over_observed(total),
+                }
+            anndata.io.write_elem(root["uns"], _KEY, self._notes(written))
             zarr.consolidate_metadata(root.store)
+        return self.summary | {"X": written}
+
+    def _check_x(self, dense: bool, keep_observed: ExpressionMatrix | None, preserve_zeros: ZeroRule | None) -> None:
+        """Raise `InputError` if this is not what X can be."""
+        if dense and preserve_zeros is not None:
+            raise InputError("dense and preserve_zeros both say what X is to be; give one of them")
+        if keep_observed is not None and not dense and preserve_zeros is None:
+            raise InputError("keep_observed is about X, and none is written; give dense=True or preserve_zeros too")
+        if preserve_zeros is None:
+            return
+        if not hasattr(preserve_zeros, "expressed"):
+            raise InputError(
+                f"preserve_zeros is {preserve_zeros!r}; give the rule of the matrix that was imputed: "
+                "biological_zeros(matrix)"
+            )
+        (cells, genes), (m, n) = preserve_zeros.matrix.shape, self.shape
+        if (cells, genes) != (m, n):
+            raise InputError(
+                f"preserve_zeros is of {cells} cells × {genes} genes, but the result has {m} × {n}; give that of the "
+                "matrix that was imputed"
+            )
+
+    def _over_observed(self, total: float) -> float | None:
+        """Mean of a matrix of this sum over the mean observed."""
+        observed = self.summary.get("mean_observed")
+        return total / self.shape[0] / self.shape[1] / observed if observed else None
 
     def to_anndata(self) -> anndata.AnnData:
         """Give an AnnData whose X is the imputed matrix, as a lazy dense Dask array, with the factors beside it.
@@ -365,11 +432,12 @@ class Imputation:
         key
             Name.
         """
-        add_factors(adata, key, self.left, self.right, self._notes())
+        add_factors(adata, key, self.left, self.right, self._notes(None))
 
-    def _notes(self) -> dict[str, Any]:
-        """Make what is kept in ``uns``."""
-        notes = {"summary": json.dumps(self.summary), "history": self.history, "clip": self.clip}
+    def _notes(self, written: dict[str, Any] | None) -> dict[str, Any]:
+        """Make what is kept in ``uns``, beside an X that is as `written`, or not of ours."""
+        summary = self.summary | {"X": written}
+        notes = {"summary": json.dumps(summary), "history": self.history, "clip": self.clip}
         return notes if self.model is None else notes | {"model": asdict(self.model)}
 
 

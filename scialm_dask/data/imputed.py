@@ -48,6 +48,11 @@ class ZeroRule(Protocol):
         """Whose observed entries are never zero."""
         ...
 
+    @property
+    def rank(self) -> int:
+        """Of the approximation that tells."""
+        ...
+
     def expressed(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Of cells `start` to `stop`, shape ``(stop − start, n)``."""
         ...
@@ -66,8 +71,11 @@ def write_left(root: zarr.Group, name: str, left: da.Array, advance: Advance) ->
         advance(len(block) / cells)
 
 
-def write_dense(root: zarr.Group, factors: Factors, keep_observed: ExpressionMatrix | None, advance: Advance) -> None:
-    """Write the imputed matrix as dense X, with the observed entries of a matrix as they were if one is given."""
+def write_dense(root: zarr.Group, factors: Factors, keep_observed: ExpressionMatrix | None, advance: Advance) -> float:
+    """Write the imputed matrix as dense X, with the observed entries of a matrix as they were if one is given.
+
+    Returns the sum of X.
+    """
     panels = _panels(factors.shape)
     rows, n_genes = panels.sizes[0], factors.shape[1]
     array = root.create_array(
@@ -75,21 +83,28 @@ def write_dense(root: zarr.Group, factors: Factors, keep_observed: ExpressionMat
     )
     set_encoding(array, "array", "0.2.0")
     observed = keep_observed.with_blocks(panels) if keep_observed else None
+    total = 0.0
     for number, (start, stop) in enumerate(panels):
         values = factors.product(factors.left[start:stop].compute())
         if observed is not None:
             csr = observed.read_block(number)
             values[row_of(csr), csr.indices] = csr.data
         array[start:stop] = values
+        total += float(values.sum(dtype=np.float64))
         advance(1 / len(panels))
+    return total
 
 
-def write_sparse(root: zarr.Group, factors: Factors, zeros: ZeroRule, keep_observed: bool, advance: Advance) -> None:
-    """Write the imputed matrix as sparse X, without biological zeros; observed entries are never zero."""
+def write_sparse(root: zarr.Group, factors: Factors, zeros: ZeroRule, keep_observed: bool, advance: Advance) -> float:
+    """Write the imputed matrix as sparse X, without biological zeros; observed entries are never zero.
+
+    Returns the sum of X.
+    """
     import scipy.sparse as sp
 
     panels = _panels(factors.shape)
     observed = zeros.matrix.with_blocks(panels)
+    total = 0.0
     with CSRWriter(root, "X", n_columns=factors.shape[1]) as writer:
         for number, (start, stop) in enumerate(panels):
             values = factors.product(factors.left[start:stop].compute())
@@ -99,7 +114,9 @@ def write_sparse(root: zarr.Group, factors: Factors, zeros: ZeroRule, keep_obser
             values *= zeros.expressed(start, stop)
             values[at] = csr.data if keep_observed else np.where(imputed > 0, imputed, csr.data)
             writer.append(sp.csr_matrix(values))
+            total += float(values.sum(dtype=np.float64))
             advance(1 / len(panels))
+    return total
 
 
 def _panels(shape: tuple[int, int]) -> RowBlocks:

@@ -71,7 +71,7 @@ def compare(
     Parameters
     ----------
     result
-        Completed from `source`.
+        Completed from `source`; its X is compared where it was written with one.
     source
         Cells × genes.
     most_cells
@@ -111,7 +111,7 @@ def sample(n_cells: int, most: int) -> NDArray[np.intp]:
     return np.sort(np.argsort(draws, kind="stable")[:most])
 
 
-def _rows_of(source: ExpressionMatrix, cells: NDArray[np.intp], advance: Advance) -> sp.csr_matrix:
+def _rows_of(source: ExpressionMatrix, cells: NDArray[np.intp], advance: Advance = lambda _: None) -> sp.csr_matrix:
     """Read the sampled rows: blocks in order, each let go before the next."""
     cuts = np.searchsorted(cells, source.blocks.bounds)
     needed = [block for block in range(len(source.blocks)) if cuts[block] < cuts[block + 1]]
@@ -161,7 +161,10 @@ def _by_gene(
     for start, stop in RowBlocks.panels(n_cells, n_genes, _PANEL_BYTES):
         rows = slice(start, stop)
         before = observed[rows].toarray()
-        after = result.product(result.left[cells[rows]].compute())
+        if result.X is None:
+            after = result.product(result.left[cells[rows]].compute())
+        else:
+            after = _rows_of(result.X, cells[rows]).toarray()
         kept[rows, :-1], kept[rows, -1] = after[:, plane], after.sum(axis=1, dtype=np.float64)
         imputed += after.sum(axis=0, dtype=np.float64)
         squares += np.square(after - before).sum(axis=0, dtype=np.float64)

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.csr import row_of
 from scialm_dask.data.factors import Imputation
+from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
 from scialm_dask.errors import InputError
-from scialm_dask.evaluate.predictions import Factors, Prediction, panels
+from scialm_dask.evaluate.predictions import Factors, Prediction, Sparse, panels
 from scialm_dask.events import Listener, Stage, silent
 
 __all__ = ["Moments", "Scores", "compare_all", "compare_stored", "gene_means", "score_held_out"]
@@ -147,7 +148,7 @@ def score_held_out(
     Parameters
     ----------
     result
-        Completed from `observed`.
+        Completed from `observed`. Its X is scored where it was written with one, its factors where not.
     held_out
         The entries that were hidden, with their true values.
     observed
@@ -172,15 +173,24 @@ def score_held_out(
                 f"{result.shape[0]} × {result.shape[1]}; score a result with the matrix it was made from"
             )
     listen(Stage("scoring"))
-    means = gene_means(observed)
-    left = result.left.rechunk((held_out.blocks.sizes, -1)).to_delayed().ravel()
+    if result.X is not None:
+        held_out = held_out.with_blocks(result.X.blocks)
     visit, hidden = dask.delayed(_block_moments), dask.delayed(held_out, traverse=False)
-    right, baseline_of = dask.delayed(result.right), dask.delayed(means)
-    parts = [visit(hidden, b, left[b], right, baseline_of) for b in range(len(held_out.blocks))]
+    means = dask.delayed(gene_means(observed))
+    parts = [visit(hidden, b, piece, means) for b, piece in enumerate(_pieces(result, held_out.blocks))]
     ours, baseline = (moments.overall for moments in tree_reduce(parts, _add).compute())
     if ours.n == 0:
         raise InputError(f"{held_out.name}: holds no entries; hide some with `scialm-dask mask`")
     return asdict(ours) | {f"gene_mean_{name}": value for name, value in asdict(baseline).items() if name != "n"}
+
+
+def _pieces(result: Imputation, blocks: RowBlocks) -> list[Any]:
+    """Give the result of each block, as a prediction of its cells: X, which is cut so, or else the factors."""
+    if result.X is not None:
+        read, stored = dask.delayed(ExpressionMatrix.read_block), dask.delayed(result.X, traverse=False)
+        return [dask.delayed(Sparse)(read(stored, b)) for b in range(len(blocks))]
+    piece, right = dask.delayed(Factors), dask.delayed(result.right)
+    return [piece(left, right) for left in result.left.rechunk((blocks.sizes, -1)).to_delayed().ravel()]
 
 
 def gene_means(matrix: ExpressionMatrix) -> NDArray[np.float32]:
@@ -197,13 +207,9 @@ def gene_means(matrix: ExpressionMatrix) -> NDArray[np.float32]:
 
 
 def _block_moments(
-    held_out: ExpressionMatrix,
-    block: int,
-    left: NDArray[np.float32],
-    right: NDArray[np.float32],
-    means: NDArray[np.float32],
+    held_out: ExpressionMatrix, block: int, piece: Prediction, means: NDArray[np.float32]
 ) -> tuple[Moments, Moments]:
     csr = held_out.read_block(block)
-    imputed, n = Factors(left, right).at(csr, 0), csr.shape[1]
+    imputed, n = piece.at(csr, 0), csr.shape[1]
     baseline = Moments.of_entries(means[csr.indices], csr.data, csr.indices, n)
     return Moments.of_entries(imputed, csr.data, csr.indices, n), baseline

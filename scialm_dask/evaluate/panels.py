@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,6 +37,7 @@ COLOURS = {"ink": "#000001", "muted": "#000002", "line": "#000003", "accent": "#
 LEAST_DETECTED = 0.01  # share of cells in which a gene must be seen for its change to mean something
 _SIZE = (4.4, 2.9)  # inches: small, so that its letters stay legible on a phone
 _MANY_DECADES = 30.0  # largest over smallest value from which a scale is logarithmic
+_ALIKE = 1.2  # largest over smallest value up to which a scale does not begin at zero
 _MOST_GROUPS = 10
 _RATIOS = (-2.0, 7.0)  # log₂ of the least and the largest inflation shown
 
@@ -80,20 +82,28 @@ class Groups:
 
 
 def fit_panels(result: Imputation) -> dict[str, list[Panel]]:
-    """Draw what the fit has left: lists ``convergence``, ``held_out`` and ``spectrum``, empty if there is nothing."""
-    history, kept = result.history, result.summary.get("chosen_iteration")
-    panels: dict[str, list[Panel]] = {"convergence": [], "held_out": [], "spectrum": []}
-    if "iteration" not in history:
-        history = history.assign(iteration=np.arange(1, len(history) + 1))
+    """Draw what the fit has left: ``convergence``, ``held_out``, ``unseen`` and ``spectrum``, empty without any."""
+    import pandas as pd
+
+    history, kept = _numbered(result.history), result.summary.get("chosen_iteration")
+    panels: dict[str, list[Panel]] = {"convergence": [], "held_out": [], "unseen": [], "spectrum": []}
     for name, title in _CURVES.items():
         if name in history and len(history):
             panels["convergence"].append(_curve(history, name, title, kept))
     if held_out_known(history):
         panels["held_out"].append(_curve(history, "held_out", "Error on held-out entries", kept))
+    if (splitting := result.summary.get("count_splitting")) is not None:
+        best = next(fit["chosen_iteration"] for fit in splitting["tried"] if fit["chosen"])
+        errors = _numbered(pd.DataFrame({"unseen": splitting["errors"], "rank": splitting["ranks"]}))
+        panels["unseen"].append(_curve(errors[errors["rank"] > 0], "unseen", "Error on unseen molecules", best))
     values = np.asarray(result.summary.get("singular_values", ()))
     if len(values):
         panels["spectrum"].append(_spectrum(values))
     return panels
+
+
+def _numbered(history: pd.DataFrame) -> pd.DataFrame:
+    return history if "iteration" in history else history.assign(iteration=np.arange(1, len(history) + 1))
 
 
 def held_out_known(history: pd.DataFrame) -> bool:
@@ -107,8 +117,9 @@ def _curve(history: pd.DataFrame, column: str, title: str, kept: int | None) -> 
     lowest = int(np.nanargmin(y))
     if column != "rank" and lowest < len(y) - 1:
         words += f", lowest with {y[lowest]:.3g} at iteration {x[lowest]}"
+    value = float(y[x == kept][0]) if kept else math.nan
     if kept:
-        words += f". Iteration {kept}, with {y[kept - 1]:.3g}, was kept"
+        words += f". Iteration {kept}, with {value:.3g}, was kept"
 
     def draw(axes: Any) -> None:
         axes.plot(x, y, "-o", color=COLOURS["accent"], markersize=3.5, linewidth=1.6)
@@ -117,8 +128,8 @@ def _curve(history: pd.DataFrame, column: str, title: str, kept: int | None) -> 
         axes.xaxis.get_major_locator().set_params(integer=True)
         if kept:
             axes.axvline(kept, color=COLOURS["muted"], linewidth=1, linestyle=(0, (3, 3)), zorder=0)
-            axes.plot([kept], [y[kept - 1]], "o", color=COLOURS["second"], markersize=7)
-            _label(axes, f"kept: {y[kept - 1]:.3g}", kept, y[kept - 1])
+            axes.plot([kept], [value], "o", color=COLOURS["second"], markersize=7)
+            _label(axes, f"kept: {value:.3g}", kept, value)
 
     return Panel(f"curve-{column.replace('_', '-')}", title, words + ".", draw)
 
@@ -242,7 +253,7 @@ def _scatter(points: NDArray[np.float64], shares: tuple[float, float], groups: G
 
 
 def _scale(axes: Any, values: NDArray[np.float64]) -> None:
-    """Logarithmic over some decades, else from zero."""
+    """Logarithmic over some decades, else from zero, unless they are so alike that nothing would be seen."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     finite = values[np.isfinite(values)]
@@ -250,5 +261,5 @@ def _scale(axes: Any, values: NDArray[np.float64]) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
+    elif finite.max() > _ALIKE * finite.min():
         axes.set_ylim(bottom=min(0.0, float(finite.min())))

@@ -19,7 +19,17 @@ from scialm_dask.linalg.kernels import Block, sampled_product
 if TYPE_CHECKING:
     import dask.array as da
 
-__all__ = ["Dense", "Factors", "Given", "Prediction", "as_dask", "panels", "read_prediction", "write_prediction"]
+__all__ = [
+    "Dense",
+    "Factors",
+    "Given",
+    "Prediction",
+    "Sparse",
+    "as_dask",
+    "panels",
+    "read_prediction",
+    "write_prediction",
+]
 
 Floats = NDArray[np.float32]
 _PANEL_BYTES = 16 << 20
@@ -88,6 +98,27 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """A matrix, or a block of one, that stores what is not zero; indices sorted and unique."""
+
+    values: sp.csr_matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells × genes."""
+        return self.values.shape  # type: ignore[no-any-return]
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """Cells `start` to `stop`."""
+        return self.values[start:stop].toarray()  # type: ignore[no-any-return]
+
+    def at(self, entries: sp.csr_matrix, start: int) -> Floats:
+        """Predict stored entries, without a dense row."""
+        picked = self.values[start + row_of(entries), entries.indices] if entries.nnz else ()
+        return np.asarray(picked, np.float32).ravel()
+
+
+@dataclass(frozen=True)
 class Given:
     """The matrix that methods were given, as it is: no imputation."""
 
@@ -100,14 +131,15 @@ class Given:
 
     def rows(self, start: int, stop: int) -> Floats:
         """Cells `start` to `stop`."""
-        blocks = RowBlocks(tuple(sorted({0, start, stop, self.shape[0]})))
-        number = blocks.bounds.index(start)
-        return self.matrix.with_blocks(blocks).read_block(number).toarray()  # type: ignore[no-any-return]
+        return self._cells(start, stop).rows(0, stop - start)
 
     def at(self, entries: sp.csr_matrix, start: int) -> Floats:
         """Predict stored entries."""
-        picked: Floats = self.rows(start, start + entries.shape[0])[row_of(entries), entries.indices]
-        return picked
+        return self._cells(start, start + entries.shape[0]).at(entries, 0)
+
+    def _cells(self, start: int, stop: int) -> Sparse:
+        blocks = RowBlocks(tuple(sorted({0, start, stop, self.shape[0]})))
+        return Sparse(self.matrix.with_blocks(blocks).read_block(blocks.bounds.index(start)))
 
 
 def panels(shape: tuple[int, int]) -> RowBlocks:

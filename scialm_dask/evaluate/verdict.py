@@ -65,18 +65,22 @@ def _of_rank(result: Imputation) -> Warnings:
 def _of_inflation(result: Imputation, compared: Comparison | None) -> Warnings:
     if result.observed == "finite":
         return  # means of a general matrix may be anything, and its zeros were values
-    ratio = result.summary.get("mean_imputed_over_observed")
+    preserved = (result.summary.get("X") or {}).get("written") == "preserve_zeros"
+    ratio = result.mean_ratio
     if ratio is not None and ratio > _INFLATED:
+        zeros = "that were not taken for biological were" if preserved else "were taken as unknown and"
         yield (
             f"Expression is inflated: the imputed mean is {ratio:.3g} times the observed one.",
-            "Zeros were taken as unknown and filled in. Single entries that dropped out may be well recovered, but do "
-            "not compare levels of expression between genes or with other data; for that, impute raw counts with "
-            "preset denoise.",
+            f"Zeros {zeros} filled in. Single entries that dropped out may be well recovered, but do not compare "
+            "levels of expression between genes or with other data; for that, impute raw counts with preset denoise.",
         )
     if compared is not None and compared.filled > _FILLED:
+        remedy = "--preserve-zeros leaves biological zeros."
+        if preserved:
+            remedy = "Preset denoise trusts zeros as far as raw counts say."
         yield (
             f"{compared.filled:.0%} of the zeros became as large as values that were seen.",
-            "Genes that are off in some cells may look as if they were on. --preserve-zeros leaves biological zeros.",
+            f"Genes that are off in some cells may look as if they were on. {remedy}",
         )
 
 

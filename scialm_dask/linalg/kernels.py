@@ -314,23 +314,25 @@ def left_and_sparse(block: Block, state: BlockState, view: View) -> tuple[Floats
     return _spread_left(block, state.left, view), sparse
 
 
-def quadratic(block: Block, left: Floats, view: View) -> tuple[Doubles, Doubles, Doubles]:
+def quadratic(block: Block, left: Floats, view: View) -> tuple[Doubles, Doubles, Doubles, float]:
     """Sum up what a least-squares fit of A's singular values needs.
 
     With p_i the column i of `left` times column i of V, at the observed entries: Σ d p_i; Σ (1 − ω) p_i p_j; and
-    Σ α left_i left_j over the rows, for the sum of ω p_i p_j over all entries.
+    Σ α left_i left_j over the rows, for the sum of ω p_i p_j over all entries. Last, Σ d².
     """
     trust, rank = _trust(block, view), left.shape[1]
-    linear, square = np.zeros(rank), np.zeros((rank, rank))
+    linear, square, squares = np.zeros(rank), np.zeros((rank, rank)), 0.0
     rows = np.repeat(np.arange(block.n_rows), np.diff(block.indptr))
     step = max(1, _TERM_VALUES // max(1, rank))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         terms = (left[rows[part]] * view.right[block.indices[part]]).astype(np.float64)
-        linear += block.observed[part] @ terms
+        observed = block.observed[part].astype(np.float64)
+        squares += float(observed @ observed)
+        linear += observed @ terms
         square += terms.T @ (trust[part, None] * terms)
     weighted = left if block.confidence is None else block.confidence[:, None] * left
-    return linear, square, left.T.astype(np.float64) @ weighted
+    return linear, square, left.T.astype(np.float64) @ weighted, squares
 
 
 def _dense_panel(block: Block, sparse: Floats, rows: slice, entries: slice) -> Floats:

@@ -229,10 +229,12 @@ class LowRankPlusSparse:
             gram[columns, rows] = tile.T
         return gram
 
-    def quadratic(self, other: BlockSource | None = None, columns: Floats | None = None) -> tuple[Doubles, Doubles]:
-        """Give g and H, shapes ``(r,)`` and ``(r, r)``, of the fit of A diag-scaled by c: minimise cᵀHc − 2gᵀc.
+    def quadratic(
+        self, other: BlockSource | None = None, columns: Floats | None = None
+    ) -> tuple[Doubles, Doubles, float]:
+        """Give g and H, shapes ``(r,)`` and ``(r, r)``, and s = ‖D‖² of the fit of A diag-scaled by c.
 
-        That is Σ_Ω (d − a)² + Σ_rest ω a², up to a constant, with A = U diag(c) Vᵀ in force. One pass.
+        It minimises cᵀHc − 2gᵀc + s = Σ_Ω (d − a)² + Σ_rest ω a², with A = U diag(c) Vᵀ in force. One pass.
 
         Parameters
         ----------
@@ -252,10 +254,10 @@ class LowRankPlusSparse:
         parts = self._at_home(lambda b: visit(self._store, source, b, self._blocks[b], self._state[b], carried))
         (total,) = _run([self._sum(parts, tasks.add)])
         self._count_pass()
-        linear, square, rows = total.compute()
+        linear, square, rows, squares = total.compute()
         if view.confidence is not None:
             square = square + rows * (right.T.astype(np.float64) @ (view.confidence[:, None] * right))
-        return linear, square
+        return linear, square, squares
 
     def keep(self) -> None:
         """Remember the A in force, and W, as the best so far; `factors` gives that A back."""

@@ -183,7 +183,7 @@ def row_gram(store: Store, one: HeldBlock, other: HeldBlock, half: RowHalf, othe
 
 def quadratic(
     store: Store, other: BlockSource | None, block: int, held: HeldBlock, at: References, view: View
-) -> tuple[Doubles, Doubles, Doubles]:
+) -> tuple[Doubles, Doubles, Doubles, float]:
     data = _block(store, held) if other is None else other.load(block)
     return kernels.quadratic(data, store.get(at.left), view)
 

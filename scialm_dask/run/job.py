@@ -35,7 +35,7 @@ from scialm_dask.run.result import make_result, peak_memory
 from scialm_dask.solve.ialm import complete
 from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepare, survey
 from scialm_dask.solve.stopping import ThresholdStop
-from scialm_dask.solve.zeros import choose_zeros, refit
+from scialm_dask.solve.zeros import account, choose_zeros, refit
 
 __all__ = ["complete_matrix", "finish", "notes_of", "resume_matrix"]
 
@@ -261,7 +261,7 @@ def _complete(job: Job, keeper: Keeper, found: Survey, store: Store, need: Forec
         _check_observed(operator, blocks)
         return operator
 
-    matrix, settings, confidence, stop = job.matrix, job.settings, job.confidence, None
+    matrix, settings, confidence, stop, choice = job.matrix, job.settings, job.confidence, None, None
     if settings.stop == "count-split" or settings.zeros == "auto":
         choice = choose_zeros(matrix, found, settings, operator_of, listen, keeper.tried, keeper.write)
         settings = replace(settings, zeros=choice.omega, scaling=(choice.gene_exponent, settings.exponents[1]))
@@ -279,7 +279,9 @@ def _complete(job: Job, keeper: Keeper, found: Survey, store: Store, need: Forec
     keeper.let_go()
     factors = None if confidence is None else refit_kept(operator)
     result = make_result(found, blocks, operator, completion, settings, factors)
-    result.summary["passes"] += sum(choice.passes for choice in keeper.tried.values())
+    if choice is not None:
+        result.summary["passes"] += sum(fit.passes for fit in keeper.tried.values())
+        result.summary["count_splitting"] = account(choice, keeper.tried.values(), settings)
     if state is not None:
         result.summary["resumed_after_iteration"] = len(state.history)
     return result

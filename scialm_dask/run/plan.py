@@ -159,7 +159,7 @@ def _short_side_memory(shape: tuple[int, int], rows: int, rank: int, threads: in
 def _iterations(settings: Settings, density: float) -> tuple[int, int]:
     """Expect iterations whose A is zero, which cost no pass, and others."""
     penalty = first_penalty(1.0, density)
-    nothing, _ = zero_iterations(1.0, penalty, 0, settings.max_iterations, grow=settings.zeros == 0)
+    nothing, _ = zero_iterations(1.0, penalty, 0, grow=settings.zeros == 0)
     log_rho, idle = math.log(penalty.rho), len(nothing)
     if settings.stop == "residual":
         working = round(math.log(2.5 / settings.epsilon) / log_rho) - idle

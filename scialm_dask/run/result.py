@@ -75,7 +75,9 @@ def make_result(
         model=model,
     )
     if matrix.observed == "nonzero":  # of values of either sign a ratio of means says nothing
-        result.summary["mean_imputed_over_observed"] = _sum(result) / float(found.gene_sums.sum())
+        observed = float(found.gene_sums.sum())
+        result.summary["mean_observed"] = observed / matrix.shape[0] / matrix.shape[1]
+        result.summary["mean_imputed_over_observed"] = _sum(result) / observed
     return result
 
 

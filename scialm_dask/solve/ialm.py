@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from scialm_dask.config import Settings
+from scialm_dask.errors import InputError
 from scialm_dask.events import Iteration, Listener, silent
 from scialm_dask.linalg.kernels import Floats, GiveBack, Step
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
@@ -151,6 +152,11 @@ def complete(
         Go on from here, where the operator is as it was then.
     after
         Called with the state after each iteration.
+
+    Raises
+    ------
+    InputError
+        If the most iterations allowed are too few for any singular value to come over the threshold.
     """
     rank, stop = rank_rule(settings, min(operator.shape)), stop or stop_rule(settings)
     svd: PartialSVD | None = None
@@ -175,10 +181,16 @@ def complete(
 def first_state(operator: LowRankPlusSparse, settings: Settings, listen: Listener) -> tuple[LoopState, PartialSVD]:
     """Give the state after the iterations whose A is zero, and the first SVD after them."""
     svd = first_svd(operator, settings)
-    penalty = first_penalty(float(svd.values[0]), operator.observations.n_observed / operator.size)
-    made, growth = zero_iterations(
-        float(svd.values[0]), penalty, operator.passes, settings.max_iterations, grow=operator.zeros_unknown
-    )
+    largest = float(svd.values[0])
+    penalty = first_penalty(largest, operator.observations.n_observed / operator.size)
+    made, growth = zero_iterations(largest, penalty, operator.passes, grow=operator.zeros_unknown)
+    if len(made) >= settings.max_iterations:
+        last = made[settings.max_iterations - 1]
+        raise InputError(
+            f"max_iterations is {settings.max_iterations}, in which the threshold falls to {last.threshold:.4g} only, "
+            f"over the largest singular value, {largest:.4g}, so that all would be imputed as zero; raise "
+            f"--max-iterations, to more than {len(made)}"
+        )
     if not operator.observations.n_held_out:
         made = [replace(iteration, held_out=math.nan) for iteration in made]
     for iteration in made:
@@ -270,16 +282,16 @@ def first_penalty(largest: float, density: float) -> Penalty:
 
 
 def zero_iterations(
-    largest: float, penalty: Penalty, passes: int, most: int, *, grow: bool = True
+    largest: float, penalty: Penalty, passes: int, *, grow: bool = True
 ) -> tuple[list[Iteration], float]:
-    """Make the iterations, `most` at most, whose threshold is over σ₁(W): A is zero and W only grows, by a scalar.
+    """Make the iterations whose threshold is over σ₁(W): A is zero and W only grows, by a scalar.
 
     Returns the iterations, and the factor by which W has grown. Where zeros are trusted it does not `grow`: the
     multiplier is not to make up for shrinkage on the observed entries alone.
     """
     iterations: list[Iteration] = []
     growth = 1.0
-    while growth * largest <= penalty.threshold and len(iterations) < most:
+    while growth * largest <= penalty.threshold:
         iterations.append(Iteration(len(iterations) + 1, 0, penalty.threshold, 1.0, 1.0, passes))
         growth = 1 + growth / penalty.rho if grow else 1.0
         penalty = penalty.next()

@@ -8,8 +8,9 @@ the test part, zeros too, can be predicted. In factor form the squared error ove
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from scialm_dask.solve.ialm import complete
 from scialm_dask.solve.scaling import Confidence, Molecules, PreparedBlocks, Survey, prepare
 from scialm_dask.solve.stopping import Verdict
 
-__all__ = ["Choice", "choose_zeros", "refit"]
+__all__ = ["Choice", "account", "choose_zeros", "refit"]
 
 TRAIN_SHARE = 0.8  # of the molecules; the rest test
 _OMEGAS = (1.0, 0.6, 0.3, 0.1, 0.0)
@@ -46,6 +47,11 @@ class Choice:
         Squared error on the test molecules less that of predicting nothing; lower is better.
     passes
         Over the data, that finding it took.
+    iteration
+        At which the threshold was reached, from 1.
+    ranks, errors
+        Of each iteration made: the rank, and ‖A − T‖ / ‖T‖ over all entries of the test molecules T, on the scale on
+        which noise is even; 1 where A is zero.
     """
 
     omega: float
@@ -53,6 +59,9 @@ class Choice:
     threshold: float
     score: float
     passes: int = 0
+    iteration: int = 0
+    ranks: Sequence[int] = ()
+    errors: Sequence[float] = ()
 
 
 def choose_zeros(
@@ -116,9 +125,18 @@ def choose_zeros(
         )
         operator = operator_of(train)
         stop = _SplitStop(operator, reference, _ratio(reference.scales.gene, train.scales.gene), settings)
-        complete(operator, scaled, listen, stop)
+        history = complete(operator, scaled, listen, stop).history
         operator.release()
-        choice = Choice(omega, gene_exponent, stop.threshold / math.sqrt(TRAIN_SHARE), stop.lowest, operator.passes)
+        choice = Choice(
+            omega,
+            gene_exponent,
+            stop.threshold / math.sqrt(TRAIN_SHARE),
+            stop.lowest,
+            operator.passes,
+            stop.iteration,
+            ranks=[made.rank for made in history],
+            errors=[stop.errors.get(made.iteration, 1.0) for made in history],
+        )
         tried[omega, gene_exponent] = choice
         after()
         return choice
@@ -136,12 +154,39 @@ def choose_zeros(
     return min([best, *others], key=lambda choice: choice.score)
 
 
+def account(chosen: Choice, tried: Iterable[Choice], settings: Settings) -> dict[str, Any]:
+    """Tell what count splitting has tried, for the summary of a result.
+
+    Returns
+    -------
+    dict
+        ``tried``: of each fit ``zeros``, ``gene_exponent``, ``cell_exponent``, the ``iterations`` made, the one of the
+        lowest error (``chosen_iteration``), its ``threshold``, ``rank`` and ``error``, and whether this fit was
+        ``chosen``. ``ranks`` and ``errors``: of each iteration of the fit that was chosen; see `Choice`.
+    """
+    table = [
+        {
+            "zeros": fit.omega,
+            "gene_exponent": fit.gene_exponent,
+            "cell_exponent": settings.exponents[1],
+            "iterations": len(fit.errors),
+            "chosen_iteration": fit.iteration,
+            "threshold": fit.threshold,
+            "rank": fit.ranks[fit.iteration - 1],
+            "error": fit.errors[fit.iteration - 1],
+            "chosen": fit == chosen,
+        }
+        for fit in tried
+    ]
+    return {"tried": table, "ranks": list(chosen.ranks), "errors": list(chosen.errors)}
+
+
 def refit(operator: LowRankPlusSparse) -> Doubles:
     """Least-squares factors for the columns of A in force, which undo the shrinkage of its singular values. One pass.
 
     On observed entries the multiplier does that; on zeros that are trusted nothing else does.
     """
-    linear, square = operator.quadratic()
+    linear, square, _ = operator.quadratic()
     return np.linalg.lstsq(square, linear, rcond=1e-10)[0].astype(np.float64)
 
 
@@ -161,17 +206,20 @@ class _SplitStop:
         self._operator, self._test, self._columns, self._settings = operator, test, columns, settings
         self._most = min(*operator.shape, settings.max_rank or operator.shape[0])
         self._rank = self._since = 0
-        self.lowest, self.threshold = math.inf, math.inf
+        self.lowest, self.threshold, self.iteration = math.inf, math.inf, 0
+        self.errors: dict[int, float] = {}  # by iteration
 
     def judge(self, latest: Iteration) -> Verdict:
         """Refit, predict, compare."""
         coefficients = (1 - TRAIN_SHARE) / TRAIN_SHARE * refit(self._operator)
-        linear, square = self._operator.quadratic(self._test, self._columns)
+        linear, square, squares = self._operator.quadratic(self._test, self._columns)
         score = float(coefficients @ square @ coefficients - 2 * linear @ coefficients)
+        self.errors[latest.iteration] = math.sqrt(max(0.0, 1 + score / squares)) if squares else 1.0
         best = score < self.lowest
         grew, self._rank = latest.rank > self._rank or latest.rank == self._most, max(self._rank, latest.rank)
         if best:
-            self.lowest, self.threshold, self._since = score, latest.threshold, 0
+            self.lowest, self.threshold, self.iteration = score, latest.threshold, latest.iteration
+            self._since = 0
         elif grew:
             self._since += 1
         done = self._since >= self._settings.patience or latest.residual < self._settings.epsilon

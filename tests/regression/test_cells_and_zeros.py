@@ -1,11 +1,14 @@
 """New cells and biological zeros, on real data."""
 
+import json
+
 import anndata
 import numpy as np
 import pytest
 
 from scialm_dask import ExpressionMatrix, Imputation, biological_zeros, impute
 from scialm_dask.evaluate.masking import mask
+from scialm_dask.evaluate.metrics import score_held_out
 
 
 def squared_error(imputed, held_out):
@@ -49,6 +52,14 @@ def test_markers_of_other_lineages_stay_zero(shared, tmp_path, cli):
         assert stays.mean() > 0.9, gene
     held_out = anndata.read_zarr(masked).layers["held_out"]
     entries = entries_of(held_out)
-    before = squared_error(Imputation.open(tmp_path / "out.zarr")[:, :][entries], held_out)
-    assert squared_error(written.X.toarray()[entries], held_out) < 1.1 * before
+    before = squared_error(result[:, :][entries], held_out)
+    error = squared_error(written.X.toarray()[entries], held_out)
+    assert before < error < 1.1 * before
+    scored = json.loads(cli("score", tmp_path / "out.zarr", "--held-out", masked, "--json", "--quiet").stdout)
+    assert scored["mse"] == pytest.approx(error, rel=1e-5)
+    factors = score_held_out(result, ExpressionMatrix.open(masked, "held_out"), ExpressionMatrix.open(masked))
+    assert factors["mse"] == pytest.approx(before, rel=1e-5)
+    ratio = written.X.mean() / anndata.read_zarr(masked).X.mean()
+    assert Imputation.open(tmp_path / "out.zarr").mean_ratio == pytest.approx(ratio, rel=1e-5)
+    assert ratio < 0.8 * result.mean_ratio
     assert written.X.nnz < 0.5 * written.X.shape[0] * written.X.shape[1]

@@ -1,10 +1,15 @@
+import json
+from dataclasses import replace
+
 import anndata
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from scialm_dask import ExpressionMatrix, InputError, biological_zeros, impute
+from scialm_dask import ExpressionMatrix, Imputation, InputError, biological_zeros, impute
 from scialm_dask.data.layout import RowBlocks
+from scialm_dask.evaluate.compare import compare
+from scialm_dask.evaluate.verdict import warnings_of
 from scialm_dask.solve.alra import spectral_gap_rank
 
 M, N = 300, 120
@@ -55,9 +60,16 @@ def test_sparse_result(two_types, tmp_path):
     result = impute(X)
     matrix = ExpressionMatrix.of(X)
     zeros = biological_zeros(matrix)
-    result.to_zarr(tmp_path / "a.zarr", preserve_zeros=zeros)
+    told = result.to_zarr(tmp_path / "a.zarr", preserve_zeros=zeros)["X"]
     written = anndata.read_zarr(tmp_path / "a.zarr").X
     assert sp.issparse(written)
+    ratio = pytest.approx(written.mean() / X.mean(), rel=1e-5)
+    assert told == {
+        "written": "preserve_zeros",
+        "rank": zeros.rank,
+        "keep_observed": False,
+        "mean_over_observed": ratio,
+    }
     dense, imputed, seen = written.toarray(), result[:, :], X.toarray() > 0
     assert not dense[~zeros.expressed(0, M) & ~seen].any()
     assert (dense[seen] > 0).all()
@@ -72,6 +84,43 @@ def test_unusable_matrices_are_refused(two_types):
         biological_zeros(ExpressionMatrix.of(two_types[0], observed="finite"))
     with pytest.raises(InputError, match="at least 20 of both"):
         biological_zeros(ExpressionMatrix.of(two_types[0][:19]))
+
+
+def test_a_rule_of_another_matrix_is_refused(two_types, tmp_path):
+    zeros = biological_zeros(ExpressionMatrix.of(two_types[0][:100]))
+    with pytest.raises(InputError, match="is of 100 cells × 120 genes, but the result has 300 × 120"):
+        impute(two_types[0]).to_zarr(tmp_path / "a.zarr", preserve_zeros=zeros)
+    assert not (tmp_path / "a.zarr").exists()
+
+
+def test_score_and_report_are_of_what_was_written(cli, store_of, two_types, tmp_path):
+    """Some molecules strayed to the cells of the other type: X has zeros there, and the factors have not."""
+    rng = np.random.default_rng(1)
+    source = store_of(sp.csr_matrix(two_types[0] + rng.poisson(0.03, (M, N)), dtype=np.float32))
+    masked, plain, kept = (tmp_path / f"{name}.zarr" for name in ("masked", "plain", "kept"))
+    assert cli("mask", source, masked, "--fraction", "0.2").exit_code == 0
+    assert cli("impute", masked, plain).exit_code == 0
+    told = json.loads(cli("impute", masked, kept, "--preserve-zeros", "--json", "--quiet").stdout)
+    scores = [json.loads(cli("score", r, "--held-out", masked, "--json", "--quiet").stdout) for r in (plain, kept)]
+    X, hidden = anndata.read_zarr(kept).X, anndata.read_zarr(masked).layers["held_out"].tocoo()
+    error = np.asarray(X[hidden.row, hidden.col]).ravel() - hidden.data
+    assert [score["scored"] for score in scores] == ["factors", "X"]
+    assert scores[1]["mse"] == pytest.approx(np.square(error).mean(), rel=1e-5)
+    assert scores[1]["mse"] > 1.0002 * scores[0]["mse"]
+    assert scores[1]["gene_mean_mse"] == pytest.approx(scores[0]["gene_mean_mse"], rel=1e-6)
+
+    opened, observed = Imputation.open(kept), ExpressionMatrix.open(masked)
+    assert opened.summary["X"] == told["X"]
+    compared = compare(opened, observed)
+    np.testing.assert_allclose(compared.genes["mean_imputed"], np.asarray(X.mean(axis=0)).ravel(), rtol=1e-5)
+    assert cli("report", kept, "-o", tmp_path / "r.html").exit_code == 0
+    assert f"X, as it was written, has {opened.mean_ratio:.3g} times" in (tmp_path / "r.html").read_text()
+    assert opened.mean_ratio < 2
+    for result, of_factors in ((Imputation.open(plain), True), (opened, False)):
+        result.summary["mean_imputed_over_observed"] = 5.0
+        warnings = warnings_of(result, replace(compared, filled=0.2))
+        assert any("--preserve-zeros" in remedy for _, remedy in warnings) == of_factors
+        assert any("is inflated" in what for what, _ in warnings) == of_factors
 
 
 def test_command(cli, store_of, two_types, tmp_path):

@@ -14,6 +14,7 @@ import zarr
 from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
 from scialm_dask.data import factors
 from scialm_dask.errors import OutputError
+from scialm_dask.evaluate.metrics import score_held_out
 
 SETTINGS = {"preset": "paper", "max_iterations": 8, "max_rank": 6}
 
@@ -44,8 +45,8 @@ def test_the_matrix_is_the_clipped_product(result, dense, counts):
     assert result.to_dask().chunks[1] == (40,)
 
 
-def test_every_key_of_the_summary_is_described(result, matrix):
-    for summary in (result.summary, result.transform(matrix).summary):
+def test_every_key_of_the_summary_is_described(result, matrix, tmp_path):
+    for summary in (result.to_zarr(tmp_path / "r.zarr"), result.transform(matrix).summary):
         assert [key for key in summary if f"``{key}``" not in Imputation.__doc__] == []
 
 
@@ -92,7 +93,7 @@ def test_what_is_opened_is_what_was_written(result, dense, tmp_path):
     np.testing.assert_array_equal(opened.left.compute(), result.left.compute())
     np.testing.assert_array_equal(opened.right, result.right)
     np.testing.assert_allclose(opened.to_dask().compute(), dense, rtol=1e-5, atol=1e-6)
-    assert opened.summary == json.loads(json.dumps(result.summary))
+    assert opened.summary == json.loads(json.dumps(result.summary)) | {"X": None}
     assert opened.history.equals(result.history)
     assert opened.obs.equals(result.obs)
     opened.to_zarr(tmp_path / "again.zarr")
@@ -152,10 +153,42 @@ def test_options_that_do_not_go_together_are_refused(result, matrix, tmp_path):
     for options, message in (
         ({"dense": True, "preserve_zeros": object()}, "both say what X is to be; give one of them"),
         ({"keep_observed": matrix}, "keep_observed is about X, and none is written"),
+        ({"preserve_zeros": True}, r"preserve_zeros is True; give the rule .* biological_zeros\(matrix\)"),
     ):
         with pytest.raises(InputError, match=message):
             result.to_zarr(tmp_path / "r.zarr", **options)
     assert not (tmp_path / "r.zarr").exists()
+
+
+def test_what_was_written_as_x_is_on_record_and_scored(result, dense, matrix, counts, tmp_path):
+    """The mean of X over the mean observed, and the scores, are those of X, not of the factors."""
+    path, observed = tmp_path / "r.zarr", counts.toarray()
+    for options in ({}, {"dense": True}, {"dense": True, "keep_observed": matrix}):
+        told = result.to_zarr(path, overwrite=True, **options)["X"]
+        opened, X = Imputation.open(path), anndata.read_zarr(path).X
+        assert opened.summary["X"] == told
+        scores = score_held_out(opened, matrix, matrix)
+        if not options:
+            assert (told, opened.X) == (None, None)
+            X = dense
+        else:
+            assert (told["written"], told["keep_observed"]) == ("dense", "keep_observed" in options)
+            assert (
+                opened.mean_ratio == told["mean_over_observed"] == pytest.approx(X.mean() / observed.mean(), rel=1e-5)
+            )
+        seen = observed > 0
+        assert scores["mse"] == pytest.approx(np.square(X[seen] - observed[seen]).mean(), rel=1e-4, abs=1e-9)
+
+
+def test_factors_put_beside_another_x_are_scored_themselves(result, dense, matrix, counts, tmp_path):
+    result.to_zarr(tmp_path / "r.zarr", dense=True)
+    cells = anndata.AnnData(counts.astype(np.float32), obs=result.obs, var=result.var)
+    Imputation.open(tmp_path / "r.zarr").add_to(cells)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    opened, seen = Imputation.open(tmp_path / "cells.h5ad"), counts.toarray() > 0
+    assert opened.X is None
+    error = np.square(dense[seen] - counts.toarray()[seen]).mean()
+    assert score_held_out(opened, matrix, matrix)["mse"] == pytest.approx(error, rel=1e-4)
 
 
 def test_dense_chunks_are_whole_rows_and_all_written(result, tmp_path):
@@ -171,8 +204,9 @@ def test_nothing_is_there_until_it_is_complete(result, tmp_path, monkeypatch):
     write = factors.write_dense
 
     def watched(*args):
-        write(*args)
+        total = write(*args)
         seen.append((tmp_path / "r.zarr").exists())
+        return total
 
     monkeypatch.setattr(factors, "write_dense", watched)
     result.to_zarr(tmp_path / "r.zarr", dense=True)
@@ -228,13 +262,15 @@ def test_scratch_on_disk_is_gone_with_the_result(matrix, tmp_path):
     assert os.listdir(tmp_path / "scratch") == []
 
 
-def test_a_result_of_rank_zero_is_a_matrix_of_zeros(counts, tmp_path):
-    result = impute(counts, preset="paper", max_iterations=1)
-    assert (result.rank, result.summary["residual"], result.summary["converged"]) == (0, 1.0, False)
-    assert not result.to_dask().compute().any()
-    assert result.summary["mean_imputed_over_observed"] == 0
-    result.to_zarr(tmp_path / "r.zarr", dense=True)
-    assert Imputation.open(tmp_path / "r.zarr")[3, [1, 2]].tolist() == [0, 0]
+def test_a_result_of_rank_zero_is_refused(counts, store_of, cli, tmp_path):
+    """The fit that chooses the threshold, and that of all molecules; nothing is written, checkpoints neither."""
+    source, words = store_of(counts), ("--max-iterations", "2", "--checkpoint", tmp_path / "c")
+    for options in (("--preset", "denoise", "--zeros", "1"), ("--zeros", "1", "--scaling", "none")):
+        done = cli("impute", source, tmp_path / "r.zarr", *options, *words, "--quiet")
+        assert done.exit_code == 2
+        (line,) = done.stderr.splitlines()
+        assert "max_iterations is 2, in which the threshold falls to" in line
+        assert [path.name for path in tmp_path.iterdir()] == ["source.zarr"]
 
 
 def test_with_finite_observed_nan_is_completed_and_nothing_clipped():

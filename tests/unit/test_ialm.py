@@ -5,6 +5,7 @@ import pytest
 from problems import low_rank_counts, operator_of, product_of
 
 from scialm_dask.config import preset
+from scialm_dask.errors import InputError
 from scialm_dask.linalg.svd import PartialSVD
 from scialm_dask.solve.ialm import complete, first_penalty, singular_value_thresholding, zero_iterations
 from scialm_dask.solve.reference import ialm_dense
@@ -110,7 +111,7 @@ def test_zero_iterations_are_made_in_closed_form():
         penalty = first_penalty(sigma, density)
         assert penalty.mu == 0.3 / sigma
         assert penalty.rho == 1.1 + 2.5 * density
-        iterations, growth = zero_iterations(sigma, penalty, operator.passes, 1000)
+        iterations, growth = zero_iterations(sigma, penalty, operator.passes)
         w, mu = sigma, penalty.mu
         for iteration in iterations:
             assert w <= 1 / mu
@@ -160,13 +161,13 @@ def test_the_most_iterations_and_the_largest_rank_are_kept():
 
 
 def test_fewer_iterations_than_there_are_zeros():
+    """A result of rank 0 is refused, and the number told that is too small by one."""
     matrix = low_rank_counts(40, 30, density=0.1, seed=7)
-    settings = preset("paper", max_iterations=1)
-    assert twin(matrix, settings).ranks == (0,)
-    completion, A = run(matrix, settings)
-    assert [i.rank for i in completion.history] == [0]
-    assert completion.values == ()
-    assert not A.any()
+    assert twin(matrix, preset("paper", max_iterations=3)).ranks == (0, 0, 1)
+    with pytest.raises(InputError, match=r"max_iterations is 2, .* zero; raise --max-iterations, to more than 2$"):
+        run(matrix, preset("paper", max_iterations=2))
+    completion, _ = run(matrix, preset("paper", max_iterations=3))
+    assert [i.rank for i in completion.history] == [0, 0, 1]
 
 
 @pytest.mark.parametrize("name", ["paper", "auto"])

@@ -129,7 +129,7 @@ def test_what_is_refused(result, strange, store_of, tmp_path):
 
 
 def test_results_of_other_kinds(tmp_path, strange):
-    """Of cells that were not in the fit, of pools, of a matrix with observed zeros, of a run that ended at once."""
+    """Of cells that were not in the fit, of pools, of a matrix with observed zeros."""
     fit = impute(strange[:60].copy(), validation=0.1, max_iterations=12)
     P = random_pools(60, 20, density=0.3, random_state=0)
     pooled = PooledALS(3, max_sweeps=5).fit(COUNTS.toarray() @ P, P).to_imputation()
@@ -138,13 +138,31 @@ def test_results_of_other_kinds(tmp_path, strange):
         fit.transform(strange[60:].copy()): "completed by a fit that was made before",
         pooled: "Objective",
         general: "Zeros of this matrix are observed values",
-        impute(COUNTS, preset="paper", max_iterations=1): "The rank is 0",
     }.items():
         told = write_report(kind, tmp_path / "r.html", overwrite=True)
         page = Page(tmp_path / "r.html")
         assert words in page.text
         assert f"{kind.shape[0]:,} cells × {kind.shape[1]:,} genes" in page.text
         assert [fact for fact in told["warnings"] if fact not in page.text] == []
+
+
+def test_choices_by_count_splitting_are_shown(tmp_path):
+    result = impute(COUNTS, preset="denoise", max_rank=8)
+    written = result.to_zarr(tmp_path / "r.zarr")["count_splitting"]
+    assert Imputation.open(tmp_path / "r.zarr").summary["count_splitting"] == written
+    write_report(tmp_path / "r.zarr", tmp_path / "r.html")
+    page = Page(tmp_path / "r.html")
+    (best,) = (fit for fit in written["tried"] if fit["chosen"])
+    assert "Held-out error" not in page.text
+    told = f"Iteration {best['chosen_iteration']}, with {best['error']:.3g}, was kept"
+    first = sum(rank == 0 for rank in written["ranks"])  # until then nothing is predicted
+    assert f"Error on unseen molecules: {written['errors'][first]:.3g} at iteration {first + 1}, " in page.text
+    assert told in page.text
+    assert f"{len(written['tried'])} confidences in zeros" in page.text
+    for fit in written["tried"]:
+        name = f"{fit['zeros']:g}{' (chosen)' if fit['chosen'] else ''}"
+        row = (name, f"{fit['gene_exponent']:g}", "0.5", fit["iterations"], fit["chosen_iteration"])
+        assert " ".join(map(str, row)) in page.text
 
 
 # The numbers

@@ -133,6 +133,7 @@ def test_fits_that_choose_the_zeros_are_not_repeated(whole, matrix, tmp_path, st
         assert began.count("choosing zeros") >= 1
         assert (first + began).count("choosing zeros") == 1 + len(tried(tmp_path / "c"))
     same(result, whole("denoise"))
+    assert result.summary["count_splitting"] == whole("denoise").summary["count_splitting"]
 
 
 def tried(folder):

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 from scialm_dask import ExpressionMatrix, InputError, Settings, impute
 from scialm_dask.config import preset
 from scialm_dask.data.scratch import MemoryScratch
-from scialm_dask.events import Iteration
+from scialm_dask.events import Iteration, Stage
 from scialm_dask.linalg.draws import thinned
 from scialm_dask.linalg.kernels import Step
 from scialm_dask.linalg.operator import LowRankPlusSparse
@@ -186,6 +186,39 @@ def test_a_number_is_kept_and_only_the_threshold_chosen(counts):
         lambda _: None,
     )
     assert (choice.omega, choice.gene_exponent, tried) == (0.3, 0.5, [np.float32(0.3)])
+
+
+def test_what_was_tried_is_kept(counts):
+    """The table has every fit, and the lowest error marks the one that was chosen, with its path."""
+    fits = []
+    result = impute(
+        counts, preset="denoise", listen=lambda event: fits.append(event.detail) if isinstance(event, Stage) else None
+    )
+    told = result.summary["count_splitting"]
+    names = [f"confidence {fit['zeros']:g}, gene exponent {fit['gene_exponent']:g}" for fit in told["tried"]]
+    assert names == [detail for detail in fits if detail]
+    best = min(told["tried"], key=lambda fit: fit["error"])
+    assert [fit["chosen"] for fit in told["tried"]] == [fit is best for fit in told["tried"]]
+    assert (best["zeros"], best["cell_exponent"]) == (result.summary["zeros"], 0.5)
+    assert best["iterations"] == len(told["errors"]) == len(told["ranks"])
+    assert best["error"] == min(told["errors"]) == told["errors"][best["chosen_iteration"] - 1]
+    assert [error == 1 for error in told["errors"]] == [rank == 0 for rank in told["ranks"]]
+    assert f"threshold {result.history['threshold'].iloc[-1]:.4g} " in result.summary["stop_reason"]
+    assert result.history["threshold"].iloc[-1] <= best["threshold"] < result.history["threshold"].iloc[-2]
+
+
+def test_errors_on_unseen_molecules_are_those_of_the_dense_matrices():
+    """All entries of the part that was not fitted, predicted by the best fit of the other at ω = 1: a truncated SVD."""
+    rng = np.random.default_rng(4)
+    D = sp.csr_matrix(rng.poisson(rng.gamma(1, 2, (80, 4)) @ rng.gamma(1, 1, (4, 50))), dtype=np.float32)
+    result = impute(D, preset="denoise", zeros=1.0, scaling="none", max_rank=4, svd_passes=8)
+    told = result.summary["count_splitting"]
+    train, test = (Molecules(0.8, rest, 0).of(D, 0).toarray().astype(float) for rest in (False, True))
+    U, s, Vt = np.linalg.svd(train)
+    for rank in set(told["ranks"]) - {0}:
+        predicted = 0.25 * (U[:, :rank] * s[:rank]) @ Vt[:rank]
+        last = max(i for i, r in enumerate(told["ranks"]) if r == rank)
+        assert told["errors"][last] == pytest.approx(np.linalg.norm(predicted - test) / np.linalg.norm(test), rel=1e-2)
 
 
 def test_a_rank_that_stays_for_a_while_does_not_end_the_search():
