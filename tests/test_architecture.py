@@ -16,7 +16,7 @@ data.layout data.csr data.remote data.remote_output data.store data.writer data.
 data.tenx data.ingest data.quality
 data.fingerprint data.scratch data.array_files data.checkpoint data.remote_checkpoint
 data.cell_model data.imputed data.factors data.design
-linalg.draws linalg.nnls linalg.tiles linalg.kernels linalg.cellwise linalg.tasks linalg.operator linalg.svd
+linalg.draws linalg.nnls linalg.tiles linalg.tall linalg.kernels linalg.cellwise linalg.tasks linalg.operator linalg.svd
 solve.rank solve.stopping solve.scaling solve.reference solve.ialm solve.zeros solve.alra solve.transform
 solve.pools solve.pooled solve.pooled_als solve.pooled_admm solve.pooled_nuclear
 evaluate.masking evaluate.predictions evaluate.metrics evaluate.gene_scores evaluate.simulation evaluate.figures

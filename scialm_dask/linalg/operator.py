@@ -16,7 +16,7 @@ from dask.base import get_scheduler
 from dask.delayed import Delayed
 from threadpoolctl import threadpool_limits
 
-from scialm_dask.linalg import tasks
+from scialm_dask.linalg import tall, tasks
 from scialm_dask.linalg.kernels import Doubles, Floats, GiveBack, Step, Sums, View, add_sums
 from scialm_dask.linalg.tasks import BlockSource, Files, Store
 
@@ -54,7 +54,6 @@ class _Kept(NamedTuple):
     versions: dict[str, int]
 
 
-PANEL_ROWS = 1024  # of tall matrices that are multiplied at once
 PANEL_COLUMNS = 256  # of left vectors that are projected at once
 _UNUSED = 1  # a version that no pass makes
 
@@ -186,7 +185,7 @@ class LowRankPlusSparse:
         for start in range(0, vectors.shape[1], PANEL_COLUMNS):
             some = slice(start, start + PANEL_COLUMNS)
             cross[:, some], left_cross = self._project_some(parts, vectors[:, some])
-            _add_product(cross[:, some], view.spread, left_cross)
+            tall.add_product(cross[:, some], view.spread, left_cross)
         self._count_pass()
         self._renew({"sketch"}, number)
         return cross
@@ -210,13 +209,13 @@ class LowRankPlusSparse:
         gram = right @ cross
         gram += gram.T
         gram += sparse_gram
-        _add_product(gram, view.spread, left_gram @ right.T)
+        tall.add_product(gram, view.spread, left_gram @ right.T)
         return gram  # type: ignore[no-any-return]
 
     def row_gram(self) -> Doubles:
         """WWᵀ, shape ``(m, m)``, when rows are the short side: a task for each pair of blocks. One pass."""
         view = self._view()
-        carried, core = self._carry(view), dask.delayed(_gram(view.spread), traverse=False)
+        carried, core = self._carry(view), dask.delayed(tall.gram(view.spread), traverse=False)
         prepare, pair = dask.delayed(tasks.row_half), dask.delayed(tasks.row_gram)
         halves = self._at_home(lambda b: prepare(self._store, self._blocks[b], self._state[b], carried, core))
         corners = [(i, j) for i in self._each() for j in range(i, self.n_blocks)]
@@ -367,7 +366,7 @@ class LowRankPlusSparse:
         self._renew(changed, number)
         cross = sums.sparse_cross.astype(np.float64)
         if cross.size:
-            _add_product(cross, view.spread, sums.left_cross)
+            tall.add_product(cross, view.spread, sums.left_cross)
         return Product(cross, sums.gram, sums.misfit, sums.held_out)
 
     def _renew(self, changed: set[str], number: int) -> None:
@@ -460,22 +459,6 @@ def _at(home: str | None) -> Iterator[None]:
 def _on_cluster() -> bool:
     """Whether tasks run in other processes, which may die."""
     return hasattr(getattr(get_scheduler(), "__self__", None), "persist")
-
-
-def _gram(tall: Floats) -> Doubles:
-    """Give TᵀT, float64, some rows at a time: on large matrices a copy in float64 is too much."""
-    gram = np.zeros((tall.shape[1],) * 2)
-    for start in range(0, len(tall), PANEL_ROWS):
-        panel = tall[start : start + PANEL_ROWS].astype(np.float64)
-        gram += panel.T @ panel
-    return gram
-
-
-def _add_product(total: Doubles | Floats, tall: Floats, wide: Doubles) -> None:
-    """Add a product to `total`, some rows at a time: on large matrices a temporary of its size is too much."""
-    for start in range(0, len(tall), PANEL_ROWS):
-        rows = slice(start, start + PANEL_ROWS)
-        total[rows] += tall[rows].astype(np.float64) @ wide
 
 
 def _tree(parts: list[Delayed], add: Any) -> Delayed:

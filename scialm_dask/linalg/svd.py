@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import eigh
 
+from scialm_dask.linalg import tall
 from scialm_dask.linalg.kernels import Doubles, Floats
-from scialm_dask.linalg.operator import PANEL_ROWS, LowRankPlusSparse, Product
+from scialm_dask.linalg.operator import LowRankPlusSparse, Product
 
 __all__ = ["PartialSVD", "extended_basis", "leading_triplets", "rayleigh_ritz", "refine", "short_side_svd"]
 
@@ -54,16 +55,8 @@ def rayleigh_ritz(product: Product) -> PartialSVD:
     order = np.argsort(squares)[::-1]
     order = order[squares[order] > np.finfo(np.float64).eps * max(squares[order[0]], 0.0)]
     values, rotation = np.sqrt(squares[order]), rotation[:, order]
-    right = _in_float32(projected, rotation / values)
+    right = tall.product(projected, rotation / values)
     return _with_signs(values, right, whiten @ rotation)
-
-
-def _in_float32(tall: Doubles, small: Doubles) -> Floats:
-    """Multiply, some rows at a time: on large matrices another tall one in float64 is too much."""
-    product = np.empty((len(tall), small.shape[1]), np.float32)
-    for start in range(0, len(tall), PANEL_ROWS):
-        product[start : start + PANEL_ROWS] = tall[start : start + PANEL_ROWS] @ small
-    return product
 
 
 def _with_signs(values: Doubles, right: Floats, to_left: Doubles) -> PartialSVD:

@@ -116,6 +116,17 @@ def test_short_side_agrees_with_lapack(shape, n_blocks):
     assert len(short_side_svd(operator, 61, 2 * exact[0]).values) == 1  # the largest one, to know how far off it is
 
 
+def test_left_vectors_are_projected_some_at_a_time(monkeypatch):
+    operator, W = operator_in_flight(60, 90, 4)
+    vectors = np.linalg.qr(np.random.default_rng(0).standard_normal((60, 11)))[0].astype(np.float32)
+    whole = operator.project(vectors)
+    before = operator.passes
+    monkeypatch.setattr("scialm_dask.linalg.operator.PANEL_COLUMNS", 4)
+    np.testing.assert_allclose(operator.project(vectors), whole, rtol=1e-5, atol=1e-5 * np.abs(whole).max())
+    assert operator.passes == before + 1
+    np.testing.assert_allclose(whole, W.T @ vectors, rtol=1e-4, atol=1e-5 * np.abs(W).max())
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_both_ways_give_the_same_signs(shape):
     operator, _ = operator_in_flight(*shape)
