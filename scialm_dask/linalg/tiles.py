@@ -9,6 +9,7 @@ that a row of Y stays in registers while its entries are visited. Columns must a
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -18,7 +19,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 from numpy.typing import NDArray
 
-__all__ = ["gather", "sampled", "scatter"]
+__all__ = ["are_compiled", "gather", "sampled", "scatter"]
 
 Floats = NDArray[np.float32]
 Pattern = NDArray[np.integer]
@@ -197,3 +198,8 @@ def _unpack(tile, target, start, left):  # type: ignore[no-untyped-def]
     for i in range(len(tile)):
         for t in range(min(tile.shape[1], target.shape[1] - left)):
             target[start + i, left + t] = tile[i, t]
+
+
+def are_compiled() -> bool:
+    """Whether an earlier process has left these products in numba's cache, so that this one need not compile them."""
+    return any(Path(_product.stats.cache_path).glob("tiles._product-*.nbi"))

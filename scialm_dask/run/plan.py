@@ -14,6 +14,7 @@ from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.linalg.kernels import PANEL_VALUES
 from scialm_dask.linalg.operator import PANEL_COLUMNS
+from scialm_dask.linalg.tiles import are_compiled
 from scialm_dask.solve.ialm import first_penalty, zero_iterations
 from scialm_dask.solve.rank import basis_width, prefers_short_side, widest_basis
 
@@ -29,7 +30,8 @@ _DOUBLE = 8
 _LIKELY_RANK = (
     0.65  # times √N: where the paper's runs end (0.55 to 0.64 on three data sets; √2 is the most there can be)
 )
-_STARTED = 180 << 20  # what compiling, reading and scheduling add to a process that has imported everything
+_STARTED = 160 << 20  # what loading kernels, reading and scheduling add to a process that has imported everything
+_COMPILING = 70 << 20  # and what compiling adds, once for an installation
 _IMPORTED = 250 << 20  # what a worker holds once it has imported everything
 _STOP_AT = 0.03  # threshold, relative to σ₁, at which stops that guard against noise were seen
 _FIRST_PASSES = 5  # the survey, reading, and the first SVD
@@ -191,8 +193,9 @@ def _likely_rank(settings: Settings, short_side: int, n_observed: int) -> int:
 
 
 def _base_memory(resident: int | None) -> int:
+    started = _STARTED + (0 if are_compiled() else _COMPILING)
     if resident is None:
         import dask.array  # noqa: F401 (what a result is made of is to count)
 
-        return int(psutil.Process().memory_info().rss) + _STARTED
-    return max(resident, _IMPORTED) + _STARTED  # a worker that has done nothing yet has imported nothing either
+        return int(psutil.Process().memory_info().rss) + started
+    return max(resident, _IMPORTED) + started  # a worker that has done nothing yet has imported nothing either

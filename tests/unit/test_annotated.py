@@ -63,7 +63,9 @@ def test_an_anndata_written_by_its_user_opens_as_a_result(adata, tmp_path):
     adata.write_zarr(tmp_path / "with.zarr")
     opened = Imputation.open(tmp_path / "with.zarr")
     same(opened, result)
-    assert opened.summary.keys() == result.summary.keys()
+    assert opened.summary.keys() == result.summary.keys() | {"X"}  # which says that X is none of ours
+    assert opened.summary["X"] is None
+    assert opened.X is None
 
 
 def test_so_does_an_h5ad_which_holds_the_left_factor_in_one_piece(adata, tmp_path):

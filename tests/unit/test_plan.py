@@ -1,7 +1,10 @@
 """Go or refuse: where the working state is kept, what limit it is held against, and what would fit it."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import dask
 import numpy as np
@@ -191,3 +194,22 @@ def test_plan_has_the_options_of_impute(cli):
     written = {"write", "keep_observed", "checkpoint", "checkpoint_every", "overwrite"}
     assert options["impute"] - options["plan"] == written
     assert options["plan"] <= options["impute"]
+
+
+def test_compiling_counts_until_it_is_done(tmp_path):
+    program = """
+import numpy as np
+from scialm_dask.linalg.tiles import are_compiled, sampled
+from scialm_dask.run.plan import _base_memory
+before = are_compiled(), _base_memory(0)
+one = np.ones((1, 1), np.float32)
+sampled(np.array([0, 1]), np.array([0], np.int32), one, one)
+print(*before, are_compiled(), _base_memory(0))
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=300
+    )
+    was, with_compiling, is_now, without = done.stdout.split()
+    assert (was, is_now) == ("False", "True")
+    assert int(with_compiling) - int(without) == 70 << 20
