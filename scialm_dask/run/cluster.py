@@ -166,9 +166,8 @@ def ask_everyone(question: Callable[[], int]) -> list[int]:
     """
     client, answers = current_client(), dict([_signed(question)])
     if client is not None:
-        with contextlib.suppress(
-            Exception
-        ):  # whatever it is, the cluster is gone, or its scheduler knows no such thing
+        # Whatever is raised, the cluster is gone, or its scheduler does not have this package.
+        with contextlib.suppress(Exception):
             answers |= client.run(_signed, question, on_error="ignore", callback_timeout=_ANSWER).values()
             answers |= [client.run_on_scheduler(_signed, question, callback_timeout=_ANSWER)]
     return list(answers.values())
