@@ -12,8 +12,8 @@ from PIL import Image
 from selenium import webdriver
 
 import scialm_dask
-from scialm_dask.evaluate.figures import convergence
-from scialm_dask.evaluate.written import save_figure
+from scialm_dask.compare.tables import save_figure
+from scialm_dask.report.figures import convergence
 from scialm_dask.run.demo import demo
 
 FIGURES = Path(__file__).resolve().parent / "figures"

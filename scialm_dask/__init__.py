@@ -35,45 +35,45 @@ __all__ = [
 
 if TYPE_CHECKING:
     from scialm_dask.api import impute, resume
+    from scialm_dask.compare.benchmark import Evaluation, evaluate_imputation
     from scialm_dask.config import Settings
-    from scialm_dask.data.factors import Imputation
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.errors import InputError, ScialmError
     from scialm_dask.estimator import IALM
-    from scialm_dask.evaluate.contest import Evaluation, evaluate_imputation
     from scialm_dask.evaluate.gene_scores import gene_scores
-    from scialm_dask.report import write_report
+    from scialm_dask.imputation import Imputation
+    from scialm_dask.pooled.als import PooledALS
+    from scialm_dask.pooled.design import balanced_pools, measure, pool_report, random_pools
+    from scialm_dask.pooled.nuclear import PooledNuclearNorm
+    from scialm_dask.progress import show_progress
+    from scialm_dask.report.report import write_report
     from scialm_dask.run.cluster import connect
-    from scialm_dask.run.progress import show_progress
-    from scialm_dask.solve.alra import biological_zeros
-    from scialm_dask.solve.pooled_als import PooledALS
-    from scialm_dask.solve.pooled_nuclear import PooledNuclearNorm
-    from scialm_dask.solve.pools import balanced_pools, measure, pool_report, random_pools
+    from scialm_dask.solve.biological_zeros import biological_zeros
     from scialm_dask.solve.scaling import Confidence
 
 _HOME = {
     "Confidence": "solve.scaling",
-    "Evaluation": "evaluate.contest",
+    "Evaluation": "compare.benchmark",
     "ExpressionMatrix": "data.matrix",
     "IALM": "estimator",
-    "Imputation": "data.factors",
+    "Imputation": "imputation",
     "InputError": "errors",
-    "PooledALS": "solve.pooled_als",
-    "PooledNuclearNorm": "solve.pooled_nuclear",
+    "PooledALS": "pooled.als",
+    "PooledNuclearNorm": "pooled.nuclear",
     "ScialmError": "errors",
     "Settings": "config",
-    "balanced_pools": "solve.pools",
-    "biological_zeros": "solve.alra",
+    "balanced_pools": "pooled.design",
+    "biological_zeros": "solve.biological_zeros",
     "connect": "run.cluster",
-    "evaluate_imputation": "evaluate.contest",
+    "evaluate_imputation": "compare.benchmark",
     "gene_scores": "evaluate.gene_scores",
     "impute": "api",
-    "measure": "solve.pools",
-    "pool_report": "solve.pools",
-    "random_pools": "solve.pools",
+    "measure": "pooled.design",
+    "pool_report": "pooled.design",
+    "random_pools": "pooled.design",
     "resume": "api",
-    "show_progress": "run.progress",
-    "write_report": "report",
+    "show_progress": "progress",
+    "write_report": "report.report",
 }
 
 

@@ -1,7 +1,7 @@
 """``scialm-dask`` and ``python -m scialm_dask``: all commands."""
 
-from scialm_dask import cli_evaluate, cli_impute, cli_pooled  # noqa: F401  add their commands
-from scialm_dask.cli import main
+from scialm_dask import cli_pooled  # noqa: F401  add their commands
+from scialm_dask.cli.group import main
 
 if __name__ == "__main__":
     main(prog_name="scialm-dask")

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from scialm_dask.arguments import checked, taken
+from scialm_dask.arguments import checked, validated
 from scialm_dask.config import bytes_of, configured
 from scialm_dask.config import preset as settings_of
 from scialm_dask.data.annotated import as_matrix, is_anndata, refuse_logarithms
-from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, silent
+from scialm_dask.imputation import Imputation
 from scialm_dask.solve.scaling import Confidence
 
 if TYPE_CHECKING:
-    from scialm_dask.run.keeper import Checkpointing
+    from scialm_dask.run.checkpointing import Checkpointing
 
 __all__ = ["impute", "resume"]
 
@@ -96,10 +96,10 @@ def impute(
     ClusterError, StoppedError
         If the cluster was lost: the latter if there are checkpoints, from which `resume` goes on.
     """
+    from scialm_dask.run.checkpointing import Checkpointing
     from scialm_dask.run.job import complete_matrix
-    from scialm_dask.run.keeper import Checkpointing
 
-    checkpoint = taken("checkpoint", checkpoint, str | os.PathLike | Checkpointing | None)
+    checkpoint = validated("checkpoint", checkpoint, str | os.PathLike | Checkpointing | None)
     if isinstance(checkpoint, str | os.PathLike):
         checkpoint = Checkpointing(checkpoint)
     if checkpoint_every is not None:

@@ -16,7 +16,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from scialm_dask.errors import InputError
 
-__all__ = ["check_fields", "checked", "shown", "taken"]
+__all__ = ["check_fields", "checked", "short_repr", "validated"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,26 +29,26 @@ _short.maxstring = _short.maxother = 80
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """Check what a function is given by its annotations, before it begins; see `taken`."""
+    """Check what a function is given by its annotations, before it begins; see `validated`."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         given, kinds = signature.bind(*args, **kwargs), _kinds(function)
         for name, value in given.arguments.items():
-            given.arguments[name] = taken(name, value, kinds.get(name, Any))
+            given.arguments[name] = validated(name, value, kinds.get(name, Any))
         return function(*given.args, **given.kwargs)
 
     return call
 
 
 def check_fields(made: Any) -> None:
-    """Check the fields of a dataclass, frozen or not, by its annotations; see `taken`."""
+    """Check the fields of a dataclass, frozen or not, by its annotations; see `validated`."""
     for name, kind in _kinds(made.__class__).items():
-        object.__setattr__(made, name, taken(name, getattr(made, name), kind))
+        object.__setattr__(made, name, validated(name, getattr(made, name), kind))
 
 
-def taken(name: str, value: Any, kind: Any) -> Any:
+def validated(name: str, value: Any, kind: Any) -> Any:
     """Give `value` as what it is annotated with.
 
     Parameters
@@ -70,16 +70,16 @@ def taken(name: str, value: Any, kind: Any) -> Any:
         return _as(value, kind)
     except TypeError:
         verb = "choose" if get_origin(kind) is Literal else "give"
-        raise InputError(f"{name} is {shown(value)}; {verb} {_words(kind)}") from None
+        raise InputError(f"{name} is {short_repr(value)}; {verb} {_words(kind)}") from None
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Write any value in half a line."""
     return " ".join(_short.repr(value).split())
 
 
 def _as(value: Any, kind: Any) -> Any:
-    """`taken`, with a TypeError for what is something else."""
+    """Do what `validated` does, with a TypeError for what is something else."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         for part in parts:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from scialm_dask.arguments import check_fields, taken
+from scialm_dask.arguments import check_fields, validated
 from scialm_dask.errors import InputError
 
 __all__ = ["Preset", "Settings", "bytes_of", "configured", "preset"]
@@ -156,7 +156,7 @@ def preset(name: str, **changes: Any) -> Settings:
     elif name == "denoise":
         settings = Settings(**{"stop": "count-split", "zeros": "auto", **changes})
     else:
-        taken("preset", name, Preset)
+        validated("preset", name, Preset)
         settings = Settings(**changes)
     for field, (because, wanted) in settings.idle.items():
         if field in changes:

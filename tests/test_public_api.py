@@ -19,7 +19,9 @@ def loaded_after(statement):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("statement", ["import scialm_dask", "import scialm_dask.cli", "import scialm_dask.errors"])
+@pytest.mark.parametrize(
+    "statement", ["import scialm_dask", "import scialm_dask.cli.group", "import scialm_dask.errors"]
+)
 def test_importing_loads_nothing_heavy(statement):
     assert loaded_after(statement) == []
 

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 import zarr
 
-from scialm_dask.arguments import checked, shown
+from scialm_dask.arguments import checked, short_repr
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
 from scialm_dask.data.store import lasting, open_store
@@ -333,7 +333,7 @@ def held_array(matrix: Any, name: str) -> Any:
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: a {type(matrix).__name__}, not a matrix of numbers ({error})") from error
     if held.ndim == 0:
-        raise InputError(f"{name} is {shown(matrix)}; give a matrix of numbers")
+        raise InputError(f"{name} is {short_repr(matrix)}; give a matrix of numbers")
     check_array(held, name)
     return held
 

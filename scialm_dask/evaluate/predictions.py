@@ -11,9 +11,9 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scialm_dask.data.csr import row_of
-from scialm_dask.data.factors import Imputation
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.kernels import Block, sampled_product
 
 if TYPE_CHECKING:

@@ -16,15 +16,15 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from scialm_dask.linalg.tiles import gather, sampled, scatter
+from scialm_dask.linalg.sparse_products import sddmm, spmm, spmm_t
 
 __all__ = [
     "Block",
     "BlockState",
-    "GiveBack",
-    "Step",
+    "PassInputs",
+    "ReleaseHeldOut",
     "Sums",
-    "View",
+    "Update",
     "add_sums",
     "quadratic",
     "sampled_product",
@@ -95,7 +95,7 @@ class BlockState:
 
 
 @dataclass(frozen=True)
-class Step:
+class Update:
     """The next A, and how far the estimate follows it: the multiplier update on the observed entries.
 
     Parameters
@@ -114,7 +114,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class GiveBack:
+class ReleaseHeldOut:
     """How held-out entries become observed ones: with the estimate they would have, had A always been as it is.
 
     The multiplier update then makes w = a + (1 + t + … + tᵏ)(d − a), with t = (1 − ω)/ρ.
@@ -132,7 +132,7 @@ class GiveBack:
 
 
 @dataclass(frozen=True)
-class View:
+class PassInputs:
     """What a pass carries to every block.
 
     Off the observed entries W is (1 − ω) A, with ω = αβᵀ the confidence in zeros: still of low rank, L Rᵀ, with
@@ -161,8 +161,8 @@ class View:
     confidence: Floats | None = None
     basis: Floats | None = None
     overlap: Floats | None = None
-    step: Step | None = None
-    give_back: GiveBack | None = None
+    step: Update | None = None
+    give_back: ReleaseHeldOut | None = None
 
 
 class Sums(NamedTuple):
@@ -184,7 +184,7 @@ def add_sums(one: Sums, other: Sums) -> Sums:
     return Sums(*map(operator.add, one, other))
 
 
-def visit(block: Block, state: BlockState, view: View) -> tuple[BlockState, Sums]:
+def visit(block: Block, state: BlockState, view: PassInputs) -> tuple[BlockState, Sums]:
     """Do all that a pass asks of one block: take the step, then multiply W = L Rᵀ + S with the basis.
 
     Returns the new state and the sums. Neither argument is changed, so that a task can be run again.
@@ -210,8 +210,8 @@ def visit(block: Block, state: BlockState, view: View) -> tuple[BlockState, Sums
     if block.is_dense:
         _dense_products(block, sparse, view.basis, sketch, cross)
     else:
-        gather(block.indptr, block.indices, sparse, view.basis, sketch)
-        scatter(block.indptr, block.indices, sparse, sketch, cross)
+        spmm(block.indptr, block.indices, sparse, view.basis, sketch)
+        spmm_t(block.indptr, block.indices, sparse, sketch, cross)
     wide = sketch.astype(np.float64)
     sums = Sums(cross, left.T.astype(np.float64) @ wide, wide.T @ wide, misfit, held_out)
     return replace(state, sketch=sketch), sums
@@ -220,14 +220,14 @@ def visit(block: Block, state: BlockState, view: View) -> tuple[BlockState, Sums
 def sampled_product(block: Block, left: Floats, right: Floats) -> Floats:
     """(U Vᵀ) at the observed entries, float32, shape ``(N,)``."""
     if not block.is_dense:
-        return sampled(block.indptr, block.indices, left, right)
+        return sddmm(block.indptr, block.indices, left, right)
     values = np.empty(len(block.indices), np.float32)
     for rows, entries in _panels(block):
         _pick(left[rows] @ right.T, block.indptr[rows.start : rows.stop + 1], block.indices[entries], values[entries])
     return values
 
 
-def _trust(block: Block, view: View) -> Floats:
+def _trust(block: Block, view: PassInputs) -> Floats:
     """1 − ω at the observed entries: how far W may leave zero there."""
     if view.confidence is None:
         return np.broadcast_to(np.float32(1), block.observed.shape)
@@ -237,14 +237,14 @@ def _trust(block: Block, view: View) -> Floats:
     return np.subtract(1, omega, dtype=np.float32)
 
 
-def _spread_left(block: Block, left: Floats, view: View) -> Floats:
+def _spread_left(block: Block, left: Floats, view: PassInputs) -> Floats:
     """L, of which and R the low-rank part of W is made."""
     if view.confidence is None or block.confidence is None:
         return left
     return np.hstack([left, block.confidence[:, None] * left])
 
 
-def _given_back(observed: Floats, estimate: Floats, trust: Floats, a: Floats, how: GiveBack) -> Floats:
+def _given_back(observed: Floats, estimate: Floats, trust: Floats, a: Floats, how: ReleaseHeldOut) -> Floats:
     hidden = np.flatnonzero(np.isnan(estimate))
     weight = sum((trust[hidden] * np.float32(how.ratio)) ** k for k in range(how.steps + 1))
     estimate = estimate.copy()
@@ -255,15 +255,15 @@ def _given_back(observed: Floats, estimate: Floats, trust: Floats, a: Floats, ho
 def project(block: Block, left: Floats, sparse: Floats, vectors: Floats) -> tuple[Floats, Doubles]:
     """Compute SᵀY and LᵀY, of which WᵀY is made, for the block's rows Y of some vectors."""
     cross = np.zeros((block.n_columns, vectors.shape[1]), np.float32)
-    scatter(block.indptr, block.indices, sparse, vectors, cross)
+    spmm_t(block.indptr, block.indices, sparse, vectors, cross)
     return cross, left.T.astype(np.float64) @ vectors
 
 
-def column_gram(block: Block, state: BlockState, view: View) -> tuple[Doubles, Doubles, Doubles]:
+def column_gram(block: Block, state: BlockState, view: PassInputs) -> tuple[Doubles, Doubles, Doubles]:
     """LᵀL, LᵀS and SᵀS (n × n), float64, of which WᵀW is made."""
     left, sparse = left_and_sparse(block, state, view)
     cross = np.zeros((block.n_columns, left.shape[1]), np.float32)
-    scatter(block.indptr, block.indices, sparse, left, cross)
+    spmm_t(block.indptr, block.indices, sparse, left, cross)
     gram = np.zeros((block.n_columns, block.n_columns))
     for rows, entries in _panels(block):
         panel = _dense_panel(block, sparse, rows, entries)
@@ -282,11 +282,11 @@ class RowHalf(NamedTuple):
     sparse: Floats
 
 
-def row_half(block: Block, state: BlockState, view: View, core: Doubles) -> RowHalf:
+def row_half(block: Block, state: BlockState, view: PassInputs, core: Doubles) -> RowHalf:
     """Prepare a block for `row_gram`; `core` is RᵀR."""
     left, sparse = left_and_sparse(block, state, view)
     sparse_right = np.zeros((block.n_rows, view.spread.shape[1]), np.float32)
-    gather(block.indptr, block.indices, sparse, view.spread, sparse_right)
+    spmm(block.indptr, block.indices, sparse, view.spread, sparse_right)
     mixed = left @ (core / 2)
     mixed += sparse_right
     return RowHalf(left, mixed, sparse)
@@ -302,19 +302,19 @@ def row_gram(blocks: tuple[Block, Block], halves: tuple[RowHalf, RowHalf]) -> Do
             gram[rows] += panel @ other.T
         else:
             product = np.zeros((blocks[1].n_rows, len(panel)), np.float32)
-            gather(blocks[1].indptr, blocks[1].indices, halves[1].sparse, np.ascontiguousarray(panel.T), product)
+            spmm(blocks[1].indptr, blocks[1].indices, halves[1].sparse, np.ascontiguousarray(panel.T), product)
             gram[rows] += product.T
     return gram
 
 
-def left_and_sparse(block: Block, state: BlockState, view: View) -> tuple[Floats, Floats]:
+def left_and_sparse(block: Block, state: BlockState, view: PassInputs) -> tuple[Floats, Floats]:
     """Give L, and S at the observed entries, of which and R the block's W = L Rᵀ + S is made."""
     sparse = sampled_product(block, state.left, view.right)
     _sparse_part(state.estimate, _trust(block, view), sparse)
     return _spread_left(block, state.left, view), sparse
 
 
-def quadratic(block: Block, left: Floats, view: View) -> tuple[Doubles, Doubles, Doubles, float]:
+def quadratic(block: Block, left: Floats, view: PassInputs) -> tuple[Doubles, Doubles, Doubles, float]:
     """Sum up what a least-squares fit of A's singular values needs.
 
     With p_i the column i of `left` times column i of V, at the observed entries: Σ d p_i; Σ (1 − ω) p_i p_j; and

@@ -17,7 +17,7 @@ from dask.delayed import Delayed
 from threadpoolctl import threadpool_limits
 
 from scialm_dask.linalg import tall, tasks
-from scialm_dask.linalg.kernels import Doubles, Floats, GiveBack, Step, Sums, View, add_sums
+from scialm_dask.linalg.kernels import Doubles, Floats, PassInputs, ReleaseHeldOut, Sums, Update, add_sums
 from scialm_dask.linalg.tasks import BlockSource, Files, Store
 
 __all__ = ["LowRankPlusSparse", "Observations", "Product"]
@@ -142,9 +142,9 @@ class LowRankPlusSparse:
     def multiply(
         self,
         basis: Floats | None,
-        step: Step | None = None,
+        step: Update | None = None,
         right: Floats | None = None,
-        give_back: GiveBack | None = None,
+        give_back: ReleaseHeldOut | None = None,
     ) -> Product:
         """Take a step or give back the held-out entries, if told to, then compute WᵀWQ. One pass.
 
@@ -352,7 +352,7 @@ class LowRankPlusSparse:
         """Whether a block that a worker loses is made again by all the passes since the state was last put back."""
         return not self._store.durable and _on_cluster()
 
-    def _pass(self, view: View, changed: set[str]) -> Product:
+    def _pass(self, view: PassInputs, changed: set[str]) -> Product:
         """Visit each block once and add up the sums that it gives beside its new state."""
         number = self.passes + 1
         carried = self._carry(view)
@@ -399,16 +399,16 @@ class LowRankPlusSparse:
         pick = dask.delayed(function)
         return _run([pick(*parts) for parts in zip(*columns, strict=True)])
 
-    def _view(self, right: Floats | None = None) -> View:
+    def _view(self, right: Floats | None = None) -> PassInputs:
         """Make what a pass carries, without a basis; `right` is that of a new A."""
         right, beta = self._right if right is None else right, self._confidence
         if beta is None:
-            return View(right, right)
+            return PassInputs(right, right)
         if self._row_confidence:
-            return View(right, np.hstack([right, -beta[:, None] * right]), beta)
-        return View(right, (1 - beta)[:, None] * right, beta)
+            return PassInputs(right, np.hstack([right, -beta[:, None] * right]), beta)
+        return PassInputs(right, (1 - beta)[:, None] * right, beta)
 
-    def _carry(self, view: View) -> Delayed:
+    def _carry(self, view: PassInputs) -> Delayed:
         """Begin a pass: wrap what every task of it needs as one task, which is sent to each worker once."""
         self._before_pass()
         self._home = self._homes(self.n_blocks)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scialm_dask.linalg import kernels
-from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, RowHalf, Sums, View
+from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, PassInputs, RowHalf, Sums
 
 __all__ = ["BlockSource", "Files", "References", "Store"]
 
@@ -144,7 +144,7 @@ def visit(
     block: int,
     held: HeldBlock,
     at: References,
-    view: View,
+    view: PassInputs,
     number: int,
 ) -> tuple[References, Sums]:
     # A step makes a new left factor of the sketch; without one the old left factor is in force and the sketch is not.
@@ -156,7 +156,7 @@ def visit(
 
 
 def take_sketch(
-    store: Store, block: int, held: HeldBlock, at: References, view: View, number: int, vectors: Floats
+    store: Store, block: int, held: HeldBlock, at: References, view: PassInputs, number: int, vectors: Floats
 ) -> tuple[References, tuple[Floats, Floats]]:
     state = BlockState(store.get(at.estimate), store.get(at.left), vectors)
     parts = kernels.left_and_sparse(_block(store, held), state, view)
@@ -167,12 +167,12 @@ def project(store: Store, held: HeldBlock, parts: tuple[Floats, Floats], vectors
     return kernels.project(_block(store, held), *parts, vectors)
 
 
-def column_gram(store: Store, held: HeldBlock, at: References, view: View) -> tuple[Doubles, Doubles, Doubles]:
+def column_gram(store: Store, held: HeldBlock, at: References, view: PassInputs) -> tuple[Doubles, Doubles, Doubles]:
     state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
     return kernels.column_gram(_block(store, held), state, view)
 
 
-def row_half(store: Store, held: HeldBlock, at: References, view: View, core: Doubles) -> RowHalf:
+def row_half(store: Store, held: HeldBlock, at: References, view: PassInputs, core: Doubles) -> RowHalf:
     state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
     return kernels.row_half(_block(store, held), state, view, core)
 
@@ -182,7 +182,7 @@ def row_gram(store: Store, one: HeldBlock, other: HeldBlock, half: RowHalf, othe
 
 
 def quadratic(
-    store: Store, other: BlockSource | None, block: int, held: HeldBlock, at: References, view: View
+    store: Store, other: BlockSource | None, block: int, held: HeldBlock, at: References, view: PassInputs
 ) -> tuple[Doubles, Doubles, Doubles, float]:
     data = _block(store, held) if other is None else other.load(block)
     return kernels.quadratic(data, store.get(at.left), view)

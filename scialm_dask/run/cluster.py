@@ -19,12 +19,12 @@ from scialm_dask.arguments import checked
 from scialm_dask.config import bytes_of, configured
 from scialm_dask.data.temporary import current_client
 from scialm_dask.errors import ClusterError, InputError
-from scialm_dask.run.losses import loss_of_cluster
+from scialm_dask.run.cluster_errors import loss_of_cluster
 
 if TYPE_CHECKING:
     from distributed import Client, Security
 
-__all__ = ["CLUSTERS", "Team", "ask_everyone", "connect", "current_client", "team"]
+__all__ = ["CLUSTERS", "Workers", "ask_everyone", "connect", "current_client", "workers_here"]
 
 _JOBQUEUE = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "sge": "SGECluster", "lsf": "LSFCluster"}
 CLUSTERS = ("local", *_JOBQUEUE)
@@ -36,7 +36,7 @@ _SAME_EVERYWHERE = ("python", "dask", "distributed", "scialm_dask")
 
 
 @dataclass(frozen=True)
-class Team:
+class Workers:
     """Who computes.
 
     Parameters
@@ -140,7 +140,7 @@ def connect(
             yield client
 
 
-def team() -> Team:
+def workers_here() -> Workers:
     """Say who would compute just now."""
     import dask
     from dask.system import CPU_COUNT
@@ -148,12 +148,12 @@ def team() -> Team:
     client = current_client()
     workers = {} if client is None else client.scheduler_info(n_workers=-1)["workers"]
     if not workers:
-        return Team(1, int(dask.config.get("num_workers", None) or CPU_COUNT), None)
+        return Workers(1, int(dask.config.get("num_workers", None) or CPU_COUNT), None)
     pause = float(dask.config.get("distributed.worker.memory.pause") or 1)
     limits = [worker["memory_limit"] for worker in workers.values() if worker["memory_limit"]]
     threads = max(worker["nthreads"] for worker in workers.values())
     resident = max(int(worker["metrics"]["memory"]) for worker in workers.values())
-    return Team(len(workers), threads, int(pause * min(limits)) if limits else None, resident)
+    return Workers(len(workers), threads, int(pause * min(limits)) if limits else None, resident)
 
 
 def ask_everyone(question: Callable[[], int]) -> list[int]:

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import atomic_output, check_output, new_anndata
-from scialm_dask.evaluate.masking import mask
+from scialm_dask.evaluate.mask import mask
 from scialm_dask.evaluate.metrics import score_held_out
 from scialm_dask.events import Listener, silent
 from scialm_dask.run.job import complete_matrix

@@ -11,10 +11,10 @@ import numpy as np
 
 from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.linalg.kernels import Block, BlockState, View, visit
-from scialm_dask.run.cluster import team
+from scialm_dask.linalg.kernels import Block, BlockState, PassInputs, visit
+from scialm_dask.run.cluster import workers_here
 from scialm_dask.run.placing import place_scratch
-from scialm_dask.solve.alra import PASSES as BIOLOGICAL_ZEROS_PASSES
+from scialm_dask.solve.biological_zeros import PASSES as BIOLOGICAL_ZEROS_PASSES
 
 __all__ = ["plan"]
 
@@ -37,7 +37,7 @@ def _time_of_block(matrix: ExpressionMatrix, width: int) -> float:
         visit(
             Block(csr.indptr, csr.indices, csr.data, csr.shape[1]),
             state,
-            View(right, right, basis=basis, overlap=right.T @ basis),
+            PassInputs(right, right, basis=basis, overlap=right.T @ basis),
         )
         seconds = time.perf_counter() - began
     return seconds
@@ -67,7 +67,7 @@ def plan(
         Memory is that of each process, in bytes, but for ``memory_bytes_in_all``; ``refusal``, in words, is there
         only if the run does not fit.
     """
-    here = team()
+    here = workers_here()
     place = place_scratch(scratch, matrix, settings, here, folder=scratch_folder, memory_limit=memory_limit)
     need = place.forecast
     passes = need.passes + (BIOLOGICAL_ZEROS_PASSES if preserve_zeros else 0)

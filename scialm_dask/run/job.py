@@ -14,7 +14,6 @@ import numpy as np
 
 from scialm_dask.config import Settings
 from scialm_dask.data.checkpoint import Checkpoints
-from scialm_dask.data.factors import Imputation
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.remote_checkpoint import checkpoints_at
@@ -22,13 +21,14 @@ from scialm_dask.data.scratch import new_scratch
 from scialm_dask.data.store import check_apart
 from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
 from scialm_dask.events import Listener, Note, Pass, Stage, silent
+from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.kernels import Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.tasks import Store
-from scialm_dask.run.cluster import ask_everyone, team
-from scialm_dask.run.homes import Homes
-from scialm_dask.run.keeper import Checkpointing, Job, Keeper, Saved, ended, under_way
-from scialm_dask.run.losses import cluster_is_back, loss_of_cluster
+from scialm_dask.run.checkpointing import Checkpointing, Job, Keeper, Saved, ended, under_way
+from scialm_dask.run.cluster import ask_everyone, workers_here
+from scialm_dask.run.cluster_errors import cluster_is_back, loss_of_cluster
+from scialm_dask.run.placement import Placement
 from scialm_dask.run.placing import place_scratch
 from scialm_dask.run.plan import Forecast
 from scialm_dask.run.result import make_result, peak_memory
@@ -218,7 +218,7 @@ def _persevere(
 def _attempt(job: Job, keeper: Keeper, listen: Listener) -> Imputation:
     """Make the run once."""
     began = time.perf_counter()
-    matrix, here = job.matrix.for_workers(), team()
+    matrix, here = job.matrix.for_workers(), workers_here()
     place = place_scratch(
         job.scratch,
         matrix,
@@ -248,7 +248,7 @@ def _attempt(job: Job, keeper: Keeper, listen: Listener) -> Imputation:
 
 
 def _complete(job: Job, keeper: Keeper, found: Survey, store: Store, need: Forecast, listen: Listener) -> Imputation:
-    homes = Homes()
+    homes = Placement()
 
     def operator_of(blocks: PreparedBlocks) -> LowRankPlusSparse:
         operator = LowRankPlusSparse(

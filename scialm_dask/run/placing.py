@@ -15,7 +15,7 @@ from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import scratch_folder_for
 from scialm_dask.errors import InputError
-from scialm_dask.run.cluster import Team
+from scialm_dask.run.cluster import Workers
 from scialm_dask.run.plan import Forecast, Need, forecast
 
 __all__ = ["Place", "limit_of", "place_scratch", "usable_memory"]
@@ -48,7 +48,7 @@ class Place:
 
     scratch: str
     forecast: Forecast
-    here: Team
+    here: Workers
     limit: int
     refusal: str = ""
 
@@ -68,7 +68,7 @@ def place_scratch(
     scratch: str,
     matrix: ExpressionMatrix,
     settings: Settings,
-    here: Team,
+    here: Workers,
     *,
     folder: str | os.PathLike[str] | None = None,
     memory_limit: int | None = None,
@@ -120,7 +120,14 @@ def place_scratch(
 
 
 def _remedy(
-    matrix: ExpressionMatrix, settings: Settings, here: Team, scratch: str, *, limit: int, raised_by: str, resumed: bool
+    matrix: ExpressionMatrix,
+    settings: Settings,
+    here: Workers,
+    scratch: str,
+    *,
+    limit: int,
+    raised_by: str,
+    resumed: bool,
 ) -> str:
     """Name the options with which the run would fit, or else what it would need at least."""
     now, sure = len(matrix.blocks), _SURE * limit
@@ -147,7 +154,7 @@ def _remedy(
     return f"at least {format_bytes(take(least))} are needed{f', with {by}' if by else ''}; raise {raised_by}"
 
 
-def _forecasts(matrix: ExpressionMatrix, settings: Settings, here: Team, *, resumed: bool) -> dict[Change, Forecast]:
+def _forecasts(matrix: ExpressionMatrix, settings: Settings, here: Workers, *, resumed: bool) -> dict[Change, Forecast]:
     """Forecast the run as it is, with more blocks, by doubling, and with lower ranks, by halving; mildest first."""
 
     def foresee(cut: RowBlocks, rank: int | None) -> Forecast:
@@ -166,7 +173,7 @@ def _forecasts(matrix: ExpressionMatrix, settings: Settings, here: Team, *, resu
     return {(number, rank): foresee(cut, rank) for rank in (None, *ranks) for number, cut in cuts.items()}
 
 
-def limit_of(here: Team, asked: int | None) -> tuple[int, str]:
+def limit_of(here: Workers, asked: int | None) -> tuple[int, str]:
     """Bytes that each process may take, and the option that raises that.
 
     Parameters

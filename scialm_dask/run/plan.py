@@ -14,7 +14,7 @@ from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.linalg.kernels import PANEL_VALUES
 from scialm_dask.linalg.operator import PANEL_COLUMNS
-from scialm_dask.linalg.tiles import are_compiled
+from scialm_dask.linalg.sparse_products import are_compiled
 from scialm_dask.solve.ialm import first_penalty, zero_iterations
 from scialm_dask.solve.rank import basis_width, prefers_short_side, widest_basis
 

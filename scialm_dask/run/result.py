@@ -12,8 +12,8 @@ import dask
 import numpy as np
 
 from scialm_dask.config import Settings
-from scialm_dask.data.factors import Imputation
 from scialm_dask.events import Iteration
+from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.solve.ialm import Completion

@@ -22,7 +22,7 @@ import numpy as np
 from scialm_dask.config import Settings
 from scialm_dask.errors import InputError
 from scialm_dask.events import Iteration, Listener, silent
-from scialm_dask.linalg.kernels import Floats, GiveBack, Step
+from scialm_dask.linalg.kernels import Floats, ReleaseHeldOut, Update
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
 from scialm_dask.linalg.svd import PartialSVD, extended_basis, leading_triplets, short_side_svd
 from scialm_dask.solve.rank import RankRule, basis_width, prefers_short_side, rank_rule
@@ -216,7 +216,7 @@ def iterate(
     width = basis_width(svd.values, following.threshold, rank.limit)
     short_side = prefers_short_side(width, operator.shape)
     basis = None if short_side else extended_basis(svd.right, width, settings.seed)
-    step = Step(low_rank.rotation, 1 / state.penalty.rho, state.growth)
+    step = Update(low_rank.rotation, 1 / state.penalty.rho, state.growth)
     product = operator.multiply(basis, step, low_rank.right)
     latest = _iteration(len(state.history) + 1, low_rank, state.penalty, product, operator)
     listen(latest)
@@ -239,10 +239,10 @@ def give_back(operator: LowRankPlusSparse, completion: Completion, settings: Set
     width = basis_width(np.array(completion.values) + chosen.threshold, chosen.threshold, chosen.rank)
     short_side = prefers_short_side(width, operator.shape)
     basis = None if short_side else extended_basis(operator.right, width, settings.seed)
-    product = operator.multiply(basis, give_back=GiveBack(1 / penalty.rho, chosen.iteration))
+    product = operator.multiply(basis, give_back=ReleaseHeldOut(1 / penalty.rho, chosen.iteration))
     svd = next_svd(operator, None if short_side else product, chosen.rank, chosen.threshold, settings)
     low_rank = singular_value_thresholding(svd, chosen.threshold, chosen.rank)
-    product = operator.multiply(None, Step(low_rank.rotation, 1 / penalty.rho), low_rank.right)
+    product = operator.multiply(None, Update(low_rank.rotation, 1 / penalty.rho), low_rank.right)
     operator.keep()
     residual = math.sqrt(product.misfit / (operator.observations.sum_squares + operator.observations.held_out_squares))
     returned = replace(chosen, rank=low_rank.rank, residual=residual, passes=operator.passes)

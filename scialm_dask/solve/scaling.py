@@ -10,12 +10,12 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import shown
+from scialm_dask.arguments import short_repr
 from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.errors import InputError
-from scialm_dask.linalg.draws import hidden_entries, n_to_hide, thinned
 from scialm_dask.linalg.kernels import Block, Doubles, Floats
+from scialm_dask.linalg.random import hidden_entries, n_to_hide, thinned
 
 __all__ = ["Confidence", "Molecules", "PreparedBlocks", "Scales", "Survey", "prepare", "survey"]
 
@@ -170,7 +170,7 @@ class Confidence:
     def __post_init__(self) -> None:
         for part in (self.gene,) if self.cell is None else (self.gene, self.cell):
             if not isinstance(part, np.ndarray) or part.dtype.kind not in "buif" or part.ndim != 1:
-                raise InputError(f"confidence in zeros is {shown(part)}; give an array of numbers, one-dimensional")
+                raise InputError(f"confidence in zeros is {short_repr(part)}; give a one-dimensional array of numbers")
             if not (np.all(part >= 0) and np.all(part <= 1)):
                 raise InputError(f"confidence in zeros reaches from {part.min()} to {part.max()}; give 0 to 1")
 

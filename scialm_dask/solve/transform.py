@@ -12,34 +12,66 @@ from dask.delayed import Delayed
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import as_matrix
-from scialm_dask.data.cell_model import CellModel
-from scialm_dask.data.factors import Imputation
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
+from scialm_dask.data.matrix import ExpressionMatrix, Observed, tree_reduce
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, silent
-from scialm_dask.linalg.cellwise import RightFactor, RowProblems, cross_validation, leave_one_out, solve_rows
 from scialm_dask.linalg.kernels import Doubles, Floats
+from scialm_dask.linalg.ridge import RightFactor, RowProblems, cross_validation, leave_one_out, solve_rows
+from scialm_dask.solve.cell_model import CellModel
 from scialm_dask.solve.scaling import PreparedBlocks
 
 if TYPE_CHECKING:
+    import dask.array as da
     import pandas as pd
     import scipy.sparse as sp
 
-__all__ = ["cell_model", "transform"]
+__all__ = ["Fit", "Transformed", "cell_model", "transform"]
 
 _RUNS, _RUN_CELLS = 16, 64  # cells to learn the noise from: a thousand, all over the matrix
 _MOST_STEPS = 60  # of the search: from anywhere in float32's range
 
 
+class Fit(NamedTuple):
+    """What of a result completes other cells.
+
+    Parameters
+    ----------
+    right
+        Right factor, float32, shape ``(n, r)``, on the scale of the input.
+    genes
+        Names of the genes.
+    model
+        What the fit has learnt of cells.
+    observed
+        Which entries were observed; see `ExpressionMatrix`.
+    source
+        What the matrix of the fit is called.
+    """
+
+    right: Floats
+    genes: pd.Index
+    model: CellModel | None
+    observed: Observed
+    source: str | None
+
+
+class Transformed(NamedTuple):
+    """Cells that were completed: their left factor, a lazy float32 array ``(cells, r)``, annotation and summary."""
+
+    left: da.Array
+    obs: pd.DataFrame
+    summary: dict[str, Any]
+
+
 def transform(
-    result: Imputation,
+    fit: Fit,
     matrix: ExpressionMatrix | str | os.PathLike[str] | Any,
     *,
     layer: str | None = None,
     listen: Listener = silent,
-) -> Imputation:
-    """Complete cells that were not in the fit, with its gene factors.
+) -> Transformed:
+    """Complete cells that were not in the fit, with its gene factors; see `Imputation.transform`.
 
     The left factor of a cell minimises the weighted squares of what its entries miss, on the scale on which the noise
     of genes is even, plus the distance from the cells of the fit: their mean, and their covariance over the noise.
@@ -48,46 +80,27 @@ def transform(
     each observed entry from the others (leave-one-out, in closed form), else by generalised cross-validation. The
     residual of the fit, which the gene factors were made to lower, is only where the search begins.
 
-    Parameters
-    ----------
-    result
-        Of `impute`.
-    matrix
-        New cells × genes, on the scale of the matrix of the fit: raw counts if those were, else normalised to the
-        same total. An `ExpressionMatrix`, an AnnData, a path to a store, or an array, which has no names and must
-        have the genes of the fit in their order.
-    layer
-        Layer of the store to read instead of X.
-    listen
-        Called with a `Note` if less than half of the genes match.
-
-    Returns
-    -------
-    Imputation
-        Of the new cells × the genes of the fit. Its left factor is lazy: a cell is read when it is asked for. A cell
-        without an observed entry is zero.
-
     Raises
     ------
     InputError
         If fewer genes match than the result has factors, names are ambiguous, or one is of counts and the other not.
     """
-    matrix = as_matrix(matrix, layer, observed="nonzero" if result.clip else "finite").for_workers()
+    matrix = as_matrix(matrix, layer, observed=fit.observed).for_workers()
     obs, names = matrix.obs, None if matrix.annotation is None else matrix.var.index
-    if result.model is None:
+    if fit.model is None:
         raise InputError(
             "the result says nothing of other cells: zeros were trusted cell by cell in it, or it is not of `impute`; "
             "fit with a confidence in zeros that is the same for all cells"
         )
-    columns = _matching(result, names, matrix)
+    columns = _matching(fit, names, matrix)
     matched = int(np.count_nonzero(columns >= 0))
-    few = _few_genes(matched, result.shape[1])
+    few = _few_genes(matched, len(fit.right))
     if few:
         listen(Note(f"{matrix.name}: {few}"))
     sample = _sample(matrix)
-    sizes, note = _size_factors(result.model, sample, obs)
-    right = result.right * result.model.gene_scale[:, None]
-    solver = _Solver(result.model, columns, right, _confidence(result.model, columns), sizes)
+    sizes, note = _size_factors(fit.model, sample, obs)
+    right = fit.right * fit.model.gene_scale[:, None]
+    solver = _Solver(fit.model, columns, right, _confidence(fit.model, columns), sizes)
     noise = solver.least_noise(sample, matrix.name)
 
     import dask.array as da
@@ -97,24 +110,24 @@ def transform(
     pieces = [
         da.from_delayed(
             solve(shared, b, None if sizes is None else sizes[start:stop]),
-            shape=(stop - start, result.rank),
+            shape=(stop - start, fit.right.shape[1]),
             dtype=np.float32,
         )
         for b, (start, stop) in enumerate(matrix.blocks)
     ]
     summary = {
         "n_cells": matrix.shape[0],
-        "n_genes": result.shape[1],
+        "n_genes": len(fit.right),
         "n_genes_matched": matched,
         "n_genes_not_in_fit": len(columns) - matched,
-        "rank": result.rank,
+        "rank": fit.right.shape[1],
         "noise": noise,
         "scaling": note,
         "source": matrix.name,
-        "fitted_on": result.summary.get("source"),
+        "fitted_on": fit.source,
         **({"few_genes": few} if few else {}),
     }
-    return result.of_cells(da.concatenate(pieces, axis=0), obs, summary)
+    return Transformed(da.concatenate(pieces, axis=0), obs, summary)
 
 
 class _Run(NamedTuple):
@@ -189,9 +202,9 @@ class _Solver:
         return noise
 
 
-def _matching(result: Imputation, names: pd.Index | None, matrix: ExpressionMatrix) -> NDArray[np.intp]:
+def _matching(fit: Fit, names: pd.Index | None, matrix: ExpressionMatrix) -> NDArray[np.intp]:
     """For each gene of the new cells, its place in the fit, or −1."""
-    n_fitted, n_given = result.shape[1], matrix.shape[1]
+    n_fitted, n_given = len(fit.right), matrix.shape[1]
     if names is None:
         if n_given != n_fitted:
             raise InputError(
@@ -199,15 +212,15 @@ def _matching(result: Imputation, names: pd.Index | None, matrix: ExpressionMatr
                 "or an AnnData with gene names"
             )
         return np.arange(n_fitted)
-    for where, index in (("the fit", result.var.index), (matrix.name, names)):
+    for where, index in (("the fit", fit.genes), (matrix.name, names)):
         if not index.is_unique:
             raise InputError(f"{where}: several genes are named {index[index.duplicated()][0]}; make names unique")
-    columns: NDArray[np.intp] = result.var.index.get_indexer(names)
+    columns: NDArray[np.intp] = fit.genes.get_indexer(names)
     matched = int(np.count_nonzero(columns >= 0))
-    if matched < result.rank:
+    if matched < fit.right.shape[1]:
         raise InputError(
             f"{matrix.name}: {matched} of {n_given} genes are in the fit, by names such as {names[0]} and there "
-            f"{result.var.index[0]}; {result.rank} at least, the rank of the fit, are needed"
+            f"{fit.genes[0]}; {fit.right.shape[1]} at least, the rank of the fit, are needed"
         )
     return columns
 

@@ -54,7 +54,7 @@ def run(choice: argparse.Namespace) -> Iterator[Record]:
 
 def simulated(**settings: object) -> Record:
     """Write the matrix."""
-    from scialm_dask.evaluate.simulation import simulate
+    from scialm_dask.evaluate.simulate import simulate
 
     return simulate(**settings)  # type: ignore[arg-type]
 

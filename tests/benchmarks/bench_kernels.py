@@ -18,7 +18,7 @@ from harness import Record, interleaved
 from threadpoolctl import threadpool_limits
 
 from scialm_dask.linalg import kernels
-from scialm_dask.linalg.kernels import Block, BlockState, Step, View, visit
+from scialm_dask.linalg.kernels import Block, BlockState, PassInputs, Update, visit
 
 WIDTHS, DENSITIES = (32, 64, 128, 256), (0.01, 0.05, 0.1, 0.2, 0.4, 0.5, 0.6)
 N_GENES, N_VALUES = 20_000, 4_000_000
@@ -64,7 +64,7 @@ def compare(block: Block, width: int, repetitions: int) -> Record:
     rotation = rng.standard_normal((width, rank), dtype=np.float32)
     sketch = rng.standard_normal((block.n_rows, width), dtype=np.float32)
     state = BlockState(block.observed, sketch[:, :0], sketch)
-    view = View(right=right, spread=right, basis=basis, overlap=right.T @ basis, step=Step(rotation, 0.8))
+    view = PassInputs(right=right, spread=right, basis=basis, overlap=right.T @ basis, step=Update(rotation, 0.8))
     csr = sp.csr_matrix((block.observed, block.indices, block.indptr), shape=(block.n_rows, block.n_columns))
     calls: dict[str, Any] = {
         "scipy": lambda: (csr @ basis, csr.T @ sketch),
@@ -93,7 +93,7 @@ def compare(block: Block, width: int, repetitions: int) -> Record:
     }
 
 
-def _visit(block: Block, state: BlockState, view: View, density_from: float) -> None:
+def _visit(block: Block, state: BlockState, view: PassInputs, density_from: float) -> None:
     usual = kernels._DENSE_FROM
     kernels._DENSE_FROM = density_from
     try:

@@ -63,7 +63,7 @@ def compare(own: Record, program: Record) -> Record:
 
 def simulated(folder: str, n_cells: int = 150, n_genes: int = 100) -> str:
     """Write a matrix that takes no time."""
-    from scialm_dask.evaluate.simulation import simulate
+    from scialm_dask.evaluate.simulate import simulate
 
     path = str(Path(folder) / "small.zarr")
     simulate(path, n_cells=n_cells, n_genes=n_genes, density=0.3, rank=5)

@@ -59,7 +59,7 @@ def passes_of(source: str, folder: str, threads: int, passes: int) -> Record:
     from scialm_dask import ExpressionMatrix
     from scialm_dask.config import preset
     from scialm_dask.data.scratch import ZarrScratch
-    from scialm_dask.linalg.kernels import Step
+    from scialm_dask.linalg.kernels import Update
     from scialm_dask.linalg.operator import LowRankPlusSparse
     from scialm_dask.linalg.svd import extended_basis, rayleigh_ritz
     from scialm_dask.solve.scaling import prepare, survey
@@ -75,7 +75,7 @@ def passes_of(source: str, folder: str, threads: int, passes: int) -> Record:
             rotation = (svd.to_left[:, :RANK] * svd.values[:RANK]).astype(np.float32)
             right = np.ascontiguousarray(svd.right[:, :RANK])
             began = time.perf_counter()
-            product = operator.multiply(svd.right, Step(rotation, 0.8), right)
+            product = operator.multiply(svd.right, Update(rotation, 0.8), right)
             seconds.append(time.perf_counter() - began)
             svd = rayleigh_ritz(product)
     per_pass = float(np.median(seconds[1:]))

@@ -63,10 +63,10 @@ def passes_of(source: str, folder: str, scratch: str, workers: int, passes: int)
     from scialm_dask import ExpressionMatrix
     from scialm_dask.config import preset
     from scialm_dask.data.scratch import MemoryScratch, ZarrScratch
-    from scialm_dask.linalg.kernels import Step
+    from scialm_dask.linalg.kernels import Update
     from scialm_dask.linalg.operator import LowRankPlusSparse
     from scialm_dask.linalg.svd import extended_basis, rayleigh_ritz
-    from scialm_dask.run.homes import Homes
+    from scialm_dask.run.placement import Placement
     from scialm_dask.solve.scaling import prepare, survey
 
     place = {"threads_per_worker": 1, "dashboard_address": None, "host": "127.0.0.1"}
@@ -79,7 +79,7 @@ def passes_of(source: str, folder: str, scratch: str, workers: int, passes: int)
         matrix = ExpressionMatrix.open(source)
         blocks = prepare(matrix, survey(matrix), preset("paper", scaling=(0.5, 0.5)))
         store = MemoryScratch() if scratch == "memory" else ZarrScratch(state)
-        operator = LowRankPlusSparse(blocks, store, homes=Homes())
+        operator = LowRankPlusSparse(blocks, store, homes=Placement())
         known = np.zeros((operator.shape[1], 0), np.float32)
         svd = rayleigh_ritz(operator.multiply(extended_basis(known, WIDTH, 0)))
         measured = []
@@ -87,7 +87,7 @@ def passes_of(source: str, folder: str, scratch: str, workers: int, passes: int)
             rotation = (svd.to_left[:, :RANK] * svd.values[:RANK]).astype(np.float32)
             right = np.ascontiguousarray(svd.right[:, :RANK])
             before, began = counters(client), time.perf_counter()
-            product = operator.multiply(svd.right, Step(rotation, 0.8), right)
+            product = operator.multiply(svd.right, Update(rotation, 0.8), right)
             seconds = time.perf_counter() - began
             measured.append((seconds, *np.subtract(counters(client), before)))
             svd = rayleigh_ritz(product)

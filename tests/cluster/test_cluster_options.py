@@ -21,7 +21,7 @@ import scialm_dask
 from scialm_dask import ExpressionMatrix, Imputation, connect
 from scialm_dask.config import configured
 from scialm_dask.errors import ClusterError, InputError
-from scialm_dask.run.cluster import Team, _seconds, current_client, team
+from scialm_dask.run.cluster import Workers, _seconds, current_client, workers_here
 
 SHORT = ("--preset", "paper", "--max-iterations", "6", "--quiet")
 
@@ -168,15 +168,15 @@ def test_threads_of_this_process(cli, source):
     assert json.loads(done.stdout.splitlines()[-1])["threads_per_worker"] == 3
     with connect(threads=5) as nobody:
         assert nobody is None
-        assert team() == Team(1, 5, None)
+        assert workers_here() == Workers(1, 5, None)
 
 
 def test_any_client_of_python_is_used(standing):
     assert current_client() is None
     with Client(standing) as client:
         assert current_client() is client
-        assert replace(team(), resident=None) == Team(1, 1, 800_000_000)
-        assert team().resident > 0
+        assert replace(workers_here(), resident=None) == Workers(1, 1, 800_000_000)
+        assert workers_here().resident > 0
         with dask.config.set(scheduler="threads"):
             assert current_client() is None
 

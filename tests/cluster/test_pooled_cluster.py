@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from pooled_twins import sparse_simulation
 
 from scialm_dask.errors import InputError
-from scialm_dask.solve.pooled_als import PooledALS
-from scialm_dask.solve.pooled_nuclear import PooledNuclearNorm
+from scialm_dask.pooled.als import PooledALS
+from scialm_dask.pooled.nuclear import PooledNuclearNorm
 
 
 @pytest.fixture(scope="module")

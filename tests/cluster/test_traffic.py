@@ -8,11 +8,11 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from scialm_dask import ExpressionMatrix
 from scialm_dask.config import preset
 from scialm_dask.data.scratch import MemoryScratch, ZarrScratch
-from scialm_dask.evaluate.simulation import simulate
-from scialm_dask.linalg.kernels import Step
+from scialm_dask.evaluate.simulate import simulate
+from scialm_dask.linalg.kernels import Update
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.svd import extended_basis, rayleigh_ritz
-from scialm_dask.run.homes import Homes, _shares, _without_the_lost
+from scialm_dask.run.placement import Placement, _shares, _without_the_lost
 from scialm_dask.solve.scaling import prepare, survey
 
 GENES, WIDTH, RANK, WORKERS = 1500, 64, 48, 4
@@ -57,7 +57,7 @@ def tasks_made(client):
 
 
 def test_without_a_cluster_nobody_is_at_home():
-    assert Homes()(3) == (None, None, None)
+    assert Placement()(3) == (None, None, None)
 
 
 def test_blocks_stay_at_home_until_their_worker_is_lost():
@@ -78,14 +78,14 @@ def test_traffic_of_a_pass_does_not_depend_on_the_blocks(four, counts_path, tmp_
         store = MemoryScratch() if kind == "memory" else ZarrScratch(str(tmp_path))
         matrix = ExpressionMatrix.open(counts_path, blocks=n_blocks)
         blocks = prepare(matrix, survey(matrix), preset("auto"))
-        operator = LowRankPlusSparse(blocks, store, homes=Homes())
+        operator = LowRankPlusSparse(blocks, store, homes=Placement())
         svd = rayleigh_ritz(operator.multiply(extended_basis(np.zeros((GENES, 0), np.float32), WIDTH, 0)))
         passes = []
         for _ in range(3):
             before = bytes_sent(four), tasks_made(four)
             rotation = (svd.to_left[:, :RANK] * svd.values[:RANK]).astype(np.float32)
             right = np.ascontiguousarray(svd.right[:, :RANK])
-            svd = rayleigh_ritz(operator.multiply(svd.right, Step(rotation, 0.8), right))
+            svd = rayleigh_ritz(operator.multiply(svd.right, Update(rotation, 0.8), right))
             passes.append((bytes_sent(four) - before[0], tasks_made(four) - before[1]))
         sent[n_blocks] = [each for each, _ in passes]
         made[n_blocks] = {count for _, count in passes}
@@ -99,7 +99,7 @@ def test_traffic_of_a_pass_does_not_depend_on_the_blocks(four, counts_path, tmp_
 
 
 def test_homes_follow_the_workers(four):
-    homes = Homes()
+    homes = Placement()
     first = homes(9)
     assert set(first) == set(four.scheduler_info(n_workers=-1)["workers"])
     assert homes(9) == first == tuple(sorted(first))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scialm_dask import ExpressionMatrix, Imputation, biological_zeros, impute
-from scialm_dask.evaluate.masking import mask
+from scialm_dask.evaluate.mask import mask
 from scialm_dask.evaluate.metrics import score_held_out
 
 

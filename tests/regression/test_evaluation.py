@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scialm_dask import evaluate_imputation
-from scialm_dask.data.quality import Thresholds, quality_control
+from scialm_dask.data.qc import Thresholds, quality_control
 
 
 @pytest.mark.slow

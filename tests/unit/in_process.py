@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from scialm_dask.evaluate import isolated, trial
+from scialm_dask.compare import isolated, trial
 
 
 @contextmanager

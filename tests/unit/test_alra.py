@@ -8,9 +8,9 @@ import scipy.sparse as sp
 
 from scialm_dask import ExpressionMatrix, Imputation, InputError, biological_zeros, impute
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.evaluate.compare import compare
-from scialm_dask.evaluate.verdict import warnings_of
-from scialm_dask.solve.alra import spectral_gap_rank
+from scialm_dask.report.comparison import compare
+from scialm_dask.report.diagnostics import warnings_of
+from scialm_dask.solve.biological_zeros import spectral_gap_rank
 
 M, N = 300, 120
 

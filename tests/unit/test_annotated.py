@@ -13,8 +13,8 @@ from problems import low_rank_counts
 from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
 from scialm_dask.data.annotated import as_matrix
 from scialm_dask.data.ingest import convert
-from scialm_dask.data.quality import quality_control
-from scialm_dask.evaluate.masking import mask
+from scialm_dask.data.qc import quality_control
+from scialm_dask.evaluate.mask import mask
 
 SETTINGS = {"max_rank": 6, "validation": 0.05, "max_iterations": 8}
 OLD_FORMAT = "ignore:Writing zarr v2 data will no longer be the default"

@@ -27,11 +27,11 @@ from scialm_dask import (
     resume,
     write_report,
 )
-from scialm_dask.arguments import checked, taken
+from scialm_dask.arguments import checked, validated
 from scialm_dask.config import Settings
-from scialm_dask.data.quality import Thresholds, quality_control
-from scialm_dask.evaluate.masking import mask
-from scialm_dask.evaluate.simulation import simulate
+from scialm_dask.data.qc import Thresholds, quality_control
+from scialm_dask.evaluate.mask import mask
+from scialm_dask.evaluate.simulate import simulate
 
 X = np.random.default_rng(0).poisson(2, (40, 30)).astype(np.float32)
 
@@ -51,7 +51,7 @@ X = np.random.default_rng(0).poisson(2, (40, 30)).astype(np.float32)
     ],
 )
 def test_what_fits_becomes_plain(value, kind, plain):
-    got = taken("it", value, kind)
+    got = validated("it", value, kind)
     assert got == plain
     assert type(got) is type(plain)
 
@@ -74,13 +74,13 @@ def test_what_fits_becomes_plain(value, kind, plain):
 )
 def test_what_does_not_is_one_line(value, kind, wanted):
     with pytest.raises(InputError) as caught:
-        taken("it", value, kind)
+        validated("it", value, kind)
     assert wanted in str(caught.value)
 
 
 def test_what_is_shown_is_short_and_one_line():
     with pytest.raises(InputError) as caught:
-        taken("it", np.ones((300, 300)), float)
+        validated("it", np.ones((300, 300)), float)
     assert len(str(caught.value)) < 150
     assert "\n" not in str(caught.value)
 

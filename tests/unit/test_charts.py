@@ -2,8 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scialm_dask.evaluate import charts
-from scialm_dask.evaluate.written import markdown, save_figure
+from scialm_dask.compare import charts
+from scialm_dask.compare.tables import markdown, save_figure
 
 
 @pytest.fixture

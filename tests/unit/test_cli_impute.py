@@ -327,7 +327,7 @@ def test_a_full_disk(store_of, tmp_path, where):
 INTERRUPT = """
 import os, signal, sys, threading
 from scialm_dask.__main__ import main
-from scialm_dask.data import factors
+from scialm_dask import imputation as factors
 from scialm_dask.linalg import kernels
 stage, calls = sys.argv.pop(1), []
 def interrupting(function, at):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from scialm_dask.linalg.draws import hidden_entries
+from scialm_dask.linalg.random import hidden_entries
 
 MASK = (1 << 64) - 1
 

@@ -9,9 +9,9 @@ from in_process import in_process
 from problems import low_rank_counts
 
 from scialm_dask import InputError, evaluate_imputation
-from scialm_dask.evaluate import written
-from scialm_dask.evaluate.methods import METHODS, QUOTED, contestants, expanded
-from scialm_dask.evaluate.written import write_evaluation
+from scialm_dask.compare import tables as written
+from scialm_dask.compare.methods import METHODS, QUOTED, contestants, expanded
+from scialm_dask.compare.tables import write_evaluation
 from scialm_dask.events import Scored
 
 

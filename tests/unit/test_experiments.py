@@ -4,8 +4,8 @@ import pytest
 import scipy.sparse as sp
 
 from scialm_dask import ExpressionMatrix, InputError
-from scialm_dask.data.quality import quality_control
-from scialm_dask.evaluate.experiments import against_truth, check_truth, count_split, masked, open_source
+from scialm_dask.compare.experiments import against_truth, check_truth, count_split, masked, open_source
+from scialm_dask.data.qc import quality_control
 from scialm_dask.solve.scaling import Molecules
 
 

@@ -12,7 +12,7 @@ import scanpy as sc
 import zarr
 
 from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
-from scialm_dask.data import factors
+from scialm_dask import imputation as factors
 from scialm_dask.errors import OutputError
 from scialm_dask.evaluate.metrics import score_held_out
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from scialm_dask import InputError, impute
-from scialm_dask.evaluate.verdict import warnings_of
+from scialm_dask.report.diagnostics import warnings_of
 
 
 def test_centred_data_have_no_ratio_of_means():

@@ -22,9 +22,9 @@ import zarr
 from scialm_dask.data import layout, tenx, transpose, writer
 from scialm_dask.data.ingest import convert
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.quality import quality_control
+from scialm_dask.data.qc import quality_control
 from scialm_dask.errors import InputError
-from scialm_dask.evaluate.masking import mask
+from scialm_dask.evaluate.mask import mask
 from scialm_dask.events import Advanced, Stage
 
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from scialm_dask.evaluate.isolated import Outcome, Request, run_isolated
+from scialm_dask.compare.isolated import Outcome, Request, run_isolated
 from scialm_dask.evaluate.predictions import read_prediction
 
 
@@ -60,7 +60,7 @@ def test_a_process_that_dies_is_an_outcome(run, name, status):
 
 
 def test_what_is_not_installed_is_named_with_the_remedy(run, monkeypatch):
-    from scialm_dask.evaluate import isolated, methods
+    from scialm_dask.compare import isolated, methods
 
     absent = methods.Method("absent", "normalised", methods.METHODS["knn"].complete, ("no_such_library",))
     monkeypatch.setitem(methods.METHODS, "absent", absent)

@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 
 from scialm_dask.linalg import kernels
-from scialm_dask.linalg.kernels import Block, BlockState, GiveBack, Step, View
+from scialm_dask.linalg.kernels import Block, BlockState, PassInputs, ReleaseHeldOut, Update
 
 M, N = 23, 17
 RANKS = [0, 1, 5, 13]
@@ -42,7 +42,7 @@ def state_of(block, rank, width=3, n_hidden=7, seed=0):
 
 def view_of(right, basis=None, step=None):
     """Without confidence in zeros: W = U Vᵀ + S."""
-    return View(right, right, basis=basis, overlap=None if basis is None else right.T @ basis, step=step)
+    return PassInputs(right, right, basis=basis, overlap=None if basis is None else right.T @ basis, step=step)
 
 
 def dense_of(block, values):
@@ -79,7 +79,9 @@ def test_given_back_entries_are_estimated_as_if_a_had_always_been_as_it_is(block
     state, right, basis = state_of(block, 3), rough(rng, N, 3), rough(rng, N, 4)
     beta = None if omega is None else np.full(N, omega, np.float32)
     trust, ratio, steps = 1 - (omega or 0), 0.8, 5
-    view = View(right, trust * right, beta, basis, trust * (right.T @ basis), give_back=GiveBack(ratio, steps))
+    view = PassInputs(
+        right, trust * right, beta, basis, trust * (right.T @ basis), give_back=ReleaseHeldOut(ratio, steps)
+    )
     a = kernels.sampled_product(block, state.left, right).astype(np.float64)
     w = block.observed.astype(np.float64)
     for _ in range(steps):
@@ -120,7 +122,7 @@ def test_visit_with_a_step(block, rank, growth, with_basis):
     """Line 9 of Algorithm 3 on Ω: w ← d + (w − a)/ρ; held-out entries are scored and stay unknown."""
     rng = np.random.default_rng(2)
     state, rotation, right, basis = state_of(block, 2), rough(rng, 3, rank), rough(rng, N, rank), rough(rng, N, 6)
-    step = Step(rotation, 1 / 1.3, growth)
+    step = Update(rotation, 1 / 1.3, growth)
     new, sums = kernels.visit(block, state, view_of(right, basis if with_basis else None, step))
     close(new.left, state.sketch @ rotation)
     a = kernels.sampled_product(block, new.left, right).astype(np.float64)
@@ -143,7 +145,7 @@ def test_visit_with_a_step(block, rank, growth, with_basis):
 def test_visit_leaves_its_arguments_alone(block):
     """A task that a lost worker ran half may be run again."""
     rng = np.random.default_rng(4)
-    state, view = state_of(block, 2), view_of(rough(rng, N, 4), rough(rng, N, 5), Step(rough(rng, 3, 4), 0.8, 1.1))
+    state, view = state_of(block, 2), view_of(rough(rng, N, 4), rough(rng, N, 5), Update(rough(rng, 3, 4), 0.8, 1.1))
     before = copy.deepcopy((block, state, view))
     first, second = (kernels.visit(block, state, view) for _ in range(2))
     for old, new in zip(before, (block, state, view), strict=True):
@@ -171,7 +173,7 @@ def test_small_misfits_are_not_lost_beside_large_ones():
     block = Block(np.array([0, n]), np.arange(n, dtype=np.int32), observed, 8 * n)
     assert not block.is_dense
     state = BlockState(observed, np.zeros((1, 0), np.float32), np.zeros((1, 1), np.float32))
-    view = view_of(np.zeros((8 * n, 1), np.float32), None, Step(np.zeros((1, 1), np.float32), 0.9))
+    view = view_of(np.zeros((8 * n, 1), np.float32), None, Update(np.zeros((1, 1), np.float32), 0.9))
     assert kernels.visit(block, state, view)[1].misfit == 4096**2 + n - 1
 
 

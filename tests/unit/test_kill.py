@@ -37,7 +37,7 @@ RUNS = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
 import anndata, dask.array, faults
-import scialm_dask.run.job, scialm_dask.solve.alra
+import scialm_dask.run.job, scialm_dask.solve.biological_zeros
 from scialm_dask.__main__ import main
 from scialm_dask.data.checkpoint import Checkpoints
 

@@ -5,8 +5,8 @@ import scipy.sparse as sp
 
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.errors import InputError
-from scialm_dask.evaluate.masking import mask
-from scialm_dask.linalg.draws import n_to_hide
+from scialm_dask.evaluate.mask import mask
+from scialm_dask.linalg.random import n_to_hide
 
 
 def gene_nonzeros(X):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from problems import InMemory, low_rank_counts, operator_of, product_of
 
 from scialm_dask.data.scratch import MemoryScratch, ZarrScratch
-from scialm_dask.linalg.kernels import Step
+from scialm_dask.linalg.kernels import Update
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.svd import extended_basis, rayleigh_ritz
 
@@ -30,7 +30,7 @@ def take_steps(operator, n_steps=3, rank=3):
         product = operator.multiply(basis)
         svd = rayleigh_ritz(product)
         rotation = (svd.to_left[:, :rank] * svd.values[:rank]).astype(np.float32)
-        operator.multiply(None, Step(rotation, 0.7), svd.right[:, :rank].copy())
+        operator.multiply(None, Update(rotation, 0.7), svd.right[:, :rank].copy())
         basis = svd.right
         products.append(product)
     return products
@@ -107,8 +107,8 @@ def test_the_source_is_read_once(tmp_path):
     operator = LowRankPlusSparse(source, ZarrScratch(str(tmp_path)))
     work = [
         lambda: operator.multiply(START),
-        lambda: operator.multiply(START, Step(np.ones((8, 2), np.float32), 0.5), np.ones((N, 2), np.float32)),
-        lambda: operator.multiply(None, Step(np.ones((8, 2), np.float32), 0.5), np.ones((N, 2), np.float32)),
+        lambda: operator.multiply(START, Update(np.ones((8, 2), np.float32), 0.5), np.ones((N, 2), np.float32)),
+        lambda: operator.multiply(None, Update(np.ones((8, 2), np.float32), 0.5), np.ones((N, 2), np.float32)),
         lambda: operator.project(np.ones((M, 4), np.float32)),
         operator.column_gram,
         operator.row_gram,
@@ -132,7 +132,7 @@ def test_versions_that_nobody_needs_are_dropped_from_disk(tmp_path):
     assert on_disk(tmp_path) == ["estimate.0", "left.0", "sketch.0"]
     operator.multiply(START)
     assert on_disk(tmp_path) == ["estimate.0", "left.0", "sketch.2"]
-    step, right = Step(np.eye(8, 2, dtype=np.float32), 0.5), np.ones((N, 2), np.float32)
+    step, right = Update(np.eye(8, 2, dtype=np.float32), 0.5), np.ones((N, 2), np.float32)
     operator.multiply(START, step, right)
     assert on_disk(tmp_path) == ["estimate.3", "left.3", "sketch.3"]
     operator.keep()

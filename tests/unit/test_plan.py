@@ -17,12 +17,12 @@ from scialm_dask.config import bytes_of, preset
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows
 from scialm_dask.errors import DoesNotFitError, InputError, StoppedError
-from scialm_dask.run.cluster import Team
-from scialm_dask.run.keeper import Checkpointing
+from scialm_dask.run.checkpointing import Checkpointing
+from scialm_dask.run.cluster import Workers
 from scialm_dask.run.placing import limit_of, place_scratch, usable_memory
 from scialm_dask.run.plan import forecast
 
-WORKER = Team(1, 2, None, resident=0)  # as it has not begun, what it holds is no matter of chance
+WORKER = Workers(1, 2, None, resident=0)  # as it has not begun, what it holds is no matter of chance
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +119,11 @@ def test_unknown_scratch(large, scratch):
 
 
 def test_the_lower_limit_holds():
-    assert limit_of(Team(2, 1, 700), None) == (700, "--worker-memory")
-    assert limit_of(Team(2, 1, 700), 800) == (700, "--worker-memory")
-    assert limit_of(Team(2, 1, 700), 600) == (600, "--memory-limit")
-    assert limit_of(Team(1, 4, None), 600) == (600, "--memory-limit")
-    assert limit_of(Team(1, 4, None), None)[0] <= usable_memory() * 1.1
+    assert limit_of(Workers(2, 1, 700), None) == (700, "--worker-memory")
+    assert limit_of(Workers(2, 1, 700), 800) == (700, "--worker-memory")
+    assert limit_of(Workers(2, 1, 700), 600) == (600, "--memory-limit")
+    assert limit_of(Workers(1, 4, None), 600) == (600, "--memory-limit")
+    assert limit_of(Workers(1, 4, None), None)[0] <= usable_memory() * 1.1
 
 
 @pytest.mark.parametrize("limit", ["-5GB", "0", 0, -1, "-1 MiB", "much", "1e400"])
@@ -199,11 +199,11 @@ def test_plan_has_the_options_of_impute(cli):
 def test_compiling_counts_until_it_is_done(tmp_path):
     program = """
 import numpy as np
-from scialm_dask.linalg.tiles import are_compiled, sampled
+from scialm_dask.linalg.sparse_products import are_compiled, sddmm
 from scialm_dask.run.plan import _base_memory
 before = are_compiled(), _base_memory(0)
 one = np.ones((1, 1), np.float32)
-sampled(np.array([0, 1]), np.array([0], np.int32), one, one)
+sddmm(np.array([0, 1]), np.array([0], np.int32), one, one)
 print(*before, are_compiled(), _base_memory(0))
 """
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}

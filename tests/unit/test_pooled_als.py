@@ -6,7 +6,7 @@ from pooled_twins import pooled_als, seed_simulation, sparse_simulation
 
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.gene_scores import gene_scores
-from scialm_dask.solve.pooled_als import PooledALS, start_loadings
+from scialm_dask.pooled.als import PooledALS, start_loadings
 
 
 @pytest.fixture(autouse=True)

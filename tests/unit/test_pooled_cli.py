@@ -6,12 +6,12 @@ import pytest
 import zarr
 from pooled_twins import sparse_simulation
 
-import scialm_dask.cli_pooled
+import scialm_dask.cli.pooled
 from scialm_dask import Imputation
-from scialm_dask.data.design import read_design
-from scialm_dask.solve.pooled_als import PooledALS
+from scialm_dask.pooled.als import PooledALS
+from scialm_dask.pooled.measurements import read_design
 
-assert scialm_dask.cli_pooled
+assert scialm_dask.cli.pooled
 
 
 @pytest.fixture

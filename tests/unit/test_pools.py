@@ -6,7 +6,7 @@ import pytest
 import scipy.sparse as sp
 
 from scialm_dask.errors import InputError
-from scialm_dask.solve.pools import balanced_pools, check_pools, measure, pool_report, random_pools
+from scialm_dask.pooled.design import balanced_pools, check_pools, measure, pool_report, random_pools
 
 
 def test_random_pools_leave_out_no_gene_and_do_not_depend_on_the_number_of_genes():

@@ -9,10 +9,17 @@ from dataclasses import dataclass, fields
 import pytest
 from problems import low_rank_counts
 
-from scialm_dask import ExpressionMatrix, PooledALS, PooledNuclearNorm, biological_zeros, impute, show_progress
+from scialm_dask import (
+    ExpressionMatrix,
+    PooledALS,
+    PooledNuclearNorm,
+    biological_zeros,
+    impute,
+    progress,
+    show_progress,
+)
 from scialm_dask.events import Advanced, Event, Iteration, Note, Pass, Stage, Sweep, begin
-from scialm_dask.run import progress
-from scialm_dask.solve.pools import random_pools
+from scialm_dask.pooled.design import random_pools
 
 COUNTS = low_rank_counts(60, 40, density=0.6, seed=2)
 

@@ -7,13 +7,14 @@ import scipy.sparse as sp
 from in_process import in_process
 
 from scialm_dask import Imputation, Settings
+from scialm_dask.compare import charts
+from scialm_dask.compare import publication as module
+from scialm_dask.compare.isolated import Outcome
+from scialm_dask.compare.publication import PUBLISHED, Programme, _Press, _published_name
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.quality import CellMeasures, Thresholds
-from scialm_dask.evaluate import charts, figures
-from scialm_dask.evaluate import publication as module
-from scialm_dask.evaluate.isolated import Outcome
-from scialm_dask.evaluate.publication import PUBLISHED, Programme, _Press, _published_name
+from scialm_dask.data.qc import CellMeasures, Thresholds
 from scialm_dask.events import silent
+from scialm_dask.report import figures
 from scialm_dask.run.job import complete_matrix
 
 

@@ -6,7 +6,7 @@ import pytest
 import scanpy as sc
 import scipy.sparse as sp
 
-from scialm_dask.data.quality import Thresholds, quality_control
+from scialm_dask.data.qc import Thresholds, quality_control
 from scialm_dask.errors import InputError
 
 NAMES = [*(f"MT-{j}" for j in range(3)), "mt-x", *(f"gene{j}" for j in range(36))]

@@ -16,7 +16,7 @@ from scialm_dask.data import remote, writer
 from scialm_dask.data.store import new_anndata, open_store
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
-from scialm_dask.evaluate.masking import mask
+from scialm_dask.evaluate.mask import mask
 
 CHUNKS = r"/(data|indices|indptr)/\d"
 SOME = {1: "drop", 3: "500", 5: "503", 7: "drop"}

@@ -12,10 +12,10 @@ from problems import low_rank_counts
 
 from scialm_dask import ExpressionMatrix, Imputation, InputError, PooledALS, impute, write_report
 from scialm_dask.errors import OutputError
-from scialm_dask.evaluate.compare import Comparison, compare, sample
-from scialm_dask.evaluate.panels import groups_of
-from scialm_dask.evaluate.verdict import warnings_of
-from scialm_dask.solve.pools import random_pools
+from scialm_dask.pooled.design import random_pools
+from scialm_dask.report.comparison import Comparison, compare, sample
+from scialm_dask.report.diagnostics import warnings_of
+from scialm_dask.report.panels import groups_of
 
 COUNTS = low_rank_counts(90, 60, density=0.6, rank=3, dispersion=4, seed=1)
 NAMES = [
@@ -83,7 +83,7 @@ def test_the_command(cli, store_of, tmp_path):
 
 
 def test_it_is_self_contained_and_safe(result, strange, tmp_path, monkeypatch):
-    monkeypatch.setattr("scialm_dask.report._MOST_GENES", 60)
+    monkeypatch.setattr("scialm_dask.report.report._MOST_GENES", 60)
     write_report(result, tmp_path / "r.html", source=strange, color="</style>")
     page = Page(tmp_path / "r.html")
     assert page.all("script") == []
@@ -309,7 +309,7 @@ def test_a_warning_of_filled_zeros(result):
 
 def test_it_is_out_of_core(result, monkeypatch):
     """Never more rows in dense form than the panel allows."""
-    from scialm_dask.evaluate import compare as module
+    from scialm_dask.report import comparison as module
 
     monkeypatch.setattr(module, "_PANEL_BYTES", 4 * 60 * 7)
     heights, product = [], Imputation.product

@@ -19,7 +19,7 @@ from scialm_dask import Confidence, ExpressionMatrix, Imputation, InputError, im
 from scialm_dask.data.checkpoint import Checkpoints
 from scialm_dask.errors import CheckpointError, OutputError, StoppedError
 from scialm_dask.events import Iteration, Note, Stage
-from scialm_dask.run.keeper import Checkpointing, cadence
+from scialm_dask.run.checkpointing import Checkpointing, cadence
 
 COUNTS = low_rank_counts(240, 180, density=0.3, seed=3)
 RUNS = {

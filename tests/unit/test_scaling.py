@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from scialm_dask import ExpressionMatrix, impute
 from scialm_dask.config import Settings
 from scialm_dask.errors import InputError
-from scialm_dask.linalg.draws import n_to_hide
+from scialm_dask.linalg.random import n_to_hide
 from scialm_dask.solve.scaling import prepare, scales_of, survey
 
 

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from scialm_dask.evaluate import simulation
-from scialm_dask.evaluate.simulation import _alias_tables, simulate
+from scialm_dask.evaluate import simulate as simulation
+from scialm_dask.evaluate.simulate import _alias_tables, simulate
 
 
 @pytest.fixture(scope="module")

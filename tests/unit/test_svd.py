@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from problems import low_rank_counts, operator_of, product_of
 from scipy.sparse.linalg import LinearOperator, svds
 
-from scialm_dask.linalg.kernels import Step
+from scialm_dask.linalg.kernels import Update
 from scialm_dask.linalg.operator import Product
 from scialm_dask.linalg.svd import extended_basis, leading_triplets, rayleigh_ritz, short_side_svd
 
@@ -24,7 +24,7 @@ def operator_in_flight(m, n, n_blocks=3):
     for rank in (2, 3):
         svd = rayleigh_ritz(operator.multiply(basis))
         values = svd.values[:rank] * 0.7
-        step = Step((svd.to_left[:, :rank] * values).astype(np.float32), 1 / 1.4)
+        step = Update((svd.to_left[:, :rank] * values).astype(np.float32), 1 / 1.4)
         operator.multiply(None, step, svd.right[:, :rank].copy())
         operator.keep()
         A = product_of(*operator.factors())
@@ -36,7 +36,7 @@ def operator_in_flight(m, n, n_blocks=3):
 
 def left_of(operator, svd):
     """U of a `PartialSVD`: the last sketch times `to_left`, taken by a step that does nothing else."""
-    operator.multiply(None, Step(svd.to_left.astype(np.float32), 1.0), np.zeros_like(svd.right))
+    operator.multiply(None, Update(svd.to_left.astype(np.float32), 1.0), np.zeros_like(svd.right))
     operator.keep()
     return np.vstack([left.compute() for left in operator.factors()[0]])
 

@@ -9,8 +9,8 @@ from problems import low_rank_counts
 
 from scialm_dask import Confidence, ExpressionMatrix, Imputation, InputError, impute
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.evaluate.verdict import warnings_of
 from scialm_dask.events import Note
+from scialm_dask.report.diagnostics import warnings_of
 
 N_CELLS, N_GENES = 240, 90
 NAMES = np.array([f"gene{j}" for j in range(N_GENES)])

@@ -10,9 +10,9 @@ from scialm_dask import ExpressionMatrix, InputError, Settings, impute
 from scialm_dask.config import preset
 from scialm_dask.data.scratch import MemoryScratch
 from scialm_dask.events import Iteration, Stage
-from scialm_dask.linalg.draws import thinned
-from scialm_dask.linalg.kernels import Step
+from scialm_dask.linalg.kernels import Update
 from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.linalg.random import thinned
 from scialm_dask.linalg.svd import short_side_svd
 from scialm_dask.run.job import complete_matrix
 from scialm_dask.solve.scaling import Confidence, Molecules, prepare, survey
@@ -50,7 +50,7 @@ def problem(request):
         rows = start + np.repeat(np.arange(stop - start), np.diff(loaded.indptr))
         hidden[rows, loaded.indices] = blocks.held_out(b, loaded)
     rotation = (0.1 * rng.standard_normal((6, 2))).astype(np.float32)
-    operator.multiply(None, Step(rotation, 0.8), right)
+    operator.multiply(None, Update(rotation, 0.8), right)
     seen = (D > 0) & ~hidden
     W0 = np.where(seen, D, 0)
     A = W0 @ basis @ rotation @ right.T

@@ -1,0 +1,175 @@
+"""The commands that look at results: `score`, `report`, `evaluate` and `publication`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import click
+
+from scialm_dask.cli.group import layer_option, main, missing_chunks_option, overwrite_option, reports, shows_progress
+from scialm_dask.events import Listener
+
+
+@main.command()
+@click.argument("result", metavar="RESULT.zarr")
+@click.option("--held-out", "masked", required=True, metavar="MASKED", help="What `mask` has written.")
+@reports
+@shows_progress
+def score(result: str, masked: str, listen: Listener) -> dict[str, Any]:
+    """Score a result on the hidden entries of MASKED, beside the prediction of each gene's mean.
+
+    Its X is scored where it was written with one, its factors where not; `scored` says which.
+    """
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.evaluate.metrics import score_held_out
+    from scialm_dask.imputation import Imputation
+
+    completed, held_out = Imputation.open(result), ExpressionMatrix.open(masked, "held_out")
+    scored = "factors" if completed.X is None else "X"
+    return {"scored": scored, **score_held_out(completed, held_out, ExpressionMatrix.open(masked), listen)}
+
+
+@main.command()
+@click.argument("result", metavar="RESULT.zarr")
+@click.option("-o", "--output", "path", required=True, metavar="FILE.html", help="What to write.")
+@click.option("--source", default=None, metavar="SRC", help="What was imputed.  [default: where it was then]")
+@click.option("--color", default=None, metavar="COLUMN", help="Column of obs to colour cells by.")
+@overwrite_option
+@reports
+@shows_progress
+def report(result: str, path: str, **options: Any) -> dict[str, Any]:
+    """Write a report on a result: one HTML file that needs no network."""
+    from scialm_dask.report.report import write_report
+
+    return write_report(result, path, **options)
+
+
+@main.command()
+@click.argument("src", metavar="SRC")
+@click.argument("folder", default="scialm-evaluation")
+@click.option("--methods", default="auto,denoise", help="auto, denoise, paper, peers, all, or names as below.")
+@click.option("--mask", "shares", default="0.1", help="Shares of the non-zeros to hide, such as 0.1,0.5; empty: none.")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, help="How often, each time with another seed.")
+@click.option("--count-split/--no-count-split", "split", default=None, help="[default: if the counts are known]")
+@click.option("--reference", default=None, metavar="STORE", help="The same cells and genes sequenced deeper.")
+@click.option("--labels", default=None, metavar="COLUMN", help="Known types in obs: cluster the cells and compare.")
+@click.option("--sweep", "sweeps", multiple=True, metavar="FIELD=VALUES", help="Such as max_rank=10,20,…,50.")
+@click.option("--memory-limit", default=None, help="What each method may hold, such as 8GB.  [default: no limit]")
+@click.option("--time-limit", type=float, default=None, metavar="SECONDS", help="What each method may take.")
+@layer_option
+@missing_chunks_option
+@overwrite_option
+@reports
+@shows_progress
+def evaluate(
+    src: str,
+    folder: str,
+    methods: str,
+    shares: str,
+    seeds: int,
+    reference: str | None,
+    layer: str | None,
+    missing_chunks_are_zeros: bool,
+    overwrite: bool,
+    listen: Listener,
+    **options: Any,
+) -> dict[str, Any]:
+    """Compare methods on SRC: hide entries, impute, score; write tables and figures to FOLDER.
+
+    Peers: gene-mean (always there), knn, alra, softimpute, and with the extra [bench] magic and scvi; dca, saver and
+    scimpute quote the publication. module:function runs a function of your own. Each runs in a process of its own.
+    """
+    from scialm_dask.compare.benchmark import evaluate_imputation
+    from scialm_dask.compare.tables import summary_table, write_evaluation
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.data.store import check_output, kept_output, scratch_folder_for
+
+    hidden = _numbers_of("--mask", shares)
+    sources = tuple(path for path in (src, reference) if path)
+    check_output(folder, overwrite=overwrite, sources=sources)
+    open_matrix = functools.partial(ExpressionMatrix.open, missing_chunks_are_zeros=missing_chunks_are_zeros)
+    found = evaluate_imputation(
+        open_matrix(src, layer),
+        methods=_words_of(methods),
+        shares=hidden,
+        seeds=list(range(seeds)),
+        reference=None if reference is None else open_matrix(reference),
+        scratch_folder=scratch_folder_for(folder),
+        listen=listen,
+        **options,
+    )
+    with kept_output(folder, overwrite=overwrite, sources=sources, listen=listen) as partial:
+        about = {"source": src, "layer": layer, "reference": reference, "methods": methods, "mask": hidden}
+        write_evaluation(found, partial, {**about, "seeds": seeds, **options})
+    return {"destination": folder, **_scores_of(summary_table(found))}
+
+
+@main.command()
+@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
+@click.option("-o", "--output", "folder", default="scialm-publication", metavar="FOLDER")
+@click.option("--methods", default="all", help="As in evaluate.")
+@click.option("--mask", "shares", default="0.1,0.2,0.3,0.4,0.5", help="Shares to hide; Figures 4 to 6 use the first.")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, help="How often, each time with another seed.")
+@click.option("--increments", default="10,50,100,…,400", help="R of Figure 4; empty for no Figure 4.")
+@click.option("--labels", default=None, metavar="COLUMN", help="Known types in obs, for Figure 6.")
+@click.option("--truth", "truths", type=(str, str), multiple=True, metavar="CELLS TRUTH", help="Sequenced deeper.")
+@click.option("--sizes", default="1000,3000,10000", help="Simulated cells for time and memory; empty for none.")
+@click.option("--memory-limit", default=None, help="What each method may hold, such as 8GB.  [default: no limit]")
+@click.option("--time-limit", type=float, default=None, metavar="SECONDS", help="What each method may take.")
+@overwrite_option
+@reports
+@shows_progress
+def publication(
+    sources: tuple[str, ...],
+    folder: str,
+    methods: str,
+    shares: str,
+    seeds: int,
+    sizes: str,
+    overwrite: bool,
+    listen: Listener,
+    **options: Any,
+) -> dict[str, Any]:
+    """Make the publication's tables and figures, and some it lacks, from matrices of raw counts.
+
+    If it fails on the way, what was made is kept beside FOLDER, under a name that ends with .unfinished.
+    """
+    from scialm_dask.compare.publication import Programme, publication
+    from scialm_dask.data.store import kept_output
+
+    programme = Programme(
+        methods=_words_of(methods),
+        shares=_numbers_of("--mask", shares),
+        seeds=list(range(seeds)),
+        sizes=[int(size) for size in _numbers_of("--sizes", sizes)],
+        **options,
+    )
+    read = (*sources, *(path for pair in programme.truths for path in pair))
+    with kept_output(folder, overwrite=overwrite, sources=read, listen=listen) as partial:
+        return {"destination": folder, **publication(sources, partial, programme, listen)}
+
+
+def _words_of(listed: str) -> list[str]:
+    return [word.strip() for word in listed.split(",") if word.strip()]
+
+
+def _numbers_of(option: str, listed: str) -> list[float]:
+    from scialm_dask.errors import InputError
+
+    try:
+        return [float(word) for word in _words_of(listed)]
+    except ValueError:
+        raise InputError(f"{option} is {listed!r}; give numbers with commas between") from None
+
+
+def _scores_of(table: Any) -> dict[str, Any]:
+    """Scores by experiment and method, for people and for --json."""
+    scores: dict[str, Any] = {}
+    for row in table.to_dict("records"):
+        share = f"{row['share']:.0%}" if row["share"] == row["share"] else ""
+        name = " ".join(filter(None, [row["experiment"], share, row["method"], row["setting"]]))
+        kept = {k: row[k] for k in ("mse", "mae", "pearson", "cosine", "relative_error", "leiden_ari") if k in row}
+        known = {k: v for k, v in kept.items() if v == v}
+        scores[name] = known if row["status"] == "ok" else row["status"]
+    return scores

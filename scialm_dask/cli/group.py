@@ -1,0 +1,236 @@
+"""The command line: thin click commands, one for each thing a user does."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from scialm_dask import __version__
+from scialm_dask.errors import OutputError, ScialmError
+from scialm_dask.events import Listener, Note, silent
+from scialm_dask.run.signals import Terminated, on_sigterm
+
+_INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal
+
+
+class _Commands(click.Group):
+    """Turns the package's errors, Ctrl-C and SIGTERM into one line on standard error and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with on_sigterm(deferred=False):
+                return super().invoke(ctx)
+        except ScialmError as error:
+            click.echo(f"scialm-dask: error: {' '.join(str(error).split())}", err=True)
+            sys.exit(error.exit_code)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            # Outputs and scratch say themselves which disk it is; numba does not, which keeps compiled code.
+            remedy = "free some space, in your home too, or set NUMBA_CACHE_DIR to a folder on another disk"
+            click.echo(f"scialm-dask: error: {error.strerror}; {remedy}", err=True)
+            sys.exit(OutputError.exit_code)
+        except KeyboardInterrupt as error:
+            terminated = isinstance(error, Terminated)
+            what = "terminated" if terminated else "interrupted"
+            click.echo(f"scialm-dask: {what}; nothing was written", err=True)
+            sys.exit(_TERMINATED if terminated else _INTERRUPTED)
+
+
+@click.group("scialm", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="scialm-dask")
+def main() -> None:
+    """Complete single-cell expression matrices by low-rank matrix completion, out of core."""
+
+
+def reports(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """Give a command the option --json, and print the dictionary that it returns.
+
+    As lines of text by default; with --json as one JSON object, the last line of standard output.
+    """
+
+    @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on the last line.")
+    @functools.wraps(command)
+    def wrapper(*args: Any, as_json: bool, **kwargs: Any) -> None:
+        result = command(*args, **kwargs)
+        if as_json:
+            click.echo(json.dumps(result, default=float))
+        else:
+            for key, value in result.items():
+                click.echo(f"{key.replace('_', ' '):<22} {_readable(value)}")
+
+    return wrapper
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_readable(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say where to compute, as one argument `connected`.
+
+    It is a function that gives a context manager: a command opens it once it knows that its input is fit.
+    """
+
+    @click.option("--scheduler", default=None, metavar="ADDRESS", help="Compute on this running scheduler.")
+    @click.option("--scheduler-file", default=None, metavar="FILE", help="The same, by the file that it has written.")
+    @click.option("--cluster", default=None, metavar="KIND", help="Start local, slurm, pbs, sge or lsf workers.")
+    @click.option("--workers", type=click.IntRange(min=1), default=None, help="Processes to start, or to wait for.")
+    @click.option("--threads", type=click.IntRange(min=1), default=None, help="Of each worker, or of this process.")
+    @click.option("--worker-memory", default=None, help="Of each worker of --cluster, such as 8GB.")
+    @click.option("--tls/--no-tls", default=None, help="Encrypt and authenticate all connections.")
+    @functools.wraps(command)
+    def wrapper(
+        *args: Any,
+        scheduler: str | None,
+        scheduler_file: str | None,
+        cluster: str | None,
+        workers: int | None,
+        threads: int | None,
+        worker_memory: str | None,
+        tls: bool | None,
+        **kwargs: Any,
+    ) -> Any:
+        def connected(listen: Listener) -> Any:
+            from scialm_dask.run.cluster import connect
+
+            return connect(
+                scheduler,
+                scheduler_file=scheduler_file,
+                cluster=cluster,
+                workers=workers,
+                threads=threads,
+                worker_memory=worker_memory,
+                tls=tls,
+                notify=lambda line: listen(Note(line)),
+            )
+
+        return command(*args, connected=connected, **kwargs)
+
+    return wrapper
+
+
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
+layer_option = click.option("--layer", default=None, help="Read this layer instead of X.")
+missing_chunks_option = click.option(
+    "--missing-chunks-are-zeros", is_flag=True, help="Read absent chunks of a dense Zarr as zeros; else refuse."
+)
+
+
+def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options --quiet and --log-json, and the argument `listen` that follows from them."""
+
+    @click.option("--quiet", is_flag=True, help="Show no progress.")
+    @click.option("--log-json", is_flag=True, help="Show progress as JSON lines on standard error.")
+    @functools.wraps(command)
+    def wrapper(*args: Any, quiet: bool, log_json: bool, **kwargs: Any) -> Any:
+        from scialm_dask.progress import show_progress
+
+        if quiet and log_json:
+            raise click.UsageError("--quiet shows no progress and --log-json does; give one of them")
+        if quiet:
+            return command(*args, listen=silent, **kwargs)
+        with show_progress(json_lines=log_json) as listen:
+            return command(*args, listen=listen, **kwargs)
+
+    return wrapper
+
+
+@main.command()
+@click.argument("src", metavar="SRC")
+@click.argument("dst", metavar="DST.zarr")
+@click.option("--layer", default=None, help="Take this layer alone, as X.")
+@click.option("--genome", default=None, help="Take this genome of a 10x .h5 file that holds several.")
+@missing_chunks_option
+@overwrite_option
+@reports
+@shows_progress
+def convert(src: str, dst: str, **options: Any) -> dict[str, Any]:
+    """Turn .h5ad, 10x .h5, a 10x MEX folder or Zarr into chunked AnnData Zarr.
+
+    Memory does not grow with the size of the matrix. X and all layers are taken, with obs and var.
+    """
+    from scialm_dask.data.ingest import convert
+
+    return convert(src, dst, **options)
+
+
+@main.command()
+@click.argument("src", metavar="SRC")
+@click.argument("dst", metavar="DST.zarr")
+@click.option("--min-genes", type=int, default=None, help="Least number of genes with counts, of a cell.")
+@click.option("--max-genes", type=int, default=None, help="Most genes with counts, of a cell.")
+@click.option("--max-mito", type=float, default=None, help="Most counts on mitochondrial genes, in percent of a cell.")
+@click.option("--mito-prefix", default="MT-", help="How their names begin, in capitals or not.")
+@click.option("--min-cells", type=int, default=None, help="Least number of kept cells with counts, of a gene.")
+@layer_option
+@missing_chunks_option
+@overwrite_option
+@reports
+@shows_progress
+def qc(
+    src: str,
+    dst: str,
+    min_genes: int | None,
+    max_genes: int | None,
+    max_mito: float | None,
+    mito_prefix: str,
+    min_cells: int | None,
+    **source: Any,
+) -> dict[str, Any]:
+    """Drop poor cells, then rare genes; scale every cell to the median total. No logarithm.
+
+    The counts are kept in layer counts, for `impute --layer counts --preset denoise`.
+    """
+    from scialm_dask.data.qc import Thresholds, quality_control
+
+    thresholds = Thresholds(min_genes, max_genes, max_mito, mito_prefix, min_cells)
+    return quality_control(src, dst, thresholds, **source)
+
+
+@main.command()
+@click.argument("src", metavar="SRC")
+@click.argument("dst", metavar="DST.zarr")
+@click.option("--fraction", type=float, default=0.1, help="Share of the non-zeros of each gene to hide.")
+@click.option("--seed", type=int, default=0, help="Of the random choice.")
+@layer_option
+@missing_chunks_option
+@overwrite_option
+@reports
+@shows_progress
+def mask(src: str, dst: str, **options: Any) -> dict[str, Any]:
+    """Hide non-zeros, gene by gene, in layer held_out, to score their recovery."""
+    from scialm_dask.evaluate.mask import mask
+
+    return mask(src, dst, **options)
+
+
+@main.command()
+@click.argument("dst", metavar="DST.zarr")
+@click.option("--cells", type=int, required=True, help="Number of cells.")
+@click.option("--genes", type=int, required=True, help="Number of genes.")
+@click.option("--density", type=float, default=0.05, help="Share of the entries that are not zero.")
+@click.option("--rank", type=int, default=20, help="Number of expression programs.")
+@click.option("--seed", type=int, default=0, help="Of all random draws.")
+@overwrite_option
+@reports
+@shows_progress
+def simulate(dst: str, cells: int, genes: int, **options: Any) -> dict[str, Any]:
+    """Simulate counts of low rank with known factors, of any size."""
+    from scialm_dask.evaluate.simulate import simulate
+
+    return simulate(dst, n_cells=cells, n_genes=genes, **options)

@@ -1,0 +1,347 @@
+"""The commands that impute: `plan`, `impute`, `resume`, `transform` and `demo`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from scialm_dask.cli.group import (
+    cluster_options,
+    layer_option,
+    main,
+    missing_chunks_option,
+    overwrite_option,
+    reports,
+    shows_progress,
+)
+from scialm_dask.errors import InputError, StoppedError
+from scialm_dask.events import Listener, Note
+from scialm_dask.run.signals import on_sigterm
+
+_SETTINGS = (
+    click.option(
+        "--preset",
+        type=click.Choice(["auto", "paper", "denoise"]),
+        default="auto",
+        help="auto: recover dropouts. denoise: expression levels, from raw counts. paper: as published.",
+    ),
+    click.option(
+        "--observed",
+        type=click.Choice(["nonzero", "finite"]),
+        default="nonzero",
+        help="finite: zeros are values, NaN is missing.",
+    ),
+    click.option(
+        "--stop",
+        type=click.Choice(["residual", "held-out", "count-split"]),
+        default=None,
+        help="When to stop.  [default: by preset]",
+    ),
+    click.option("--zeros", default=None, help="Confidence in zeros: 0 (unknown, as published) to 1, or auto."),
+    click.option("--epsilon", type=float, default=None, help="Residual to stop at.  [default: 1e-4]"),
+    click.option("--validation", type=float, default=None, help="Share hidden to know when to stop.  [default: 0.02]"),
+    click.option("--max-iterations", type=int, default=None, help="Most iterations.  [default: 1000]"),
+    click.option("--rank-policy", type=click.Choice(["paper", "adaptive"]), default=None),
+    click.option("--increment", type=int, default=None, help="R of the paper's rank policy."),
+    click.option(
+        "--max-rank",
+        default=None,
+        help="Most singular values to keep, or none for no limit.  [default: 128; paper: none]",
+    ),
+    click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5."),
+    click.option("--seed", type=int, default=None, help="Of all random draws.  [default: 0]"),
+    click.option("--scratch", default=None, help="Where the working state is kept: auto, memory, or zarr:PATH."),
+    click.option("--memory-limit", default=None, help="Most memory to use, such as 8GB.  [default: what is free]"),
+    click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks."),
+)
+
+
+def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say how a matrix is completed, and within what memory."""
+    return functools.reduce(lambda decorated, option: option(decorated), reversed(_SETTINGS), command)
+
+
+@main.command()
+@click.argument("src", metavar="SRC")
+@click.argument("dst", metavar="DST.zarr")
+@setting_options
+@click.option("--write", type=click.Choice(["factors", "dense"]), default="factors", help="dense: the matrix as X too.")
+@click.option("--keep-observed", is_flag=True, help="In X, leave observed entries as they were.")
+@click.option("--preserve-zeros", is_flag=True, help="Write X, sparse: biological zeros (rule of ALRA) stay zero.")
+@click.option("--checkpoint", default=None, metavar="DIR", help="Write checkpoints to this new folder, for `resume`.")
+@click.option("--checkpoint-every", default=None, help="Iterations, or a time such as 30min.  [default: 10 minutes]")
+@cluster_options
+@layer_option
+@missing_chunks_option
+@overwrite_option
+@reports
+@shows_progress
+def impute(
+    src: str,
+    dst: str,
+    preset: str,
+    observed: Any,
+    scratch: str | None,
+    memory_limit: str | None,
+    blocks: int | None,
+    write: str,
+    keep_observed: bool,
+    preserve_zeros: bool,
+    checkpoint: str | None,
+    checkpoint_every: str | None,
+    layer: str | None,
+    missing_chunks_are_zeros: bool,
+    overwrite: bool,
+    listen: Listener,
+    connected: Callable[[Listener], Any],
+    **settings: Any,
+) -> dict[str, Any]:
+    """Complete the matrix SRC by low-rank matrix completion and write its factors to DST.zarr."""
+    from scialm_dask.api import impute
+    from scialm_dask.config import preset as settings_of
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.data.store import check_output, lasting, scratch_folder_for
+    from scialm_dask.run.checkpointing import Checkpointing
+
+    if checkpoint_every is not None and checkpoint is None:
+        raise click.UsageError("--checkpoint-every goes with --checkpoint")
+    if keep_observed and write != "dense" and not preserve_zeros:
+        raise click.UsageError("--keep-observed goes with --write dense or --preserve-zeros")
+    if preserve_zeros and (write == "dense" or observed == "finite"):
+        raise click.UsageError("--preserve-zeros writes a sparse X and goes neither with dense nor with finite")
+    settings_of(preset, **settings)
+    check_output(dst, overwrite=overwrite, sources=(src, checkpoint) if checkpoint else (src,))
+    matrix = ExpressionMatrix.open(
+        src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
+    )
+    asked = {
+        "destination": lasting(dst),
+        "write": write,
+        "keep_observed": keep_observed,
+        "preserve_zeros": preserve_zeros,
+        "overwrite": overwrite,
+        "run": uuid.uuid4().hex,
+    }
+    with connected(listen):
+        with _resumable(checkpoint) as stop:
+            result = impute(
+                matrix,
+                preset=preset,
+                scratch=scratch,
+                memory_limit=memory_limit,
+                scratch_folder=scratch_folder_for(dst),
+                checkpoint=Checkpointing(checkpoint, result=asked, stop=stop) if checkpoint else None,
+                checkpoint_every=checkpoint_every,
+                listen=listen,
+                **settings,
+            )
+        return _write(result, matrix, asked, src, checkpoint, listen)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.argument("dst", metavar="[DST.zarr]", required=False)
+@click.option("--scratch", default=None, help="Instead of what the run was begun with.")
+@click.option("--memory-limit", default=None, help="Instead of what the run was begun with.")
+@cluster_options
+@reports
+@shows_progress
+def resume(
+    folder: str,
+    dst: str | None,
+    scratch: str | None,
+    memory_limit: str | None,
+    connected: Callable[[Listener], Any],
+    listen: Listener,
+) -> dict[str, Any]:
+    """Go on with `impute --checkpoint DIR` from its last whole checkpoint.
+
+    The result is written where it was to be, or to DST.zarr. Checkpoints are written to DIR again.
+    """
+    from scialm_dask.api import resume
+    from scialm_dask.data.store import check_output, lasting
+    from scialm_dask.run.checkpointing import ended, source_of
+    from scialm_dask.run.job import notes_of
+
+    notes = notes_of(folder)
+    if words := ended(folder, notes) or _ended_now(folder, notes["result"]):
+        listen(Note(words))
+        return {"destination": notes["finished"] or notes["result"]["destination"]}
+    asked = notes["result"] | ({"destination": lasting(dst)} if dst else {})
+    if "destination" not in asked:
+        raise InputError(f"{folder}: the run was begun from Python; say where to write its result: resume DIR DST.zarr")
+    matrix = source_of(notes)
+    source = notes["run"]["source"]["path"]
+    check_output(asked["destination"], overwrite=asked.get("overwrite", False), sources=(source, folder))
+    with connected(listen):
+        with _resumable(folder) as stop:
+            result = resume(folder, matrix, scratch=scratch, memory_limit=memory_limit, stop=stop, listen=listen)
+        return _write(result, matrix, asked, source, folder, listen)
+
+
+def _ended_now(folder: str, asked: dict[str, Any]) -> str:
+    """Be done with a run that was killed between its last two steps; say so, if that is the case."""
+    from scialm_dask.imputation import Imputation
+    from scialm_dask.run.job import finish
+
+    with contextlib.suppress(InputError):
+        if "run" in asked and Imputation.open(asked["destination"]).summary.get("run") == asked["run"]:
+            finish(folder, asked["destination"])
+            return f"{folder}: the result of that run was written already"
+    return ""
+
+
+@contextlib.contextmanager
+def _resumable(checkpoint: str | None, *, deferred: bool = True) -> Iterator[Callable[[], bool]]:
+    """Give a function that tells whether SIGTERM came; say how to go on if work is interrupted.
+
+    Without checkpoints, or if it is not `deferred`, SIGTERM interrupts at once.
+    """
+    try:
+        with on_sigterm(deferred=deferred and checkpoint is not None) as stop:
+            yield stop
+    except KeyboardInterrupt:
+        if checkpoint is None or not ("://" in checkpoint or os.path.isdir(checkpoint)):
+            raise
+        raise StoppedError(f"interrupted; go on by `scialm-dask resume {checkpoint}`") from None
+
+
+def _write(
+    result: Any, matrix: Any, asked: dict[str, Any], src: str, checkpoint: str | None, listen: Listener
+) -> dict[str, Any]:
+    """Write the result as it was asked for, and be done with the checkpoints."""
+    from scialm_dask.imputation import LONG
+    from scialm_dask.run.job import finish
+
+    if "run" in asked:
+        result.summary["run"] = asked["run"]
+    dst, preserve_zeros = asked["destination"], asked.get("preserve_zeros", False)
+    with _resumable(checkpoint, deferred=False):
+        summary = result.to_zarr(
+            dst,
+            dense=asked.get("write") == "dense",
+            keep_observed=matrix if asked.get("keep_observed") else None,
+            preserve_zeros=_zeros_of(matrix, result, dst, listen) if preserve_zeros else None,
+            overwrite=asked.get("overwrite", False),
+            sources=(src,),
+            listen=listen,
+        )
+        if checkpoint is not None:
+            finish(checkpoint, dst)
+    return {"destination": dst} | {key: value for key, value in summary.items() if key not in LONG}
+
+
+def _zeros_of(matrix: Any, result: Any, dst: str, listen: Listener) -> Any:
+    """Find biological zeros, with the working state where that of the fit was."""
+    from scialm_dask.data.store import scratch_folder_for
+    from scialm_dask.solve.biological_zeros import biological_zeros
+
+    folder = scratch_folder_for(dst) if result.summary["scratch"] == "zarr" else None
+    return biological_zeros(matrix, seed=result.summary["settings"]["seed"], scratch_folder=folder, listen=listen)
+
+
+@main.command()
+@click.argument("result", metavar="RESULT.zarr")
+@click.argument("src", metavar="SRC")
+@click.argument("dst", metavar="DST.zarr")
+@layer_option
+@missing_chunks_option
+@overwrite_option
+@cluster_options
+@reports
+@shows_progress
+def transform(
+    result: str,
+    src: str,
+    dst: str,
+    layer: str | None,
+    missing_chunks_are_zeros: bool,
+    overwrite: bool,
+    listen: Listener,
+    connected: Callable[[Listener], Any],
+) -> dict[str, Any]:
+    """Complete the cells of SRC, which were not in the fit, with the gene factors of RESULT.zarr.
+
+    Genes are matched by name. SRC must be on the scale of the matrix of the fit.
+    """
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.data.store import check_output
+    from scialm_dask.imputation import Imputation
+
+    check_output(dst, overwrite=overwrite, sources=(src, result))
+    fit = Imputation.open(result)
+    matrix = ExpressionMatrix.open(src, layer, observed=fit.observed, missing_chunks_are_zeros=missing_chunks_are_zeros)
+    with connected(listen):
+        completed = fit.transform(matrix, listen=listen)
+        completed.to_zarr(dst, overwrite=overwrite, sources=(src, result), listen=listen)
+    return {"destination": dst, **completed.summary}
+
+
+@main.command()
+@click.argument("src", metavar="SRC")
+@click.argument("dst", metavar="[DST.zarr]", required=False)
+@setting_options
+@layer_option
+@missing_chunks_option
+@click.option("--preserve-zeros", is_flag=True, help="Count what finding biological zeros takes too.")
+@cluster_options
+@reports
+@shows_progress
+def plan(
+    src: str,
+    dst: str | None,
+    preset: str,
+    observed: Any,
+    scratch: str | None,
+    memory_limit: str | None,
+    blocks: int | None,
+    layer: str | None,
+    missing_chunks_are_zeros: bool,
+    preserve_zeros: bool,
+    connected: Callable[[Listener], Any],
+    listen: Listener,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Say what imputing SRC will take, and whether it fits: memory, disk, passes, tasks, bytes and time.
+
+    Reads one block, to tell the time. With --scheduler or --cluster, on those workers. DST.zarr is not written; scratch
+    on disk would lie beside it.
+    """
+    from scialm_dask.api import parse_limit
+    from scialm_dask.config import configured
+    from scialm_dask.config import preset as settings_of
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.data.store import scratch_folder_for
+    from scialm_dask.run.dry_run import plan
+
+    chosen, limit = settings_of(preset, **settings), parse_limit(configured("memory-limit", memory_limit))
+    matrix = ExpressionMatrix.open(
+        src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
+    )
+    with connected(listen):
+        return plan(
+            matrix,
+            chosen,
+            scratch=configured("scratch", scratch),
+            memory_limit=limit,
+            scratch_folder=scratch_folder_for(dst),
+            preserve_zeros=preserve_zeros,
+        )
+
+
+@main.command()
+@click.argument("folder", default="scialm-demo")
+@overwrite_option
+@reports
+@shows_progress
+def demo(folder: str, overwrite: bool, listen: Listener) -> dict[str, Any]:
+    """Impute 700 real blood cells, offline, and score the result. Makes FOLDER."""
+    from scialm_dask.run.demo import demo
+
+    return demo(folder, overwrite=overwrite, listen=listen)

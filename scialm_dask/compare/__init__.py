@@ -1,0 +1,1 @@
+"""Methods side by side: the benchmark behind `scialm-dask evaluate`."""

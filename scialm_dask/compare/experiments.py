@@ -1,0 +1,264 @@
+"""What methods are given and what they are scored against: masking, count splitting, a truth. Out of core.
+
+Every experiment gives two views of the same cells: counts normalised to one total, and the raw counts where these are
+known. Answers to the latter are multiplied by the size factors, so that all are scored on the normalised scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse as sp
+import zarr
+from numpy.typing import NDArray
+
+from scialm_dask.data.annotated import as_matrix, refuse_logarithms
+from scialm_dask.data.csr import row_of, scaled_rows
+from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.store import new_anndata
+from scialm_dask.data.writer import CSRWriter
+from scialm_dask.errors import InputError
+from scialm_dask.evaluate.mask import mask
+from scialm_dask.solve.scaling import Molecules
+from scialm_dask.solve.zeros import TRAIN_SHARE
+
+__all__ = [
+    "Experiment",
+    "Kind",
+    "Source",
+    "against_truth",
+    "as_it_is",
+    "check_truth",
+    "count_split",
+    "masked",
+    "open_source",
+]
+
+Kind = Literal["masking", "count split", "truth", "all data"]
+Doubles = NDArray[np.float64]
+_OTHER = 0x5CA1E  # bits by which the seed of a split differs from that of methods
+_WHOLE = 1e-2  # how far from whole numbers restored counts may be, by rounding of float32
+
+
+@dataclass(frozen=True)
+class Source:
+    """A matrix in both views.
+
+    Parameters
+    ----------
+    name
+        What to call it.
+    normalised
+        AnnData store; every cell has the same total.
+    counts
+        AnnData store, or None if the counts are not known.
+    factors
+        What each cell's counts were multiplied by, shape ``(m,)``; None like counts.
+    """
+
+    name: str
+    normalised: Path
+    counts: Path | None
+    factors: Doubles | None
+
+    @property
+    def matrix(self) -> ExpressionMatrix:
+        """The normalised view."""
+        return ExpressionMatrix.open(self.normalised)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One matrix to complete.
+
+    Parameters
+    ----------
+    kind
+        How it was made.
+    share
+        Of what is hidden; None where nothing is.
+    seed
+        Of what is hidden, and of the methods.
+    given
+        What the methods get, and the factors by which answers to counts are multiplied.
+    target
+        What is to be predicted, normalised; None if nothing is scored.
+    all_entries
+        Whether all entries of it are scored, or the stored ones.
+    """
+
+    kind: Kind
+    share: float | None
+    seed: int
+    given: Source
+    target: ExpressionMatrix | None
+    all_entries: bool
+
+
+def open_source(source: Any, folder: Path, *, layer: str | None = None) -> Source:
+    """Bring a matrix into both views, in `folder`.
+
+    Whole numbers are taken for raw counts and normalised to the median total. Anything else is taken as normalised;
+    with the raw totals in ``obs["total_counts"]``, as ``scialm-dask qc`` leaves them, its counts are restored.
+
+    Parameters
+    ----------
+    source
+        Whatever `as_matrix` takes: a path, an AnnData, an array.
+    folder
+        Where to write.
+    layer
+        Read this layer instead of X.
+
+    Raises
+    ------
+    InputError
+        If the source cannot be read, or holds logarithms.
+    """
+    matrix = as_matrix(source, layer, observed="nonzero")
+    refuse_logarithms(matrix, source, layer)
+    sums, whole = _totals(matrix)
+    name = matrix.name if matrix.origin is None else Path(matrix.origin.path).stem
+    normalised, counts = folder / "normalised.zarr", folder / "counts.zarr"
+    if whole:
+        factors = _factors(sums)
+        obs = matrix.obs.assign(total_counts=sums.astype(np.float32))
+        _write(normalised, _scaled(matrix, factors), obs=obs, var=matrix.var)
+        _write(counts, matrix.stream(), obs=matrix.obs, var=matrix.var)
+        return Source(name, normalised, counts, factors)
+    _write(normalised, matrix.stream(), obs=matrix.obs, var=matrix.var)
+    if "total_counts" in matrix.obs:
+        totals = matrix.obs["total_counts"].to_numpy(np.float64)
+        factors = np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0)
+        if _restore(matrix, factors, counts):
+            return Source(name, normalised, counts, factors)
+    return Source(name, normalised, None, None)
+
+
+def _totals(matrix: ExpressionMatrix) -> tuple[Doubles, bool]:
+    """Total of each cell, and whether all values are whole numbers."""
+    sums, whole = [], True
+    for block in matrix.stream():
+        sums.append(np.asarray(block.sum(axis=1, dtype=np.float64)).ravel())
+        whole = whole and not np.any(block.data % 1)
+    return np.concatenate(sums), whole
+
+
+def _factors(totals: Doubles) -> Doubles:
+    median = float(np.median(totals[totals > 0])) if totals.any() else 1.0
+    return np.divide(median, totals, out=np.zeros_like(totals), where=totals > 0)
+
+
+def _write(path: Path, blocks: Iterator[sp.csr_matrix], *, obs: Any, var: Any) -> None:
+    root = new_anndata(path, obs=obs, var=var)
+    with CSRWriter(root, "X", n_columns=len(var)) as writer:
+        for block in blocks:
+            writer.append(block)
+    zarr.consolidate_metadata(root.store)
+
+
+def _restore(matrix: ExpressionMatrix, factors: Doubles, path: Path) -> bool:
+    """Write the counts that a matrix was normalised from, unless they do not come out whole."""
+    whole = True
+
+    def restored() -> Iterator[sp.csr_matrix]:
+        nonlocal whole
+        for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
+            exact = block.data / np.where(factors > 0, factors, 1)[start:stop][row_of(block)]
+            block.data = np.rint(exact).astype(np.float32)
+            whole = whole and bool(np.all(np.abs(exact - block.data) <= _WHOLE) and block.data.all())
+            yield block
+
+    _write(path, restored(), obs=matrix.obs, var=matrix.var)
+    return whole
+
+
+def as_it_is(source: Source, seed: int) -> Experiment:
+    """All of the data, nothing hidden and nothing to score; what clustering is done on."""
+    return Experiment("all data", None, seed, source, None, all_entries=True)
+
+
+def masked(source: Source, share: float, seed: int, folder: Path) -> Experiment:
+    """Hide a share of each gene's non-zeros, in both views the same; see `mask`."""
+    given = replace(source, normalised=folder / "normalised.zarr")
+    mask(source.normalised, given.normalised, fraction=share, seed=seed)
+    if source.counts is not None:
+        given = replace(given, counts=folder / "counts.zarr")
+        mask(source.counts, folder / "counts.zarr", fraction=share, seed=seed)
+    target = ExpressionMatrix.open(given.normalised, "held_out")
+    return Experiment("masking", share, seed, given, target, all_entries=False)
+
+
+def count_split(source: Source, seed: int, folder: Path) -> Experiment:
+    """Split the molecules of every count binomially: a share to complete, the others to predict, zeros too.
+
+    Raises
+    ------
+    InputError
+        If the counts are not known.
+    """
+    if source.counts is None or source.factors is None:
+        raise InputError(
+            f"{source.name}: no raw counts, nor obs['total_counts'] to restore them by, and counts alone can be split; "
+            "give those, or leave count splitting out"
+        )
+    counts, factors = ExpressionMatrix.open(source.counts), source.factors
+    given = Source(source.name, folder / "normalised.zarr", folder / "counts.zarr", factors / TRAIN_SHARE)
+    obs = counts.obs.drop(columns="total_counts", errors="ignore")
+    # Methods are given the seed too, and denoise splits what it is given: with draws of its own.
+    train, test = (Molecules(TRAIN_SHARE, rest, _OTHER ^ seed) for rest in (False, True))
+    _write(folder / "counts.zarr", _part(counts, train), obs=obs, var=counts.var)
+    totals, _ = _totals(ExpressionMatrix.open(folder / "counts.zarr"))
+    normalised = _part(counts, train, factors / TRAIN_SHARE)
+    _write(given.normalised, normalised, obs=obs.assign(total_counts=totals.astype(np.float32)), var=counts.var)
+    unseen = _part(counts, test, factors / (1 - TRAIN_SHARE))
+    _write(folder / "target.zarr", unseen, obs=obs, var=counts.var)
+    target = ExpressionMatrix.open(folder / "target.zarr")
+    return Experiment("count split", 1 - TRAIN_SHARE, seed, given, target, all_entries=True)
+
+
+def _part(counts: ExpressionMatrix, which: Molecules, factors: Doubles | None = None) -> Iterator[sp.csr_matrix]:
+    for (start, stop), block in zip(counts.blocks, counts.stream(), strict=True):
+        part = which.of(block, start)
+        yield part if factors is None else scaled_rows(part, factors[start:stop])
+
+
+def check_truth(truth: ExpressionMatrix, given: ExpressionMatrix) -> None:
+    """Raise `InputError` if genes differ, or genes or cells come in another order.
+
+    Cells whose names have nothing in common are taken in order.
+    """
+    if truth.shape != given.shape:
+        raise InputError(
+            f"{truth.name}: {truth.shape[0]} cells × {truth.shape[1]} genes, but {given.name} has {given.shape[0]} × "
+            f"{given.shape[1]}; give a truth of the same cells and genes"
+        )
+    for axis in ("obs", "var"):
+        ours, theirs = getattr(given, axis).index, getattr(truth, axis).index
+        if not ours.equals(theirs) and (axis == "var" or ours.isin(theirs).any()):
+            at = int(np.argmax(ours != theirs))
+            raise InputError(
+                f"{truth.name}: {axis} name {at} is {theirs[at]!r}, but {ours[at]!r} in {given.name}; "
+                "give the same cells and genes in the same order"
+            )
+
+
+def against_truth(source: Source, truth: ExpressionMatrix, seed: int, folder: Path) -> Experiment:
+    """Compare all entries with a matrix that is known better: the same cells sequenced deeply; see `check_truth`.
+
+    Both are scaled to the same total in every cell.
+    """
+    wanted, totals = _totals(source.matrix)[0], _totals(truth)[0]
+    factors = np.divide(wanted, totals, out=np.zeros_like(totals), where=totals > 0)
+    _write(folder / "target.zarr", _scaled(truth, factors), obs=truth.obs, var=truth.var)
+    target = ExpressionMatrix.open(folder / "target.zarr")
+    return Experiment("truth", None, seed, source, target, all_entries=True)
+
+
+def _scaled(matrix: ExpressionMatrix, factors: Doubles) -> Iterator[sp.csr_matrix]:
+    for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
+        yield scaled_rows(block, factors[start:stop])

@@ -1,0 +1,208 @@
+"""Other methods, each at the settings that its authors document, scores on the scale of what it is given.
+
+Each takes a `Task` and returns the completed matrix: dense, float32, cells × genes, or a pair of factors. What a
+method does to its input first (roots, logarithms, totals) is undone, so that all are compared on one scale. None of
+this is out of core: a peer holds what it needs, and is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from scialm_dask.compare.soft_impute import soft_impute
+from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.evaluate.metrics import gene_means
+from scialm_dask.solve.biological_zeros import spectral_gap_rank
+
+__all__ = ["Task", "alra", "gene_mean", "knn", "magic", "scvi", "softimpute"]
+
+Floats = NDArray[np.float32]
+Pair = tuple[Floats, Floats]
+
+_KNN, _KNN_COMPONENTS = 15, 10  # the example of its authors, and their default
+_ALRA_TOTAL, _ALRA_VALUES, _ALRA_ITERATIONS, _ALRA_QUANTILE = 1e4, 100, 10, 1e-3
+_SCVI_EPOCHS, _SCVI_PATIENCE = 100, 15
+_PANEL = 2048  # genes or cells worked on at a time where a temporary array would be as large as the matrix
+
+
+@dataclass
+class Task:
+    """What a method is to complete.
+
+    Parameters
+    ----------
+    path
+        AnnData store whose X it is: counts, or counts normalised to one total.
+    seed
+        Fixes random draws.
+    zeros_matter
+        Whether all entries will be scored, and not only hidden ones that are known to be no zeros.
+    settings
+        Fields that are to differ from the method's own.
+    """
+
+    path: Path
+    seed: int
+    zeros_matter: bool
+    settings: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def matrix(self) -> ExpressionMatrix:
+        """Row blocks of X."""
+        return ExpressionMatrix.open(self.path)
+
+    def csr(self) -> sp.csr_matrix:
+        """All of X, float32."""
+        return sp.vstack(list(self.matrix.stream()), format="csr")
+
+
+def gene_mean(task: Task) -> Pair:
+    """Predict each gene's mean: over its non-zeros where only non-zeros are asked for, else over all cells."""
+    matrix = task.matrix
+    if task.zeros_matter:
+        sums = matrix.reduce(lambda csr, _: np.asarray(csr.sum(axis=0, dtype=np.float64)), np.add)
+        means = (sums.ravel() / matrix.shape[0]).astype(np.float32)
+    else:
+        means = gene_means(matrix)
+    return np.ones((matrix.shape[0], 1), np.float32), means[:, None]
+
+
+def knn(task: Task) -> Floats:
+    """kNN-smoothing 2 (Wagner, Yan and Yanai 2018): sums over ever more neighbours, found on ever smoother cells.
+
+    Takes counts. Each smoothed cell is scaled back to its own total.
+    """
+    from sklearn.decomposition import PCA
+
+    X = task.csr()
+    totals = np.asarray(X.sum(axis=1, dtype=np.float64)).ravel()
+    median = np.median(totals[totals > 0])
+    k = min(_KNN, X.shape[0] - 1)
+    smoothed = X
+    for step in range(1, int(np.ceil(np.log2(k + 1))) + 1):
+        stable = _freeman_tukey(smoothed, float(median))
+        components = min(_KNN_COMPONENTS, *(side - 1 for side in X.shape))
+        scores = PCA(components, svd_solver="randomized", random_state=task.seed).fit_transform(stable)
+        del stable
+        smoothed = _neighbour_sums(X, scores, min(2**step - 1, k))
+    sums = np.asarray(smoothed.sum(axis=1, dtype=np.float64)).ravel()
+    scale = np.divide(totals, sums, out=np.zeros_like(sums), where=sums > 0)
+    task.note = f"k {k}, {components} components"
+    return (sp.diags(scale.astype(np.float32)) @ smoothed).toarray()  # type: ignore[no-any-return]
+
+
+def _freeman_tukey(counts: sp.csr_matrix, total: float) -> Floats:
+    """√x + √(x + 1) of every cell scaled to the same total."""
+    sums = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+    scale = np.divide(total, sums, out=np.zeros_like(sums), where=sums > 0)
+    dense: Floats = (sp.diags(scale.astype(np.float32)) @ counts).toarray()
+    for start in range(0, len(dense), _PANEL):
+        panel = dense[start : start + _PANEL]
+        dense[start : start + _PANEL] = np.sqrt(panel) + np.sqrt(panel + 1)
+    return dense
+
+
+def _neighbour_sums(X: sp.csr_matrix, scores: Floats, k: int) -> sp.csr_matrix:
+    """Of each cell, the sum of its counts and those of the k cells nearest to it."""
+    from sklearn.neighbors import NearestNeighbors
+
+    neighbours = NearestNeighbors(n_neighbors=k + 1, algorithm="brute").fit(scores).kneighbors(scores)[1]
+    n = X.shape[0]
+    ones = np.ones(n * (k + 1), np.float32)
+    graph = sp.csr_matrix((ones, neighbours.ravel(), np.arange(n + 1) * (k + 1)), shape=(n, n))
+    return graph @ X
+
+
+def alra(task: Task) -> Floats:
+    """ALRA (Linderman et al. 2022): best approximation of rank k of the log-counts, small values set to zero.
+
+    k stands before the last gap of the singular values that is out of the ordinary. Of each gene, what does not rise
+    over the size of its lowest permille is zero, and the rest gets the mean and spread of the gene's non-zeros.
+    Takes counts.
+    """
+    from sklearn.utils.extmath import randomized_svd
+
+    X = task.csr()
+    totals = np.asarray(X.sum(axis=1, dtype=np.float64)).ravel().astype(np.float32)
+    scale = np.divide(_ALRA_TOTAL, totals, out=np.zeros_like(totals), where=totals > 0)
+    A: sp.csr_matrix = (sp.diags(scale) @ X).tocsr().log1p()
+    count = min(_ALRA_VALUES, *(side - 1 for side in A.shape))
+    left, values, right = randomized_svd(A, count, n_iter=_ALRA_ITERATIONS, random_state=task.seed)
+    k = spectral_gap_rank(values)
+    task.note = f"rank {k}"
+    completed: Floats = ((left[:, :k] * values[:k]) @ right[:k]).astype(np.float32)
+    columns = A.tocsc()
+    for start in range(0, A.shape[1], _PANEL):
+        genes = slice(start, start + _PANEL)
+        completed[:, genes] = _adjusted(completed[:, genes], columns[:, genes].toarray())
+    np.expm1(completed, out=completed)
+    completed *= (totals / np.float32(_ALRA_TOTAL))[:, None]
+    return completed
+
+
+def _adjusted(low_rank: Floats, observed: Floats) -> Floats:
+    """Threshold some genes of the approximation, and match their first two moments to the observed non-zeros."""
+    lowest = np.abs(np.quantile(low_rank, _ALRA_QUANTILE, axis=0))
+    kept = np.where(low_rank > lowest, low_rank, 0)
+    (mean, spread), (wanted_mean, wanted_spread) = _of_nonzeros(kept), _of_nonzeros(observed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        stretch = wanted_spread / spread
+        matched = np.where(kept != 0, (kept - mean) * stretch + wanted_mean, 0)
+    known = np.isfinite(stretch)
+    kept[:, known] = np.maximum(matched[:, known], 0)
+    return np.where((observed > 0) & (kept == 0), observed, kept).astype(np.float32)
+
+
+def _of_nonzeros(values: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of each column's non-zeros; NaN where there are too few."""
+    n = np.count_nonzero(values, axis=0).astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = values.sum(axis=0, dtype=np.float64) / n
+        squares = np.einsum("ij,ij->j", values, values, dtype=np.float64)
+        return mean, np.sqrt(np.maximum(squares - n * mean**2, 0) / (n - 1))
+
+
+def softimpute(task: Task) -> Pair:
+    """Complete by softImpute (Hastie et al. 2015): the nuclear norm with zeros unknown, λ chosen on hidden entries."""
+    left, right = soft_impute(task.csr(), seed=task.seed)
+    task.note = f"rank {left.shape[1]}"
+    return left, right
+
+
+def magic(task: Task) -> Floats:
+    """MAGIC (van Dijk et al. 2018) with its defaults, on roots of normalised counts as its authors advise."""
+    import magic as peer
+
+    operator = peer.MAGIC(random_state=task.seed, verbose=0)
+    smoothed = np.asarray(operator.fit_transform(task.csr().sqrt()), np.float32)
+    task.note = f"t {operator.t}, knn {operator.knn}"
+    return np.square(np.maximum(smoothed, 0))
+
+
+def scvi(task: Task) -> Floats:
+    """Train scVI (Lopez et al. 2018), give expected counts at the totals observed.
+
+    Training ends when the loss on a tenth of the cells has not fallen for 15 epochs, or after 100 epochs; scVI's own
+    number for few cells is 400, of which the later ones change little and take hours without a GPU.
+    """
+    import anndata
+    import scvi as peer
+
+    peer.settings.seed = task.seed
+    X = task.csr()
+    cells = anndata.AnnData(X)
+    peer.model.SCVI.setup_anndata(cells)
+    model = peer.model.SCVI(cells)
+    stopping = {"early_stopping": True, "early_stopping_patience": _SCVI_PATIENCE}
+    model.train(_SCVI_EPOCHS, **stopping, accelerator="cpu", enable_progress_bar=False, logger=False)
+    task.note = f"{model.trainer.current_epoch} epochs of at most {_SCVI_EPOCHS}"
+    completed: Floats = model.get_normalized_expression(library_size=1, return_numpy=True).astype(np.float32)
+    completed *= np.asarray(X.sum(axis=1), np.float32)
+    return completed

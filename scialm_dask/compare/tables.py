@@ -1,0 +1,217 @@
+"""An evaluation on disk: tables as CSV, JSON and Markdown, figures as SVG and PNG."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scialm_dask.compare import charts
+from scialm_dask.compare.benchmark import KEY, Evaluation
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["figures_of", "markdown", "save_figure", "summary_table", "write_evaluation"]
+
+_VERSIONS = (
+    *("scialm-dask", "numpy", "scipy", "scikit-learn", "scanpy", "dask", "dask-ml"),
+    *("magic-impute", "scvi-tools", "torch"),
+)
+_TITLES = {
+    "masking": "{dataset}, {share:.0%} of the non-zeros hidden",
+    "count split": "{dataset}, {share:.0%} of the molecules unseen, all entries",
+    "truth": "{dataset}, all entries against a truth",
+    "all data": "{dataset}, nothing hidden",
+}
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any]) -> None:
+    """Write everything into a folder, which must exist.
+
+    ``scores.csv`` (a row for each experiment, seed and method), ``genes.csv.gz``, ``clusters.csv`` and
+    ``umap.csv.gz`` where there were labels, ``evaluation.json`` (all scores, with `about` and the versions of the
+    libraries), a folder ``figures``, and last, so that nothing unfinished has them, ``summary.csv`` and ``summary.md``
+    (means over the seeds).
+    """
+    evaluation.scores.to_csv(folder / "scores.csv", index=False)
+    evaluation.genes.to_csv(folder / "genes.csv.gz", index=False, float_format="%.5g")
+    if len(evaluation.clusters):
+        evaluation.clusters.to_csv(folder / "clusters.csv", index=False)
+        _cells(evaluation).to_csv(folder / "umap.csv.gz", index=False, float_format="%.4g")
+    words = {
+        **about,
+        "versions": dict(_versions()),
+        "scores": _plain(evaluation.scores),
+        "clusters": _plain(evaluation.clusters),
+    }
+    (folder / "evaluation.json").write_text(json.dumps(words, indent=1))
+    (folder / "figures").mkdir()
+    for name, figure in figures_of(evaluation):
+        save_figure(figure, folder / "figures" / name)
+    summary = summary_table(evaluation)
+    summary.to_csv(folder / "summary.csv", index=False)
+    (folder / "summary.md").write_text(_sections(summary, evaluation))
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Save as `path` with .svg, letters as letters, and with .png added; the same bytes for the same picture."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": "scialm", "svg.fonttype": "none"}):
+        figure.savefig(f"{path}.svg", metadata={"Date": None}, dpi=150)
+        figure.savefig(f"{path}.png", dpi=150)
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in _VERSIONS:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue
+
+
+def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows without what is not known."""
+    return [{k: v for k, v in row.items() if v == v} for row in table.to_dict("records")]
+
+
+def _cells(evaluation: Evaluation) -> pd.DataFrame:
+    import pandas as pd
+
+    labels = evaluation.labels
+    assert labels is not None
+    tables = [
+        pd.DataFrame(
+            {"experiment": kind, "method": name, "cell": labels.index, "label": labels, "x": xy[:, 0], "y": xy[:, 1]}
+        )
+        for (kind, name), xy in evaluation.umap.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def summary_table(evaluation: Evaluation) -> pd.DataFrame:
+    """`Evaluation.summary`, without scores that no row has, with ARI and NMI where they are known."""
+    table = evaluation.summary()
+    if len(evaluation.clusters):
+        found = evaluation.clusters[[*("experiment", "share", "method", "setting"), *_CLUSTER_COLUMNS]]
+        table = table.merge(found, on=["experiment", "share", "method", "setting"], how="outer", sort=False)
+        table["dataset"] = table["dataset"].fillna(evaluation.clusters["dataset"].iloc[0])
+        table["status"] = table["status"].fillna("ok")
+    empty = [name for name in table.columns if name not in KEY and table[name].isna().all()]
+    return table.drop(columns=empty)
+
+
+_CLUSTER_COLUMNS = ("kmeans_ari", "kmeans_nmi", "leiden_ari", "leiden_nmi", "leiden_clusters", "silhouette")
+
+
+_HIDDEN = charts.METRICS | {"gene_pearson": "Pearson r, median gene"}
+_WHOLE = {
+    "relative_error": "relative error",
+    "mean_ratio": "mean imputed / mean true",
+    "pearson": "Pearson r",
+    "zeros_pearson": "Pearson r at zeros",
+}
+_COSTS = {"seconds": "seconds", "peak_bytes": "memory, MB"}
+_CLUSTERS = {
+    "kmeans_ari": "ARI, k-means",
+    "leiden_ari": "ARI, Leiden",
+    "kmeans_nmi": "NMI, k-means",
+    "leiden_nmi": "NMI, Leiden",
+    "leiden_clusters": "clusters, Leiden",
+    "silhouette": "silhouette",
+}
+
+
+def _sections(summary: pd.DataFrame, evaluation: Evaluation) -> str:
+    """Put each experiment, and the clusters found in it, into a table of its own, best first."""
+    parts, known = [], summary[summary["status"] != "quoted"]
+    for kind, of_kind in _TITLES.items():
+        for share, rows in known[known["experiment"] == kind].groupby("share", dropna=False):
+            title = of_kind.format(dataset=rows["dataset"].iloc[0], share=share)
+            if kind != "all data":
+                columns = (_HIDDEN if kind == "masking" else _WHOLE) | _COSTS
+                scored = rows[rows["method"] != "as observed"] if kind == "masking" else rows
+                parts.append(f"## {title}\n\n{_section(scored, columns)}")
+            if "kmeans_ari" in rows and rows["kmeans_ari"].notna().any():
+                clustered = rows[rows["kmeans_ari"].notna()]
+                parts.append(f"## Clusters: {title}\n\n{_section(clustered, _CLUSTERS, ascending=False)}")
+    quoted = evaluation.scores[evaluation.scores["status"] == "quoted"]
+    words = [_quotation(row) for row in quoted.to_dict("records")]
+    return "\n".join([*parts, "## Quoted\n\n" + "".join(words)] if words else parts)
+
+
+def _quotation(row: dict[str, Any]) -> str:
+    scores = [f"{words} {row[name]:.4g}" for name, words in charts.METRICS.items() if row[name] == row[name]]
+    return f"- {charts.label_of(row['method'])} ({row['dataset']}): {', '.join([*scores, row['note']])}\n"
+
+
+def _section(rows: pd.DataFrame, columns: dict[str, str], *, ascending: bool = True) -> str:
+    """Make a table of these columns, best first by the first of them, where what has failed says so."""
+    first, *others = [name for name in columns if name in rows and rows[name].notna().any()]
+    rows = rows.sort_values(first, ascending=ascending, kind="stable")
+    table = rows[[first, *others]].astype(object)
+    table[first] = table[first].where(rows["status"] == "ok", rows["status"])
+    if "peak_bytes" in table:
+        table["peak_bytes"] = rows["peak_bytes"] / 1e6
+    table.insert(0, "method", list(map(charts.label_of, rows["method"], rows["setting"])))
+    return markdown(table.rename(columns=columns))
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Turn a table into Markdown, numbers to four figures."""
+    lines = [list(table.columns), ["---"] * len(table.columns)]
+    lines += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        if not np.isfinite(value):
+            return "–"
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return str(value)
+
+
+def figures_of(evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
+    """Draw all that the evaluation has something for, by name."""
+    scores = evaluation.scores[evaluation.scores["status"] != "quoted"]  # of other data sets
+    swept, dataset = _swept(scores), scores["dataset"].iloc[0]
+    for (kind, share), rows in scores.groupby(["experiment", "share"], dropna=False, sort=False):
+        title = _TITLES[str(kind)].format(dataset=dataset, share=share)
+        name = f"{str(kind).replace(' ', '-')}" + (f"-{round(100 * share)}" if share == share else "")
+        if kind == "masking":
+            yield f"{name}-scores", charts.method_scores(rows, title)
+            yield f"{name}-effort", charts.effort(rows, title)
+        elif kind != "all data":
+            yield f"{name}-scores", charts.whole_scores(rows, title)
+    hidden = scores[(scores["experiment"] == "masking") & (scores["status"] == "ok")]
+    if hidden["share"].nunique() > 1 and not swept:
+        percent = hidden.assign(share=100 * hidden["share"])
+        yield "over-share", charts.scores_over(percent, "share", "% of the non-zeros hidden", dataset)
+    for field in swept:
+        values = hidden["setting"].str.extract(rf"(?:^| ){field}=([\d.e+-]+)")[0].astype(float)
+        known = hidden.assign(value=values).dropna(subset=["value"])
+        yield f"over-{field}", charts.scores_over(known, "value", field, dataset)
+    yield from _cluster_figures(evaluation)
+
+
+def _swept(scores: pd.DataFrame) -> list[str]:
+    """Fields that were swept over numbers."""
+    found = scores["setting"].str.extractall(r"(?:^| )(\w+)=[\d.e+-]+(?= |$)")
+    return list(dict.fromkeys(found[0])) if len(found) else []
+
+
+def _cluster_figures(evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
+    for kind, rows in evaluation.clusters.groupby("experiment", sort=False) if len(evaluation.clusters) else ():
+        title = _TITLES[str(kind)].format(dataset=rows["dataset"].iloc[0], share=rows["share"].iloc[0])
+        name = str(kind).replace(" ", "-")
+        yield f"{name}-clusters", charts.cluster_scores(rows, title)
+        pictures = {charts.label_of(method): xy for (each, method), xy in evaluation.umap.items() if each == kind}
+        assert evaluation.labels is not None
+        yield f"{name}-cells", charts.cell_pictures(pictures, evaluation.labels, title)

@@ -1,0 +1,467 @@
+"""The result: two factors whose product is the completed matrix, multiplied only where it is asked for."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import dask
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from scialm_dask.arguments import checked, validated
+from scialm_dask.data.annotated import add_factors
+from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.matrix import ExpressionMatrix, Observed
+from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store
+from scialm_dask.data.written import CHUNK_BYTES, ZeroRule, write_dense, write_left, write_sparse
+from scialm_dask.errors import InputError
+from scialm_dask.events import Listener, begin, silent
+from scialm_dask.solve.cell_model import CellModel
+from scialm_dask.solve.transform import Fit, transform
+
+if TYPE_CHECKING:
+    import anndata
+    import dask.array as da
+    import pandas as pd
+
+__all__ = ["LONG", "Imputation"]
+
+_KEY = "scialm"
+LONG = ("settings", "singular_values", "count_splitting")  # of a summary; told elsewhere, or not to everybody
+
+
+class Imputation:
+    """A completed matrix, in factors.
+
+    The imputed matrix is ``max(left @ right.T, 0)``, cells × genes, on the scale of the input. It is stored only where
+    `to_zarr` was told to, and can be another there; see `X`. Ask for entries by ``imputation[cells, genes]``, or for
+    all of it, lazily, by `to_dask`.
+
+    Parameters
+    ----------
+    left
+        Dask array, float32, shape ``(m, r)``.
+    right
+        Float32, shape ``(n, r)``.
+    obs, var
+        Annotation of cells and genes.
+    summary
+        What was done and found, plain values; see the notes.
+    history
+        Columns of equal length, a value for each iteration.
+    clip
+        Whether negative entries are set to zero.
+    model
+        What `transform` needs to know of the fit; None if it cannot be done.
+    stored
+        The store that it was opened from.
+
+    Notes
+    -----
+    The summary of what `impute` gives has
+
+    ``n_cells``, ``n_genes``, ``n_observed``, ``n_empty_cells``, ``n_empty_genes``
+        Size of the matrix, its observed entries, and rows and columns without any.
+    ``source``, ``raw_counts``
+        What the matrix is called, such as ``path:X``, and whether all its values are whole numbers.
+    ``scaling``, ``zeros``, ``settings``
+        What was scaled, in words; the confidence in zeros; the fields of `Settings`, as they were used.
+    ``iterations``, ``chosen_iteration``, ``passes``
+        Iterations made, the one whose estimate this is, from 1, and passes over the data.
+    ``rank``, ``singular_values``
+        Of the chosen iteration, the values on the scale on which it was solved.
+    ``residual``, ``held_out_error``
+        ‖P_Ω(D − A)‖ / ‖P_Ω(D)‖ there, and the same over held-out entries; None if none were held out.
+    ``count_splitting``
+        Where zeros or the threshold were chosen by it: what was tried and how well unseen molecules were predicted;
+        see `scialm_dask.solve.zeros.account`.
+    ``converged``, ``stop_reason``
+        Whether a stopping rule was met, and which, in words.
+    ``mean_observed``, ``mean_imputed_over_observed``
+        Mean of the observed matrix, zeros included, and that of the imputed matrix, before clipping, over it. Only
+        where zeros are unknown.
+    ``n_blocks``, ``scratch``
+        Row blocks, and where the working state was: ``"memory"`` or ``"zarr"``.
+    ``seconds``
+        Wall time.
+    ``peak_memory_bytes``, ``forecast_memory_bytes``
+        The most memory that any of the processes has ever held, and what was forecast for each, in bytes. Processes
+        are this one, or this one, the workers and the scheduler; those of them that are gone at the end do not count.
+    ``peak_memory_bytes_in_all``
+        The sum of what each of them has held at most.
+    ``resumed_after_iteration``, ``run``
+        Of a run that was resumed: the iteration of its checkpoint. Of the command line: a token of the run.
+    ``X``
+        Of a result that was written: None if without X, else ``written`` (``"dense"``, or ``"preserve_zeros"``: sparse,
+        without the biological zeros of ALRA's rule, with its ``rank``), ``keep_observed``, and ``mean_over_observed``,
+        the mean of X over ``mean_observed``, if that is known.
+
+    That of `transform` has ``n_cells``, ``n_genes``, ``rank``, ``scaling`` and ``source`` alike, and
+    ``n_genes_matched``, ``n_genes_not_in_fit``
+        Genes of the new cells that the fit knows, and that it does not.
+    ``few_genes``
+        What that means, in words; only where the new cells have less than half of the genes of the fit.
+    ``noise``
+        Variance of an entry, on the scale of the fit, at which the new cells predict themselves best.
+    ``fitted_on``
+        The source of the fit.
+    """
+
+    def __init__(
+        self,
+        left: da.Array,
+        right: NDArray[np.float32],
+        *,
+        obs: pd.DataFrame,
+        var: pd.DataFrame,
+        summary: dict[str, Any],
+        history: dict[str, list[float]],
+        clip: bool = True,
+        model: CellModel | None = None,
+        stored: str | None = None,
+    ) -> None:
+        self.left = left
+        self.right = right
+        self.obs = obs
+        self.var = var
+        self.summary = summary
+        self.model = model
+        self._history = history
+        self.clip = clip
+        self._stored = stored
+
+    @classmethod
+    @checked
+    def open(cls, path: str | os.PathLike[str]) -> Imputation:
+        """Open what `to_zarr` or ``scialm-dask impute`` has written, or an AnnData that `impute` has added to.
+
+        Parameters
+        ----------
+        path
+            Of a .zarr or .h5ad; Zarr may be at a URL.
+
+        Returns
+        -------
+        Imputation
+            Its left factor is read when it is asked for.
+
+        Raises
+        ------
+        InputError
+            If there is no such result at `path`.
+        """
+        import anndata
+
+        root: Any = open_store(path)
+        held = {"obsm": f"X_{_KEY}", "varm": _KEY, "uns": _KEY}
+        if isinstance(root, zarr.Array) or any(axis not in root or k not in root[axis] for axis, k in held.items()):
+            raise InputError(f"{path}: not a result of this package; make one with `scialm-dask impute`")
+        uns = anndata.io.read_elem(root["uns"][_KEY])
+        summary = json.loads(str(uns["summary"]))
+        return cls(
+            _stored_left(lasting(path), root[f"obsm/X_{_KEY}"]),
+            np.asarray(root[f"varm/{_KEY}"][...]),
+            obs=anndata.io.read_elem(root["obs"]),
+            var=anndata.io.read_elem(root["var"]),
+            summary=summary,
+            history={name: column.tolist() for name, column in uns["history"].items()},
+            clip=bool(uns["clip"]),
+            model=CellModel.of(uns["model"]) if "model" in uns else None,
+            stored=lasting(path),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells × genes."""
+        return self.left.shape[0], self.right.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Number of factors, r."""
+        return int(self.right.shape[1])
+
+    @property
+    def observed(self) -> Observed:
+        """Which entries were observed; see `ExpressionMatrix`."""
+        return "nonzero" if self.clip else "finite"
+
+    @functools.cached_property
+    def X(self) -> ExpressionMatrix | None:  # noqa: N802  as AnnData calls it
+        """What `to_zarr` has written as X beside the factors, to be read by blocks; None if nothing."""
+        if self._stored is None or not self.summary.get("X"):
+            return None
+        return ExpressionMatrix.open(self._stored, observed=self.observed)
+
+    @property
+    def mean_ratio(self) -> float | None:
+        """Mean of X, or of the imputed matrix where there is no X, over the mean observed; None if that is unknown."""
+        written = self.summary.get("X")
+        ratio = written["mean_over_observed"] if written else self.summary.get("mean_imputed_over_observed")
+        return None if ratio is None else float(ratio)
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row for each iteration: rank, threshold, residual, held-out error, passes."""
+        import pandas as pd
+
+        return pd.DataFrame(self._history)
+
+    def __repr__(self) -> str:
+        return f"Imputation of {self.shape[0]} cells × {self.shape[1]} genes, rank {self.rank}"
+
+    def to_dask(self) -> da.Array:
+        """Give the imputed matrix as a dense Dask array, float32, computed block by block when asked for."""
+        import dask.array as da
+
+        rows = max(1, CHUNK_BYTES // (4 * self.shape[1]))
+        left = self.left.rechunk((rows, self.rank)) if self.rank else self.left.rechunk((rows, -1))
+        return da.map_blocks(
+            _product,
+            left,
+            self.right,
+            clip=self.clip,
+            dtype=np.float32,
+            chunks=(left.chunks[0], (self.shape[1],)),
+            meta=np.empty((0, 0), "f4"),
+        )
+
+    def product(self, left: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Impute the cells whose left factors are given, ``(k, r)``: float32, ``(k, n)``."""
+        return _product(left, self.right, clip=self.clip)
+
+    def transform(self, matrix: Any, *, layer: str | None = None, listen: Listener = silent) -> Imputation:
+        """Complete cells that were not in the fit, with its gene factors: one pass, a small problem for each cell.
+
+        Parameters
+        ----------
+        matrix
+            New cells × genes, on the scale of the matrix of the fit: raw counts if those were, else normalised to
+            the same total. An `ExpressionMatrix`, an AnnData, a path to a store, or an array, which has no names
+            and must have the genes of the fit in their order. Otherwise genes are matched by name; some may be
+            missing.
+        layer
+            Layer to read instead of X.
+        listen
+            Called with a `scialm_dask.events.Note` if less than half of the genes of the fit match.
+
+        Returns
+        -------
+        Imputation
+            Of the new cells × the genes of the fit. Its left factor is lazy: cells are read when they are asked for.
+            A cell without an observed entry is zero.
+
+        Raises
+        ------
+        InputError
+            If too few genes match, names are ambiguous, one is of raw counts and the other not, or zeros were
+            trusted cell by cell in the fit.
+        """
+        fit = Fit(self.right, self.var.index, self.model, self.observed, self.summary.get("source"))
+        return self._of_cells(*transform(fit, matrix, layer=layer, listen=listen))
+
+    def _of_cells(self, left: da.Array, obs: pd.DataFrame, summary: dict[str, Any]) -> Imputation:
+        """Return the imputation of other cells, whose left factor is known, by the same right factor."""
+        return Imputation(
+            left,
+            self.right,
+            obs=obs,
+            var=self.var,
+            summary=summary,
+            history={},
+            clip=self.clip,
+            model=self.model,
+        )
+
+    def __getitem__(self, key: Any) -> NDArray[np.float32]:
+        """Impute some cells and genes, given as numbers, names, slices, masks, or lists of these.
+
+        Returns
+        -------
+        ndarray
+            Float32, cells × genes; an axis that is picked by one name or number is dropped.
+
+        Raises
+        ------
+        InputError
+            If there is no cell or gene of a name.
+        IndexError
+            If a number is too large, or a mask of the wrong length.
+        """
+        cells, genes = key if isinstance(key, tuple) else (key, slice(None))
+        rows, one_cell = _positions(cells, self.obs.index, "cell")
+        columns, one_gene = _positions(genes, self.var.index, "gene")
+        left = np.atleast_2d(self.left[rows].compute())
+        values = _product(left, self.right[columns], clip=self.clip)
+        return values[0 if one_cell else slice(None), 0 if one_gene else slice(None)]
+
+    def to_zarr(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dense: bool = False,
+        keep_observed: ExpressionMatrix | None = None,
+        preserve_zeros: ZeroRule | None = None,
+        overwrite: bool = False,
+        sources: tuple[str | os.PathLike[str], ...] = (),
+        listen: Listener = silent,
+    ) -> dict[str, Any]:
+        """Write an AnnData Zarr store: the factors in ``obsm["X_scialm"]`` and ``varm["scialm"]``.
+
+        Parameters
+        ----------
+        path
+            Where; appears only when it is complete.
+        dense
+            Write the imputed matrix too, as chunked X.
+        keep_observed
+            In X, leave the observed entries of this matrix as they were.
+        preserve_zeros
+            Write the imputed matrix as sparse X, without what this rule, as `biological_zeros` gives it, takes for
+            biological zeros. Observed entries stay, at their observed value if they were imputed as zero. Instead of
+            `dense`.
+        overwrite
+            Replace what is at `path`.
+        sources
+            Stores that are read meanwhile.
+        listen
+            Called with every event of the work; see `scialm_dask.events`.
+
+        Returns
+        -------
+        dict
+            The summary as it was written: with ``X``.
+
+        Raises
+        ------
+        InputError
+            If `dense` and `preserve_zeros` are both given, `keep_observed` without either, or a rule for
+            `preserve_zeros` that is none, or of another matrix.
+        OutputError
+            If `path` cannot be written.
+        """
+        import anndata
+
+        path = validated("path", path, str | os.PathLike)
+        self._check_x(dense, keep_observed, preserve_zeros)
+        advance = begin(listen, "writing")
+        parts = 2 if dense or preserve_zeros is not None else 1
+
+        def advance_part(share: float) -> None:
+            advance(share / parts)
+
+        with atomic_store(path, overwrite=overwrite, sources=sources) as partial:
+            root = new_anndata(partial, obs=self.obs, var=self.var)
+            write_left(root, f"X_{_KEY}", self.left, advance_part)
+            anndata.io.write_elem(root["varm"], _KEY, self.right)
+            written: dict[str, Any] | None = None
+            if preserve_zeros is not None:
+                total = write_sparse(root, self, preserve_zeros, keep_observed is not None, advance_part)
+                written = {"written": "preserve_zeros", "rank": preserve_zeros.rank}
+            elif dense:
+                total = write_dense(root, self, keep_observed, advance_part)
+                written = {"written": "dense"}
+            if written is not None:
+                written |= {
+                    "keep_observed": keep_observed is not None,
+                    "mean_over_observed": self._over_observed(total),
+                }
+            anndata.io.write_elem(root["uns"], _KEY, self._notes(written))
+            zarr.consolidate_metadata(root.store)
+        return self.summary | {"X": written}
+
+    def _check_x(self, dense: bool, keep_observed: ExpressionMatrix | None, preserve_zeros: ZeroRule | None) -> None:
+        """Raise `InputError` if this is not what X can be."""
+        if dense and preserve_zeros is not None:
+            raise InputError("dense and preserve_zeros both say what X is to be; give one of them")
+        if keep_observed is not None and not dense and preserve_zeros is None:
+            raise InputError("keep_observed is about X, and none is written; give dense=True or preserve_zeros too")
+        if preserve_zeros is None:
+            return
+        if not hasattr(preserve_zeros, "expressed"):
+            raise InputError(
+                f"preserve_zeros is {preserve_zeros!r}; give the rule of the matrix that was imputed: "
+                "biological_zeros(matrix)"
+            )
+        (cells, genes), (m, n) = preserve_zeros.matrix.shape, self.shape
+        if (cells, genes) != (m, n):
+            raise InputError(
+                f"preserve_zeros is of {cells} cells × {genes} genes, but the result has {m} × {n}; give that of the "
+                "matrix that was imputed"
+            )
+
+    def _over_observed(self, total: float) -> float | None:
+        """Mean of a matrix of this sum over the mean observed."""
+        observed = self.summary.get("mean_observed")
+        return total / self.shape[0] / self.shape[1] / observed if observed else None
+
+    def to_anndata(self) -> anndata.AnnData:
+        """Give an AnnData whose X is the imputed matrix, as a lazy dense Dask array, with the factors beside it.
+
+        The left factor, ``obsm["X_scialm"]``, is lazy too. Take a part and ``to_memory()`` it; to write all of it to
+        a store use `to_zarr`.
+        """
+        import anndata
+
+        adata = anndata.AnnData(self.to_dask(), obs=self.obs.copy(), var=self.var.copy())
+        self.add_to(adata)
+        return adata
+
+    def add_to(self, adata: anndata.AnnData, key: str = _KEY) -> None:
+        """Put the factors into an AnnData of the same cells and genes, as `impute` does.
+
+        Parameters
+        ----------
+        adata
+            Gets ``obsm["X_" + key]``, ``varm[key]`` and ``uns[key]``, as a store has them that `to_zarr` writes. The
+            left factor is computed unless X is lazy. A view becomes an AnnData of its own.
+        key
+            Name.
+        """
+        add_factors(adata, key, self.left, self.right, self._notes(None))
+
+    def _notes(self, written: dict[str, Any] | None) -> dict[str, Any]:
+        """Make what is kept in ``uns``, beside an X that is as `written`, or not of ours."""
+        summary = self.summary | {"X": written}
+        notes = {"summary": json.dumps(summary), "history": self.history, "clip": self.clip}
+        return notes if self.model is None else notes | {"model": asdict(self.model)}
+
+
+def _product(left: NDArray[np.float32], right: NDArray[np.float32], *, clip: bool) -> NDArray[np.float32]:
+    dense: NDArray[np.float32] = left @ right.T
+    return np.maximum(dense, 0, out=dense) if clip else dense
+
+
+def _stored_left(path: str, stored: Any) -> da.Array:
+    """Left factor of a result as a Dask array whose tasks open the store themselves."""
+    import dask.array as da
+
+    read, (cells, rank) = dask.delayed(_rows_of_left, pure=True), stored.shape
+    rows = RowBlocks.panels(cells, max(1, rank), CHUNK_BYTES)
+    if stored.chunks is not None:  # an .h5ad may hold it in one piece
+        rows = RowBlocks((*range(0, cells, stored.chunks[0]), cells))
+    pieces = [da.from_delayed(read(path, *span), (span[1] - span[0], rank), stored.dtype) for span in rows]
+    return da.concatenate(pieces, axis=0)
+
+
+def _rows_of_left(path: str, start: int, stop: int) -> NDArray[np.float32]:
+    return np.asarray(open_store(path)[f"obsm/X_{_KEY}"][start:stop])
+
+
+def _positions(wanted: Any, names: pd.Index, what: str) -> tuple[Any, bool]:
+    """Turn names, or whatever NumPy indexes with, into positions; tell whether it was a single one."""
+    if isinstance(wanted, slice):
+        return wanted, False
+    single = isinstance(wanted, str | int | np.integer)
+    items = np.atleast_1d(np.asarray(wanted))
+    if items.dtype.kind in "US" or items.dtype == object:
+        positions = names.get_indexer_for(items)
+        if (positions < 0).any():
+            absent = items[np.flatnonzero(positions < 0)[0]]
+            raise InputError(f"no {what} is named '{absent}'; the first ones are {', '.join(map(str, names[:3]))}")
+        return positions, single
+    return np.arange(len(names))[items], single

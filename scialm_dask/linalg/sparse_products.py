@@ -1,0 +1,205 @@
+"""The three products of a sparse row block with tall matrices, in tiles that stay in cache and in registers.
+
+For a CSR pattern with values s, rows Y (m × l) and columns Q (n × l): ``spmm`` adds S Q to Y, ``spmm_t`` adds Sᵀ Y
+to Q, ``sddmm`` computes the entries of Y Qᵀ on the pattern. Each entry costs l multiplications with one row of Q,
+which is fetched at random, so Q is cut into tiles: as many rows as fit in the second-level cache, and 64 columns, so
+that a row of Y stays in registers while its entries are visited. Columns must ascend within each row of the pattern.
+"""
+# ruff: noqa: ARG001 (numba calls the functions that make LLVM code, with more than they need)
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, register_model
+from numpy.typing import NDArray
+
+__all__ = ["are_compiled", "sddmm", "spmm", "spmm_t"]
+
+Floats = NDArray[np.float32]
+Pattern = NDArray[np.integer]
+
+_TILE_VALUES = 1 << 16  # of a tile of Q: 256 KB
+_ROW_ENTRIES = 256  # that a tile meets in a row on average, at least: each row of a tile waits for memory once
+_GATHER, _SCATTER, _SAMPLED = range(3)
+_FAST = ("reassoc", "contract", "nsz")
+
+_jit = numba.njit(nogil=True, cache=True, boundscheck=False)
+
+
+def spmm(indptr: Pattern, indices: Pattern, values: Floats, columns: Floats, rows: Floats) -> None:
+    """Add S Q to the rows Y."""
+    _product(_GATHER, indptr, indices, values, columns, rows, rows)
+
+
+def spmm_t(indptr: Pattern, indices: Pattern, values: Floats, rows: Floats, columns: Floats) -> None:
+    """Add Sᵀ Y to the columns Q."""
+    _product(_SCATTER, indptr, indices, values, columns, rows, columns)
+
+
+def sddmm(indptr: Pattern, indices: Pattern, rows: Floats, columns: Floats) -> Floats:
+    """Give (Y Qᵀ) on the pattern, shape ``(N,)``."""
+    values = np.zeros(len(indices), np.float32)
+    _product(_SAMPLED, indptr, indices, values, columns, rows, np.empty((0, 0), np.float32))
+    return values
+
+
+# A row of a tile as one LLVM vector. Loops over so few columns are not kept in registers by the compiler alone.
+
+
+class _Lanes(types.Type):
+    """A row of `count` float32."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        super().__init__(name=f"Lanes({count})")
+
+
+@register_model(_Lanes)
+class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, lanes: _Lanes) -> None:
+        super().__init__(manager, lanes, _vector(lanes.count))
+
+
+def _vector(count: int, element: ir.Type | None = None) -> ir.VectorType:
+    return ir.VectorType(element or ir.FloatType(), count)
+
+
+def _address(context: Any, builder: Any, signature: Any, args: Any, count: int) -> Any:
+    """Point at row ``args[1]`` of the contiguous tile ``args[0]``."""
+    row = context.cast(builder, args[1], signature.args[1], types.intp)
+    data = context.make_array(signature.args[0])(context, builder, args[0]).data
+    first = builder.gep(data, [builder.mul(row, ir.Constant(row.type, count))])
+    return builder.bitcast(first, _vector(count).as_pointer())
+
+
+@intrinsic
+def _load(_: Any, tile: Any, row: Any, lanes: Any) -> Any:
+    """Row of a tile; `lanes` is its width, a literal."""
+    if not isinstance(lanes, types.IntegerLiteral):
+        raise numba.errors.RequireLiteralValue("lanes")
+    count = lanes.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_address(context, builder, signature, args, count), align=4)
+
+    return _Lanes(count)(tile, row, lanes), generate
+
+
+@intrinsic
+def _store(_: Any, tile: Any, row: Any, x: Any) -> Any:
+    """Set a row of a tile."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], _address(context, builder, signature, args, x.count), align=4)
+        return context.get_dummy_value()
+
+    return types.void(tile, row, x), generate
+
+
+@intrinsic
+def _axpy(_: Any, scalar: Any, x: Any, y: Any) -> Any:
+    """Scalar times x, plus y."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        index = ir.IntType(32)
+        undefined = ir.Constant(_vector(x.count), ir.Undefined)
+        first = builder.insert_element(undefined, args[0], ir.Constant(index, 0))
+        everywhere = ir.Constant(_vector(x.count, index), [0] * x.count)
+        spread = builder.shuffle_vector(first, undefined, everywhere)
+        return builder.fadd(builder.fmul(spread, args[1], _FAST), args[2], _FAST)
+
+    return y(types.float32, x, y), generate
+
+
+@intrinsic
+def _dot(_: Any, x: Any, y: Any) -> Any:
+    """Inner product of two rows."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        single = ir.FloatType()
+        kind = ir.FunctionType(single, [single, _vector(x.count)])
+        total = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{x.count}f32")
+        return builder.call(total, [ir.Constant(single, 0), builder.fmul(*args, _FAST)], fastmath=_FAST)
+
+    return types.float32(x, y), generate
+
+
+@_jit
+def _product(kind, indptr, indices, values, columns, rows, out):  # type: ignore[no-untyped-def]
+    """Tile by tile: one of the three products, into `out` (rows or columns) or `values`."""
+    n, width = columns.shape
+    at = np.empty(len(indptr) - 1, indptr.dtype)
+    least = _ROW_ENTRIES * n * len(at) // max(1, len(indices))
+    left = 0
+    while left < width:
+        lanes = 64 if width - left > 32 else 32 if width - left > 16 else 16
+        at[:] = indptr[:-1]
+        y = _packed(rows, 0, len(rows), left, lanes)
+        height = max(_TILE_VALUES // lanes, least)
+        for start in range(0, n, height):
+            stop = min(start + height, n)
+            q = _packed(columns, start, stop, left, lanes)
+            if lanes == 64:
+                _visit_tile(64, kind, at, indptr, indices, values, start, stop, q, y)
+            elif lanes == 32:
+                _visit_tile(32, kind, at, indptr, indices, values, start, stop, q, y)
+            else:
+                _visit_tile(16, kind, at, indptr, indices, values, start, stop, q, y)
+            if kind == _SCATTER:
+                _unpack(q, out, start, left)
+        if kind == _GATHER:
+            _unpack(y, out, 0, left)
+        left += lanes
+
+
+@_jit
+def _visit_tile(lanes, kind, at, indptr, indices, values, start, stop, q, y):  # type: ignore[no-untyped-def]
+    """Visit the entries in columns `start` to `stop`; `at` says where each row goes on."""
+    numba.literally(lanes)
+    for i in range(len(at)):
+        k, end = at[i], indptr[i + 1]
+        row = _load(y, i, lanes)
+        if kind == _GATHER:
+            while k < end and indices[k] < stop:
+                row = _axpy(values[k], _load(q, indices[k] - start, lanes), row)
+                k += 1
+            _store(y, i, row)
+        elif kind == _SCATTER:
+            while k < end and indices[k] < stop:
+                j = indices[k] - start
+                _store(q, j, _axpy(values[k], row, _load(q, j, lanes)))
+                k += 1
+        else:
+            while k < end and indices[k] < stop:
+                values[k] += _dot(row, _load(q, indices[k] - start, lanes))
+                k += 1
+        at[i] = k
+
+
+@_jit
+def _packed(source, start, stop, left, lanes):  # type: ignore[no-untyped-def]
+    """Rows `start` to `stop` and `lanes` columns from `left`, side by side; zeros beyond the last column."""
+    tile = np.zeros((stop - start, lanes), np.float32)
+    for i in range(stop - start):
+        for t in range(min(lanes, source.shape[1] - left)):
+            tile[i, t] = source[start + i, left + t]
+    return tile
+
+
+@_jit
+def _unpack(tile, target, start, left):  # type: ignore[no-untyped-def]
+    """Put a tile back where it came from."""
+    for i in range(len(tile)):
+        for t in range(min(tile.shape[1], target.shape[1] - left)):
+            target[start + i, left + t] = tile[i, t]
+
+
+def are_compiled() -> bool:
+    """Whether an earlier process has left these products in numba's cache, so that this one need not compile them."""
+    return any(Path(_product.stats.cache_path).glob("tiles._product-*.nbi"))

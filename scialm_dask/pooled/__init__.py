@@ -1,0 +1,1 @@
+"""Expression from pooled measurements."""

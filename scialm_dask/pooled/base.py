@@ -1,0 +1,198 @@
+"""Recovery from pooled measurements: what both methods share.
+
+Each cell is measured through pools of genes, D = M P, with P binary, genes × pools. A method visits the row blocks
+of D, a few thousand cells at a time, and keeps sums of the size of genes and pools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import dask
+import numpy as np
+from numpy.typing import NDArray
+
+from scialm_dask.data.annotated import as_dask
+from scialm_dask.data.matrix import tree_reduce
+from scialm_dask.errors import InputError
+
+if TYPE_CHECKING:
+    import dask.array as da
+    import pandas as pd
+
+    from scialm_dask.imputation import Imputation
+
+__all__ = ["Measurements", "PooledResult", "Sums", "add_sums", "batches", "dense_block"]
+
+Float = NDArray[np.float64]
+Sums = dict[str, Any]  # float64 scalars and arrays that add up over cells
+
+BATCH = 4096  # cells in work at a time within a block: bounds the memory of a task whatever the chunks of D
+
+
+@dataclass(frozen=True)
+class PooledResult:
+    """Expression recovered from pools, M = max(left · rightᵀ, 0), computed where it is asked for.
+
+    Attributes
+    ----------
+    left
+        Cells × rank, float64, a lazy Dask array in the row blocks of D.
+    right
+        Genes × rank, float64.
+    objective
+        What was minimised: ‖D − UVᵀP‖_F² plus the ridge (least squares), or ‖X‖_* (nuclear norm).
+    feasibility
+        ‖XP − D‖_F.
+    certificate
+        Nuclear norm: the objective is at most this much above the smallest possible one, by a dual feasible
+        point. None for alternating least squares, which is not convex.
+    history
+        One record for each iteration.
+    converged
+        Whether the stopping rule was met.
+    """
+
+    left: da.Array
+    right: Float
+    objective: float
+    feasibility: float
+    certificate: float | None
+    history: tuple[dict[str, float], ...]
+    converged: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells × genes."""
+        return self.left.shape[0], len(self.right)
+
+    def to_dask(self) -> da.Array:
+        """Give the recovered matrix: cells × genes, float64, non-negative, one chunk for each row block."""
+        left = self.left
+        return left.map_blocks(_expand, self.right, chunks=(left.chunks[0], (len(self.right),)), meta=np.empty((0, 0)))
+
+    def to_imputation(self, obs: pd.DataFrame | None = None, var: pd.DataFrame | None = None) -> Imputation:
+        """Give the same result as an `Imputation`, which can be written and indexed by names.
+
+        Its factors are float32, so that constraints hold to about 1e-7 of ‖D‖_F.
+
+        Parameters
+        ----------
+        obs, var
+            Annotation of cells and genes; numbered if None.
+        """
+        import pandas as pd
+
+        from scialm_dask.imputation import Imputation
+
+        cells, genes = self.shape
+        summary = {
+            "cells": cells,
+            "genes": genes,
+            "rank": self.right.shape[1],
+            "iterations": len(self.history),
+            "converged": self.converged,
+            "objective": self.objective,
+            "feasibility": self.feasibility,
+        }
+        if self.certificate is not None:
+            summary["certificate"] = self.certificate
+        return Imputation(
+            self.left.astype(np.float32),
+            self.right.astype(np.float32),
+            obs=pd.DataFrame(index=pd.RangeIndex(cells).astype(str)) if obs is None else obs,
+            var=pd.DataFrame(index=pd.RangeIndex(genes).astype(str)) if var is None else var,
+            summary=summary,
+            history={name: [record[name] for record in self.history] for name in (self.history or ({},))[0]},
+        )
+
+
+def _expand(left: Float, right: Float) -> Float:
+    product = left @ right.T
+    return np.maximum(product, 0.0, out=product)
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """D, cells × pools, by row blocks, each read anew in the task that visits it."""
+
+    array: da.Array
+
+    @classmethod
+    def of(cls, source: Any, pools: int) -> Measurements:
+        """Take whatever `as_dask` does.
+
+        Raises
+        ------
+        InputError
+            If it is not a matrix of numbers with `pools` columns.
+        """
+        array = as_dask(source, "measurements")
+        if array.shape[1] != pools:
+            raise InputError(
+                f"measurements: {array.shape[1]} columns, the design has {pools} pools; give D and P of one experiment"
+            )
+        return cls(array.rechunk({1: -1}))
+
+    @property
+    def starts(self) -> list[int]:
+        """First cell of each block."""
+        return [0, *np.cumsum(self.array.chunks[0])[:-1].tolist()]
+
+    def blocks(self) -> list[Any]:
+        """Give the blocks as delayed objects."""
+        return list(self.array.to_delayed()[:, 0])
+
+    def total(self, visit: Callable[..., Sums], *settings: Any) -> Sums:
+        """Visit every block once by `visit(block, start, *settings)` and add up what the visits return."""
+        shared = [dask.delayed(setting, traverse=False) for setting in settings]
+        visit = dask.delayed(visit, pure=False)
+        parts = [visit(block, start, *shared) for block, start in zip(self.blocks(), self.starts, strict=True)]
+        return tree_reduce(parts, add_sums).compute()  # type: ignore[no-any-return]
+
+    def map(
+        self, function: Callable[..., Float], width: int, *settings: Any, states: Sequence[Any] | None = None
+    ) -> da.Array:
+        """Lazily apply `function([state,] block, start, *settings)` to each block; gives cells × width."""
+        import dask.array as da
+
+        shared = [dask.delayed(setting, traverse=False) for setting in settings]
+        function = dask.delayed(function, pure=True)
+        rows: Any = zip(self.blocks(), self.starts, strict=True)
+        if states is not None:
+            rows = zip(states, self.blocks(), self.starts, strict=True)
+        chunks = [
+            da.from_delayed(function(*row, *shared), (size, width), meta=np.empty((0, 0)))
+            for row, size in zip(rows, self.array.chunks[0], strict=True)
+        ]
+        return da.concatenate(chunks, axis=0)
+
+
+def dense_block(block: Any, start: int) -> Float:
+    """Give a block of D as dense float64.
+
+    Raises
+    ------
+    InputError
+        If a value is negative, NaN or infinite.
+    """
+    values = np.ascontiguousarray(block.toarray() if hasattr(block, "toarray") else block, dtype=np.float64)
+    if values.size and not (values.min() >= 0 and values.max() < np.inf):  # false for NaN too
+        cell, pool = np.argwhere(~((values >= 0) & (values < np.inf)))[0]
+        raise InputError(
+            f"measurements: value {values[cell, pool]} at cell {start + cell}, pool {pool}; sums of expression must "
+            "be finite and not negative: give counts or normalised counts"
+        )
+    return values
+
+
+def batches(cells: int) -> Iterator[slice]:
+    """Cut a block into runs of cells."""
+    return (slice(start, min(start + BATCH, cells)) for start in range(0, cells, BATCH))
+
+
+def add_sums(left: Sums, right: Sums) -> Sums:
+    """Add two sets of sums."""
+    return {name: left[name] + right[name] for name in left}

@@ -1,0 +1,197 @@
+"""Some cells before and after: how genes have changed, and how the cells lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from scialm_dask.data.csr import row_of
+from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.stream import in_order
+from scialm_dask.errors import InputError
+from scialm_dask.events import Advance, Listener, begin, silent
+from scialm_dask.imputation import Imputation
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["GENES_OF_PLANE", "MOST_CELLS", "Comparison", "compare"]
+
+MOST_CELLS = 2000
+GENES_OF_PLANE = 1000  # the most variable ones, by which cells are laid out
+_PANEL_BYTES = 32 << 20
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The observed and the imputed matrix side by side, on a sample of cells.
+
+    Parameters
+    ----------
+    cells
+        Numbers of the sampled cells, rising, shape ``(k,)``.
+    genes_seen
+        Number of genes with an observed value in each of them, shape ``(k,)``.
+    genes
+        A row for each gene, over these cells: ``detected`` (share of cells with an observed value),
+        ``mean_observed`` (zeros counted), ``mean_imputed``, ``change`` (root mean square of imputed − observed),
+        ``filled`` (share of its zeros that were imputed as high as the mean of its non-zeros, or higher).
+    filled
+        That share over all zeros of all genes.
+    before, after
+        First two principal components of the cells, float64, shape ``(k, 2)``.
+    shares
+        Of the variance, on the axes of `before` and of `after`.
+    """
+
+    cells: NDArray[np.intp]
+    genes_seen: NDArray[np.intp]
+    genes: pd.DataFrame
+    filled: float
+    before: Doubles
+    after: Doubles
+    shares: tuple[tuple[float, float], tuple[float, float]]
+
+
+def compare(
+    result: Imputation,
+    source: ExpressionMatrix,
+    *,
+    most_cells: int = MOST_CELLS,
+    listen: Listener = silent,
+) -> Comparison:
+    """Compare a result with the matrix it was made from, in one pass over that.
+
+    Parameters
+    ----------
+    result
+        Completed from `source`; its X is compared where it was written with one.
+    source
+        Cells × genes.
+    most_cells
+        Size of the sample. Which cells are in it depends on their numbers alone.
+    listen
+        Called with every event of the work; see `scialm_dask.events`.
+
+    Returns
+    -------
+    Comparison
+        Of the sampled cells.
+
+    Raises
+    ------
+    InputError
+        If the shapes differ.
+    """
+    if source.shape != result.shape:
+        raise InputError(
+            f"{source.name}: {source.shape[0]} cells × {source.shape[1]} genes, but the result has "
+            f"{result.shape[0]} × {result.shape[1]}; give the matrix it was made from"
+        )
+    cells = sample(result.shape[0], most_cells)
+    observed = _rows_of(source, cells, begin(listen, "comparing"))
+    plane = _variable_genes(observed)
+    genes, filled, imputed = _by_gene(result, cells, observed, plane)
+    before, first = _components(_evened(observed[:, plane].toarray(), _totals(observed)))
+    after, second = _components(_evened(imputed[:, :-1], imputed[:, -1]))
+    turn = np.where((before * after).sum(axis=0) < 0, -1.0, 1.0)  # the same way round as before
+    seen = np.diff(observed.indptr).astype(np.intp)
+    return Comparison(cells, seen, genes, filled, before, after * turn, (first, second))
+
+
+def sample(n_cells: int, most: int) -> NDArray[np.intp]:
+    """Draw cells without replacement: those of the lowest draws, of which each cell has its own."""
+    draws = np.random.default_rng(0).random(n_cells)
+    return np.sort(np.argsort(draws, kind="stable")[:most])
+
+
+def _rows_of(source: ExpressionMatrix, cells: NDArray[np.intp], advance: Advance = lambda _: None) -> sp.csr_matrix:
+    """Read the sampled rows: blocks in order, each let go before the next."""
+    cuts = np.searchsorted(cells, source.blocks.bounds)
+    needed = [block for block in range(len(source.blocks)) if cuts[block] < cuts[block + 1]]
+    pieces = []
+    for block, csr in zip(needed, in_order(source.read_block, needed), strict=True):
+        pieces.append(csr[cells[cuts[block] : cuts[block + 1]] - source.blocks.bounds[block]])
+        advance(1 / len(needed))
+    return sp.vstack(pieces, format="csr")
+
+
+def _totals(observed: sp.csr_matrix) -> Doubles:
+    return np.asarray(observed.sum(axis=1, dtype=np.float64)).ravel()
+
+
+def _evened(values: NDArray[np.floating], totals: Doubles) -> Doubles:
+    """Scale cells to their median total and take logarithms, as is usual before principal components."""
+    seen = totals > 0
+    middle = np.median(totals[seen]) if seen.any() else 1.0
+    factor = np.divide(middle, totals, out=np.ones_like(totals), where=seen)
+    even: Doubles = np.log1p(np.maximum(values * factor[:, None], 0))
+    return even
+
+
+def _variable_genes(observed: sp.csr_matrix) -> NDArray[np.intp]:
+    """Genes of the largest variance, after the same scaling and logarithm."""
+    even = observed.astype(np.float64)
+    totals = _totals(observed)
+    even.data = _evened(even.data[:, None], totals[row_of(observed)])[:, 0]
+    mean = np.asarray(even.mean(axis=0)).ravel()
+    even.data **= 2
+    variance = np.asarray(even.mean(axis=0)).ravel() - mean**2
+    return np.sort(np.argsort(-variance, kind="stable")[:GENES_OF_PLANE])
+
+
+def _by_gene(
+    result: Imputation, cells: NDArray[np.intp], observed: sp.csr_matrix, plane: NDArray[np.intp]
+) -> tuple[pd.DataFrame, float, Doubles]:
+    """Sum over the cells, some at a time; give also the imputed values of `plane`, and of each cell their total."""
+    import pandas as pd
+
+    n_cells, n_genes = observed.shape
+    counts = np.bincount(observed.indices, minlength=n_genes)
+    sums = np.bincount(observed.indices, weights=observed.data, minlength=n_genes)
+    typical = np.divide(sums, counts, out=np.full(n_genes, np.inf), where=counts > 0)
+    imputed, squares, filled = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes)
+    kept = np.empty((n_cells, len(plane) + 1))
+    for start, stop in RowBlocks.panels(n_cells, n_genes, _PANEL_BYTES):
+        rows = slice(start, stop)
+        before = observed[rows].toarray()
+        if result.X is None:
+            after = result.product(result.left[cells[rows]].compute())
+        else:
+            after = _rows_of(result.X, cells[rows]).toarray()
+        kept[rows, :-1], kept[rows, -1] = after[:, plane], after.sum(axis=1, dtype=np.float64)
+        imputed += after.sum(axis=0, dtype=np.float64)
+        squares += np.square(after - before).sum(axis=0, dtype=np.float64)
+        filled += ((before == 0) & (after >= typical)).sum(axis=0)
+    zeros = n_cells - counts
+    table = {
+        "detected": counts / n_cells,
+        "mean_observed": sums / n_cells,
+        "mean_imputed": imputed / n_cells,
+        "change": np.sqrt(squares / n_cells),
+        "filled": np.divide(filled, zeros, out=np.zeros(n_genes), where=zeros > 0),
+    }
+    return pd.DataFrame(table, index=result.var.index), float(filled.sum() / max(1, zeros.sum())), kept
+
+
+def _components(values: Doubles) -> tuple[Doubles, tuple[float, float]]:
+    """First two principal components, and the shares of the variance on them; signs fixed by the skewness."""
+    from scipy.linalg import eigh
+
+    centred = values - values.mean(axis=0)
+    wide = centred.shape[0] < centred.shape[1]
+    gram = centred @ centred.T if wide else centred.T @ centred
+    last = len(gram) - 1
+    squares, vectors = eigh(gram, subset_by_index=[max(0, last - 1), last])
+    scores = vectors * np.sqrt(np.maximum(squares, 0)) if wide else centred @ vectors
+    scores = np.pad(scores[:, ::-1], ((0, 0), (0, 2 - scores.shape[1])))
+    scores *= np.where((scores**3).sum(axis=0) < 0, -1.0, 1.0)
+    total = max(float(np.trace(gram)), np.finfo(np.float64).tiny)
+    one, two = np.square(scores).sum(axis=0) / total
+    return scores, (float(one), float(two))

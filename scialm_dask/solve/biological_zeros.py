@@ -1,0 +1,192 @@
+"""Which zeros are biological: the rule of ALRA (Linderman et al. 2022), out of core.
+
+Take every zero as observed and approximate the matrix by one of rank k. Where a gene is not expressed, what the
+approximation gives spreads about zero, to either side alike: its most negative value shows how far. Zeros at which
+it does not rise over the size of that value are taken to be biological.
+
+The rule is applied to the pattern of detection (1 where counts are, 0 elsewhere) rather than to logarithms of
+counts. The variance of an entry is then a quarter at most, so that no widely expressed gene has a factor of its own,
+nor a threshold set by a single zero that chance or masking has put between high counts; and neither totals nor the
+normalisation matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import dask
+import numpy as np
+from dask.delayed import Delayed
+from numpy.typing import NDArray
+
+from scialm_dask.arguments import checked
+from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
+from scialm_dask.data.scratch import new_scratch
+from scialm_dask.errors import InputError
+from scialm_dask.events import Listener, Pass, Stage, silent
+from scialm_dask.linalg.kernels import Block, Doubles, Floats, Update
+from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.linalg.ridge import column_minima
+from scialm_dask.linalg.svd import extended_basis, leading_triplets
+
+__all__ = ["BiologicalZeros", "biological_zeros", "spectral_gap_rank"]
+
+# ALRA's: singular values looked at, the share of them after which all is noise, and how many standard deviations
+# over the gaps between those a gap is a signal.
+_VALUES, _NOISE_FROM, _DEVIATIONS = 100, 0.8, 6.0
+_LEAST_VALUES = 6  # of fewer the last fifth has no two gaps
+_LEAST_SIDE = 20
+_SPARE = 12  # columns that only help the last values to settle
+PASSES = 10  # at most, besides reading
+
+
+@dataclass(frozen=True)
+class BiologicalZeros:
+    """Tells, of any cells, which entries a completed matrix may fill.
+
+    Parameters
+    ----------
+    matrix
+        Whose zeros they are.
+    left, right
+        Factors of the rank-k approximation of its pattern: a Dask array, float32, ``(m, k)``, and ``(n, k)``.
+    thresholds
+        Of each gene, float32, shape ``(n,)``.
+    """
+
+    matrix: ExpressionMatrix
+    left: Any
+    right: Floats
+    thresholds: Floats
+
+    @property
+    def rank(self) -> int:
+        """The k of the approximation."""
+        return int(self.right.shape[1])
+
+    def expressed(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Where cells `start` to `stop` may be other than zero, shape ``(stop − start, n)``; not what is observed."""
+        allowed: NDArray[np.bool_] = self.left[start:stop].compute() @ self.right.T > self.thresholds
+        return allowed
+
+
+@dataclass(frozen=True)
+class _Detected:
+    """The pattern of a matrix, with ones for values, for `LowRankPlusSparse`."""
+
+    matrix: ExpressionMatrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        return self.matrix.blocks.bounds
+
+    def load(self, block: int) -> Block:
+        csr = self.matrix.read_block(block)
+        return Block(csr.indptr, csr.indices, np.ones(csr.nnz, np.float32), csr.shape[1])
+
+    @property
+    def column_confidence(self) -> None:
+        return None
+
+    @property
+    def has_row_confidence(self) -> bool:
+        return False
+
+    def held_out(self, block: int, loaded: Block) -> None:
+        return None
+
+
+@checked
+def biological_zeros(
+    matrix: ExpressionMatrix, *, seed: int = 0, scratch_folder: str | None = None, listen: Listener = silent
+) -> BiologicalZeros:
+    """Find the biological zeros of a matrix, with a dozen passes over it.
+
+    Parameters
+    ----------
+    matrix
+        Cells × genes, the one that is completed.
+    seed
+        Of the directions that the singular value decomposition starts from.
+    scratch_folder
+        Where to keep the working state, while the matrix is read anew in every pass; both are held in memory if
+        None. What is kept there goes when nothing that is lazy needs it any more.
+    listen
+        Called with every event of the work; see `scialm_dask.events`.
+
+    Returns
+    -------
+    BiologicalZeros
+        The rule, for `Imputation.to_zarr`. Its left factor is lazy.
+
+    Raises
+    ------
+    InputError
+        If zeros of the matrix count as measured, it is too small to tell a signal from noise, or `scratch_folder` is
+        not there.
+    OutputError
+        If that cannot be written, or the disk is full.
+    """
+    if matrix.observed != "nonzero":
+        raise InputError(f"{matrix.name}: its zeros are observed values; only zeros that are unknown can be preserved")
+    if min(matrix.shape) < _LEAST_SIDE:
+        raise InputError(
+            f"{matrix.name}: {matrix.shape[0]} cells × {matrix.shape[1]} genes; at least {_LEAST_SIDE} of both are "
+            "needed to tell biological zeros"
+        )
+    listen(Stage("finding biological zeros"))
+    shipped = matrix.for_workers()
+    with new_scratch(scratch_folder, shipped.rows) as store:
+        operator = LowRankPlusSparse(_Detected(shipped), store, on_pass=lambda n: listen(Pass(n)))
+        lefts, right = _approximation(operator, seed)
+        thresholds = np.maximum(-_minima(lefts, right), 0)
+
+    import dask.array as da
+
+    shapes = [(stop - start, right.shape[1]) for start, stop in matrix.blocks]
+    pieces = [da.from_delayed(left, shape, np.float32) for left, shape in zip(lefts, shapes, strict=True)]
+    return BiologicalZeros(matrix, da.concatenate(pieces, axis=0), right, thresholds)
+
+
+def _approximation(operator: LowRankPlusSparse, seed: int) -> tuple[list[Delayed], Floats]:
+    """Best approximation of rank k of what is observed, zeros being zero: left factor by block, and right factor."""
+    most = min(operator.shape)
+    count, width = min(_VALUES, most), min(_VALUES + _SPARE, most)
+    basis = extended_basis(np.zeros((operator.shape[1], 0), np.float32), width, seed)
+    product = operator.multiply(basis)
+    svd = leading_triplets(operator, product, limit=count, threshold=0.0, passes=PASSES, tolerance=0.0, seed=seed)
+    k = spectral_gap_rank(svd.values[:count])
+    rotation = (svd.to_left[:, :k] * svd.values[:k]).astype(np.float32)
+    right = np.ascontiguousarray(svd.right[:, :k])
+    operator.multiply(None, Update(rotation, ratio=0.0), right)
+    return operator.factors()
+
+
+def spectral_gap_rank(values: Doubles) -> int:
+    """ALRA's choice of k: the last gap between singular values that stands out of those among the last fifth.
+
+    Parameters
+    ----------
+    values
+        Leading singular values, falling; the last fifth of them taken to be noise. All are signal where there are
+        too few to have any.
+    """
+    if len(values) < _LEAST_VALUES:
+        return len(values)
+    gaps = values[:-1] - values[1:]
+    noise = gaps[int(_NOISE_FROM * len(values)) - 1 :]
+    outstanding = np.flatnonzero(gaps > noise.mean() + _DEVIATIONS * noise.std(ddof=1))
+    return int(outstanding[-1]) + 1 if len(outstanding) else 1
+
+
+def _minima(lefts: list[Delayed], right: Floats) -> Floats:
+    """Most negative value of each column of the approximation."""
+    lowest = dask.delayed(column_minima)
+    carried = dask.delayed(right, traverse=False)
+    minima: Floats = tree_reduce([lowest(left, carried) for left in lefts], np.minimum).compute()
+    return minima
