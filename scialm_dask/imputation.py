@@ -230,9 +230,9 @@ class Imputation:
             meta=np.empty((0, 0), "f4"),
         )
 
-    def product(self, left: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Impute the cells whose left factors are given, ``(k, r)``: float32, ``(k, n)``."""
-        return _product(left, self.right, clip=self.clip)
+    def rows(self, cells: slice | NDArray[np.intp]) -> NDArray[np.float32]:
+        """Impute some cells, given by a slice or by their numbers: float32, one row of ``n`` genes each."""
+        return _product(self.left[cells].compute(), self.right, clip=self.clip)
 
     def transform(self, matrix: Any, *, layer: str | None = None, listen: Listener = silent) -> Imputation:
         """Complete cells that were not in the fit, with its gene factors: one pass, a small problem for each cell.

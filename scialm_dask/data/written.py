@@ -35,8 +35,8 @@ class Factors(Protocol):
         """Cells × genes."""
         ...
 
-    def product(self, left: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Give imputed cells, of rows of the left factor."""
+    def rows(self, cells: slice) -> NDArray[np.float32]:
+        """Impute some cells."""
         ...
 
 
@@ -85,7 +85,7 @@ def write_dense(root: zarr.Group, factors: Factors, keep_observed: ExpressionMat
     observed = keep_observed.with_blocks(panels) if keep_observed else None
     total = 0.0
     for number, (start, stop) in enumerate(panels):
-        values = factors.product(factors.left[start:stop].compute())
+        values = factors.rows(slice(start, stop))
         if observed is not None:
             csr = observed.read_block(number)
             values[row_of(csr), csr.indices] = csr.data
@@ -107,7 +107,7 @@ def write_sparse(root: zarr.Group, factors: Factors, zeros: ZeroRule, keep_obser
     total = 0.0
     with CSRWriter(root, "X", n_columns=factors.shape[1]) as writer:
         for number, (start, stop) in enumerate(panels):
-            values = factors.product(factors.left[start:stop].compute())
+            values = factors.rows(slice(start, stop))
             csr = observed.read_block(number)
             at = row_of(csr), csr.indices
             imputed = values[at]

@@ -162,7 +162,7 @@ def _by_gene(
         rows = slice(start, stop)
         before = observed[rows].toarray()
         if result.X is None:
-            after = result.product(result.left[cells[rows]].compute())
+            after = result.rows(cells[rows])
         else:
             after = _rows_of(result.X, cells[rows]).toarray()
         kept[rows, :-1], kept[rows, -1] = after[:, plane], after.sum(axis=1, dtype=np.float64)
