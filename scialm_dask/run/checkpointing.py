@@ -14,8 +14,7 @@ import numpy as np
 
 from scialm_dask import __version__
 from scialm_dask.config import Settings
-from scialm_dask.data.array_files import ArrayFile, ArrayFolder
-from scialm_dask.data.checkpoint import Checkpoint, Checkpoints
+from scialm_dask.data.checkpoint import ArrayFolder, Checkpoint, Checkpoints, Piece
 from scialm_dask.data.fingerprint import fingerprint
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
@@ -330,9 +329,9 @@ class Keeper:
     def _written(self, iterations: int) -> None:
         self._iterations, self._time = iterations, time.monotonic()
 
-    def _arrays(self, files: ArrayFolder) -> tuple[dict[str, list[ArrayFile]], dict[str, list[ArrayFile]]]:
+    def _arrays(self, files: ArrayFolder) -> tuple[dict[str, list[Piece]], dict[str, list[Piece]]]:
         """Write the arrays: those of the operator, and the others."""
-        saved: dict[str, list[ArrayFile]] = {}
+        saved: dict[str, list[Piece]] = {}
         others: dict[str, Any] = {}
         trust = self._job.confidence
         if trust is not None:

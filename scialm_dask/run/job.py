@@ -16,7 +16,6 @@ from scialm_dask.config import Settings
 from scialm_dask.data.checkpoint import Checkpoints
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
-from scialm_dask.data.remote_checkpoint import checkpoints_at
 from scialm_dask.data.scratch import new_scratch
 from scialm_dask.data.store import check_apart
 from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
@@ -103,7 +102,7 @@ def complete_matrix(
             raise ClusterError(f"{loss}; with --checkpoint DIR a run can go on after that") from error
     if matrix.origin is not None:
         check_apart(checkpoint.folder, (matrix.origin.path,))
-    with checkpoints_at(checkpoint.folder) as checkpoints:
+    with Checkpoints(checkpoint.folder) as checkpoints:
         if checkpoints.names():
             raise OutputError(
                 f"{checkpoint.folder}: holds checkpoints already; go on from them by `scialm-dask resume "
@@ -152,7 +151,7 @@ def resume_matrix(
     """
     notes_of(folder)
     changes = {"scratch": scratch, "memory_limit": memory_limit}
-    with checkpoints_at(folder) as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         return _persevere(checkpoints, stop, lambda saved: saved.job(matrix, changes), listen)
 
 
@@ -166,13 +165,13 @@ def notes_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if not is_url(folder) and not os.path.isdir(folder):
         raise InputError(f"{os.fspath(folder)}: no such folder of checkpoints; check the path")
-    with checkpoints_at(folder) as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         return checkpoints.notes()
 
 
 def finish(folder: str | os.PathLike[str], destination: str) -> None:
     """Note that a run is finished and its result written, and remove its checkpoints."""
-    with checkpoints_at(folder) as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         older = checkpoints.names()
         notes = checkpoints.notes() | {"finished": destination}
         checkpoints.commit(checkpoints.begin(), notes, {})

@@ -200,8 +200,8 @@ def newest_two(folder):
 
 DAMAGES = {
     "torn": ("manifest.json", Path.unlink),
-    "truncated": ("estimate.1.npy", truncated),
-    "edited": ("left.2.npy", edited),
+    "truncated": ("estimate.1/c/0", truncated),
+    "edited": ("left.2/c/0/0", edited),
     "newer": ("manifest.json", of_manifest(lambda content: content.update(format=99))),
 }
 
@@ -224,8 +224,8 @@ def test_the_one_before_is_used_and_said_so(whole, stopped, damage):
 
 def test_none_can_be_used(stopped):
     for name in newest_two(stopped):
-        edited(stopped / name / "right.0.npy")
-    with pytest.raises(InputError, match=r"no checkpoint can be used \(.*right\.0\.npy.*right\.0\.npy.*begin anew"):
+        edited(stopped / name / "right.0/c/0/0")
+    with pytest.raises(InputError, match=r"no checkpoint can be used \(.*right\.0 is d.*right\.0 is d.*begin anew"):
         resume(stopped)
 
 
