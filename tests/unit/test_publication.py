@@ -15,7 +15,8 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.qc import CellMeasures, Thresholds
 from scialm_dask.events import silent
 from scialm_dask.report import figures
-from scialm_dask.run.job import complete_matrix
+from scialm_dask.run.checkpointing import Job
+from scialm_dask.run.job import run
 
 
 @pytest.fixture
@@ -155,9 +156,7 @@ def test_what_quality_control_removes_is_counted():
 
 
 def test_spectrum_draws_all_singular_values(counts):
-    result: Imputation = complete_matrix(
-        ExpressionMatrix.of(counts), Settings(stop="residual", max_iterations=8, max_rank=5)
-    )
+    result: Imputation = run(Job(ExpressionMatrix.of(counts), Settings(stop="residual", max_iterations=8, max_rank=5)))
     line = figures.spectrum(result).axes[0].lines[0]
     np.testing.assert_allclose(line.get_ydata(), result.summary["singular_values"])
 
