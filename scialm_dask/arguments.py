@@ -1,10 +1,11 @@
-"""Arguments of the types that they are annotated with, or one line that says what is wanted instead."""
+"""Arguments of the types, and within the intervals, that they are annotated with; else one line says what is wanted."""
 
 from __future__ import annotations
 
 import builtins
 import functools
 import inspect
+import math
 import os
 import reprlib
 import sys
@@ -12,14 +13,36 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from scialm_dask.errors import InputError
 
-__all__ = ["check_fields", "checked", "short_repr", "validated"]
+__all__ = ["Count", "Interval", "Ratio", "Share", "check_fields", "checked", "short_repr", "validated"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class Interval(NamedTuple):
+    """Limits of a number, for `Annotated`; without its ends where `open`. NaN lies in none."""
+
+    low: float
+    high: float = math.inf
+    open: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Tell whether a number lies within."""
+        return self.low < value < self.high if self.open else self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"of at least {self.low}"
+        return f"between {self.low} and {self.high}" if self.open else f"from {self.low} to {self.high}"
+
+
+Count = Annotated[int, Interval(1)]
+Share = Annotated[float, Interval(0, 1, open=True)]
+Ratio = Annotated[float, Interval(0, 1)]
 
 _NUMBERS: dict[Any, tuple[type, Callable[[Any], Any]]] = {int: (Integral, int), float: (Real, float)}
 _NAMES = {int: "whole number", float: "number", str: "word", os.PathLike: "path", Callable: "function"}
@@ -49,7 +72,7 @@ def check_fields(made: Any) -> None:
 
 
 def validated(name: str, value: Any, kind: Any) -> Any:
-    """Give `value` as what it is annotated with.
+    """Return `value` as what it is annotated with.
 
     Parameters
     ----------
@@ -58,8 +81,8 @@ def validated(name: str, value: Any, kind: Any) -> Any:
     value
         Numbers of NumPy become Python's, and what can be iterated over a tuple. Truth values are no numbers here.
     kind
-        A class, `Literal`, ``tuple``, ``Sequence``, ``Callable``, or a union of these. What only type checkers can see
-        may be anything.
+        A class, `Annotated` with an `Interval`, `Literal`, ``tuple``, ``Sequence``, ``Callable``, or a union of these.
+        What only type checkers can see may be anything.
 
     Raises
     ------
@@ -74,14 +97,18 @@ def validated(name: str, value: Any, kind: Any) -> Any:
 
 
 def short_repr(value: Any) -> str:
-    """Write any value in half a line."""
+    """Return any value in half a line."""
     return " ".join(_short.repr(value).split())
 
 
 def _as(value: Any, kind: Any) -> Any:
     """Do what `validated` does, with a TypeError for what is something else."""
     origin, parts = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
+    if origin is Annotated:
+        number = _as(value, parts[0])
+        if parts[1].holds(number):
+            return number
+    elif origin in (Union, UnionType):
         for part in parts:
             try:
                 return _as(value, part)
@@ -104,20 +131,22 @@ def _as(value: Any, kind: Any) -> Any:
     raise TypeError
 
 
-def _words(kind: Any) -> str:
+def _words(kind: Any, plural: str = "") -> str:
     """Say what is wanted."""
     origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return f"{_words(parts[0], plural)} {parts[1]}"
     if origin in (Union, UnionType):
-        *others, last = (_words(part) for part in parts)
+        *others, last = map(_words, parts)
         return f"{', '.join(others)} or {last}"
     if origin is Literal:
         return f"one of {', '.join(parts)}" if len(parts) > 1 else str(parts[0])
     if origin in (tuple, Sequence):
-        return f"{'a list of' if origin is Sequence else len(parts)} {_NAMES[parts[0]]}s"
+        return f"{'a list of' if origin is Sequence else len(parts)} {_words(parts[0], 's')}"
     if kind is type(None):
         return "None"
     name = _NAMES.get(origin or kind) or kind.__name__
-    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+    return f"{name}{plural}" if plural else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 class _Names(dict[str, Any]):
@@ -130,4 +159,5 @@ class _Names(dict[str, Any]):
 @functools.cache
 def _kinds(thing: Any) -> dict[str, Any]:
     """Annotations, evaluated."""
-    return typing.get_type_hints(thing, localns=_Names(vars(builtins) | vars(sys.modules[thing.__module__])))
+    names = _Names(vars(builtins) | vars(sys.modules[thing.__module__]))
+    return typing.get_type_hints(thing, localns=names, include_extras=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from scialm_dask.arguments import check_fields, validated
+from scialm_dask.arguments import Count, Interval, Ratio, Share, check_fields, validated
 from scialm_dask.errors import InputError
 
 __all__ = ["Preset", "Settings", "bytes_of", "configured", "preset"]
@@ -15,6 +16,7 @@ __all__ = ["Preset", "Settings", "bytes_of", "configured", "preset"]
 RankPolicy = Literal["paper", "adaptive"]
 Stop = Literal["residual", "held-out", "count-split"]
 Preset = Literal["auto", "paper", "denoise"]
+_LEAST_BYTES = 10**6  # less is a unit forgotten: no Python starts within it
 
 
 @dataclass(frozen=True)
@@ -64,39 +66,21 @@ class Settings:
 
     rank_policy: RankPolicy = "adaptive"
     stop: Stop = "held-out"
-    epsilon: float = 1e-4
-    max_iterations: int = 1000
-    first_rank: int = 5
-    increment: int = 200
-    max_rank: int | None = 128
-    validation: float = 0.02
-    patience: int = 2
-    scaling: tuple[float, float] | None = None
-    zeros: float | Literal["auto"] = 0.0
-    svd_passes: int = 2
-    svd_tolerance: float = 0.0
-    seed: int = 0
+    epsilon: Share = 1e-4
+    max_iterations: Count = 1000
+    first_rank: Count = 5
+    increment: Count = 200
+    max_rank: Count | None = 128
+    validation: Share = 0.02
+    patience: Count = 2
+    scaling: tuple[Ratio, Ratio] | None = None
+    zeros: Ratio | Literal["auto"] = 0.0
+    svd_passes: Count = 2
+    svd_tolerance: Ratio = 0.0
+    seed: Annotated[int, Interval(0)] = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _at_least("max_iterations", self.max_iterations, 1)
-        _at_least("first_rank", self.first_rank, 1)
-        _at_least("increment", self.increment, 1)
-        _at_least("patience", self.patience, 1)
-        _at_least("svd_passes", self.svd_passes, 1)
-        _at_least("seed", self.seed, 0)
-        if self.max_rank is not None:
-            _at_least("max_rank", self.max_rank, 1)
-        if not 0 < self.epsilon < 1:
-            raise InputError(f"epsilon is {self.epsilon}; it must lie between 0 and 1, the paper takes 1e-4")
-        if not 0 < self.validation < 1:
-            raise InputError(f"validation is {self.validation}; it is a share, give a number between 0 and 1")
-        if self.zeros != "auto" and not 0 <= self.zeros <= 1:
-            raise InputError(f"zeros is {self.zeros}; the confidence in zeros lies between 0 and 1, or is auto")
-        if not 0 <= self.svd_tolerance < 1:
-            raise InputError(f"svd_tolerance is {self.svd_tolerance}; give a number from 0 to 1, or 0 for all passes")
-        if not all(0 <= exponent <= 1 for exponent in self.exponents):
-            raise InputError(f"scaling is {self.scaling}; give two exponents between 0 and 1, of genes and of cells")
 
     @property
     def exponents(self) -> tuple[float, float]:
@@ -186,12 +170,12 @@ def configured(name: str, given: Any = None) -> Any:
 
 
 def bytes_of(name: str, limit: float | str | None) -> int | None:
-    """Turn words such as ``"8 GB"`` into bytes; None stays None.
+    """Return words such as ``"8 GB"`` as bytes; None stays None.
 
     Raises
     ------
     InputError
-        If they are no number, or none over 0.
+        If they are no number, or less than 1 MB.
     """
     from dask.utils import parse_bytes
 
@@ -199,8 +183,9 @@ def bytes_of(name: str, limit: float | str | None) -> int | None:
         found = None if limit is None else int(parse_bytes(limit))
     except (ValueError, OverflowError):
         raise InputError(f"{name} is {limit!r}; give a number with a unit, such as 8GB") from None
-    if found is not None and found <= 0:
-        raise InputError(f"{name} is {limit!r}; give more than 0, such as 8GB")
+    if found is not None and found < _LEAST_BYTES:
+        meant = f"{limit}GB" if re.fullmatch(r"[1-9]\d{0,3}", str(limit)) else "8GB"
+        raise InputError(f"{name} is {limit!r}, {found} bytes; give 1 MB at least: {meant}?")
     return found
 
 
@@ -239,8 +224,3 @@ def _exponents(words: str) -> tuple[float, float]:
     except ValueError:
         raise InputError(f"scaling is {words!r}; give none, poisson, or two exponents such as 0.75,0.5") from None
     return gene, cell
-
-
-def _at_least(field: str, value: int, limit: int) -> None:
-    if value < limit:
-        raise InputError(f"{field} is {value}; it must be {limit} at least")

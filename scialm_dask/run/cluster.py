@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from scialm_dask.arguments import checked
+from scialm_dask.arguments import Count, checked, validated
 from scialm_dask.config import bytes_of, configured
 from scialm_dask.data.temporary import current_client
 from scialm_dask.errors import ClusterError, InputError
@@ -207,9 +207,8 @@ def _check_places(scheduler: Any, scheduler_file: Any, cluster: Any, **given: An
 
 
 def _check_values(workers: Any, threads: Any, memory: Any) -> None:
-    for name, number in {"workers": workers, "threads": threads}.items():
-        if number is not None and (not isinstance(number, int) or number < 1):
-            raise InputError(f"{name} is {number!r}; give a whole number, 1 at least")
+    validated("workers", workers, Count | None)
+    validated("threads", threads, Count | None)
     bytes_of("worker memory", memory)
 
 

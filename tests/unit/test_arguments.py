@@ -27,7 +27,7 @@ from scialm_dask import (
     resume,
     write_report,
 )
-from scialm_dask.arguments import checked, validated
+from scialm_dask.arguments import Count, Ratio, Share, checked, validated
 from scialm_dask.config import Settings
 from scialm_dask.data.qc import Thresholds, quality_control
 from scialm_dask.evaluate.mask import mask
@@ -69,6 +69,11 @@ def test_what_fits_becomes_plain(value, kind, plain):
         ("ab", Sequence[str], "it is 'ab'; give a list of words"),
         ([1, "a"], Sequence[int], "give a list of whole numbers"),
         (3, Callable[[str], None], "it is 3; give a function"),
+        (0, Count, "it is 0; give a whole number of at least 1"),
+        (1.5, Ratio | None, "it is 1.5; give a number from 0 to 1 or None"),
+        (1, Share, "it is 1; give a number between 0 and 1"),
+        (float("nan"), Ratio, "it is nan; give a number from 0 to 1"),
+        ((0.5, -1), tuple[Ratio, Ratio], "it is (0.5, -1); give 2 numbers from 0 to 1"),
         (3, str | Imputation, "it is 3; give a word or an Imputation"),
     ],
 )
@@ -114,10 +119,10 @@ def test_a_result_of_numpy_settings_is_written(tmp_path):
 
 REFUSED = [
     (lambda: impute(X, validation="0.1"), "validation is '0.1'; give a number"),
-    (lambda: impute(X, zeros=[1, 2]), "zeros is [1, 2]; give a number or auto"),
-    (lambda: impute(X, max_rank=5.5), "max_rank is 5.5; give a whole number or None"),
+    (lambda: impute(X, zeros=[1, 2]), "zeros is [1, 2]; give a number from 0 to 1 or auto"),
+    (lambda: impute(X, max_rank=5.5), "max_rank is 5.5; give a whole number of at least 1 or None"),
     (lambda: impute(X, max_rank=True), "max_rank is True; give"),
-    (lambda: impute(X, scaling=3), "scaling is 3; give 2 numbers or None"),
+    (lambda: impute(X, scaling=3), "scaling is 3; give 2 numbers from 0 to 1 or None"),
     (lambda: impute(X, stop=3), "stop is 3; choose one of residual, held-out"),
     (lambda: impute(X, preset=[1]), "preset is [1]; give a word"),
     (lambda: impute(X, layer=3), "layer is 3; give a word or None"),
@@ -137,8 +142,8 @@ REFUSED = [
     (lambda: ExpressionMatrix.open(3), "path is 3; give a word or a path"),
     (lambda: Imputation.open(3), "path is 3; give a word or a path"),
     (lambda: resume(3), "folder is 3; give a word or a path"),
-    (lambda: Confidence("all"), "confidence in zeros is 'all'; give an array of numbers"),
-    (lambda: Confidence(np.ones(30), 0.5), "confidence in zeros is 0.5; give an array"),
+    (lambda: Confidence("all"), "confidence in zeros is 'all'; give a one-dimensional array"),
+    (lambda: Confidence(np.ones(30), 0.5), "confidence in zeros is 0.5; give a one-dimensional array"),
     (lambda: PooledALS("3"), "rank is '3'; give a whole number"),
     (lambda: PooledALS(3, tol=None), "tol is None; give a number"),
     (lambda: PooledALS(3, -1), "random_state -1 is below 0"),

@@ -198,7 +198,7 @@ def test_the_command_writes_tables_and_figures(cli, path, tmp_path):
         (["--mask", "much"], "numbers with commas"),
         (["--sweep", "rank=3"], "give field=value"),
         (["--sweep", "increment=10,x"], "give values of increment"),
-        (["--sweep", "increment=0"], "must be 1 at least"),
+        (["--sweep", "increment=0"], "give a whole number of at least 1"),
         (["--sweep", "stop=never"], "choose one of"),
         (["--sweep", "increment=10,100"], "increment has no effect with preset auto (rank_policy adaptive)"),
         (["--sweep", "max_rank=3", "--methods", "knn"], "no method has settings to sweep"),

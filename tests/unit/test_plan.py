@@ -126,11 +126,17 @@ def test_the_lower_limit_holds():
     assert limit_of(Workers(1, 4, None), None)[0] <= usable_memory() * 1.1
 
 
-@pytest.mark.parametrize("limit", ["-5GB", "0", 0, -1, "-1 MiB", "much", "1e400"])
+@pytest.mark.parametrize("limit", ["-5GB", "0", 0, -1, "-1 MiB", "much", "1e400", "900kB"])
 def test_a_limit_is_a_size(limit):
-    with pytest.raises(InputError, match=r"give (more than 0|a number with a unit), such as 8GB"):
+    with pytest.raises(InputError, match=r"give (1 MB at least: 8GB\?|a number with a unit, such as 8GB)"):
         bytes_of("memory limit", limit)
-    assert bytes_of("memory limit", "2 kB") == 2000
+    assert bytes_of("memory limit", "2 MB") == 2_000_000
+
+
+@pytest.mark.parametrize("limit", ["16", 16])
+def test_a_limit_without_its_unit_is_refused(limit):
+    with pytest.raises(InputError, match=r"memory limit is '?16'?, 16 bytes; give 1 MB at least: 16GB\?"):
+        bytes_of("memory limit", limit)
 
 
 @pytest.mark.parametrize("words", [("--memory-limit", "-5GB"), ("--cluster", "local", "--worker-memory", "0")])
@@ -139,7 +145,7 @@ def test_limits_under_nothing_are_refused(cli, store_of, counts, tmp_path, comma
     done = cli(command, store_of(counts), tmp_path / "r.zarr", "--quiet", *words)
     assert done.exit_code == 2
     assert re.fullmatch(r"scialm-dask: error: \w+ memory is '0'.*\n|.*memory limit is '-5GB'.*\n", done.stderr)
-    assert "give more than 0" in done.stderr
+    assert "give 1 MB at least" in done.stderr
 
 
 def planned(cli, *words):
