@@ -178,7 +178,7 @@ def _sweep(words: str) -> list[tuple[str, Any]]:
     if not equals or name not in types:
         raise InputError(f"sweep is {words!r}; give field=value,value with a field out of {', '.join(types)}")
     values = [value.strip() for value in listed.split(";" if ";" in listed else ",")]
-    read = types[name] if types[name] in (int, float) else str
+    read: Any = types[name] if types[name] in (int, float) else str
     try:
         return [(name, read(value)) for value in _filled(values)]
     except (ValueError, IndexError):

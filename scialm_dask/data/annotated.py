@@ -151,6 +151,11 @@ def aligned(matrix: ExpressionMatrix, to: Any) -> ExpressionMatrix:
     InputError
         If cells or genes are not the same; see `match_names`.
     """
+    if matrix.shape != to.shape:
+        (m, n), (cells, genes) = matrix.shape, to.shape
+        raise InputError(
+            f"{matrix.name}: {m} cells × {n} genes, but {cells} × {genes} are expected; give the same cells and genes"
+        )
     cells = match_names(matrix.obs.index, to.obs.index, "cell", matrix.name)
     genes = match_names(matrix.var.index, to.var.index, "gene", matrix.name)
     if cells is None and genes is None:

@@ -95,7 +95,7 @@ def test_observed_entries_are_kept_by_names(result, masked, tmp_path):
 
 def test_observed_entries_of_more_cells_are_refused(result, counts, tmp_path):
     twice = ExpressionMatrix.of(np.vstack([counts.toarray()] * 2))
-    with pytest.raises(InputError, match="240 cells where there should be 120"):
+    with pytest.raises(InputError, match="240 cells × 40 genes, but 120 × 40 are expected"):
         result.to_zarr(tmp_path / "r.zarr", dense=True, keep_observed=twice)
     assert not (tmp_path / "r.zarr").exists()
 
@@ -120,8 +120,8 @@ def test_factors_are_added_to_the_cells_that_they_are_of(result, masked):
 
 def test_a_repeated_name_is_ambiguous_and_no_name_is_no_cell(counts):
     names = ["A", "A", *(f"gene{j}" for j in range(2, 40))]
-    adata = anndata.AnnData(counts.astype(np.float32), var=pd.DataFrame(index=names))
-    result = impute(adata, preset="paper", max_iterations=3, max_rank=3)
+    table = pd.DataFrame(counts.toarray(), columns=names)
+    result = impute(table, preset="paper", max_iterations=3, max_rank=3)
     with pytest.raises(InputError, match="several genes are named 'A'; pick one by its number"):
         result["0", "A"]
     assert result["0", "gene2"] == result[0, 2]
