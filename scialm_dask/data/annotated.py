@@ -20,8 +20,19 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-__all__ = ["add_factors", "aligned", "as_dask", "as_matrix", "is_anndata", "match_names", "named", "refuse_logarithms"]
+__all__ = [
+    "add_factors",
+    "aligned",
+    "as_dask",
+    "as_matrix",
+    "axes_of",
+    "is_anndata",
+    "match_names",
+    "named",
+    "refuse_logarithms",
+]
 
+_AXES = ("obs", "var")
 _LOOKED_AT = 1 << 10  # cells at the start, to see whether they are whole numbers
 _IN_A_CHUNK = 1 << 22  # entries of what is cut for Dask
 
@@ -134,6 +145,16 @@ def match_names(names: pd.Index, wanted: pd.Index, what: str, owner: str) -> NDA
 def _has_names(names: pd.Index) -> bool:
     """Tell names from the numbers that stand where there are none."""
     return str(names[-1]) != str(len(names) - 1) or list(names.astype(str)) != list(map(str, range(len(names))))
+
+
+def axes_of(thing: Any) -> tuple[pd.Index | None, pd.Index | None]:
+    """Return the names of cells and genes of what `as_dask` takes, None each where it has none."""
+    if hasattr(thing, "columns"):
+        return thing.index.astype(str), thing.columns.astype(str)
+    if isinstance(thing, str | os.PathLike):
+        thing = as_matrix(thing)
+    names = [getattr(thing, f"{axis}_names", getattr(getattr(thing, axis, None), "index", None)) for axis in _AXES]
+    return names[0], names[1]
 
 
 def aligned(matrix: ExpressionMatrix, to: Any) -> ExpressionMatrix:
