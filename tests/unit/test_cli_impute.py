@@ -219,8 +219,8 @@ def test_duplicates_are_summed_and_unsorted_sorted(cli, counts, store_of, tmp_pa
     ("words", "message"),
     [
         (("--layer", "spliced"), "has no layers/spliced; its layers are: raw"),
-        (("--epsilon", "2"), "epsilon is 2.0; it must lie between 0 and 1"),
-        (("--validation", "0"), "validation is 0.0; it is a share"),
+        (("--epsilon", "2"), "epsilon is 2.0; give a number between 0 and 1"),
+        (("--validation", "0"), "validation is 0.0; give a number between 0 and 1"),
         (("--max-rank", "0"), "max_rank is 0; give a whole number of at least 1"),
         (("--max-iterations", "0"), "max_iterations is 0; give a whole number of at least 1"),
         (("--scaling", "log"), "scaling is 'log'; give none, poisson, or two exponents"),
@@ -270,7 +270,7 @@ def test_score_refuses_what_does_not_belong_together(cli, counts, store_of, tmp_
     nothing = store_of(counts, "nothing.zarr", held_out=sp.csr_matrix(counts.shape))
     assert cli("impute", path, tmp_path / "r.zarr", *QUICK).exit_code == 0
     for masked, message in (
-        (other, "50 cells × 40 genes, but the result has 120 × 40"),
+        (other, "50 cells × 40 genes, but 120 × 40 are expected"),
         (nothing, "holds no entries; hide some with `scialm-dask mask`"),
         (tmp_path / "r.zarr", "has no layers/held_out"),
     ):
