@@ -14,7 +14,7 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked, validated
-from scialm_dask.data.annotated import add_factors
+from scialm_dask.data.annotated import add_factors, aligned, match_names
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store
@@ -348,6 +348,7 @@ class Imputation:
 
         path = validated("path", path, str | os.PathLike)
         self._check_x(dense, keep_observed, preserve_zeros)
+        keep_observed = None if keep_observed is None else aligned(keep_observed, self)
         advance = begin(listen, "writing")
         parts = 2 if dense or preserve_zeros is not None else 1
 
@@ -387,11 +388,10 @@ class Imputation:
                 f"preserve_zeros is {preserve_zeros!r}; give the rule of the matrix that was imputed: "
                 "biological_zeros(matrix)"
             )
-        (cells, genes), (m, n) = preserve_zeros.matrix.shape, self.shape
-        if (cells, genes) != (m, n):
+        if aligned(preserve_zeros.matrix, self) is not preserve_zeros.matrix:
             raise InputError(
-                f"preserve_zeros is of {cells} cells × {genes} genes, but the result has {m} × {n}; give that of the "
-                "matrix that was imputed"
+                f"preserve_zeros is of {preserve_zeros.matrix.name}, whose cells or genes are in another order than "
+                "those of the result; give the rule of the matrix that was imputed"
             )
 
     def _over_observed(self, total: float) -> float | None:
@@ -421,8 +421,17 @@ class Imputation:
             left factor is computed unless X is lazy. A view becomes an AnnData of its own.
         key
             Name.
+
+        Raises
+        ------
+        InputError
+            If its cells or genes are others. Those in another order get their own factors.
         """
-        add_factors(adata, key, self.left, self.right, self._notes(None))
+        cells = match_names(self.obs.index, adata.obs_names, "cell", "result")
+        genes = match_names(self.var.index, adata.var_names, "gene", "result")
+        left = self.left if cells is None else self.left[cells]
+        right = self.right if genes is None else self.right[genes]
+        add_factors(adata, key, left, right, self._notes(None))
 
     def _notes(self, written: dict[str, Any] | None) -> dict[str, Any]:
         """Make what is kept in ``uns``, beside an X that is as `written`, or not of ours."""
@@ -458,7 +467,12 @@ def _positions(wanted: Any, names: pd.Index, what: str) -> tuple[Any, bool]:
         return wanted, False
     single = isinstance(wanted, str | int | np.integer)
     items = np.atleast_1d(np.asarray(wanted))
+    if not items.size:
+        return np.empty(0, np.intp), False
     if items.dtype.kind in "US" or items.dtype == object:
+        repeated = np.isin(items, names[names.duplicated()])
+        if repeated.any():
+            raise InputError(f"several {what}s are named '{items[np.argmax(repeated)]}'; pick one by its number")
         positions = names.get_indexer_for(items)
         if (positions < 0).any():
             absent = items[np.flatnonzero(positions < 0)[0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from scialm_dask.data.annotation import Annotation
 from scialm_dask.data.logarithms import evidence_of_logarithms, some_cells
 from scialm_dask.data.matrix import ExpressionMatrix, Observed, check_array, held_array
-from scialm_dask.data.rows import layers_of
+from scialm_dask.data.rows import layers_of, reordered
 from scialm_dask.data.storable import as_text, storable
 from scialm_dask.data.store import open_store
 from scialm_dask.errors import InputError
@@ -20,9 +21,20 @@ from scialm_dask.events import Listener, Note
 if TYPE_CHECKING:
     import anndata
     import dask.array as da
+    import pandas as pd
     from numpy.typing import NDArray
 
-__all__ = ["add_factors", "as_dask", "as_matrix", "is_anndata", "named", "refuse_logarithms", "storable_annotation"]
+__all__ = [
+    "add_factors",
+    "aligned",
+    "as_dask",
+    "as_matrix",
+    "is_anndata",
+    "match_names",
+    "named",
+    "refuse_logarithms",
+    "storable_annotation",
+]
 
 _IN_A_CHUNK = 1 << 22  # entries of what is cut for Dask
 
@@ -101,6 +113,74 @@ def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -
     if values is None:
         raise InputError(f"AnnData: has no X; name one of its layers: {', '.join(adata.layers) or 'there are none'}")
     return ExpressionMatrix.of(values, observed=observed, name=name).annotated(annotation)
+
+
+def match_names(names: pd.Index, wanted: pd.Index, what: str, owner: str) -> NDArray[np.intp] | None:
+    """Return the position of each wanted name, or None where positions agree already.
+
+    That is so where the names are the same, or where either side has none but the numbers of its rows.
+
+    Parameters
+    ----------
+    names, wanted
+        Of the same cells or genes, in two orders.
+    what
+        ``"cell"`` or ``"gene"``.
+    owner
+        What has `names`, for messages.
+
+    Raises
+    ------
+    InputError
+        If the lengths differ, a wanted name is absent, or names that are in another order repeat.
+    """
+    if len(names) != len(wanted):
+        raise InputError(f"{owner}: {len(names)} {what}s where there should be {len(wanted)}; give the same {what}s")
+    if names.equals(wanted) or not _has_names(names) or not _has_names(wanted):
+        return None
+    if names.is_unique and wanted.is_unique:
+        positions: NDArray[np.intp] = names.get_indexer(wanted)
+        if (positions >= 0).all():
+            return positions
+    at = int(np.argmax(np.asarray(names != wanted)))
+    raise InputError(
+        f"{owner}: {what} {at} is '{names[at]}' where '{wanted[at]}' is expected; give the same {what}s, and each once"
+    )
+
+
+def _has_names(names: pd.Index) -> bool:
+    """Tell names from the numbers that stand where there are none."""
+    return str(names[-1]) != str(len(names) - 1) or list(names.astype(str)) != list(map(str, range(len(names))))
+
+
+def aligned(matrix: ExpressionMatrix, to: Any) -> ExpressionMatrix:
+    """Return a matrix with its cells and genes in the order of another thing's, which is matched by names.
+
+    Parameters
+    ----------
+    matrix
+        To be put beside `to`.
+    to
+        Has ``obs`` and ``var``, such as an `Imputation` or an `ExpressionMatrix`.
+
+    Raises
+    ------
+    InputError
+        If cells or genes are not the same; see `match_names`.
+    """
+    if matrix.shape != to.shape:
+        (m, n), (cells, genes) = matrix.shape, to.shape
+        raise InputError(
+            f"{matrix.name}: {m} cells × {n} genes, but {cells} × {genes} are expected; give the same cells and genes"
+        )
+    cells = match_names(matrix.obs.index, to.obs.index, "cell", matrix.name)
+    genes = match_names(matrix.var.index, to.var.index, "gene", matrix.name)
+    if cells is None and genes is None:
+        return matrix
+    obs = matrix.obs if cells is None else matrix.obs.iloc[cells]
+    var = matrix.var if genes is None else matrix.var.iloc[genes]
+    rows = reordered(matrix.rows, matrix.blocks, cells, genes)
+    return replace(matrix, rows=rows, annotation=Annotation(obs, var))
 
 
 def _in_memory(frame: Any) -> Any:

@@ -24,6 +24,7 @@ __all__ = [
     "layers_of",
     "narrowed",
     "numeric",
+    "reordered",
     "widened",
 ]
 
@@ -129,6 +130,63 @@ class MemoryRows:
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Rows `start` to `stop`."""
         return self.matrix[start:stop]
+
+
+@dataclass(frozen=True)
+class _ReorderedRows:
+    """Rows in another order: each that is asked for is read with the block that it lies in.
+
+    Parameters
+    ----------
+    rows, blocks
+        In the order in which they are stored.
+    cells
+        Number of each row there; None if these are in order.
+    genes
+        New position of each stored gene; None if these are in order.
+    """
+
+    rows: Rows
+    blocks: RowBlocks
+    cells: NDArray[np.intp] | None
+    genes: NDArray[np.intp] | None
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        return self.rows.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells × genes."""
+        return self.rows.shape
+
+    @property
+    def n_stored(self) -> int:
+        """Number of stored values."""
+        return self.rows.n_stored
+
+    def read(self, start: int, stop: int) -> sp.csr_matrix:
+        """Rows `start` to `stop` of the new order."""
+        csr = self.rows.read(start, stop) if self.cells is None else self._gathered(self.cells[start:stop])
+        genes = csr.indices if self.genes is None else self.genes[csr.indices]
+        return sp.csr_matrix((csr.data, genes, csr.indptr), shape=csr.shape)
+
+    def _gathered(self, wanted: NDArray[np.intp]) -> sp.csr_matrix:
+        block = np.searchsorted(self.blocks.bounds, wanted, side="right") - 1
+        first = np.asarray(self.blocks.bounds)[block]
+        pieces = [self.rows.read(*self.blocks[b])[(wanted - first)[block == b]] for b in np.unique(block)]
+        return sp.vstack(pieces, format="csr")[np.argsort(np.argsort(block, kind="stable"))]
+
+
+def reordered(
+    rows: Rows, blocks: RowBlocks, cells: NDArray[np.intp] | None, genes: NDArray[np.intp] | None
+) -> MemoryRows | _ReorderedRows:
+    """Return rows `cells`, columns `genes`, permutations both, of a matrix that is stored in these blocks."""
+    if isinstance(rows, MemoryRows):
+        csr = rows.matrix if cells is None else rows.matrix[cells]
+        return MemoryRows(csr if genes is None else csr[:, genes], rows.name)
+    return _ReorderedRows(rows, blocks, cells, None if genes is None else np.argsort(genes))
 
 
 def _assemble(

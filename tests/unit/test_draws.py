@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from scialm_dask.linalg.random import hidden_entries
+from scialm_dask.linalg import random
+from scialm_dask.linalg.random import hidden_entries, thinned
 
 MASK = (1 << 64) - 1
 
@@ -114,3 +115,91 @@ def test_columns_and_seeds_are_independent():
 def test_more_entries_than_counted_are_refused():
     with pytest.raises(ValueError, match="more entries"):
         hidden_entries(np.zeros(3, np.int32), np.zeros(1, int), np.array([2]), np.array([1]), 0)
+
+
+def thin(counts, share, seed=0, first_row=0):
+    """Thin a dense matrix."""
+    counts = np.asarray(counts, np.float32)
+    indptr = np.arange(len(counts) + 1) * counts.shape[1]
+    indices = np.tile(np.arange(counts.shape[1], dtype=np.int32), len(counts))
+    return thinned(indptr, indices, counts.ravel(), first_row=first_row, share=share, seed=seed).reshape(counts.shape)
+
+
+@pytest.mark.parametrize(
+    ("count", "share"),
+    [
+        (1, 0.8),
+        (2, 0.3),
+        (7, 0.8),
+        (63, 0.5),
+        (64, 0.8),
+        (64, 0.1),
+        (500, 0.01),
+        (51, 0.8),
+        (300, 0.4),
+        (20_000, 0.999),
+    ],
+)
+def test_thinned_counts_are_binomial(count, share):
+    """Chi-square over all outcomes, those expected less than five times put together."""
+    kept = thin(np.full((200, 1000), count), share, seed=count)
+    law = stats.binom(count, share)
+    expected = law.pmf(np.arange(count + 1)) * kept.size
+    observed = np.bincount(kept.ravel().astype(int), minlength=count + 1)
+    often = expected >= 5
+    table = [np.append(x[often], x[~often].sum()) for x in (observed, expected)]
+    used = table[1] > 0.5
+    assert table[0][~used].sum() <= 3
+    assert stats.chisquare(table[0][used], table[1][used], sum_check=False).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("count", [2**20, 2**26, 10**9, 10**12, 10**18, 1e30])
+@pytest.mark.parametrize("share", [0.8, 0.25, 20 / 2**20])
+def test_large_counts_have_the_moments_of_a_binomial(count, share):
+    kept = thin(np.full((200, 1000), count), share, seed=3).astype(float)
+    count = float(np.float32(count))
+    mean, variance, skew, kurtosis = (float(x) for x in stats.binom(count, share).stats("mvsk"))
+    step = np.spacing(np.float32(mean)).astype(float)  # of float32: what the result is rounded to
+    n = kept.size
+    assert abs(kept.mean() - mean) < 5 * np.sqrt(variance / n) + step / 2
+    assert np.all(kept == np.rint(kept))
+    if variance > 4 * step**2:
+        rounding = step**2 / 12 if step > 1 else 0
+        assert kept.var() == pytest.approx(variance + rounding, rel=5 * np.sqrt((2 + kurtosis) / n) + 0.01 * (step > 1))
+        assert abs(stats.skew(kept.ravel()) - skew) < 5 * np.sqrt(6 / n)
+        assert abs(stats.kurtosis(kept.ravel()) - kurtosis) < 5 * np.sqrt(24 / n)
+    else:
+        assert len(np.unique(kept)) < 20
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_no_share_and_all(share):
+    counts = np.array([[1, 63, 64, 1e9, 1e12, 3e38]], np.float32)
+    np.testing.assert_array_equal(thin(counts, share), counts * np.float32(share))
+
+
+def test_a_draw_knows_its_row_column_and_seed_alone():
+    counts = np.random.default_rng(0).choice(np.array([0, 1, 3, 40, 70, 1e5, 1e9], np.float32), (50, 30))
+    whole = thin(counts, 0.8, seed=7)
+    np.testing.assert_array_equal(np.vstack([thin(counts[i : i + 7], 0.8, 7, i) for i in range(0, 50, 7)]), whole)
+    same = thin(np.full((400, 50), 1000.0), 0.5)
+    apart = (
+        [same[:-1] - 500, same[1:] - 500],
+        [same[:, :-1] - 500, same[:, 1:] - 500],
+        [same - 500, thin(np.full((400, 50), 1000.0), 0.5, seed=1) - 500],
+    )
+    for a, b in apart:
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / np.sqrt(a.size)
+
+
+@pytest.mark.parametrize("count", [100, 10**9, 10**12, 10**18, 1e30])
+def test_a_draw_takes_no_more_numbers_for_a_larger_count(count, monkeypatch):
+    """Trials of the rejection: about 1.4 at a mean of 20, and fewer for larger ones."""
+    asked = []
+    uniform = random._uniform.py_func
+    monkeypatch.setattr(random, "_uniform", lambda x: asked.append(x) or uniform(x))
+    monkeypatch.setattr(random, "mixed", lambda x: np.uint64(mixed_twin(int(x))))
+    with np.errstate(over="ignore"):
+        for seed in range(300):
+            random._rejected.py_func(float(count), 0.2, np.uint64(mixed_twin(seed)))
+    assert len(asked) / 2 / 300 < 1.5
