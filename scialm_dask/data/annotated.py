@@ -237,7 +237,7 @@ def refuse_logarithms(matrix: ExpressionMatrix, given: Any, layer: str | None) -
         return
     cells = some_cells(matrix.rows)
     evidence = evidence_of_logarithms(cells)
-    if evidence is None and layer is None and np.any(cells.data % 1) and _marked(matrix, given):
+    if evidence is None and layer is None and np.any(np.floor(cells.data) != cells.data) and _marked(matrix, given):
         evidence = "uns['log1p'] says (delete it if it is wrong)"
     if evidence is not None:
         layers = ", ".join(_layers(matrix, given))

@@ -38,7 +38,7 @@ def evidence_of_logarithms(cells: sp.csr_matrix) -> str | None:
     total; as they are, neither holds. Counts are whole numbers, and normalised counts are such multiples as they are.
     """
     values = cells.data.astype(np.float64)
-    if not len(values) or not np.any(values % 1) or not 0 <= values.min() <= values.max() <= _LARGEST:
+    if not len(values) or not np.any(np.floor(values) != values) or not 0 <= values.min() <= values.max() <= _LARGEST:
         return None  # false for NaN too
     by_cell = [row[row > 0] for row in np.split(values, cells.indptr[1:-1])]
     for words, undo in _BASES.items():
