@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from scialm_dask.data.arrays import check_whole
 from scialm_dask.data.storable import as_text, first_line
-from scialm_dask.data.store import open_store
+from scialm_dask.data.store import open_store, readable
 from scialm_dask.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,12 +52,8 @@ def read_annotation(place: StoredAnnotation | Annotation | None, axis: str, leng
     store = open_store(path)
     if element not in store:
         raise InputError(f"{path}: has no {element}; write the store again, with names of cells and genes")
-    try:
+    with readable(f"{path}:{element}"):
         frame = _read_frame(path, store[element], element)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{path}: {element} cannot be read ({first_line(error)}); write the store again") from error
     if len(frame) != length:
         raise InputError(f"{path}: {element} has {len(frame)} rows, the matrix {length}; write the store again")
     frame.index = as_text(frame.index)
@@ -67,6 +64,7 @@ def _read_frame(path: str, stored: Any, element: str) -> pd.DataFrame:
     import anndata
 
     if hasattr(stored, "keys"):
+        check_whole(f"{path}:{element}", stored)
         return anndata.io.read_elem(stored)
     adata = anndata.read_h5ad(path, backed="r")  # a table, as AnnData wrote before 0.7
     try:

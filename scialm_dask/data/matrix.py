@@ -17,7 +17,7 @@ from scialm_dask.arguments import checked, short_repr
 from scialm_dask.data.annotation import Annotation, StoredAnnotation, read_annotation
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
-from scialm_dask.data.store import lasting, open_store
+from scialm_dask.data.store import lasting, open_store, readable
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.temporary import check_seen, current_client, temporary_csr
 from scialm_dask.data.transpose import spill_to_csr
@@ -122,13 +122,15 @@ class ExpressionMatrix:
         """
         store = open_store(path)
         path = lasting(path)
-        rows, element = describe(path, store, layer)
-        check_chunks(rows, element, missing_chunks_are_zeros)
+        with readable(path):
+            rows, element = describe(path, store, layer)
+            check_chunks(rows, element, missing_chunks_are_zeros)
         var = "raw/var" if rows.element == "raw/X" else "var"
         if rows.encoding == "csc_matrix":
             rows = spill_to_csr(rows)
             element = open_store(rows.path)[rows.element]
-        cuts = blocks_of(rows, element, blocks)
+        with readable(rows.name):
+            cuts = blocks_of(rows, element, blocks)
         origin = Origin(path, layer, missing_chunks_are_zeros)
         annotation = None if isinstance(store, zarr.Array) else StoredAnnotation(path, var=var)
         return cls(rows, cuts, observed, annotation, origin)

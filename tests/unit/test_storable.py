@@ -135,7 +135,7 @@ def unknown(root):
     [
         (short, "obs has 100 rows, the matrix 120; write the store again"),
         (lambda root: root.__delitem__("var"), "has no var; write the store again, with names of cells and genes"),
-        (unknown, "obs cannot be read"),
+        (unknown, "obs: cannot be read"),
     ],
 )
 @pytest.mark.parametrize("command", [convert, quality_control, mask, lambda s, d: impute(s, **SETTINGS).to_zarr(d)])
