@@ -11,8 +11,8 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
-from scialm_dask.data.arrays import set_encoding
 from scialm_dask.data.annotation import StoredAnnotation, read_annotation
+from scialm_dask.data.arrays import set_encoding
 from scialm_dask.data.matrix import check_values
 from scialm_dask.data.rows import StoredRows, blocks_of, check_chunks, describe, numeric, sum_duplicates
 from scialm_dask.data.storable import storable
