@@ -32,9 +32,10 @@ from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore
 
 from scialm_dask.arguments import short_repr
+from scialm_dask.data.arrays import missing_chunks
 from scialm_dask.data.lease import lease
 from scialm_dask.data.remote import RemoteStore, all_of, is_url
-from scialm_dask.data.store import missing_chunks, output_error
+from scialm_dask.data.store import output_error
 from scialm_dask.errors import CheckpointError, InputError, OutputError
 
 __all__ = ["ArrayFolder", "Checkpoint", "Checkpoints", "Piece"]

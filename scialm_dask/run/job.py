@@ -13,6 +13,7 @@ import dask
 import numpy as np
 
 from scialm_dask.config import Settings
+from scialm_dask.data.annotated import storable_annotation
 from scialm_dask.data.checkpoint import Checkpoint, Checkpoints
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
@@ -193,7 +194,7 @@ def _persevere(
 def fit(known: RunState, listen: Listener) -> Imputation:
     """Make the run once, from what is known of it."""
     began, job, here = time.perf_counter(), known.job, workers_here()
-    matrix = job.matrix.for_workers()
+    matrix = storable_annotation(job.matrix, listen).for_workers()
     place = place_scratch(
         job.scratch,
         matrix,
