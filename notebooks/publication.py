@@ -177,7 +177,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--truth", nargs=2, action="append", default=[], metavar=("CELLS", "TRUTH"))
     parser.add_argument("--sizes", nargs="*", type=int, default=[1000, 3000, 10000], help="numbers of simulated cells")
     parser.add_argument("--memory-limit", help="what each method may hold, such as 8GB")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="what each method may take")
+    parser.add_argument("--method-timeout", type=float, metavar="SECONDS", help="what each method may take")
     options = parser.parse_args(arguments)
     names = [Path(path).stem for path in options.sources] + [f"{Path(cells).stem}-truth" for cells, _ in options.truth]
     for name in names:
@@ -200,7 +200,7 @@ def kept(folder: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Do as the command line says; return the exit code."""
     options = parsed(arguments)
-    limits = {"memory_limit": options.memory_limit, "time_limit": options.time_limit}
+    limits = {"memory_limit": options.memory_limit, "method_timeout": options.method_timeout}
     code = 0
     with show_progress() as listen, tempfile.TemporaryDirectory(prefix="scialm-publication-") as work:
         try:

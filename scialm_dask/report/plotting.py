@@ -44,7 +44,7 @@ LIGHT, DARK = (
 _METHODS = dict(
     zip(
         "auto complete denoise paper gene-mean knn alra softimpute magic scvi".split(),
-        "#0072B2 #0072B2 #009E73 #3392CC #777777 #B87F00 #CC79A7 #D55E00 #7A4FA0 #8C6D1F".split(),
+        "#56B4E9 #0072B2 #009E73 #004C6D #777777 #B87F00 #CC79A7 #D55E00 #7A4FA0 #8C6D1F".split(),
         strict=True,
     )
 )

@@ -14,6 +14,7 @@ import numpy as np
 from scialm_dask import __version__
 from scialm_dask.arguments import checked
 from scialm_dask.data.annotated import as_matrix, is_anndata
+from scialm_dask.data.annotation import symbols
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import atomic_output, check_output
 from scialm_dask.errors import InputError
@@ -33,7 +34,6 @@ __all__ = ["write_report"]
 
 _LEAST_DETECTED = 0.01  # share of cells in which a gene must be seen for its change to mean something
 _MOST_GENES = 20
-_SYMBOLS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name")
 _ELSEWHERE = {*LONG, "verdict", "unseen", "weights", "residual_share", "command", "date", "stop_reason", "run"}
 
 
@@ -115,8 +115,7 @@ def write_report(
 
 def _gene_number(result: Imputation, name: str) -> int:
     """Look a gene up by its name or symbol."""
-    columns = [result.var.index, *(result.var[column].astype(str) for column in _SYMBOLS if column in result.var)]
-    for names in columns:
+    for names in symbols(result.var):
         found = np.flatnonzero(names == name)
         if len(found) == 1:
             return int(found[0])
@@ -272,10 +271,8 @@ def _changed_genes(result: Imputation, compared: Comparison) -> list[dict[str, A
 
 def _symbols(var: pd.DataFrame) -> Any:
     """Return the symbols of genes that are named by Ensembl IDs, empty where there are none."""
-    column = next((column for column in _SYMBOLS if column in var), None)
-    if column is None or not var.index.astype(str).str.match(r"ENS[A-Z]*\d+").mean() > 0.5:
-        return ""
-    return var[column].astype(object).where(var[column].notna(), "").astype(str).to_numpy()
+    ids, *others = symbols(var)
+    return others[0] if others and ids.str.match(r"ENS[A-Z]*\d+").mean() > 0.5 else ""
 
 
 def _short(number: int) -> str:
