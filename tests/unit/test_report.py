@@ -56,7 +56,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def strange():
     """Cells and genes with names that would do harm if they stood in a page as they are."""
-    obs = pd.DataFrame({"</style>": np.where(np.arange(90) % 4, "<i>a", "b&amp;")}, index=[f"c{i}" for i in range(90)])
+    obs = pd.DataFrame({"<style>": np.where(np.arange(90) % 4, "<i>a", "b&amp;")}, index=[f"c{i}" for i in range(90)])
     return anndata.AnnData(COUNTS.astype(np.float32), obs=obs, var=pd.DataFrame(index=NAMES))
 
 
@@ -87,7 +87,7 @@ def test_the_command(cli, store_of, tmp_path):
 
 def test_it_is_self_contained_and_safe(result, strange, tmp_path, monkeypatch):
     monkeypatch.setattr("scialm_dask.report.report._MOST_GENES", 60)
-    write_report(result, tmp_path / "r.html", source=strange, color="</style>")
+    write_report(result, tmp_path / "r.html", source=strange, color="<style>")
     page = Page(tmp_path / "r.html")
     assert page.all("script") == []
     assert page.all("b") == []
@@ -102,7 +102,7 @@ def test_it_is_self_contained_and_safe(result, strange, tmp_path, monkeypatch):
             ElementTree.fromstring(b64decode(picture.partition(",")[2]))  # is XML, whatever genes are called
     assert not re.findall(r"url\(|@import", page.source)
     assert "default-src 'none'" in next(m["content"] for m in page.all("meta") if "http-equiv" in m)
-    for shown in ("<script>alert(1)</script>", "$x^2$", r"bell\x07", r"half\ud800", "</style>", "<i>a", "b&amp;"):
+    for shown in ("<script>alert(1)</script>", "$x^2$", r"bell\x07", r"half\ud800", "<style>", "<i>a", "b&amp;"):
         assert shown in page.text
     assert len(page.all("img")) == len(page.all("source")) == 6
 
@@ -142,7 +142,7 @@ def test_without_the_source_it_says_so(result, tmp_path):
 
 
 def test_what_is_refused(result, strange, store_of, tmp_path):
-    with pytest.raises(InputError, match="nothing: neither a gene nor a column of obs; its columns are: </style>"):
+    with pytest.raises(InputError, match="nothing: neither a gene nor a column of obs; its columns are: <style>"):
         write_report(result, tmp_path / "r.html", color="nothing")
     with pytest.raises(InputError, match="90 cells × 59 genes, but 90 × 60 are expected"):
         write_report(result, tmp_path / "r.html", source=strange[:, :59].copy())
