@@ -15,6 +15,7 @@ import zarr
 
 from scialm_dask.arguments import checked, short_repr
 from scialm_dask.data.arrays import check_whole
+from scialm_dask.data.fingerprint import Stamp
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
 from scialm_dask.data.store import lasting, open_store, readable
@@ -77,6 +78,8 @@ class ExpressionMatrix:
         Of cells and genes: data frames (`Annotation`), the path of the store that has them, or None for none.
     origin
         What it was opened from; None if that was in memory.
+    stamp
+        What that was like then; see `check_unchanged`.
 
     Notes
     -----
@@ -88,6 +91,7 @@ class ExpressionMatrix:
     observed: Observed = "nonzero"
     annotation: Any = field(default=None, compare=False, repr=False)
     origin: Origin | None = field(default=None, compare=False, repr=False)
+    stamp: Stamp | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     @checked
@@ -133,6 +137,7 @@ class ExpressionMatrix:
         path = lasting(path)
         with readable(path):
             rows, element = describe(path, store, layer)
+            stamp = Stamp.of(path, *((rows.element, "obs", "var") if rows.element else ()))
             check_chunks(rows, element, missing_chunks_are_zeros)
         if rows.encoding == "csc_matrix":
             rows = spill_to_csr(rows)
@@ -140,7 +145,7 @@ class ExpressionMatrix:
         with readable(rows.name):
             cuts = blocks_of(rows, element, blocks)
         origin = Origin(path, layer, missing_chunks_are_zeros)
-        return cls(rows, cuts, observed, path if not isinstance(store, zarr.Array) else None, origin)
+        return cls(rows, cuts, observed, path if not isinstance(store, zarr.Array) else None, origin, stamp)
 
     @classmethod
     @checked
@@ -215,6 +220,11 @@ class ExpressionMatrix:
     def with_blocks(self, blocks: RowBlocks) -> ExpressionMatrix:
         """Return the same matrix, cut otherwise."""
         return replace(self, blocks=blocks)
+
+    def check_unchanged(self) -> None:
+        """Raise `InputError` if the store that this was opened from has changed since, and may have been read mixed."""
+        if self.stamp is not None:
+            self.stamp.check()
 
     def annotated(self, annotation: Annotation) -> ExpressionMatrix:
         """Return the same matrix with this annotation of cells and genes."""
