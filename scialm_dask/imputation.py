@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked, validated
 from scialm_dask.data.annotated import add_factors, aligned, match_names
+from scialm_dask.data.annotation import StoredAnnotation, read_annotation
 from scialm_dask.data.arrays import check_whole, write_element
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import ExpressionMatrix, Observed, read_annotation
+from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store, readable
 from scialm_dask.data.written import CHUNK_BYTES, ZeroRule, write_dense, write_left, write_sparse
 from scialm_dask.errors import InputError
@@ -174,8 +175,8 @@ class Imputation:
             return cls(
                 _stored_left(lasting(path), left),
                 right,
-                obs=read_annotation(lasting(path), "obs", left.shape[0]),
-                var=read_annotation(lasting(path), "var", right.shape[0]),
+                obs=read_annotation(StoredAnnotation(lasting(path)), "obs", left.shape[0]),
+                var=read_annotation(StoredAnnotation(lasting(path)), "var", right.shape[0]),
                 summary=summary,
                 history={name: column.tolist() for name, column in uns["history"].items()},
                 clip=bool(uns["clip"]),

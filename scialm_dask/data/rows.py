@@ -24,6 +24,7 @@ __all__ = [
     "blocks_of",
     "check_chunks",
     "describe",
+    "layers_of",
     "narrowed",
     "numeric",
     "read_indptr",
@@ -224,9 +225,10 @@ def describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]
         name = f"layers/{layer}" if layer else "X"
         if not {"", ".", ".."}.isdisjoint(name.split("/")):
             raise InputError(f"{path}: a layer cannot be named {layer!r}; give a name without . and .. parts")
+        if layer == "raw" and name not in store and "raw/X" in store:
+            name = "raw/X"
         if name not in store:
-            layers = sorted(store["layers"]) if "layers" in store else []
-            raise InputError(f"{path}: has no {name}; its layers are: {', '.join(layers) or 'none'}")
+            raise InputError(f"{path}: has no {name}; its layers are: {', '.join(layers_of(store)) or 'none'}")
         element = store[name]
     encoding = str(element.attrs.get("encoding-type", "array")).replace("-", "_")
     if encoding in ("csr_matrix", "csc_matrix"):
@@ -265,6 +267,13 @@ def _check_size(rows: StoredRows, element: Any) -> None:
             f"{rows.name}: {what} takes {most / 1e9:,.1f} GB before any value is read, and {free / 1e9:,.1f} GB are "
             "free; write the store again if its sizes are wrong, with smaller chunks if they are right"
         )
+
+
+def layers_of(store: Any) -> list[str]:
+    """Names of the layers of an open store, ``raw`` if there is a ``.raw``."""
+    if isinstance(store, zarr.Array):
+        return []
+    return [*(sorted(store["layers"]) if "layers" in store else []), *(["raw"] if "raw/X" in store else [])]
 
 
 def _described_sparse(name: str, element: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:

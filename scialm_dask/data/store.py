@@ -20,6 +20,7 @@ import zarr
 from scialm_dask.data.arrays import ZARR_FORMAT, await_writes, set_encoding, write_element
 from scialm_dask.data.remote import RemoteStore, is_url
 from scialm_dask.data.remote_output import NewStore, check_new, new_store
+from scialm_dask.data.storable import storable
 from scialm_dask.errors import InputError, OutputError, ScialmError
 from scialm_dask.events import Listener, Note
 
@@ -258,6 +259,12 @@ def check_output(
     """Raise `OutputError` if `destination` cannot take a result. Leaves nothing there."""
     destination = _plain(destination)
     check_apart(destination, sources)
+    if destination.endswith((".h5ad", ".h5", ".hdf5", ".loom")):
+        name = destination.rpartition(".")[0]
+        raise OutputError(
+            f"{destination}: results are Zarr stores; give {name}.zarr, and make an .h5ad of it by "
+            "anndata.read_zarr(…).write_h5ad(…)"
+        )
     if is_url(destination):
         check_new(destination)
         return
@@ -376,7 +383,7 @@ def output_error(path: str | os.PathLike[str], error: OSError) -> OSError:
     return OutputError(f"{os.fspath(path)}: could not be written, {cause}; free some space or choose another disk")
 
 
-def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any) -> zarr.Group:
+def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any, raw_var: Any = None) -> zarr.Group:
     """Create an AnnData Zarr store with annotation but no matrix yet.
 
     Parameters
@@ -384,12 +391,18 @@ def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any) -> zarr.Gro
     place
         A path, where there must be nothing yet, or what `atomic_store` has given.
     obs, var
-        Data frames of cells and genes, index included.
+        Data frames of cells and genes, index included; see `storable`.
+    raw_var
+        Genes of ``.raw``, if there is to be one.
     """
     root = zarr.open_group(place, mode="w-", zarr_format=ZARR_FORMAT)
     set_encoding(root, "anndata", "0.1.0")
     for name, value in {"obs": obs, "var": var}.items():
-        write_element(root, name, value)
+        write_element(root, name, storable(value, name)[0])
+    if raw_var is not None:
+        set_encoding(root.create_group("raw"), "raw", "0.1.0")
+        write_element(root["raw"], "var", storable(raw_var, "raw/var")[0])
+        set_encoding(root.create_group("raw/varm"), "dict", "0.1.0")
     for name in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
         set_encoding(root.create_group(name), "dict", "0.1.0")
     return root

@@ -9,9 +9,9 @@ import pytest
 import zarr
 
 from scialm_dask import ExpressionMatrix, InputError, impute
+from scialm_dask.data.annotation import StoredAnnotation, read_annotation
 from scialm_dask.data.arrays import missing_chunks
 from scialm_dask.data.ingest import convert
-from scialm_dask.data.matrix import read_annotation
 from scialm_dask.data.qc import quality_control
 from scialm_dask.evaluate.mask import mask
 from scialm_dask.evaluate.simulate import simulate
@@ -92,7 +92,7 @@ def test_lost_names_of_any_store_are_missed(counts, store_of, axis, zarr_format)
     path = store_of(counts, zarr_format=zarr_format)
     Path(path, axis, "_index", "0" if zarr_format == 2 else "c/0").unlink()
     with pytest.raises(InputError, match=rf"{axis}: chunk \(0,\) of _index is missing"):
-        read_annotation(path, axis, counts.shape[axis == "var"])
+        read_annotation(StoredAnnotation(path), axis, counts.shape[axis == "var"])
 
 
 def test_columns_of_zeros_that_others_do_not_write_are_read(counts, store_of):
@@ -100,7 +100,7 @@ def test_columns_of_zeros_that_others_do_not_write_are_read(counts, store_of):
     root = zarr.open_group(path)
     root["obs/batch/codes"][:] = 0
     assert missing_chunks(root["obs/batch/codes"]) == [(0,)]
-    assert set(read_annotation(path, "obs", counts.shape[0])["batch"]) == {"a"}
+    assert set(read_annotation(StoredAnnotation(path), "obs", counts.shape[0])["batch"]) == {"a"}
 
 
 # What changes while it is read
