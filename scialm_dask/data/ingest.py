@@ -12,13 +12,22 @@ import zarr
 
 from scialm_dask.data.annotation import read_annotation, swapped_axes, unique_names
 from scialm_dask.data.arrays import set_encoding
+from scialm_dask.data.fingerprint import Stamp
 from scialm_dask.data.formats import genes_among, locate
 from scialm_dask.data.joining import Matrix, Source, joined, sample_names, with_genes
 from scialm_dask.data.matrix import check_values
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.rows import StoredRows, blocks_of, check_chunks, numeric, sum_duplicates
 from scialm_dask.data.storable import storable
-from scialm_dask.data.store import MARKERS, atomic_store, check_output, new_anndata, open_store
+from scialm_dask.data.store import (
+    MARKERS,
+    atomic_store,
+    check_output,
+    lasting,
+    new_anndata,
+    open_store,
+    readable,
+)
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.text import Axis, TextMatrix, open_text
 from scialm_dask.data.transpose import Entries, columns_of, csr_of, rows_in_order
@@ -102,7 +111,11 @@ def convert(
     if not sources:
         raise InputError("no source is given; give one at least")
     check_output(destination, overwrite=overwrite, sources=sources)
-    parts = [_open(path, layer, genome, prefix, rows, missing_chunks_are_zeros) for path in sources]
+    before = [Stamp.of(lasting(path)) for path in sources]
+    parts = []
+    for path in sources:
+        with readable(path):
+            parts.append(_open(path, layer, genome, prefix, rows, missing_chunks_are_zeros))
     found = parts[0] if len(parts) == 1 else joined(parts, sample_names(sources), sample_key, join)
     for note in found.notes:
         listen(Note(note))
@@ -116,6 +129,8 @@ def convert(
         if found.logarithms:
             set_encoding(root.create_group("uns/log1p"), "dict", "0.1.0")
         zarr.consolidate_metadata(root.store)
+        for stamp in before:
+            stamp.check()
     return {
         "destination": os.fspath(destination),
         "n_cells": len(found.obs),
