@@ -117,8 +117,6 @@ def convert(
         with readable(path):
             parts.append(_open(path, layer, genome, prefix, rows, missing_chunks_are_zeros))
     found = parts[0] if len(parts) == 1 else joined(parts, sample_names(sources), sample_key, join)
-    for note in found.notes:
-        listen(Note(note))
     advance = begin(listen, "converting")
     with atomic_store(destination, overwrite=overwrite, sources=sources) as partial:
         root = new_anndata(partial, obs=found.obs, var=found.var, raw_var=found.raw_var)
@@ -131,6 +129,8 @@ def convert(
         zarr.consolidate_metadata(root.store)
         for stamp in before:
             stamp.check()
+    for note in found.notes:
+        listen(Note(note))
     return {
         "destination": os.fspath(destination),
         "n_cells": len(found.obs),
