@@ -55,8 +55,10 @@ _OTHERS = ("#117733", "#882255", "#332288", "#44AA99", "#AA4499")
 HIDDEN = {"mse": "mean squared error", "mae": "mean absolute error", "pearson": "Pearson r", "cosine": "cosine"}
 WHOLE = {
     "relative_error": "relative error",
-    "mean_ratio": "imputed ÷ true mean",
+    "gene_correlation": "r over cells, median gene",
+    "cell_correlation": "r over genes, median cell",
     "zeros_pearson": "r at observed zeros",
+    "mean_ratio": "imputed ÷ true mean",
 }
 CLUSTERS = {
     "kmeans_ari": "ARI, k-means",
