@@ -25,6 +25,7 @@ from scialm_dask.errors import InputError, OutputError, ScialmError
 from scialm_dask.events import Listener, Note
 
 __all__ = [
+    "MARKERS",
     "atomic_output",
     "atomic_store",
     "check_apart",
@@ -38,7 +39,7 @@ __all__ = [
     "scratch_folder_for",
 ]
 
-_MARKERS = (".zgroup", ".zarray", "zarr.json")  # of a Zarr group or array
+MARKERS = (".zgroup", ".zarray", "zarr.json")  # of a Zarr group or array
 
 
 def open_store(path: str | os.PathLike[str]) -> Any:
@@ -62,7 +63,7 @@ def open_store(path: str | os.PathLike[str]) -> Any:
         return _open_hdf5(path)
     with readable(path):
         os.scandir(path).close()  # says so if we may not look
-        if not any(os.path.exists(os.path.join(path, name)) for name in _MARKERS):
+        if not any(os.path.exists(os.path.join(path, name)) for name in MARKERS):
             raise InputError(f"{path}: not a Zarr store; convert other formats with `scialm-dask convert`")
         return zarr.open(path, mode="r", use_consolidated=False)  # which may be stale, and spares nothing here
 
