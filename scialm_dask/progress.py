@@ -1,33 +1,34 @@
-"""Who listens: a live bar on a terminal or in a notebook, lines elsewhere, or JSON lines."""
+"""Progress as people and programs see it: a live bar on a terminal or in a notebook, lines elsewhere, or JSON lines."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import fmean
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 from scialm_dask.events import Advanced, Event, Iteration, Note, Pass, Scored, Stage, Sweep
 
-__all__ = ["Display", "duration", "show_progress"]
+__all__ = ["Display", "duration", "printable", "show_progress"]
 
 _SILENCE = 10.0  # seconds after which plain lines give a sign of life
 _LAST = 3  # iterations whose mean time the next ones are expected to take
 _UNKNOWN = "{desc} {elapsed}{postfix}"
 _KNOWN = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
-Clock = Callable[[], float]
 
 
 def show_progress(*, json_lines: bool = False) -> Display:
     """Show the progress of long work on standard error: give it to whatever takes `listen`.
+
+    Progress that can no longer be written, since its reader is gone or the disk of the log is full, ends; the work goes
+    on.
 
     Parameters
     ----------
@@ -36,160 +37,128 @@ def show_progress(*, json_lines: bool = False) -> Display:
         `scialm_dask.events`, in small letters), ``stage``, ``seconds_left`` (null as long as nothing is known of it)
         and the fields of the event. Otherwise a bar on a terminal, a widget in a notebook that has ipywidgets, and
         plain lines elsewhere.
+
+    Examples
+    --------
+    >>> import scipy.sparse as sp, scialm_dask
+    >>> with scialm_dask.show_progress() as listen:
+    ...     result = scialm_dask.impute(sp.random(60, 40, 0.5, random_state=0), max_rank=4, listen=listen)
     """
-    if json_lines:
+    if json_lines or sys.stderr is None:
         return _JSONLines(sys.stderr)
-    if _in_notebook():
-        from tqdm.notebook import tqdm
-
-        return _Bar(tqdm, leave=True)
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        return _Bar(tqdm, leave=False)
-    return _Lines(sys.stderr)
+    in_notebook = "ipykernel" in sys.modules and "ipykernel" in str(type(sys.stderr))
+    return (_Bar if in_notebook or sys.stderr.isatty() else _Lines)(sys.stderr)
 
 
-def _in_notebook() -> bool:
-    """Tell whether a notebook's kernel runs this, and widgets are there to show a bar with."""
-    from importlib.util import find_spec
+class Display:
+    """A listener that shows events on `stream` until it is closed, or until nothing can be written there any more."""
 
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return getattr(shell, "kernel", None) is not None and find_spec("ipywidgets") is not None
-
-
-class _Pace:
-    """How long the stage in progress will go on, by what it has taken so far."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self.stage = Stage("")
-        self._begin()
-
-    def _begin(self) -> None:
-        self._began = self._last = self._clock()
-        self._durations: deque[float] = deque(maxlen=_LAST)
-        self.done: float | None = None
-        self.seconds_left: float | None = None
-
-    def see(self, event: Event) -> None:
-        """Take an event into account."""
-        now = self._clock()
-        if isinstance(event, Stage):
-            self.stage = event
-            self._begin()
-        elif isinstance(event, Advanced):
-            self.done = event.done
-            self.seconds_left = (now - self._began) * (1 - event.done) / event.done if event.done else None
-        elif isinstance(event, Iteration):
-            if event.rank:  # those without are made at once and tell nothing
-                self._durations.append(now - self._last)
-            self._last = now
-            self._expect(event.iteration)
-
-    def _expect(self, made: int) -> None:
-        expected = self.stage.iterations
-        self.done = self.seconds_left = None
-        if expected and made < expected:  # past that it is not known
-            self.done = made / expected
-            self.seconds_left = (expected - made) * fmean(self._durations) if self._durations else None
-
-
-class Display(ABC):
-    """A listener that shows events, until it is closed."""
-
-    def __init__(self, clock: Clock = time.monotonic) -> None:
-        self._clock, self._pace = clock, _Pace(clock)
+    def __init__(self, stream: TextIO | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._clock, self._shown = stream, clock, -math.inf
+        self._begin(Stage(""))
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
-        self._pace.see(event)
-        self._show(event)
+        self._see(event)
+        if self._stream is not None:
+            try:
+                self._show(event, self._stream)
+            except (OSError, ValueError):  # a closed stream is a ValueError
+                self._stream = None
 
-    @abstractmethod
-    def _show(self, event: Event) -> None: ...
+    def _show(self, event: Event, stream: TextIO) -> None:
+        raise NotImplementedError
 
-    def close(self) -> None:  # noqa: B027  most have nothing to do
+    def close(self) -> None:
         """Stop showing."""
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close it."""
-        self.close()
+        with contextlib.suppress(OSError, ValueError):
+            self.close()
+
+    def _begin(self, stage: Stage) -> None:
+        self._stage = stage
+        self._done: float | None = None
+        self._seconds_left: float | None = None
+        self._began = self._last = self._clock()
+        self._durations: deque[float] = deque(maxlen=_LAST)
+
+    def _see(self, event: Event) -> None:
+        """Learn how far the stage is, and how long it will go on by what it has taken so far."""
+        now, expected = self._clock(), self._stage.iterations
+        if isinstance(event, Stage):
+            self._begin(event)
+        elif isinstance(event, Advanced):
+            self._done = event.done
+            self._seconds_left = (now - self._began) * (1 - event.done) / event.done if event.done else None
+        elif isinstance(event, Iteration):
+            if event.rank:  # those without are made at once and tell nothing
+                self._durations.append(now - self._last)
+            self._last, self._done, self._seconds_left = now, None, None
+            if expected and event.iteration < expected:  # past that it is not known
+                self._done = event.iteration / expected
+                if self._durations:
+                    self._seconds_left = (expected - event.iteration) * fmean(self._durations)
 
     def _left(self) -> str:
-        left = self._pace.seconds_left
-        return "" if left is None else f", about {duration(left)} left"
+        return "" if self._seconds_left is None else f", about {duration(self._seconds_left)} left"
 
 
 class _JSONLines(Display):
     """One JSON object for each event."""
 
-    def __init__(self, stream: TextIO, clock: Clock = time.monotonic) -> None:
-        super().__init__(clock)
-        self._stream = stream
-
-    def _show(self, event: Event) -> None:
+    def _show(self, event: Event, stream: TextIO) -> None:
         record = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "event": type(event).__name__.lower(),
-            "stage": self._pace.stage.name,
-            "seconds_left": self._pace.seconds_left,
+            "stage": self._stage.name,
+            "seconds_left": self._seconds_left,
             **{name: _finite(value) for name, value in asdict(event).items()},
         }
-        print(json.dumps(record, default=float), file=self._stream, flush=True)
+        print(json.dumps(record, default=float), file=stream, flush=True)
 
 
 class _Lines(Display):
     """Plain lines: stages, iterations and notes; and a sign of life when none of them has come for a while."""
 
-    def __init__(self, stream: TextIO, clock: Clock = time.monotonic) -> None:
-        super().__init__(clock)
-        self._stream, self._last = stream, -math.inf
-
-    def _show(self, event: Event) -> None:
+    def _show(self, event: Event, stream: TextIO) -> None:
         passing = isinstance(event, Advanced | Pass)
-        if passing and self._clock() - self._last < _SILENCE:
+        if passing and self._clock() - self._shown < _SILENCE:
             return
-        self._last = self._clock()
-        words = _words(event)
-        if passing:
-            words = f"{self._pace.stage.name}: {words}"
-        print(words + ("" if isinstance(event, Note | Scored) else self._left()), file=self._stream, flush=True)
+        self._shown = self._clock()
+        words = f"{self._stage.name}: {_words(event)}" if passing else _words(event)
+        print(words + ("" if isinstance(event, Note | Scored) else self._left()), file=stream, flush=True)
 
 
 class _Bar(Display):
-    """A bar for each stage."""
+    """A bar for each stage; in a notebook it stays."""
 
-    def __init__(self, tqdm: Any, *, leave: bool) -> None:
-        super().__init__()
-        self._tqdm, self._leave = tqdm, leave
-        self._bar: Any = None
+    _bar: Any = None
 
-    def _show(self, event: Event) -> None:
+    def _show(self, event: Event, stream: TextIO) -> None:
+        from tqdm.auto import tqdm
+
         if isinstance(event, Note | Scored):
-            self._tqdm.write(_words(event), file=sys.stderr)
+            tqdm.write(_words(event), file=stream)
             return
         if isinstance(event, Stage) or self._bar is None:
             self.close()
-            name = self._pace.stage.name
-            self._bar = self._tqdm(total=1.0, desc=name, bar_format=_UNKNOWN, file=sys.stderr, leave=self._leave)
-        bar, done = self._bar, self._pace.done
-        bar.bar_format = _UNKNOWN if done is None else _KNOWN
-        bar.n = done or 0.0
-        if isinstance(event, Stage):
-            bar.set_postfix_str(event.detail)
-        elif isinstance(event, Advanced):
-            bar.set_postfix_str(self._left().removeprefix(", "))
-        elif isinstance(event, Pass):
-            bar.refresh()
+            terminal = stream.isatty()
+            self._bar = tqdm(total=1.0, desc=self._stage.name, bar_format=_UNKNOWN, file=stream, leave=not terminal)
+        self._bar.bar_format = _UNKNOWN if self._done is None else _KNOWN
+        self._bar.n = self._done or 0.0
+        if isinstance(event, Pass):
+            self._bar.refresh()
         else:
-            bar.set_postfix_str(_words(event) + self._left())
+            words = {Stage: self._stage.detail, Advanced: ""}.get(type(event), _words(event))
+            self._bar.set_postfix_str((words + self._left()).removeprefix(", "))
 
     def close(self) -> None:
-        """Take the bar away; in a notebook it stays."""
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -199,39 +168,38 @@ def _words(event: Event) -> str:
     """Say it on one line."""
     match event:
         case Stage(name, detail):
-            return f"{name} ({detail})" if detail else name
+            words = f"{name} ({detail})" if detail else name
         case Advanced(done):
-            return f"{done:.0%}"
+            words = f"{done:.0%}"
         case Pass(passes):
-            return f"{passes} passes made" if passes > 1 else "1 pass made"
+            words = f"{passes} passes made" if passes > 1 else "1 pass made"
         case Iteration(iteration, rank, _, residual, held_out):
             words = f"iteration {iteration}: rank {rank}, residual {residual:.3g}"
-            return words if math.isnan(held_out) or rank == 0 else f"{words}, held-out error {held_out:.4g}"
+            words += "" if math.isnan(held_out) or rank == 0 else f", held-out error {held_out:.4g}"
         case Sweep(sweep, objective):
-            return f"sweep {sweep}: objective {objective:.6g}"
-        case Scored():
-            return _score(event)
-        case Note(words):
-            return f"scialm-dask: note: {words}"
+            words = f"sweep {sweep}: objective {objective:.6g}"
+        case Scored(experiment, method, status, mse, relative_error, seconds, note):
+            numbers = {"MSE": mse, "relative error": relative_error, "seconds": seconds}
+            told = [f"{name} {value:.4g}" for name, value in numbers.items() if math.isfinite(value)]
+            words = f"{experiment}, {method}: {', '.join([f'{status}: {note}'] * (status != 'ok') + told)}"
+        case Note(said):
+            words = f"scialm-dask: note: {said}"
         case _:
             fields = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in asdict(event).items())
-            return f"{type(event).__name__.lower()}: {fields}"
+            words = f"{type(event).__name__.lower()}: {fields}"
+    return printable(words)
 
 
-def _score(event: Scored) -> str:
-    numbers = {"MSE": event.mse, "relative error": event.relative_error, "seconds": event.seconds}
-    told = [f"{name} {value:.4g}" for name, value in numbers.items() if math.isfinite(value)]
-    words = [] if event.status == "ok" else [f"{event.status}: {event.note}"]
-    return f"{event.experiment}, {event.method}: " + ", ".join([*words, *told])
+def printable(words: str) -> str:
+    """Return text with what a terminal would take for a command, escape sequences above all, written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 def duration(seconds: float) -> str:
-    """Put it in words, no more exactly than is known."""
+    """Return a time in words, no more exactly than is known."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
-    if seconds < 90 * 60:
-        return f"{round(seconds / 60)} min"
-    return f"{seconds / 3600:.1f} h"
+    return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _finite(value: Any) -> Any:

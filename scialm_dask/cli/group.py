@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import io
 import json
+import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from scialm_dask import __version__
 from scialm_dask.errors import OutputError, ScialmError
 from scialm_dask.events import Listener, Note, silent
+from scialm_dask.progress import printable
 from scialm_dask.run.signals import Terminated, on_sigterm
 
 _INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal
@@ -23,24 +27,31 @@ class _Commands(click.Group):
     """Turns the package's errors, Ctrl-C and SIGTERM into one line on standard error and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # else a file would take the place of a closed stream
+            pass
+        os.close(spare)
         try:
             with on_sigterm(deferred=False):
                 return super().invoke(ctx)
         except ScialmError as error:
-            click.echo(f"scialm-dask: error: {' '.join(str(error).split())}", err=True)
-            sys.exit(error.exit_code)
+            _end(f"error: {' '.join(str(error).split())}", error.exit_code)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             # Outputs and scratch say themselves which disk it is; numba does not, which keeps compiled code.
             remedy = "free some space, in your home too, or set NUMBA_CACHE_DIR to a folder on another disk"
-            click.echo(f"scialm-dask: error: {error.strerror}; {remedy}", err=True)
-            sys.exit(OutputError.exit_code)
+            _end(f"error: {error.strerror}; {remedy}", OutputError.exit_code)
         except KeyboardInterrupt as error:
             terminated = isinstance(error, Terminated)
             what = "terminated" if terminated else "interrupted"
-            click.echo(f"scialm-dask: {what}; nothing was written", err=True)
-            sys.exit(_TERMINATED if terminated else _INTERRUPTED)
+            _end(f"{what}; nothing was written", _TERMINATED if terminated else _INTERRUPTED)
+
+
+def _end(words: str, exit_code: int) -> NoReturn:
+    """Say why on standard error, if that can be written, and exit."""
+    with contextlib.suppress(OSError, ValueError):
+        click.echo(f"scialm-dask: {printable(words)}", err=True)
+    sys.exit(exit_code)
 
 
 @click.group("scialm", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -59,13 +70,29 @@ def reports(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapper(*args: Any, as_json: bool, **kwargs: Any) -> None:
         result = command(*args, **kwargs)
-        if as_json:
-            click.echo(json.dumps(result, default=float))
-        else:
-            for key, value in result.items():
-                click.echo(f"{key.replace('_', ' '):<22} {_readable(value)}")
+        lines = [f"{key.replace('_', ' '):<22} {_readable(value)}" for key, value in result.items()]
+        _tell(
+            [json.dumps(result, default=float)] if as_json else lines, written=command.__name__ not in ("plan", "score")
+        )
 
     return wrapper
+
+
+def _tell(lines: list[str], *, written: bool) -> None:
+    """Print lines; where the result is `written` already, standard output that fails is no failure of the command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # letters that its encoding lacks
+    try:
+        for line in lines:
+            click.echo(printable(line))
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):  # what is left in its buffer is not to fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        reason = getattr(error, "strerror", None) or error
+        if not written:
+            raise OutputError(f"standard output cannot be written ({reason}); send it elsewhere") from error
+        with contextlib.suppress(OSError, ValueError):
+            click.echo(f"scialm-dask: note: the result is written, its summary cannot be shown ({reason})", err=True)
 
 
 def _readable(value: Any) -> str:
@@ -125,7 +152,7 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
-layer_option = click.option("--layer", default=None, help="Read this layer instead of X.")
+layer_option = click.option("--layer", default=None, help="Read this layer instead of X; raw for .raw.X.")
 missing_chunks_option = click.option(
     "--missing-chunks-are-zeros", is_flag=True, help="Read absent chunks of a dense Zarr as zeros; else refuse."
 )
@@ -175,7 +202,7 @@ def convert(src: str, dst: str, **options: Any) -> dict[str, Any]:
 @click.option("--min-genes", type=int, default=None, help="Least number of genes with counts, of a cell.")
 @click.option("--max-genes", type=int, default=None, help="Most genes with counts, of a cell.")
 @click.option("--max-mito", type=float, default=None, help="Most counts on mitochondrial genes, in percent of a cell.")
-@click.option("--mito-prefix", default="MT-", help="How their names begin, in capitals or not.")
+@click.option("--mito-prefix", default="MT-", help="How their names or symbols begin, in capitals or not.")
 @click.option("--min-cells", type=int, default=None, help="Least number of kept cells with counts, of a gene.")
 @layer_option
 @missing_chunks_option

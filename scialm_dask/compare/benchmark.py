@@ -196,8 +196,7 @@ def checked_contestants(
 def _truth(reference: Any, source: Source) -> ExpressionMatrix:
     truth = as_matrix(reference, observed="nonzero")
     refuse_logarithms(truth, reference, None)
-    check_truth(truth, source.matrix)
-    return truth
+    return check_truth(truth, source.matrix)
 
 
 def _experiments(

@@ -16,7 +16,8 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
-from scialm_dask.data.annotated import as_matrix, refuse_logarithms
+from scialm_dask.data.annotated import aligned, as_matrix, refuse_logarithms
+from scialm_dask.data.annotation import Annotation, total_counts
 from scialm_dask.data.csr import row_of, scaled_rows
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import new_anndata
@@ -131,8 +132,7 @@ def open_source(source: Any, folder: Path, *, layer: str | None = None) -> Sourc
         _write(counts, matrix.stream(), obs=matrix.obs, var=matrix.var)
         return Source(name, normalised, counts, factors)
     _write(normalised, matrix.stream(), obs=matrix.obs, var=matrix.var)
-    if "total_counts" in matrix.obs:
-        totals = matrix.obs["total_counts"].to_numpy(np.float64)
+    if (totals := total_counts(matrix.obs, matrix.name)) is not None:
         factors = np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0)
         if _restore(matrix, factors, counts):
             return Source(name, normalised, counts, factors)
@@ -227,24 +227,19 @@ def _part(counts: ExpressionMatrix, which: Molecules, factors: Doubles | None = 
         yield part if factors is None else scaled_rows(part, factors[start:stop])
 
 
-def check_truth(truth: ExpressionMatrix, given: ExpressionMatrix) -> None:
-    """Raise `InputError` if genes differ, or genes or cells come in another order.
+def check_truth(truth: ExpressionMatrix, given: ExpressionMatrix) -> ExpressionMatrix:
+    """Return a truth in the order of the cells and genes that are given.
 
-    Cells whose names have nothing in common are taken in order.
+    Cells of which no name is the same are taken in the order in which they come.
+
+    Raises
+    ------
+    InputError
+        If the cells or genes are not the same; see `aligned`.
     """
-    if truth.shape != given.shape:
-        raise InputError(
-            f"{truth.name}: {truth.shape[0]} cells × {truth.shape[1]} genes, but {given.name} has {given.shape[0]} × "
-            f"{given.shape[1]}; give a truth of the same cells and genes"
-        )
-    for axis in ("obs", "var"):
-        ours, theirs = getattr(given, axis).index, getattr(truth, axis).index
-        if not ours.equals(theirs) and (axis == "var" or ours.isin(theirs).any()):
-            at = int(np.argmax(ours != theirs))
-            raise InputError(
-                f"{truth.name}: {axis} name {at} is {theirs[at]!r}, but {ours[at]!r} in {given.name}; "
-                "give the same cells and genes in the same order"
-            )
+    if len(truth.obs) == len(given.obs) and not truth.obs.index.isin(given.obs.index).any():
+        truth = truth.annotated(Annotation(given.obs[[]], truth.var))
+    return aligned(truth, given)
 
 
 def against_truth(source: Source, truth: ExpressionMatrix, seed: int, folder: Path) -> Experiment:

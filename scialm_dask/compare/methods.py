@@ -173,12 +173,12 @@ def expanded(names: Iterable[str]) -> list[str]:
 def _sweep(words: str) -> list[tuple[str, Any]]:
     """Read ``field=value,value,…`` into pairs."""
     name, equals, listed = words.partition("=")
-    types = {f.name: type(f.default) for f in fields(Settings)}
+    types: dict[str, type[Any]] = {f.name: type(f.default) for f in fields(Settings)}
     name = name.strip().replace("-", "_")
     if not equals or name not in types:
         raise InputError(f"sweep is {words!r}; give field=value,value with a field out of {', '.join(types)}")
     values = [value.strip() for value in listed.split(";" if ";" in listed else ",")]
-    read = types[name] if types[name] in (int, float) else str
+    read: Callable[[str], Any] = types[name] if types[name] in (int, float) else str
     try:
         return [(name, read(value)) for value in _filled(values)]
     except (ValueError, IndexError):

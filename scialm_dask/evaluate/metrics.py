@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from scialm_dask.data.annotated import aligned
 from scialm_dask.data.csr import row_of
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
@@ -164,14 +165,9 @@ def score_held_out(
     Raises
     ------
     InputError
-        If the shapes differ or nothing was hidden.
+        If the cells or genes are not the same, or nothing was hidden.
     """
-    for matrix in (held_out, observed):
-        if matrix.shape != result.shape:
-            raise InputError(
-                f"{matrix.name}: {matrix.shape[0]} cells × {matrix.shape[1]} genes, but the result has "
-                f"{result.shape[0]} × {result.shape[1]}; score a result with the matrix it was made from"
-            )
+    held_out, observed = aligned(held_out, result), aligned(observed, result)
     listen(Stage("scoring"))
     if result.X is not None:
         held_out = held_out.with_blocks(result.X.blocks)

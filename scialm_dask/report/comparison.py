@@ -9,11 +9,11 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from scialm_dask.data.annotated import aligned
 from scialm_dask.data.csr import row_of
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.stream import in_order
-from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin, silent
 from scialm_dask.imputation import Imputation
 
@@ -87,13 +87,9 @@ def compare(
     Raises
     ------
     InputError
-        If the shapes differ.
+        If the cells or genes are not the same.
     """
-    if source.shape != result.shape:
-        raise InputError(
-            f"{source.name}: {source.shape[0]} cells × {source.shape[1]} genes, but the result has "
-            f"{result.shape[0]} × {result.shape[1]}; give the matrix it was made from"
-        )
+    source = aligned(source, result)
     cells = sample(result.shape[0], most_cells)
     observed = _rows_of(source, cells, begin(listen, "comparing"))
     plane = _variable_genes(observed)
@@ -161,10 +157,7 @@ def _by_gene(
     for start, stop in RowBlocks.panels(n_cells, n_genes, _PANEL_BYTES):
         rows = slice(start, stop)
         before = observed[rows].toarray()
-        if result.X is None:
-            after = result.rows(cells[rows])
-        else:
-            after = _rows_of(result.X, cells[rows]).toarray()
+        after = result.rows(cells[rows]) if result.X is None else _rows_of(result.X, cells[rows]).toarray()
         kept[rows, :-1], kept[rows, -1] = after[:, plane], after.sum(axis=1, dtype=np.float64)
         imputed += after.sum(axis=0, dtype=np.float64)
         squares += np.square(after - before).sum(axis=0, dtype=np.float64)

@@ -88,7 +88,7 @@ def test_unusable_matrices_are_refused(two_types):
 
 def test_a_rule_of_another_matrix_is_refused(two_types, tmp_path):
     zeros = biological_zeros(ExpressionMatrix.of(two_types[0][:100]))
-    with pytest.raises(InputError, match="is of 100 cells × 120 genes, but the result has 300 × 120"):
+    with pytest.raises(InputError, match="100 cells × 120 genes, but 300 × 120 are expected"):
         impute(two_types[0]).to_zarr(tmp_path / "a.zarr", preserve_zeros=zeros)
     assert not (tmp_path / "a.zarr").exists()
 

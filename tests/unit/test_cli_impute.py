@@ -270,7 +270,7 @@ def test_score_refuses_what_does_not_belong_together(cli, counts, store_of, tmp_
     nothing = store_of(counts, "nothing.zarr", held_out=sp.csr_matrix(counts.shape))
     assert cli("impute", path, tmp_path / "r.zarr", *QUICK).exit_code == 0
     for masked, message in (
-        (other, "50 cells × 40 genes, but the result has 120 × 40"),
+        (other, "50 cells × 40 genes, but 120 × 40 are expected"),
         (nothing, "holds no entries; hide some with `scialm-dask mask`"),
         (tmp_path / "r.zarr", "has no layers/held_out"),
     ):

@@ -88,7 +88,7 @@ def test_a_truth_is_scaled_to_the_same_totals(counts, store_of, folder):
     ("change", "words"),
     [
         (lambda X, names: (X[:50], names), "50 cells"),
-        (lambda X, names: (X, names[::-1]), "same order"),
+        (lambda X, names: (X, ["other", *names[1:]]), "gene 0 is 'other' where 'gene0' is expected"),
     ],
 )
 def test_a_truth_of_other_cells_or_genes_is_refused(counts, store_of, change, words):
@@ -97,6 +97,14 @@ def test_a_truth_of_other_cells_or_genes_is_refused(counts, store_of, change, wo
     deep = ExpressionMatrix.open(store_of(sp.csr_matrix(X), "deep.zarr", names=others))
     with pytest.raises(InputError, match=words):
         check_truth(deep, ExpressionMatrix.open(store_of(counts)))
+
+
+def test_a_truth_in_another_order_is_matched_by_names(counts, store_of, folder):
+    order = np.random.default_rng(0).permutation(counts.shape[1])
+    source = open_source(store_of(counts), folder)
+    deep = store_of(sp.csr_matrix(counts[:, order]), "deep.zarr", names=[f"gene{j}" for j in order])
+    truth = check_truth(ExpressionMatrix.open(deep), source.matrix)
+    np.testing.assert_array_equal(truth.to_dask().compute().toarray(), counts.toarray())
 
 
 def test_any_matrix_can_be_taken_as_normalised(counts, store_of, folder):

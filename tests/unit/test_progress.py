@@ -18,6 +18,7 @@ from scialm_dask import (
     progress,
     show_progress,
 )
+from scialm_dask.cli import group
 from scialm_dask.events import Advanced, Event, Iteration, Note, Pass, Stage, Sweep, begin
 from scialm_dask.pooled.design import random_pools
 
@@ -195,6 +196,63 @@ def test_log_json_of_a_command(cli, store_of, tmp_path):
     records = [json.loads(line) for line in result.stderr.splitlines()]
     assert [record["iteration"] for record in records if record["event"] == "iteration"] == [1, 2, 3, 4]
     assert {"surveying", "reading", "iterating", "writing"} == {record["stage"] for record in records}
+
+
+class Gone(Terminal):
+    """What nobody reads any more, from the second line on."""
+
+    def write(self, text):
+        if self.getvalue():
+            raise BrokenPipeError(32, "Broken pipe")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("display", [progress._Lines, progress._JSONLines, progress._Bar])
+def test_progress_that_cannot_be_written_ends_and_the_work_goes_on(display):
+    with display(Gone()) as listen:
+        result = impute(COUNTS, preset="paper", max_iterations=3, listen=listen)
+    assert result.summary["iterations"] == 3
+
+
+SIMULATE = "exec {python} -m scialm_dask simulate r.zarr --cells 30 --genes 10 --rank 2"
+
+
+@pytest.mark.parametrize(
+    ("streams", "told"),
+    [
+        ("2>/dev/full", "density"),
+        ("2>&-", "density"),
+        ("2>&- --log-json", "density"),
+        ("2>err --quiet >/dev/full", "note: the result is written, its summary cannot be shown (No space left on device)"),
+        ("2>err --quiet >&-", ""),
+    ],
+)  # fmt: skip
+def test_streams_that_fail_do_not_fail_what_is_written(tmp_path, streams, told):
+    command = f"{SIMULATE.format(python=sys.executable)} {streams}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert told in done.stdout + (tmp_path / "err").read_text() if (tmp_path / "err").exists() else done.stdout
+    assert ExpressionMatrix.open(tmp_path / "r.zarr").shape == (30, 10)
+
+
+def test_what_is_told_alone_fails_where_it_cannot_be(store_of, tmp_path):
+    command = f"exec {sys.executable} -m scialm_dask plan {store_of(COUNTS)} --quiet >/dev/full"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "scialm-dask: error: standard output cannot be written (No space left on device); send it elsewhere\n"
+    )
+
+
+def test_names_that_standard_output_cannot_encode_or_that_steer_a_terminal(monkeypatch, capsys):
+    @group.reports
+    def told(**_):
+        return {"genes": ["λ", "\x1b[31mred"]}
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1"))
+    told(as_json=False)
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue().split() == [b"genes", b"\\u03bb,", b"\\x1b[31mred"]
 
 
 @pytest.mark.parametrize("command", ["convert", "qc", "mask"])

@@ -119,7 +119,7 @@ def test_without_the_source_it_says_so(result, tmp_path):
 def test_what_is_refused(result, strange, store_of, tmp_path):
     with pytest.raises(InputError, match=r"nothing: no such column of obs; its columns are: </style>"):
         write_report(result, tmp_path / "r.html", color="nothing")
-    with pytest.raises(InputError, match="90 cells × 59 genes, but the result has 90 × 60; give the matrix it was"):
+    with pytest.raises(InputError, match="90 cells × 59 genes, but 90 × 60 are expected"):
         write_report(result, tmp_path / "r.html", source=strange[:, :59].copy())
     with pytest.raises(InputError, match="not a result"):
         write_report(store_of(COUNTS, "cells.zarr"), tmp_path / "r.html")
