@@ -25,7 +25,6 @@ from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.mask import mask
 from scialm_dask.solve.scaling import Molecules
-from scialm_dask.solve.zeros import TRAIN_SHARE
 
 __all__ = [
     "Experiment",
@@ -41,6 +40,7 @@ __all__ = [
 
 Kind = Literal["masking", "count split", "truth", "all data"]
 Doubles = NDArray[np.float64]
+TRAIN_SHARE = 0.8
 _OTHER = 0x5CA1E  # bits by which the seed of a split differs from that of methods
 _WHOLE = 1e-2  # how far from whole numbers restored counts may be, by rounding of float32
 

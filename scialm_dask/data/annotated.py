@@ -29,6 +29,7 @@ __all__ = [
     "aligned",
     "as_dask",
     "as_matrix",
+    "axes_of",
     "is_anndata",
     "match_names",
     "named",
@@ -36,6 +37,7 @@ __all__ = [
     "storable_annotation",
 ]
 
+_AXES = ("obs", "var")
 _IN_A_CHUNK = 1 << 22  # entries of what is cut for Dask
 
 
@@ -151,6 +153,16 @@ def match_names(names: pd.Index, wanted: pd.Index, what: str, owner: str) -> NDA
 def _has_names(names: pd.Index) -> bool:
     """Tell names from the numbers that stand where there are none."""
     return str(names[-1]) != str(len(names) - 1) or list(names.astype(str)) != list(map(str, range(len(names))))
+
+
+def axes_of(thing: Any) -> tuple[pd.Index | None, pd.Index | None]:
+    """Return the names of cells and genes of what `as_dask` takes, None each where it has none."""
+    if hasattr(thing, "columns"):
+        return thing.index.astype(str), thing.columns.astype(str)
+    if isinstance(thing, str | os.PathLike):
+        thing = as_matrix(thing)
+    names = [getattr(thing, f"{axis}_names", getattr(getattr(thing, axis, None), "index", None)) for axis in _AXES]
+    return names[0], names[1]
 
 
 def aligned(matrix: ExpressionMatrix, to: Any) -> ExpressionMatrix:
