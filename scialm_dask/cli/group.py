@@ -178,18 +178,23 @@ def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @main.command()
-@click.argument("src", metavar="SRC")
+@click.argument("src", metavar="SRC...", nargs=-1, required=True)
 @click.argument("dst", metavar="DST.zarr")
-@click.option("--layer", default=None, help="Take this layer alone, as X.")
+@click.option("--sample-key", default="sample", help="Column of obs for the names of several SRC.")
+@click.option("--join", type=click.Choice(["inner", "outer"]), default="inner", help="Genes that all SRC have, or any.")
+@click.option("--layer", default=None, help="Take this layer alone, as X; raw for .raw.X.")
 @click.option("--genome", default=None, help="Take this genome of a 10x .h5 file that holds several.")
+@click.option("--prefix", default=None, help="How the names of the files in an MEX folder begin, such as GSM123_.")
+@click.option("--rows", type=click.Choice(["cells", "genes"]), default=None, help="What the rows of a text file are.")
 @missing_chunks_option
 @overwrite_option
 @reports
 @shows_progress
-def convert(src: str, dst: str, **options: Any) -> dict[str, Any]:
-    """Turn .h5ad, 10x .h5, a 10x MEX folder or Zarr into chunked AnnData Zarr.
+def convert(src: tuple[str, ...], dst: str, **options: Any) -> dict[str, Any]:
+    """Turn .h5ad, 10x .h5, MEX or STARsolo folders, loom, .mtx, .csv, .tsv or Zarr into chunked AnnData Zarr.
 
-    Memory does not grow with the size of the matrix. X and all layers are taken, with obs and var.
+    Memory does not grow with the size of the matrix. X, all layers and .raw are taken, with obs and var. Of several
+    SRC, the cells are put one after the other, genes matched by name.
     """
     from scialm_dask.data.ingest import convert
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scialm_dask.data.annotation import Annotation
+from scialm_dask.data.annotation import Annotation, swapped_axes
 from scialm_dask.data.logarithms import evidence_of_logarithms, some_cells
 from scialm_dask.data.matrix import ExpressionMatrix, Observed, check_array, held_array
 from scialm_dask.data.rows import layers_of, reordered
@@ -282,7 +282,7 @@ def storable_annotation(matrix: ExpressionMatrix, listen: Listener) -> Expressio
     if matrix.annotation is None:
         return matrix
     (obs, of_obs), (var, of_var) = storable(matrix.obs, "obs"), storable(matrix.var, "var")
-    for note in of_obs + of_var:
+    for note in of_obs + of_var + swapped_axes(obs, var):
         listen(Note(f"{matrix.name}: {note}"))
     return matrix.annotated(Annotation(obs, var))
 

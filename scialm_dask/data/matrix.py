@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import dask
 import numpy as np
 import scipy.sparse as sp
-import zarr
 
 from scialm_dask.arguments import checked, short_repr
 from scialm_dask.data.annotation import Annotation, StoredAnnotation, read_annotation
+from scialm_dask.data.fingerprint import Stamp
+from scialm_dask.data.formats import locate
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
+from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, sum_duplicates
 from scialm_dask.data.store import lasting, open_store, readable
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.temporary import check_seen, current_client, temporary_csr
@@ -68,6 +69,8 @@ class ExpressionMatrix:
         Of cells and genes: data frames (`Annotation`), where a store has them (`StoredAnnotation`), or None for none.
     origin
         What it was opened from; None if that was in memory.
+    stamp
+        What that was like then; see `check_unchanged`.
 
     Notes
     -----
@@ -79,6 +82,7 @@ class ExpressionMatrix:
     observed: Observed = "nonzero"
     annotation: Any = field(default=None, compare=False, repr=False)
     origin: Origin | None = field(default=None, compare=False, repr=False)
+    stamp: Stamp | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     @checked
@@ -91,7 +95,9 @@ class ExpressionMatrix:
         observed: Observed = "nonzero",
         missing_chunks_are_zeros: bool = False,
     ) -> ExpressionMatrix:
-        """Open X, or a layer, of an AnnData store (.zarr, format 2 or 3, or .h5ad), or a bare 2-D Zarr array.
+        """Open X, or a layer, of an AnnData store (.zarr, format 2 or 3, or .h5ad), or whatever else holds one matrix.
+
+        That is a bare 2-D Zarr array, a 10x .h5, of which features other than genes are left out, or a loom file.
 
         Parameters
         ----------
@@ -123,17 +129,16 @@ class ExpressionMatrix:
         store = open_store(path)
         path = lasting(path)
         with readable(path):
-            rows, element = describe(path, store, layer)
+            rows, element, annotation, _ = locate(path, store, layer)
+            stamp = Stamp.of(path, *((rows.element, "obs", "var", "raw/var") if rows.element else ()))
             check_chunks(rows, element, missing_chunks_are_zeros)
-        var = "raw/var" if rows.element == "raw/X" else "var"
         if rows.encoding == "csc_matrix":
             rows = spill_to_csr(rows)
             element = open_store(rows.path)[rows.element]
         with readable(rows.name):
             cuts = blocks_of(rows, element, blocks)
         origin = Origin(path, layer, missing_chunks_are_zeros)
-        annotation = None if isinstance(store, zarr.Array) else StoredAnnotation(path, var=var)
-        return cls(rows, cuts, observed, annotation, origin)
+        return cls(rows, cuts, observed, annotation, origin, stamp)
 
     @classmethod
     @checked
@@ -208,6 +213,11 @@ class ExpressionMatrix:
     def with_blocks(self, blocks: RowBlocks) -> ExpressionMatrix:
         """Return the same matrix, cut otherwise."""
         return replace(self, blocks=blocks)
+
+    def check_unchanged(self) -> None:
+        """Raise `InputError` if the store that this was opened from has changed since, and may have been read mixed."""
+        if self.stamp is not None:
+            self.stamp.check()
 
     def annotated(self, annotation: Annotation) -> ExpressionMatrix:
         """Return the same matrix with this annotation of cells and genes."""

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
-from scialm_dask.data.arrays import MOST_MISSING, missing_chunks, n_chunks
+from scialm_dask.data.arrays import MOST_MISSING, is_checksummed, missing_chunks, n_chunks
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.store import open_store, readable
 from scialm_dask.errors import DoesNotFitError, InputError
@@ -74,6 +74,10 @@ class StoredRows:
         Cells × genes.
     label
         Of a temporary copy alone: what it is a copy of, to call it by.
+    features
+        Of a 10x file that has other features too: one byte for each, 1 for genes, which alone are read.
+    transposed
+        Whether a dense element is stored as genes × cells.
     """
 
     path: str
@@ -81,6 +85,8 @@ class StoredRows:
     encoding: str
     shape: tuple[int, int]
     label: str | None = None
+    features: bytes | None = None
+    transposed: bool = False
 
     @property
     def name(self) -> str:
@@ -102,7 +108,7 @@ class StoredRows:
             store = open_store(self.path)
             element = store[self.element] if self.element else store
             if self.encoding == "array":
-                dense = np.asarray(element[start:stop])
+                dense = np.asarray(element[:, start:stop].T if self.transposed else element[start:stop])
                 return sp.csr_matrix(dense.astype(numeric(dense.dtype), copy=False))
             indptr = np.asarray(element["indptr"][start : stop + 1], dtype=np.int64)
             _check_rising(self.name, indptr, element["data"].shape[0])
@@ -195,11 +201,13 @@ def _assemble(
 ) -> sp.csr_matrix:
     if len(indptr) < 2 or not len(data) == len(indices) == indptr[-1]:
         raise InputError(f"{rows.name}: indptr does not fit data and indices from row {start}; write the store again")
-    if len(indices) and (indices.min() < 0 or indices.max() >= rows.shape[1]):
-        bad = indices[(indices < 0) | (indices >= rows.shape[1])][0]
-        raise InputError(f"{rows.name}: gene index {bad} is outside 0 to {rows.shape[1] - 1}; write the store again")
+    width = rows.shape[1] if rows.features is None else len(rows.features)
+    if len(indices) and (indices.min() < 0 or indices.max() >= width):
+        bad = indices[(indices < 0) | (indices >= width)][0]
+        raise InputError(f"{rows.name}: gene index {bad} is outside 0 to {width - 1}; write the store again")
     data, indices = data.astype(numeric(data.dtype), copy=False), indices.astype(np.int32, copy=False)
-    return sp.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, rows.shape[1]))
+    csr = sp.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, width))
+    return csr if rows.features is None else csr[:, np.flatnonzero(np.frombuffer(rows.features, bool))]
 
 
 def _check_rising(name: str, indptr: NDArray[np.int64], n_stored: int) -> None:
@@ -294,7 +302,8 @@ def blocks_of(rows: StoredRows, element: Any, blocks: int | None = None) -> RowB
     n_cells, n_genes = rows.shape
     if rows.encoding == "array":
         chunks = element.chunks or (1, 1)
-        return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_width(n_cells, n_genes, chunks[0])
+        rows_in_chunk = chunks[1 if rows.transposed else 0]
+        return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_width(n_cells, n_genes, rows_in_chunk)
     indptr = read_indptr(rows, element)
     return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_nonzeros(indptr)
 
@@ -342,7 +351,9 @@ def _zeros_by_right(element: Any, array: Any, gone: list[tuple[int, ...]]) -> bo
     So it is with `indptr` before the first value, and with `indices` where each row has gene 0 alone. Rows that
     lie over a lost chunk come out with repeated or falling indices.
     """
-    if array is element or not isinstance(array, zarr.Array) or array.basename == "data" or len(gone) == MOST_MISSING:
+    if array is element or not isinstance(array, zarr.Array) or array.basename == "data" or is_checksummed(array):
+        return False
+    if len(gone) == MOST_MISSING:
         return False
     indptr = np.asarray(element["indptr"][:], dtype=np.int64)
     step = (array.shards or array.chunks)[0]
