@@ -97,9 +97,10 @@ def named(matrix: ExpressionMatrix, given: Any) -> ExpressionMatrix:
 
 def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -> ExpressionMatrix:
     """Take X or a layer with the annotation; X of a backed AnnData is read from its file, block by block."""
+    layers = ", ".join(filter(None, adata.layers))  # AnnData 0.13 counts X among them, as None
     raw = layer == "raw" and layer not in adata.layers and getattr(adata, "raw", None) is not None
     if layer is not None and layer not in adata.layers and not raw:
-        raise InputError(f"AnnData: has no layer {layer!r}; its layers are: {', '.join(filter(None, adata.layers)) or 'none'}")
+        raise InputError(f"AnnData: has no layer {layer!r}; its layers are: {layers or 'none'}")
     annotation = Annotation(*(_in_memory(frame) for frame in (adata.obs, adata.raw.var if raw else adata.var)))
     if adata.isbacked and (layer is None or raw):
         if adata.is_view:
@@ -113,7 +114,7 @@ def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -
     else:
         values, name = (adata.X, "AnnData:X") if layer is None else (adata.layers[layer], f"AnnData:layers/{layer}")
     if values is None:
-        raise InputError(f"AnnData: has no X; name one of its layers: {', '.join(filter(None, adata.layers)) or 'there are none'}")
+        raise InputError(f"AnnData: has no X; name one of its layers: {layers or 'there are none'}")
     return ExpressionMatrix.of(values, observed=observed, name=name).annotated(annotation)
 
 
