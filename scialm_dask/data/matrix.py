@@ -21,6 +21,7 @@ from scialm_dask.data.stream import in_order
 from scialm_dask.data.temporary import check_seen, current_client, temporary_csr
 from scialm_dask.data.transpose import spill_to_csr
 from scialm_dask.errors import InputError
+from scialm_dask.reduction import tree_reduce
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -36,7 +37,6 @@ __all__ = [
     "check_values",
     "held_array",
     "read_annotation",
-    "tree_reduce",
 ]
 
 Observed = Literal["nonzero", "finite"]
@@ -355,15 +355,6 @@ def _computed(array: da.Array, name: str) -> StoredRows:
     array = array.rechunk({1: -1})
     blocks = (sp.csr_matrix(array.blocks[i].compute()) for i in range(array.numblocks[0]))
     return temporary_csr(blocks, array.shape[1], array.dtype, name)
-
-
-def tree_reduce(parts: list[Any], combine: Callable[[T, T], T]) -> Any:
-    """Combine delayed parts pairwise, neighbours first: a fixed order, and few parts alive at a time."""
-    merge = dask.delayed(combine)
-    while len(parts) > 1:
-        pairs = [merge(*parts[i : i + 2]) for i in range(0, len(parts) - 1, 2)]
-        parts = pairs + parts[2 * len(pairs) :]
-    return parts[0]
 
 
 def check_values(csr: sp.csr_matrix, name: str, first_row: int) -> None:

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from scialm_dask.data.annotated import aligned
 from scialm_dask.data.csr import row_of
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
+from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.predictions import Factors, Prediction, Sparse, panels
 from scialm_dask.events import Listener, Stage, silent
 from scialm_dask.imputation import Imputation
+from scialm_dask.reduction import tree_reduce
 
 __all__ = ["Moments", "Scores", "compare_all", "compare_stored", "gene_means", "score_held_out"]
 

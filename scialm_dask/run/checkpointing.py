@@ -22,7 +22,8 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import lasting
 from scialm_dask.errors import CheckpointError, InputError, StoppedError
 from scialm_dask.events import Iteration
-from scialm_dask.linalg.operator import LowRankPlusSparse, Observations, Product
+from scialm_dask.linalg.operator import LowRankPlusSparse, Product
+from scialm_dask.linalg.tasks import Observations
 from scialm_dask.solve.ialm import LoopState, Penalty
 from scialm_dask.solve.scaling import Confidence, Survey
 from scialm_dask.solve.zeros import Choice
@@ -173,16 +174,19 @@ class Saved:
         choices = [Choice(*numbers) for numbers in self.checkpoint.notes["tried"]]
         return {(choice.omega, choice.gene_exponent): choice for choice in choices}
 
+    def check_observations(self, now: Observations) -> None:
+        """Raise `CheckpointError` if the loop was over other observed entries, or if they were scaled otherwise."""
+        loop = self.checkpoint.notes["loop"]
+        if loop is not None and not np.allclose(loop["observations"], now, rtol=_SAME_SQUARES):
+            raise CheckpointError(f"{self.checkpoint.path}: is of another matrix, or of one that was scaled otherwise")
+
     def put_back(self, operator: LowRankPlusSparse) -> LoopState | None:
         """Put the state back into a new operator over the same blocks; None if there is none yet."""
         loop = self.checkpoint.notes["loop"]
         if loop is None:
             return None
-        before, now = Observations(*loop["observations"]), operator.observations
-        if not np.allclose(before, now, rtol=_SAME_SQUARES):
-            raise CheckpointError(f"{self.checkpoint.path}: is of another matrix, or of one that was scaled otherwise")
         blocks = {name: group for name, group in self.checkpoint.arrays.items() if name in _OF_OPERATOR}
-        operator.load(self.checkpoint.files, blocks, loop["passes"])
+        operator.load(self.checkpoint.files, blocks, loop["passes"], Observations(*loop["observations"]))
         product = None
         if (cross := self._array("cross")) is not None:
             product = Product(cross, self._array("gram"), 0.0, 0.0)
@@ -266,6 +270,11 @@ class Keeper:
         self._operator, self._state = operator, state
         self._written(0 if state is None else len(state.history))
         return state
+
+    def check_observations(self, now: Observations) -> None:
+        """See that the entries, once they have been read, are those of the checkpoint; else raise `CheckpointError`."""
+        if self._saved is not None:
+            self._saved.check_observations(now)
 
     def let_go(self) -> None:
         """Forget the operator, which knows of this: neither is to outlive the run for the other's sake."""

@@ -21,7 +21,7 @@ POINTS = {
     "first pass": ("linalg.kernels:visit", 1),
     "first SVD": ("linalg.kernels:visit", 8),
     "a later pass": ("linalg.kernels:visit", 21),
-    "its scratch": ("data.scratch:ZarrScratch.put", 40),
+    "its scratch": ("data.scratch:ZarrScratch._write", 40),
     "the first manifest": ("data.checkpoint:sync_file", 1),
     "an array of a checkpoint": ("data.array_files:ArrayFolder.put", 25),
     "a checkpoint before it has its name": ("data.checkpoint:_sync_folder", 7),

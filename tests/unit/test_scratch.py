@@ -94,7 +94,7 @@ def of_zeros(folder):
 @pytest.mark.parametrize("work", [of_factors, of_zeros])
 def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path, work):
     (tmp_path / "s").mkdir()
-    repair = faults.inject("scialm_dask.data.scratch:ZarrScratch.put", tmp_path / "calls", {7: faults.fill_disk})
+    repair = faults.inject("scialm_dask.data.scratch:ZarrScratch._write", tmp_path / "calls", {7: faults.fill_disk})
     try:
         with pytest.raises(OutputError, match="could not be written, the disk is full; free some space"):
             work(tmp_path / "s")
