@@ -52,7 +52,7 @@ def impute(
         ``"auto"`` stops before noise is fitted; ``"denoise"`` also trusts zeros, as far as count splitting finds best,
         and needs raw counts; ``"paper"`` is the published method.
     layer
-        Layer of the store or AnnData to read instead of X.
+        Layer of the store or AnnData to read instead of X; ``"raw"`` for ``.raw.X``.
     key_added
         Of an AnnData only: what is found is put into it too, as ``obsm["X_" + key_added]`` (cells × rank),
         ``varm[key_added]`` (genes × rank) and ``uns[key_added]``; None leaves it as it is. The matrix itself stays.
@@ -111,6 +111,12 @@ def impute(
     chosen = settings_of(preset, **settings)
     source = as_matrix(matrix, layer, observed=observed)
     refuse_logarithms(source, matrix, layer)
+    n_genes = matrix.n_vars if key_added is not None and is_anndata(matrix) else source.shape[1]  # type: ignore[union-attr]
+    if source.shape[1] != n_genes:  # as .raw may have
+        raise InputError(
+            f"{source.name}: has {source.shape[1]} genes, the AnnData {n_genes}; give adata.raw.to_adata(), or "
+            "key_added=None"
+        )
     result = complete_matrix(
         source,
         chosen,

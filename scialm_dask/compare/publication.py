@@ -13,12 +13,17 @@ import numpy as np
 
 from scialm_dask.api import impute, parse_limit
 from scialm_dask.compare import charts
-from scialm_dask.compare.benchmark import Evaluation, checked_contestants, evaluate_imputation
+from scialm_dask.compare.benchmark import (
+    Evaluation,
+    checked_contestants,
+    evaluate_imputation,
+    fresh_folder,
+    run_contestant,
+)
 from scialm_dask.compare.clustering import labels_of
 from scialm_dask.compare.experiments import check_truth, open_source
 from scialm_dask.compare.methods import contestants
 from scialm_dask.compare.tables import markdown, save_figure, write_evaluation
-from scialm_dask.compare.trial import fresh_folder, run_contestant
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.qc import Thresholds, measure_cells, mitochondrial, quality_control
 from scialm_dask.errors import InputError
@@ -167,7 +172,7 @@ class _Press:
     @property
     def limits(self) -> dict[str, Any]:
         """Of each method."""
-        return {"memory_limit": self.programme.memory_limit, "time_limit": self.programme.time_limit}
+        return {"memory_limit": self.programme.memory_limit, "method_timeout": self.programme.time_limit}
 
     def clean(self, source: str | os.PathLike[str], to: Path) -> Path:
         """Apply the publication's quality control, for a line of Table 2, and Figure 3."""
@@ -300,7 +305,8 @@ class _Press:
             source = open_source(place / "cells.zarr", place)
             for each, contestant in enumerate(contestants(self.programme.methods)):
                 with fresh_folder(place / f"method{each}") as own:
-                    outcome = run_contestant(contestant, source, own, **self.limits)
+                    limit, timeout = parse_limit(self.programme.memory_limit), self.programme.time_limit
+                    outcome, _ = run_contestant(contestant, source, own, memory_limit=limit, timeout=timeout)
                 rows.append({"cells": number, "method": contestant.method, **asdict(outcome)})
                 self.listen(_sized(rows[-1]))
         table = pd.DataFrame(rows)

@@ -113,14 +113,19 @@ _CLUSTER_COLUMNS = ("kmeans_ari", "kmeans_nmi", "leiden_ari", "leiden_nmi", "lei
 _HIDDEN = charts.METRICS | {"gene_pearson": "Pearson r, median gene"}
 _WHOLE = {
     "relative_error": "relative error",
+    "gene_correlation": "r across cells, median gene",
+    "cell_correlation": "r across genes, median cell",
+    "zeros_pearson": "r at observed zeros",
     "mean_ratio": "mean imputed / mean true",
-    "pearson": "Pearson r",
-    "zeros_pearson": "Pearson r at zeros",
 }
 _COSTS = {"seconds": "seconds", "peak_bytes": "memory, MB"}
+_SEARCHED = (
+    "As many clusters as labels: Leiden's resolution is searched for each method alike, the mean of five seeds. "
+    "X_scialm is the embedding of a result; all else, the principal components of the log-normalised matrix.\n\n"
+)
 _CLUSTERS = {
-    "kmeans_ari": "ARI, k-means",
     "leiden_ari": "ARI, Leiden",
+    "kmeans_ari": "ARI, k-means",
     "kmeans_nmi": "NMI, k-means",
     "leiden_nmi": "NMI, Leiden",
     "leiden_clusters": "clusters, Leiden",
@@ -140,7 +145,8 @@ def _sections(summary: pd.DataFrame, evaluation: Evaluation) -> str:
                 parts.append(f"## {title}\n\n{_section(scored, columns)}")
             if "kmeans_ari" in rows and rows["kmeans_ari"].notna().any():
                 clustered = rows[rows["kmeans_ari"].notna()]
-                parts.append(f"## Clusters: {title}\n\n{_section(clustered, _CLUSTERS, ascending=False)}")
+                table = _section(clustered, _CLUSTERS, ascending=False)
+                parts.append(f"## Clusters: {title}\n\n{_SEARCHED}{table}")
     quoted = evaluation.scores[evaluation.scores["status"] == "quoted"]
     words = [_quotation(row) for row in quoted.to_dict("records")]
     return "\n".join([*parts, "## Quoted\n\n" + "".join(words)] if words else parts)

@@ -11,7 +11,8 @@ import numpy as np
 from dask.delayed import Delayed
 from numpy.typing import NDArray
 
-from scialm_dask.data.annotated import as_matrix
+from scialm_dask.data.annotated import as_matrix, refuse_logarithms
+from scialm_dask.data.annotation import total_counts
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.errors import InputError
@@ -86,7 +87,8 @@ def transform(
     InputError
         If fewer genes match than the result has factors, names are ambiguous, or one is of counts and the other not.
     """
-    matrix = as_matrix(matrix, layer, observed=fit.observed).for_workers()
+    given, matrix = matrix, as_matrix(matrix, layer, observed=fit.observed).for_workers()
+    refuse_logarithms(matrix, given, layer)
     obs, names = matrix.obs, None if matrix.annotation is None else matrix.var.index
     if fit.model is None:
         raise InputError(
@@ -269,9 +271,8 @@ def _size_factors(model: CellModel, sample: list[_Run], obs: pd.DataFrame) -> tu
         )
     if counts:
         return None, "cells scaled by their totals"
-    if "total_counts" not in obs:
+    if (totals := total_counts(obs, "the new cells")) is None:
         return np.full(len(obs), model.centre), "cells not scaled, as obs has no total_counts"
-    totals = obs["total_counts"].to_numpy(np.float64)
     sizes = np.divide(1.0, totals, out=np.zeros_like(totals), where=totals > 0)
     return sizes, "cells scaled by obs['total_counts']"
 

@@ -178,7 +178,7 @@ def with_mark(adata):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (with_mark, {}, "holds logarithms, as uns.'log1p'. says; give the layer"),
+        (with_mark, {}, r"holds logarithms, as expm1\(x\) gives whole multiples in each cell; .* of: counts"),
         (lambda a: None, {"layer": "raw"}, "no layer 'raw'; its layers are: counts"),
         (lambda a: setattr(a, "X", None), {}, "has no X; name one of its layers: counts"),
         (lambda a: setattr(a, "X", a.X * -1), {}, "AnnData:X: value -.* must be finite and not negative"),

@@ -95,14 +95,14 @@ def test_each_method_is_measured_in_an_empty_folder(tmp_path, monkeypatch):
     def run(contestant, source, folder, **limits):
         assert not list(folder.iterdir())
         (folder / "answer.json").write_text("{}")
-        assert limits == {"memory_limit": 100, "time_limit": None}
-        return Outcome("ok", 1.0, 2.0)
+        assert limits == {"memory_limit": 10**8, "timeout": None}
+        return Outcome("ok", 1.0, 2.0), None
 
     monkeypatch.setattr(module, "run_contestant", run)
     work, folder = tmp_path / "work", tmp_path / "out"
     work.mkdir()
     folder.mkdir()
-    _Press(folder, Programme(methods=["alra", "knn"], sizes=[20], memory_limit=100), silent).sizes(work)
+    _Press(folder, Programme(methods=["alra", "knn"], sizes=[20], memory_limit=10**8), silent).sizes(work)
     assert list(pd.read_csv(folder / "sizes.csv")["method"]) == ["alra", "knn"]
     assert sorted(p.name for p in (work / "size20").iterdir()) == ["cells.zarr", "counts.zarr", "normalised.zarr"]
 
