@@ -380,6 +380,8 @@ class Imputation:
                 }
             write_element(root["uns"], _KEY, self._notes(written))
             zarr.consolidate_metadata(root.store)
+            if read := preserve_zeros.matrix if preserve_zeros is not None else keep_observed:
+                read.check_unchanged()
         return self.summary | {"X": written}
 
     def _check_x(self, dense: bool, keep_observed: ExpressionMatrix | None, preserve_zeros: ZeroRule | None) -> None:

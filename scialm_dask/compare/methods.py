@@ -6,7 +6,7 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from scialm_dask.api import impute
 from scialm_dask.compare import peers
@@ -14,7 +14,10 @@ from scialm_dask.compare.peers import Task
 from scialm_dask.config import Preset, Settings, preset
 from scialm_dask.errors import InputError
 
-__all__ = ["METHODS", "QUOTED", "Contestant", "Method", "contestants", "find_method"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["METHODS", "QUOTED", "Contestant", "Method", "contestants", "find_method", "label_of", "labelled"]
 
 OURS = ("denoise", "complete", "paper", "auto")
 _ELLIPSES = ("...", "…")
@@ -109,6 +112,17 @@ class Contestant:
     def words(self) -> str:
         """The settings in words, empty where there are none."""
         return " ".join(f"{name}={value}" for name, value in self.settings.items())
+
+
+def label_of(method: str, setting: str = "") -> str:
+    """Return what figures and tables call a method."""
+    known = METHODS.get(method) or QUOTED.get(method)
+    return f"{known.label if known else method} {setting}".strip()
+
+
+def labelled(scores: pd.DataFrame) -> pd.DataFrame:
+    """Add a column ``label``, what figures call the method of each row."""
+    return scores.assign(label=list(map(label_of, scores["method"], scores["setting"])))
 
 
 def find_method(name: str) -> Method:

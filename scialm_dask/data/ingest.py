@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.annotation import StoredAnnotation, read_annotation
 from scialm_dask.data.arrays import set_encoding
+from scialm_dask.data.fingerprint import Stamp
 from scialm_dask.data.matrix import check_values
 from scialm_dask.data.rows import StoredRows, blocks_of, check_chunks, describe, numeric, sum_duplicates
 from scialm_dask.data.storable import storable
-from scialm_dask.data.store import atomic_store, check_output, new_anndata, open_store
+from scialm_dask.data.store import atomic_store, check_output, lasting, new_anndata, open_store, readable
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.tenx import MatrixMarket, h5_annotation, h5_group, h5_rows, is_10x_h5
 from scialm_dask.data.transpose import Entries, columns_of, csr_of, rows_in_order
@@ -109,7 +110,9 @@ def convert(
     """
     source = os.fspath(source)
     check_output(destination, overwrite=overwrite, sources=(source,))
-    found = _open(source, layer, genome, missing_chunks_are_zeros)
+    before = Stamp.of(lasting(source))
+    with readable(source):
+        found = _open(source, layer, genome, missing_chunks_are_zeros)
     advance = begin(listen, "converting")
     with atomic_store(destination, overwrite=overwrite, sources=(source,)) as partial:
         root = new_anndata(partial, obs=found.obs, var=found.var, raw_var=found.raw_var)
@@ -120,6 +123,7 @@ def convert(
         if found.logarithms:
             set_encoding(root.create_group("uns/log1p"), "dict", "0.1.0")
         zarr.consolidate_metadata(root.store)
+        before.check()
     for note in found.notes:
         listen(Note(note))
     return {

@@ -15,6 +15,7 @@ import zarr
 
 from scialm_dask.arguments import checked, short_repr
 from scialm_dask.data.annotation import Annotation, StoredAnnotation, read_annotation
+from scialm_dask.data.fingerprint import Stamp
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
 from scialm_dask.data.store import lasting, open_store, readable
@@ -68,6 +69,8 @@ class ExpressionMatrix:
         Of cells and genes: data frames (`Annotation`), where a store has them (`StoredAnnotation`), or None for none.
     origin
         What it was opened from; None if that was in memory.
+    stamp
+        What that was like then; see `check_unchanged`.
 
     Notes
     -----
@@ -79,6 +82,7 @@ class ExpressionMatrix:
     observed: Observed = "nonzero"
     annotation: Any = field(default=None, compare=False, repr=False)
     origin: Origin | None = field(default=None, compare=False, repr=False)
+    stamp: Stamp | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     @checked
@@ -124,6 +128,7 @@ class ExpressionMatrix:
         path = lasting(path)
         with readable(path):
             rows, element = describe(path, store, layer)
+            stamp = Stamp.of(path, *((rows.element, "obs", "var", "raw/var") if rows.element else ()))
             check_chunks(rows, element, missing_chunks_are_zeros)
         var = "raw/var" if rows.element == "raw/X" else "var"
         if rows.encoding == "csc_matrix":
@@ -133,7 +138,7 @@ class ExpressionMatrix:
             cuts = blocks_of(rows, element, blocks)
         origin = Origin(path, layer, missing_chunks_are_zeros)
         annotation = None if isinstance(store, zarr.Array) else StoredAnnotation(path, var=var)
-        return cls(rows, cuts, observed, annotation, origin)
+        return cls(rows, cuts, observed, annotation, origin, stamp)
 
     @classmethod
     @checked
@@ -208,6 +213,11 @@ class ExpressionMatrix:
     def with_blocks(self, blocks: RowBlocks) -> ExpressionMatrix:
         """Return the same matrix, cut otherwise."""
         return replace(self, blocks=blocks)
+
+    def check_unchanged(self) -> None:
+        """Raise `InputError` if the store that this was opened from has changed since, and may have been read mixed."""
+        if self.stamp is not None:
+            self.stamp.check()
 
     def annotated(self, annotation: Annotation) -> ExpressionMatrix:
         """Return the same matrix with this annotation of cells and genes."""

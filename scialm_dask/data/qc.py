@@ -163,6 +163,7 @@ def quality_control(
         kept = _kept(matrix, keep_cells, keep_genes, lambda: advance(step))
         n_observed = _write(root, kept, scale[keep_cells], n_genes=int(keep_genes.sum()), with_counts=whole)
         zarr.consolidate_metadata(root.store)
+        matrix.check_unchanged()
     return {
         "destination": os.fspath(destination),
         "n_cells": int(keep_cells.sum()),

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
-from scialm_dask.data.arrays import MOST_MISSING, missing_chunks, n_chunks
+from scialm_dask.data.arrays import MOST_MISSING, is_checksummed, missing_chunks, n_chunks
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.store import open_store, readable
 from scialm_dask.errors import DoesNotFitError, InputError
@@ -342,7 +342,9 @@ def _zeros_by_right(element: Any, array: Any, gone: list[tuple[int, ...]]) -> bo
     So it is with `indptr` before the first value, and with `indices` where each row has gene 0 alone. Rows that
     lie over a lost chunk come out with repeated or falling indices.
     """
-    if array is element or not isinstance(array, zarr.Array) or array.basename == "data" or len(gone) == MOST_MISSING:
+    if array is element or not isinstance(array, zarr.Array) or array.basename == "data" or is_checksummed(array):
+        return False
+    if len(gone) == MOST_MISSING:
         return False
     indptr = np.asarray(element["indptr"][:], dtype=np.int64)
     step = (array.shards or array.chunks)[0]

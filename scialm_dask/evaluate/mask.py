@@ -96,6 +96,7 @@ def mask(
         root = new_anndata(partial, obs=matrix.obs, var=matrix.var)
         _split(root, matrix, counts, n_hidden, seed, lambda share: advance(share / 2))
         zarr.consolidate_metadata(root.store)
+        matrix.check_unchanged()
     return {
         "destination": os.fspath(destination),
         "n_cells": matrix.shape[0],

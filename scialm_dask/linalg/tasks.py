@@ -159,6 +159,8 @@ def run(
             read[number] = store.put(block, number, 0)
             first, seen = begin(block, source.held_out(number, block))
             observed = add(observed, seen)
+            if number in states and len(store.get(states[number], without).estimate) != block.indptr[-1]:
+                raise ValueError(f"block {number} is not the one whose state was saved")
             if number not in states:
                 state, changed[number] = first, store.put(first, number, 0)
         at = changed[number]

@@ -16,7 +16,8 @@ from scialm_dask.data.store import atomic_output, check_output, new_anndata
 from scialm_dask.evaluate.mask import mask
 from scialm_dask.evaluate.metrics import score_held_out
 from scialm_dask.events import Listener, silent
-from scialm_dask.run.job import complete_matrix
+from scialm_dask.run.checkpointing import Job
+from scialm_dask.run.job import run
 
 __all__ = ["demo"]
 
@@ -44,7 +45,7 @@ def demo(folder: str | os.PathLike[str], *, overwrite: bool = False, listen: Lis
         _write_cells(partial / "cells.zarr")
         mask(partial / "cells.zarr", partial / "masked.zarr", fraction=0.1, seed=0, listen=listen)
         masked = ExpressionMatrix.open(partial / "masked.zarr")
-        result = complete_matrix(masked, Settings(), listen=listen)
+        result = run(Job(masked, Settings()), listen=listen)
         result.summary["source"] = f"{Path(folder) / 'masked.zarr'}:X"  # where it is going to be
         result.to_zarr(partial / "imputed.zarr", listen=listen)
         scores = score_held_out(result, ExpressionMatrix.open(partial / "masked.zarr", "held_out"), masked, listen)

@@ -57,7 +57,7 @@ def plan(
     Parameters
     ----------
     matrix, settings, scratch, memory_limit, scratch_folder
-        See `scialm_dask.run.job.complete_matrix`.
+        See `scialm_dask.run.checkpointing.Job`.
     preserve_zeros
         Whether biological zeros are looked for too, by another SVD.
 

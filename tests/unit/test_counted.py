@@ -7,12 +7,11 @@ import dask
 import numpy as np
 import pytest
 from dask.callbacks import Callback
-from problems import InMemory, low_rank_counts
+from problems import InMemory, completed, low_rank_counts
 
 from scialm_dask.config import preset
 from scialm_dask.data.scratch import ZarrScratch
 from scialm_dask.linalg.operator import LowRankPlusSparse
-from scialm_dask.solve.ialm import complete
 
 COUNTS = low_rank_counts(500, 700, seed=1)
 
@@ -38,7 +37,7 @@ def cost_of_iterations(folder, n_blocks, threads, **changes):
 
     with dask.config.set(scheduler="threads", num_workers=threads), Tasks() as tasks:
         operator = LowRankPlusSparse(source, ZarrScratch(str(folder)))
-        complete(operator, preset("auto", **changes), note)
+        completed(operator, preset("auto", **changes), note)
     costs = [cost for cost in costs if cost[0] > 0]
     return [(after[1] - before[1], after[2] - before[2], after[3] - before[3]) for before, after in pairwise(costs)]
 
