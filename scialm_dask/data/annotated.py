@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scialm_dask.data.annotation import Annotation
+from scialm_dask.data.annotation import Annotation, swapped_axes
 from scialm_dask.data.logarithms import evidence_of_logarithms, some_cells
 from scialm_dask.data.matrix import ExpressionMatrix, Observed, check_array, held_array
 from scialm_dask.data.rows import layers_of, reordered
@@ -97,6 +97,11 @@ def named(matrix: ExpressionMatrix, given: Any) -> ExpressionMatrix:
 
 def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -> ExpressionMatrix:
     """Take X or a layer with the annotation; X of a backed AnnData is read from its file, block by block."""
+    if not hasattr(adata, "isbacked"):  # an AnnCollection
+        raise InputError(
+            f"a {type(adata).__name__} has no matrix of its own; give anndata.concat(…), or join files by `scialm-dask "
+            "convert A B DST.zarr`"
+        )
     raw = layer == "raw" and layer not in adata.layers and getattr(adata, "raw", None) is not None
     if layer is not None and layer not in adata.layers and not raw:
         raise InputError(f"AnnData: has no layer {layer!r}; its layers are: {', '.join(adata.layers) or 'none'}")
@@ -282,7 +287,7 @@ def storable_annotation(matrix: ExpressionMatrix, listen: Listener) -> Expressio
     if matrix.annotation is None:
         return matrix
     (obs, of_obs), (var, of_var) = storable(matrix.obs, "obs"), storable(matrix.var, "var")
-    for note in of_obs + of_var:
+    for note in of_obs + of_var + swapped_axes(obs, var):
         listen(Note(f"{matrix.name}: {note}"))
     return matrix.annotated(Annotation(obs, var))
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from scialm_dask.linalg.compiled import compiled
 from scialm_dask.linalg.sparse_products import sddmm, spmm, spmm_t
 
 __all__ = [
@@ -36,7 +36,7 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 # Everything that lets loops be vectorised but "no NaN": NaN is what marks the held-out entries.
-_jit = numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
+_jit = compiled(boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
 
 _DENSE_FROM = 0.5  # density from which BLAS on dense panels beats the sparse loops, with 128 columns and more clearly
 PANEL_VALUES = 4_000_000  # of a dense panel: 16 MB

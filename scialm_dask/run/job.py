@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import dask
 import numpy as np
@@ -215,6 +216,7 @@ def fit(known: RunState, listen: Listener) -> Imputation:
             result = _completed(replace(job, matrix=matrix), known, found, store, place.forecast, listen)
     peaks = ask_everyone(peak_memory)
     result.summary |= {
+        "date": datetime.now(UTC).isoformat(" ", "minutes").replace("+00:00", " UTC"),
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": max(peaks),
         "peak_memory_bytes_in_all": sum(peaks),
