@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -25,6 +26,10 @@ _INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal
 
 class _Commands(click.Group):
     """Turns the package's errors, Ctrl-C and SIGTERM into one line on standard error and an exit code."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["command"] = shlex.join(["scialm-dask", *args])  # for results, which keep how they were made
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # else a file would take the place of a closed stream

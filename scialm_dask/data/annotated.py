@@ -97,6 +97,11 @@ def named(matrix: ExpressionMatrix, given: Any) -> ExpressionMatrix:
 
 def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -> ExpressionMatrix:
     """Take X or a layer with the annotation; X of a backed AnnData is read from its file, block by block."""
+    if not hasattr(adata, "isbacked"):  # an AnnCollection
+        raise InputError(
+            f"a {type(adata).__name__} has no matrix of its own; give anndata.concat(…), or join files by `scialm-dask "
+            "convert A B DST.zarr`"
+        )
     layers = ", ".join(filter(None, adata.layers))  # AnnData 0.13 counts X among them, as None
     raw = layer == "raw" and layer not in adata.layers and getattr(adata, "raw", None) is not None
     if layer is not None and layer not in adata.layers and not raw:

@@ -340,7 +340,7 @@ def interrupting(function, at):
 if stage == "iterating":
     kernels.visit = interrupting(kernels.visit, 20)
 else:
-    factors.Imputation.product = interrupting(factors.Imputation.product, 2)
+    factors.Imputation.rows = interrupting(factors.Imputation.rows, 1)
 main()
 """
 

@@ -211,7 +211,7 @@ def test_the_command_writes_tables_and_figures(cli, path, tmp_path):
         (["--labels", "colour"], "no column 'colour'"),
         (["--labels", "one"], "two labels at least"),
         (["--reference", "nowhere.zarr"], "no such file"),
-        (["--method-timeout", "0"], "method timeout is 0"),
+        (["--method-timeout", "0"], "method_timeout is 0"),
         (["--memory-limit", "much"], "memory limit is 'much'"),
     ],
 )

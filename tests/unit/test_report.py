@@ -76,6 +76,7 @@ def test_the_command(cli, store_of, tmp_path):
     assert "Coloured by batch" in read.text
     assert [len(image["alt"].split()) > 10 for image in read.all("img")] == [True] * 6
     assert str(path) in read.text
+    assert re.search(rf"Imputed on \d{{4}}-\d\d-\d\d \d\d:\d\d UTC by scialm-dask impute {path} {store}", read.text)
     assert f"of at most {Imputation.open(store).summary['settings']['max_rank']}" in read.text
     again = cli("report", store, "-o", page)
     assert again.exit_code == 2
