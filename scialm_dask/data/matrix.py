@@ -23,6 +23,7 @@ from scialm_dask.data.stream import in_order
 from scialm_dask.data.temporary import check_seen, current_client, temporary_csr
 from scialm_dask.data.transpose import Entries, rows_in_order, spill_to_csr
 from scialm_dask.errors import InputError
+from scialm_dask.reduction import tree_reduce
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -36,7 +37,6 @@ __all__ = [
     "check_observed",
     "check_values",
     "held_array",
-    "tree_reduce",
 ]
 
 Observed = Literal["nonzero", "finite"]
@@ -388,15 +388,6 @@ def _computed(array: Any, name: str, observed: Observed) -> StoredRows:
 
     n_values = array.shape[0] * array.shape[1] // 10  # nobody knows before they are read
     return temporary_csr(rows_in_order(pieces(), array.shape, dtype, n_values, name), array.shape[1], dtype, name)
-
-
-def tree_reduce(parts: list[Any], combine: Callable[[T, T], T]) -> Any:
-    """Combine delayed parts pairwise, neighbours first: a fixed order, and few parts alive at a time."""
-    merge = dask.delayed(combine)
-    while len(parts) > 1:
-        pairs = [merge(*parts[i : i + 2]) for i in range(0, len(parts) - 1, 2)]
-        parts = pairs + parts[2 * len(pairs) :]
-    return parts[0]
 
 
 def check_values(csr: sp.csr_matrix, name: str, first_row: int) -> None:
