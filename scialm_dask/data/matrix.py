@@ -23,6 +23,7 @@ from scialm_dask.data.stream import in_order
 from scialm_dask.data.temporary import check_seen, current_client, temporary_csr
 from scialm_dask.data.transpose import Entries, rows_in_order, spill_to_csr
 from scialm_dask.errors import InputError
+from scialm_dask.reduction import tree_reduce
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -36,11 +37,12 @@ __all__ = [
     "check_observed",
     "check_values",
     "held_array",
-    "tree_reduce",
 ]
 
 Observed = Literal["nonzero", "finite"]
 T = TypeVar("T")
+
+_LARGEST = 1e15  # value; of larger ones, and of smaller than its inverse, products leave what float32 holds
 
 
 @dataclass(frozen=True)
@@ -262,20 +264,29 @@ class ExpressionMatrix:
         Raises
         ------
         InputError
-            If a value is negative, NaN (under ``"nonzero"``) or infinite, or is not a number.
+            If a value is negative, NaN (under ``"nonzero"``) or infinite, or is not a number; or if the values are so
+            large or small, beyond 1e15 or 1e-15, that they cannot be computed with.
         """
         start, stop = self.blocks[block]
         csr = self.rows.read(start, stop)
         if csr.dtype.kind not in "buif":
             raise InputError(f"{self.name}: values are of type {csr.dtype}, not numbers; convert them first")
         dtype = csr.dtype if as_stored else np.float32
-        csr = sp.csr_matrix((csr.data.astype(dtype), csr.indices, csr.indptr), shape=csr.shape)
+        with np.errstate(over="ignore"):  # to infinity, which is refused below
+            csr = sp.csr_matrix((csr.data.astype(dtype), csr.indices, csr.indptr), shape=csr.shape)
         sum_duplicates(csr, self.name)
         if self.observed == "finite":
-            return _finite_entries(csr, self.name)
-        check_values(csr, self.name, start)
-        if not csr.data.all():
-            csr.eliminate_zeros()
+            csr = _finite_entries(csr, self.name)
+        else:
+            check_values(csr, self.name, start)
+            if not csr.data.all():
+                csr.eliminate_zeros()
+        largest = np.abs(csr.data).max(initial=0)
+        if largest and not as_stored and not 1 / _LARGEST <= largest <= _LARGEST:
+            raise InputError(
+                f"{self.name}: cells {start} to {stop - 1} have values up to {largest:g}, whose squares are beyond "
+                f"float32; multiply the matrix so that they lie between {1 / _LARGEST:g} and {_LARGEST:g}"
+            )
         return csr
 
     def to_dask(self) -> da.Array:
@@ -377,15 +388,6 @@ def _computed(array: Any, name: str, observed: Observed) -> StoredRows:
 
     n_values = array.shape[0] * array.shape[1] // 10  # nobody knows before they are read
     return temporary_csr(rows_in_order(pieces(), array.shape, dtype, n_values, name), array.shape[1], dtype, name)
-
-
-def tree_reduce(parts: list[Any], combine: Callable[[T, T], T]) -> Any:
-    """Combine delayed parts pairwise, neighbours first: a fixed order, and few parts alive at a time."""
-    merge = dask.delayed(combine)
-    while len(parts) > 1:
-        pairs = [merge(*parts[i : i + 2]) for i in range(0, len(parts) - 1, 2)]
-        parts = pairs + parts[2 * len(pairs) :]
-    return parts[0]
 
 
 def check_values(csr: sp.csr_matrix, name: str, first_row: int) -> None:
