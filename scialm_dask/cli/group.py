@@ -18,7 +18,7 @@ import click
 from scialm_dask import __version__
 from scialm_dask.errors import OutputError, ScialmError
 from scialm_dask.events import Listener, Note, silent
-from scialm_dask.progress import printable
+from scialm_dask.progress import in_words, label, printable
 from scialm_dask.run.signals import Terminated, on_sigterm
 
 _INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal
@@ -75,7 +75,7 @@ def reports(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapper(*args: Any, as_json: bool, **kwargs: Any) -> None:
         result = command(*args, **kwargs)
-        lines = [f"{key.replace('_', ' '):<22} {_readable(value)}" for key, value in result.items()]
+        lines = [f"{label(key):<22} {in_words(value, key)}" for key, value in result.items()]
         _tell(
             [json.dumps(result, default=float)] if as_json else lines, written=command.__name__ not in ("plan", "score")
         )
@@ -98,18 +98,6 @@ def _tell(lines: list[str], *, written: bool) -> None:
             raise OutputError(f"standard output cannot be written ({reason}); send it elsewhere") from error
         with contextlib.suppress(OSError, ValueError):
             click.echo(f"scialm-dask: note: the result is written, its summary cannot be shown ({reason})", err=True)
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_readable(each)}" for key, each in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return str(value)
 
 
 def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
