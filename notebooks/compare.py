@@ -30,7 +30,7 @@ most 100 epochs) are their authors'.
 How to read it:
 
 - **A truth** and **unseen molecules** test all entries, zeros too. *r over cells, median gene* asks whether a gene
-  differs between cells as it should, which the relative error hardly sees: that is ruled by the genes of most molecules.
+  differs between cells as it should, which the relative error hardly sees: the genes of most molecules rule that.
   Genes and cells that are constant in the truth, or empty as given, are left out for every method alike; a constant
   estimate of the others counts as 0.
 - **Hidden non-zeros** ask only for entries that are known to be no zeros, and reward methods that inflate.
