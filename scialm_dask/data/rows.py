@@ -219,7 +219,8 @@ def _check_rising(name: str, indptr: NDArray[np.int64], n_stored: int) -> None:
 
 def numeric(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Type that holds the values of `dtype` and that SciPy can compute with."""
-    return np.dtype({"b": np.uint8, "e": np.float32}.get(dtype.char if dtype.kind == "f" else dtype.kind, dtype))
+    kind = {"b": np.uint8, "e": np.float32}.get(dtype.char if dtype.kind == "f" else dtype.kind, dtype)
+    return np.dtype(kind).newbyteorder("=")
 
 
 def describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]:
@@ -239,6 +240,8 @@ def describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]
             raise InputError(f"{path}: has no {name}; its layers are: {', '.join(layers_of(store)) or 'none'}")
         element = store[name]
     encoding = str(element.attrs.get("encoding-type", "array")).replace("-", "_")
+    if before_0_7 := element.attrs.get("h5sparse_format"):  # of AnnData
+        encoding = f"{before_0_7}_matrix"
     if encoding in ("csr_matrix", "csc_matrix"):
         shape, dtype = _described_sparse(f"{path}:{name}", element)
     elif encoding == "array" and hasattr(element, "shape"):
@@ -288,13 +291,14 @@ def _described_sparse(name: str, element: Any) -> tuple[tuple[int, ...], np.dtyp
     """Shape and type of a CSR or CSC element of which all parts are there."""
     parts = set(element) if hasattr(element, "keys") else set()
     absent = [part for part in ("data", "indices", "indptr") if part not in parts]
-    absent += [] if "shape" in element.attrs else ["shape"]
+    shape = element.attrs.get("shape", element.attrs.get("h5sparse_shape"))
+    absent += ["shape"] if shape is None else []
     if absent:
         raise InputError(f"{name}: has no {', '.join(absent)}; the store is damaged, write it again")
     for part in ("indices", "indptr"):
         if element[part].dtype.kind not in "iu" or element[part].ndim != 1:
             raise InputError(f"{name}: {part} are {element[part].dtype}; the store is damaged, write it again")
-    return tuple(int(n) for n in np.ravel(element.attrs["shape"])), element["data"].dtype
+    return tuple(int(n) for n in np.ravel(shape)), element["data"].dtype
 
 
 def blocks_of(rows: StoredRows, element: Any, blocks: int | None = None) -> RowBlocks:

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from scialm_dask.data.annotated import aligned, as_dask, axes_of, match_names
 from scialm_dask.data.csr import row_of
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
+from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, silent
 from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.kernels import Block, sampled_product
+from scialm_dask.reduction import tree_reduce
 
 if TYPE_CHECKING:
     import dask.array as da
