@@ -246,6 +246,7 @@ def _write(
 
     if "run" in asked:
         result.summary["run"] = asked["run"]
+    result.summary["command"] = click.get_current_context().meta["command"]
     dst, preserve_zeros = asked["destination"], asked.get("preserve_zeros", False)
     with _resumable(checkpoints and checkpoints.folder, deferred=False):
         summary = result.to_zarr(

@@ -7,6 +7,7 @@ and files are drawn as they are, never read as mathematics.
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 import warnings
 from base64 import b64encode
@@ -54,8 +55,10 @@ _OTHERS = ("#117733", "#882255", "#332288", "#44AA99", "#AA4499")
 HIDDEN = {"mse": "mean squared error", "mae": "mean absolute error", "pearson": "Pearson r", "cosine": "cosine"}
 WHOLE = {
     "relative_error": "relative error",
-    "mean_ratio": "imputed ÷ true mean",
+    "gene_correlation": "r over cells, median gene",
+    "cell_correlation": "r over genes, median cell",
     "zeros_pearson": "r at observed zeros",
+    "mean_ratio": "imputed ÷ true mean",
 }
 CLUSTERS = {
     "kmeans_ari": "ARI, k-means",
@@ -68,8 +71,7 @@ COSTS = {"seconds": "seconds", "megabytes": "memory over imports, MB"}
 _LESS_IS_BETTER = ("mse", "mae", "relative_error", *COSTS)
 
 _SIZE = (4.6, 2.9)  # inches: small, so that letters stay legible on a phone
-_MANY_DECADES = 30.0  # largest over smallest value from which a scale is logarithmic
-_ALIKE = 1.2  # largest over smallest value up to which a scale does not begin at zero
+_MANY_DECADES, _ALIKE = 30.0, 1.2  # largest over smallest, for a logarithmic scale, and for one not from zero
 _MOST_GROUPS = 10
 _RATIOS = (-2.0, 7.0)  # log₂ of the least and the largest inflation drawn
 
@@ -130,7 +132,7 @@ def _logarithmic(axis: Any) -> None:
 
     def words(value: float, _: int) -> str:
         low, high = axis.get_view_interval()
-        return f"{value:,g}" if high < 300 * low or f"{value:e}".startswith("1.0") else ""
+        return f"{value:,g}" if high < 60 * low or f"{value:e}".startswith("1.0") else ""
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -185,8 +187,8 @@ def curves(history: pd.DataFrame, names: Mapping[str, str], kept: int | None) ->
         axes.set_xlabel("iteration")
         if kept:
             axes.axvline(kept, color=colours["muted"], linewidth=1, linestyle=":", zorder=0)
-            at = {"xycoords": axes.get_xaxis_transform(), "xytext": (0, 2), "textcoords": "offset points"}
-            axes.annotate("kept", (kept, 1), ha="center", color=colours["muted"], fontsize=8, **at)
+            where = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+            axes.text(kept, 1.01, "kept", color=colours["muted"], fontsize=8, **where)
         axes.legend() if len(names) > 1 else axes.set_ylabel(next(iter(names.values())))
 
     return draw
@@ -205,18 +207,17 @@ def _scale(axes: Any, values: NDArray[np.float64]) -> None:
 
 def singular_values(values: NDArray[np.float64], weights: NDArray[np.float64]) -> Draw:
     """Return what draws the singular values, and what was kept of each if there is a weight for each."""
-    numbers = np.arange(1, len(values) + 1)
+    numbers, weighted = np.arange(1, len(values) + 1), len(weights) == len(values)
+    kept = np.where(weights > 0, values * weights, np.nan) if weighted else values
 
     def draw(axes: Any, colours: Mapping[str, str]) -> None:
-        kept, at = values, numbers
-        if len(weights) == len(values):
-            kept, at = (values * weights)[weights > 0], numbers[weights > 0]
+        if weighted:
             axes.plot(numbers, values, ".", color=colours["muted"], label="found")
-            axes.vlines(numbers, values * weights, values, color=colours["line"], linewidth=1, zorder=0)
-        axes.plot(at, kept, ".", color=colours["accent"], label="kept, by its weight")
-        _scale(axes, np.concatenate([values, kept]))
+        axes.plot(numbers, kept, ".", color=colours["accent"], label="kept, by its weight")
+        _scale(axes, values)
         axes.set(xlim=(0, len(values) + 1), xlabel="number", ylabel="singular value")
-        if kept is not values:
+        if weighted:
+            axes.set_ylim(bottom=values.min() / 2)  # what is kept of the last ones may be next to nothing
             axes.legend()
 
     return draw
@@ -337,7 +338,7 @@ def dots(scores: pd.DataFrame, panels: Mapping[str, str], title: str = "") -> Fi
             values = values.where(values > 0)
         for place, name in enumerate(names):
             of_it = scores["label"] == name
-            _one_method(axes, scores[of_it].assign(value=values[of_it]), place)
+            _one_method(axes, scores[of_it].assign(value=values[of_it]), place, told=column == first)
         axes.set(title=_title(column, words, "← better", "better →"), ylim=(-0.6, len(names) - 0.4))
         axes.margins(x=0.08)
         axes.grid(axis="y")
@@ -351,10 +352,10 @@ def dots(scores: pd.DataFrame, panels: Mapping[str, str], title: str = "") -> Fi
     return figure
 
 
-def _one_method(axes: Any, rows: pd.DataFrame, y: int) -> None:
-    """Draw the dots of a method, and at the right edge their mean, or why there are none."""
+def _one_method(axes: Any, rows: pd.DataFrame, y: int, *, told: bool) -> None:
+    """Draw the dots of a method, and at the right edge their mean, or where it is `told` why there are none."""
     values, status = rows["value"].dropna().to_numpy(float), rows["status"].iloc[0]
-    words = "" if status in ("ok", "quoted") else short_name(status)
+    words = short_name(status) if told and status not in ("ok", "quoted") else ""
     if len(values):
         colour, mean = _colour_of(rows["method"].iloc[0]), values.mean()
         fill = "none" if status == "quoted" else colour
@@ -430,7 +431,7 @@ def cell_pictures(umap: Mapping[str, NDArray[np.float32]], labels: pd.Series, ti
     """
     from matplotlib import colormaps
 
-    kinds = sorted(map(str, labels.unique()), key=lambda kind: (len(kind) * kind[:1].isdigit(), kind))
+    kinds = sorted(map(str, labels.unique()), key=lambda kind: [p.zfill(9) for p in re.split(r"(\d+)", kind)])
     names = [f" {short_name(kind)}" for kind in kinds]  # with a space: Matplotlib leaves out what begins with "_"
     columns = min(4, len(umap))
     rows, beside = -(-len(umap) // columns), max(1, int(2.6 * columns / (0.45 + 0.065 * max(map(len, names)))))

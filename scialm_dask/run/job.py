@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import dask
 import numpy as np
@@ -25,7 +26,7 @@ from scialm_dask.events import Listener, Note, Pass, Stage, silent
 from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.kernels import Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
-from scialm_dask.linalg.tasks import Store
+from scialm_dask.linalg.tasks import Observations, Store
 from scialm_dask.run.checkpointing import Checkpointing, Job, as_written, ended, job_of
 from scialm_dask.run.cluster import ask_everyone, workers_here
 from scialm_dask.run.cluster_errors import cluster_is_back, loss_of_cluster, while_workers
@@ -224,6 +225,7 @@ def fit(known: RunState, listen: Listener) -> Imputation:
         result = _completed(replace(job, matrix=matrix), known, found, store, place.forecast, listen)
     peaks = ask_everyone(peak_memory)
     result.summary |= {
+        "date": datetime.now(UTC).isoformat(" ", "minutes").replace("+00:00", " UTC"),
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": max(peaks),
         "peak_memory_bytes_in_all": sum(peaks),
@@ -234,21 +236,30 @@ def fit(known: RunState, listen: Listener) -> Imputation:
 
 
 def _completed(job: Job, known: RunState, found: Survey, store: Store, need: Forecast, listen: Listener) -> Imputation:
-    homes = Placement()
+    placement = Placement()
+    matrix, settings, confidence, stop, choice = job.matrix, job.settings, job.confidence, None, None
 
-    def operator_of(blocks: PreparedBlocks) -> LowRankPlusSparse:
-        operator = LowRankPlusSparse(
+    def operator_of(
+        blocks: PreparedBlocks, check: Callable[[Observations], None] = lambda _: None
+    ) -> LowRankPlusSparse:
+        def on_read(seen: Observations) -> None:
+            _check_observed(seen, blocks)
+            check(seen)
+            known.check_source(listen, read_once=False)
+
+        return LowRankPlusSparse(
             blocks,
             store,
             on_pass=lambda number: listen(Pass(number)),
             before_pass=known.stop_if_asked,
-            homes=homes,
+            on_read=on_read,
+            placement=placement,
         )
-        _check_observed(operator, blocks)
-        known.check_source(listen, read_once=False)
-        return operator
 
-    matrix, settings, confidence, stop, choice = job.matrix, job.settings, job.confidence, None, None
+    def check(seen: Observations) -> None:
+        _check_validation(seen, settings)
+        known.check_observations(seen)
+
     if settings.stop == "count-split" or settings.zeros == "auto":
         choice = choose_zeros(matrix, found, settings, operator_of, listen, known.tried, known.save)
         settings = replace(settings, zeros=choice.omega, scaling=(choice.gene_exponent, settings.exponents[1]))
@@ -257,8 +268,7 @@ def _completed(job: Job, known: RunState, found: Survey, store: Store, need: For
         confidence = Confidence.uniform(float(settings.zeros), matrix.shape[1])
     listen(Stage("reading"))
     blocks = prepare(matrix, found, settings, confidence=confidence)
-    operator = operator_of(blocks)
-    _check_validation(operator, settings)
+    operator = operator_of(blocks, check)
     state = before = known.load(LoopState, operator)
     listen(Stage("iterating", iterations=need.iterations))
     try:
@@ -287,16 +297,15 @@ def refit_kept(operator: LowRankPlusSparse) -> Floats:
     return refit(operator).astype(np.float32)
 
 
-def _check_observed(operator: LowRankPlusSparse, blocks: PreparedBlocks) -> None:
-    if operator.observations.sum_squares + operator.observations.held_out_squares == 0:
+def _check_observed(seen: Observations, blocks: PreparedBlocks) -> None:
+    if seen.sum_squares + seen.held_out_squares == 0:
         where = "" if blocks.molecules is None else " in the share of the molecules that is fitted"
         raise InputError(f"{blocks.matrix.name}: every observed entry is zero{where}; there is nothing to complete")
 
 
-def _check_validation(operator: LowRankPlusSparse, settings: Settings) -> None:
+def _check_validation(seen: Observations, settings: Settings) -> None:
     if settings.stop != "held-out":
         return
-    seen = operator.observations
     if seen.n_held_out == 0:
         raise InputError(
             f"validation is {settings.validation}, which hides none of {seen.n_observed} observed entries, gene by "

@@ -18,7 +18,8 @@ from scialm_dask.data.checkpoint import ArrayFolder, Checkpoint, Checkpoints, Pi
 from scialm_dask.data.fingerprint import fingerprint
 from scialm_dask.errors import CheckpointError, InputError, StoppedError
 from scialm_dask.events import Listener, Note
-from scialm_dask.linalg.operator import LowRankPlusSparse, Observations
+from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.linalg.tasks import Observations
 from scialm_dask.run.checkpointing import Checkpointing, Job, array_of, as_written, cadence
 from scialm_dask.solve.scaling import Survey, survey
 from scialm_dask.solve.zeros import Choice
@@ -84,6 +85,7 @@ class RunState:
         self._most_steps, self._most_seconds = (np.inf, np.inf) if asked is None else cadence(asked.every)
         self._fingerprint = fingerprint(job.matrix.rows)
         self._found: Survey | None = None
+        self._before: Observations | None = None
         self.tried: dict[tuple[float, float], Choice] = {}
         if saved is not None:
             with as_written(saved.path):
@@ -212,12 +214,17 @@ class RunState:
 
     def _put_back(self, operator: LowRankPlusSparse, notes: Mapping[str, Any]) -> None:
         assert self._saved is not None
-        before, now = Observations(*notes["observations"]), operator.observations
-        if not _close(np.array(before, float), np.array(now, float), _SAME_SQUARES):
-            raise CheckpointError(f"{self._saved.path}: is of another matrix, or of one that was scaled otherwise")
         blocks = {name: group for name, group in self._saved.arrays.items() if name in _OF_OPERATOR}
         self._check_shapes(operator, blocks)
-        operator.load(self._saved.files, blocks, validated("passes", notes["passes"], int))
+        before = Observations(*notes["observations"])
+        operator.load(self._saved.files, blocks, validated("passes", notes["passes"], int), before)
+        self._before = before
+
+    def check_observations(self, now: Observations) -> None:
+        """Raise `CheckpointError` if the entries that were read are not those of the state that was saved."""
+        if self._before is not None and not _close(np.array(self._before, float), np.array(now, float), _SAME_SQUARES):
+            assert self._saved is not None
+            raise CheckpointError(f"{self._saved.path}: is of another matrix, or of one that was scaled otherwise")
 
     def _check_shapes(self, operator: LowRankPlusSparse, blocks: Mapping[str, tuple[Piece, ...]]) -> None:
         """Raise `ValueError` if arrays are not of this operator: with others kernels would read past their ends."""

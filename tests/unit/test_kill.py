@@ -21,7 +21,7 @@ POINTS = {
     "first pass": ("linalg.kernels:visit", 1),
     "first SVD": ("linalg.kernels:visit", 8),
     "a later pass": ("linalg.kernels:visit", 21),
-    "its scratch": ("data.scratch:ZarrScratch.put", 40),
+    "its scratch": ("data.scratch:ZarrScratch._write", 40),
     "the first manifest": ("data.checkpoint:_manifest_of", 1),
     "an array of a checkpoint": ("data.checkpoint:ArrayFolder.put", 25),
     "a checkpoint before its manifest": ("data.checkpoint:_manifest_of", 4),

@@ -409,7 +409,7 @@ def test_a_first_checkpoint_that_cannot_be_read_back(matrix, tmp_path, monkeypat
 
 
 FULL = {
-    "scratch": ("scialm_dask.data.scratch:ZarrScratch.put", 100),
+    "scratch": ("scialm_dask.data.scratch:ZarrScratch._write", 100),
     "an array of a checkpoint": ("scialm_dask.data.checkpoint:ArrayFolder.put", 33),
     "the manifest": ("scialm_dask.data.checkpoint:_manifest_of", 4),
 }
