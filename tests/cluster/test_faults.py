@@ -205,12 +205,12 @@ def test_all_workers_gone_for_good(matrix, tmp_path, checkpointed):
         dask.config.set({"scialm.no-workers-timeout": "2s"}),
         LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs="CRITICAL") as cluster,
         Client(cluster),
-    ):
-        with pytest.raises(
+        pytest.raises(
             StoppedError if checkpointed else ClusterError,
             match=r"all workers for longer than scialm\.no-workers-timeout.*(go on by `scialm-dask resume|a run can go on)",
-        ):
-            impute(matrix, listen=at_iteration(8, lambda: cluster.scale(0)), **words, **RUN)
+        ),
+    ):
+        impute(matrix, listen=at_iteration(8, lambda: cluster.scale(0)), **words, **RUN)
     if checkpointed:
         with dask.config.set(scheduler="synchronous"):
             assert resume(tmp_path / "c").summary["resumed_after_iteration"] >= 2
