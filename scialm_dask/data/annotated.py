@@ -102,9 +102,10 @@ def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -
             f"a {type(adata).__name__} has no matrix of its own; give anndata.concat(…), or join files by `scialm-dask "
             "convert A B DST.zarr`"
         )
+    layers = ", ".join(filter(None, adata.layers))  # AnnData 0.13 counts X among them, as None
     raw = layer == "raw" and layer not in adata.layers and getattr(adata, "raw", None) is not None
     if layer is not None and layer not in adata.layers and not raw:
-        raise InputError(f"AnnData: has no layer {layer!r}; its layers are: {', '.join(adata.layers) or 'none'}")
+        raise InputError(f"AnnData: has no layer {layer!r}; its layers are: {layers or 'none'}")
     annotation = Annotation(*(_in_memory(frame) for frame in (adata.obs, adata.raw.var if raw else adata.var)))
     if adata.isbacked and (layer is None or raw):
         if adata.is_view:
@@ -118,7 +119,7 @@ def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -
     else:
         values, name = (adata.X, "AnnData:X") if layer is None else (adata.layers[layer], f"AnnData:layers/{layer}")
     if values is None:
-        raise InputError(f"AnnData: has no X; name one of its layers: {', '.join(adata.layers) or 'there are none'}")
+        raise InputError(f"AnnData: has no X; name one of its layers: {layers or 'there are none'}")
     return ExpressionMatrix.of(values, observed=observed, name=name).annotated(annotation)
 
 
@@ -272,7 +273,7 @@ def _marked(matrix: ExpressionMatrix, given: Any) -> bool:
 def _layers(matrix: ExpressionMatrix, given: Any) -> list[str]:
     """Names by which other matrices of an AnnData or a store can be asked for."""
     if is_anndata(given):
-        return [*given.layers, *(["raw"] if getattr(given, "raw", None) is not None else [])]
+        return [*filter(None, given.layers), *(["raw"] if getattr(given, "raw", None) is not None else [])]
     return [] if matrix.origin is None else layers_of(open_store(matrix.origin.path))
 
 

@@ -113,7 +113,9 @@ def total_counts(obs: pd.DataFrame, name: str) -> NDArray[np.float64] | None:
 
 def looks_like(names: pd.Index) -> Literal["cells", "genes"] | None:
     """Tell barcodes from names or IDs of genes; None if they look like neither."""
-    text = names.astype(str).str.upper()
+    import pandas as pd
+
+    text = pd.Index([str(name).upper() for name in names], dtype=object)  # pandas 3 has no str for half a surrogate
     if text.str.contains(_BARCODE).mean() > 0.5:
         return "cells"
     few = len(_COMMON_GENES.intersection(text)) < 3

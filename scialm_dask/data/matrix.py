@@ -42,6 +42,8 @@ __all__ = [
 Observed = Literal["nonzero", "finite"]
 T = TypeVar("T")
 
+_LARGEST = 1e15  # value; of larger ones, and of smaller than its inverse, products leave what float32 holds
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -262,20 +264,29 @@ class ExpressionMatrix:
         Raises
         ------
         InputError
-            If a value is negative, NaN (under ``"nonzero"``) or infinite, or is not a number.
+            If a value is negative, NaN (under ``"nonzero"``) or infinite, or is not a number; or if the values are so
+            large or small, beyond 1e15 or 1e-15, that they cannot be computed with.
         """
         start, stop = self.blocks[block]
         csr = self.rows.read(start, stop)
         if csr.dtype.kind not in "buif":
             raise InputError(f"{self.name}: values are of type {csr.dtype}, not numbers; convert them first")
         dtype = csr.dtype if as_stored else np.float32
-        csr = sp.csr_matrix((csr.data.astype(dtype), csr.indices, csr.indptr), shape=csr.shape)
+        with np.errstate(over="ignore"):  # to infinity, which is refused below
+            csr = sp.csr_matrix((csr.data.astype(dtype), csr.indices, csr.indptr), shape=csr.shape)
         sum_duplicates(csr, self.name)
         if self.observed == "finite":
-            return _finite_entries(csr, self.name)
-        check_values(csr, self.name, start)
-        if not csr.data.all():
-            csr.eliminate_zeros()
+            csr = _finite_entries(csr, self.name)
+        else:
+            check_values(csr, self.name, start)
+            if not csr.data.all():
+                csr.eliminate_zeros()
+        largest = np.abs(csr.data).max(initial=0)
+        if largest and not as_stored and not 1 / _LARGEST <= largest <= _LARGEST:
+            raise InputError(
+                f"{self.name}: cells {start} to {stop - 1} have values up to {largest:g}, whose squares are beyond "
+                f"float32; multiply the matrix so that they lie between {1 / _LARGEST:g} and {_LARGEST:g}"
+            )
         return csr
 
     def to_dask(self) -> da.Array:

@@ -181,7 +181,7 @@ def _write(path: Any, programs: Programs, n_cells: int, density: float, seed: in
     types, n_observed = np.empty(n_cells, np.int16), 0
     genes = pd.DataFrame(index=pd.Index([f"gene{j}" for j in range(n_genes)]))
     root = new_anndata(path, obs=pd.DataFrame(), var=genes)
-    write_element(root, "varm/true_right", programs.expression)
+    write_element(root["varm"], "true_right", programs.expression)
     left = new_array(root, "obsm/true_left", (n_cells, rank), (step, rank), np.float32)
     with CSRWriter(root, "X", n_columns=n_genes, dtype=np.int32) as writer:
         drawn = in_order(lambda span: draw_cells(programs, tables, span, seed), blocks)

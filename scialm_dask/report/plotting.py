@@ -71,8 +71,7 @@ COSTS = {"seconds": "seconds", "megabytes": "memory over imports, MB"}
 _LESS_IS_BETTER = ("mse", "mae", "relative_error", *COSTS)
 
 _SIZE = (4.6, 2.9)  # inches: small, so that letters stay legible on a phone
-_MANY_DECADES = 30.0  # largest over smallest value from which a scale is logarithmic
-_ALIKE = 1.2  # largest over smallest value up to which a scale does not begin at zero
+_MANY_DECADES, _ALIKE = 30.0, 1.2  # largest over smallest, for a logarithmic scale, and for one not from zero
 _MOST_GROUPS = 10
 _RATIOS = (-2.0, 7.0)  # log₂ of the least and the largest inflation drawn
 
@@ -188,8 +187,8 @@ def curves(history: pd.DataFrame, names: Mapping[str, str], kept: int | None) ->
         axes.set_xlabel("iteration")
         if kept:
             axes.axvline(kept, color=colours["muted"], linewidth=1, linestyle=":", zorder=0)
-            at = {"xycoords": axes.get_xaxis_transform(), "xytext": (0, 2), "textcoords": "offset points"}
-            axes.annotate("kept", (kept, 1), ha="center", color=colours["muted"], fontsize=8, **at)
+            where = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+            axes.text(kept, 1.01, "kept", color=colours["muted"], fontsize=8, **where)
         axes.legend() if len(names) > 1 else axes.set_ylabel(next(iter(names.values())))
 
     return draw
@@ -208,18 +207,17 @@ def _scale(axes: Any, values: NDArray[np.float64]) -> None:
 
 def singular_values(values: NDArray[np.float64], weights: NDArray[np.float64]) -> Draw:
     """Return what draws the singular values, and what was kept of each if there is a weight for each."""
-    numbers = np.arange(1, len(values) + 1)
+    numbers, weighted = np.arange(1, len(values) + 1), len(weights) == len(values)
+    kept = np.where(weights > 0, values * weights, np.nan) if weighted else values
 
     def draw(axes: Any, colours: Mapping[str, str]) -> None:
-        kept, at = values, numbers
-        if len(weights) == len(values):
-            kept, at = (values * weights)[weights > 0], numbers[weights > 0]
+        if weighted:
             axes.plot(numbers, values, ".", color=colours["muted"], label="found")
-            axes.vlines(numbers, values * weights, values, color=colours["line"], linewidth=1, zorder=0)
-        axes.plot(at, kept, ".", color=colours["accent"], label="kept, by its weight")
-        _scale(axes, np.concatenate([values, kept]))
+        axes.plot(numbers, kept, ".", color=colours["accent"], label="kept, by its weight")
+        _scale(axes, values)
         axes.set(xlim=(0, len(values) + 1), xlabel="number", ylabel="singular value")
-        if kept is not values:
+        if weighted:
+            axes.set_ylim(bottom=values.min() / 2)  # what is kept of the last ones may be next to nothing
             axes.legend()
 
     return draw

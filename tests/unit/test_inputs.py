@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scialm_dask import ExpressionMatrix, InputError
+from scialm_dask import ExpressionMatrix, InputError, impute
 from scialm_dask.data.annotated import as_dask, as_matrix
 from scialm_dask.data.ingest import convert
 
@@ -120,3 +120,10 @@ def test_zarr_in_a_zip_file(counts, store_of, tmp_path, zarr_format):
     assert list(matrix.obs.columns) == ["batch"]
     convert(packed, tmp_path / "d.zarr")
     assert same(anndata.read_zarr(tmp_path / "d.zarr").X, counts)
+
+
+@pytest.mark.parametrize("observed", ["nonzero", "finite"])
+@pytest.mark.parametrize("factor", [1e25, 1e40, 1e-30])
+def test_values_of_which_float32_does_not_hold_the_squares(counts, observed, factor):
+    with pytest.raises(InputError, match=r"have values up to .* multiply the matrix|infinite|value inf at cell 0"):
+        impute(counts.astype(np.float64) * factor, observed=observed)

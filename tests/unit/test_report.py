@@ -57,7 +57,7 @@ class Page(HTMLParser):
 def strange():
     """Cells and genes with names that would do harm if they stood in a page as they are."""
     obs = pd.DataFrame({"<style>": np.where(np.arange(90) % 4, "<i>a", "b&amp;")}, index=[f"c{i}" for i in range(90)])
-    return anndata.AnnData(COUNTS.astype(np.float32), obs=obs, var=pd.DataFrame(index=NAMES))
+    return anndata.AnnData(COUNTS.astype(np.float32), obs=obs, var=pd.DataFrame(index=pd.Index(NAMES, dtype=object)))
 
 
 @pytest.fixture(scope="module")
