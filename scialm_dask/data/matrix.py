@@ -12,6 +12,7 @@ import dask
 import numpy as np
 import scipy.sparse as sp
 import zarr
+from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked, short_repr
 from scialm_dask.data.layout import RowBlocks
@@ -257,7 +258,18 @@ class ExpressionMatrix:
         InputError
             If a value is negative, NaN (under ``"nonzero"``) or infinite, or is not a number.
         """
-        start, stop = self.blocks[block]
+        return self._read(*self.blocks[block], as_stored=as_stored)
+
+    def take(self, cells: slice | NDArray[np.intp]) -> sp.csr_matrix:
+        """Read some cells, given by a slice or by their numbers; see `read_block`."""
+        if isinstance(cells, slice):
+            cells = np.arange(self.shape[0])[cells]
+        ends = np.flatnonzero(np.diff(cells) != 1) + 1  # consecutive ones are read together
+        runs = [run for run in np.split(cells, ends) if len(run)]
+        parts = [self._read(int(run[0]), int(run[-1]) + 1) for run in runs]
+        return sp.vstack(parts, format="csr") if parts else sp.csr_matrix((0, self.shape[1]), dtype=np.float32)
+
+    def _read(self, start: int, stop: int, *, as_stored: bool = False) -> sp.csr_matrix:
         csr = self.rows.read(start, stop)
         if csr.dtype.kind not in "buif":
             raise InputError(f"{self.name}: values are of type {csr.dtype}, not numbers; convert them first")

@@ -21,11 +21,13 @@ from scialm_dask.linalg.sparse_products import sddmm, spmm, spmm_t
 __all__ = [
     "Block",
     "BlockState",
+    "Halves",
     "PassInputs",
     "ReleaseHeldOut",
     "Sums",
     "Update",
     "add_sums",
+    "compare_halves",
     "quadratic",
     "sampled_product",
     "visit",
@@ -73,6 +75,30 @@ class Block:
     def is_dense(self) -> bool:
         """Whether dense panels are the faster way."""
         return len(self.indices) >= _DENSE_FROM * self.n_rows * self.n_columns
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Two independent measurements of a row block, on one CSR pattern.
+
+    Parameters
+    ----------
+    indptr, indices
+        CSR pattern, shapes ``(m + 1,)`` and ``(N,)``.
+    train, test
+        Values of either, float32, shape ``(N,)``; zeros among them.
+    size
+        h, one number for each row that both are predicted to grow with, float32, shape ``(m,)``.
+    n_columns
+        Number of columns (n).
+    """
+
+    indptr: NDArray[np.integer]
+    indices: NDArray[np.int32]
+    train: Floats
+    test: Floats
+    size: Floats
+    n_columns: int
 
 
 @dataclass(frozen=True)
@@ -333,6 +359,24 @@ def quadratic(block: Block, left: Floats, view: PassInputs) -> tuple[Doubles, Do
         square += terms.T @ (trust[part, None] * terms)
     weighted = left if block.confidence is None else block.confidence[:, None] * left
     return linear, square, left.T.astype(np.float64) @ weighted, squares
+
+
+def compare_halves(halves: Halves, left: Floats) -> tuple[Floats, Doubles, float]:
+    """Sum up what one half of a block tells of the other, where `left` is U, shape ``(m, l)``.
+
+    Returns
+    -------
+    tuple
+        UᵀT, as float32 of shape ``(n, l)``; for each column Σ st, Σ s², Σ t², Σ hs and Σ ht over the rows, float64 of
+        shape ``(5, n)``, with s and t the entries of train and test; Σ h².
+    """
+    cross = np.zeros((halves.n_columns, left.shape[1]), np.float32)
+    spmm_t(halves.indptr, halves.indices, halves.test, np.ascontiguousarray(left), cross)
+    train, test = halves.train.astype(np.float64), halves.test.astype(np.float64)
+    size = np.repeat(halves.size.astype(np.float64), np.diff(halves.indptr))
+    terms = (train * test, train * train, test * test, size * train, size * test)
+    by_column = np.stack([np.bincount(halves.indices, term, halves.n_columns) for term in terms])
+    return cross, by_column, float(np.square(halves.size, dtype=np.float64).sum())
 
 
 def _dense_panel(block: Block, sparse: Floats, rows: slice, entries: slice) -> Floats:

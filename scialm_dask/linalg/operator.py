@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from scialm_dask.linalg import tall, tasks
 from scialm_dask.linalg.kernels import Doubles, Floats, PassInputs, ReleaseHeldOut, Sums, Update, add_sums
-from scialm_dask.linalg.tasks import BlockSource, Files, Store
+from scialm_dask.linalg.tasks import BlockSource, Files, SplitSource, Store
 
 __all__ = ["LowRankPlusSparse", "Observations", "Product"]
 
@@ -258,6 +258,29 @@ class LowRankPlusSparse:
             square = square + rows * (right.T.astype(np.float64) @ (view.confidence[:, None] * right))
         return linear, square, squares
 
+    def compare_halves(self, source: SplitSource, to_left: Doubles) -> tuple[Floats, Doubles, float]:
+        """Sum up what the two halves of each block tell of each other; see `kernels.compare_halves`. One pass.
+
+        Parameters
+        ----------
+        source
+            Hands out the halves of the blocks, cut as these are.
+        to_left
+            U in terms of the last sketch, as in `PartialSVD`.
+        """
+        self._begin_pass()
+        split = dask.delayed(source, name=f"source-{uuid.uuid4().hex[:12]}", traverse=False)
+        rotation, compare = dask.delayed(to_left.astype(np.float32), traverse=False), dask.delayed(tasks.compare_halves)
+        parts = self._at_home(lambda b: compare(self._store, split, b, self._state[b], rotation))
+        (total,) = _run([self._sum(parts, tasks.add)])
+        self._count_pass()
+        return total.compute()  # type: ignore[no-any-return]
+
+    def sketched(self, rotation: Doubles) -> list[Delayed]:
+        """Return the last sketch times `rotation`: for each block a delayed float32 array of its rows. No pass."""
+        carried, rotate = dask.delayed(rotation.astype(np.float32), traverse=False), dask.delayed(tasks.sketched)
+        return [rotate(self._store, at, carried) for at in self._state]
+
     def keep(self) -> None:
         """Remember the A in force, and W, as the best so far; `factors` gives that A back."""
         versions = {name: self._versions[name] for name in ("estimate", "left")}
@@ -410,9 +433,12 @@ class LowRankPlusSparse:
 
     def _carry(self, view: PassInputs) -> Delayed:
         """Begin a pass: wrap what every task of it needs as one task, which is sent to each worker once."""
+        self._begin_pass()
+        return dask.delayed(view, name=f"view-{self._id}-{uuid.uuid4().hex[:8]}", traverse=False)
+
+    def _begin_pass(self) -> None:
         self._before_pass()
         self._home = self._homes(self.n_blocks)
-        return dask.delayed(view, name=f"view-{self._id}-{uuid.uuid4().hex[:8]}", traverse=False)
 
     def _at_home(self, make: Callable[[int], Any]) -> list[Any]:
         """Make a task for each block, to run where the block is at home."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scialm_dask.linalg import kernels
 from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, PassInputs, RowHalf, Sums
 
-__all__ = ["BlockSource", "Files", "References", "Store"]
+__all__ = ["BlockSource", "Files", "References", "SplitSource", "Store"]
 
 
 class BlockSource(Protocol):
@@ -43,6 +43,14 @@ class BlockSource(Protocol):
 
     def held_out(self, block: int, loaded: Block) -> NDArray[np.bool_] | None:
         """Tell which of the block's observed entries are held out; None for none."""
+        ...
+
+
+class SplitSource(Protocol):
+    """Hands out row blocks measured twice."""
+
+    def halves(self, block: int) -> Halves:
+        """Read a block."""
         ...
 
 
@@ -186,6 +194,16 @@ def quadratic(
 ) -> tuple[Doubles, Doubles, Doubles, float]:
     data = _block(store, held) if other is None else other.load(block)
     return kernels.quadratic(data, store.get(at.left), view)
+
+
+def compare_halves(
+    store: Store, source: SplitSource, block: int, at: References, to_left: Floats
+) -> tuple[Floats, Doubles, float]:
+    return kernels.compare_halves(source.halves(block), sketched(store, at, to_left))
+
+
+def sketched(store: Store, at: References, rotation: Floats) -> Floats:
+    return store.get(at.sketch) @ rotation
 
 
 def _put_changes(store: Store, block: int, number: int, at: References, old: BlockState, new: BlockState) -> References:
