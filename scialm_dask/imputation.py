@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked, validated
 from scialm_dask.data.annotated import add_factors, aligned, match_names
+from scialm_dask.data.arrays import check_whole, write_element
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import ExpressionMatrix, Observed
-from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store
+from scialm_dask.data.matrix import ExpressionMatrix, Observed, read_annotation
+from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store, readable
 from scialm_dask.data.written import CHUNK_BYTES, ZeroRule, write_dense, write_left, write_sparse
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, begin, silent
@@ -159,21 +160,28 @@ class Imputation:
 
         root: Any = open_store(path)
         held = {"obsm": f"X_{_KEY}", "varm": _KEY, "uns": _KEY}
-        if isinstance(root, zarr.Array) or any(axis not in root or k not in root[axis] for axis, k in held.items()):
-            raise InputError(f"{path}: not a result of this package; make one with `scialm-dask impute`")
-        uns = anndata.io.read_elem(root["uns"][_KEY])
-        summary = json.loads(str(uns["summary"]))
-        return cls(
-            _stored_left(lasting(path), root[f"obsm/X_{_KEY}"]),
-            np.asarray(root[f"varm/{_KEY}"][...]),
-            obs=anndata.io.read_elem(root["obs"]),
-            var=anndata.io.read_elem(root["var"]),
-            summary=summary,
-            history={name: column.tolist() for name, column in uns["history"].items()},
-            clip=bool(uns["clip"]),
-            model=CellModel.of(uns["model"]) if "model" in uns else None,
-            stored=lasting(path),
-        )
+        with readable(path):
+            if isinstance(root, zarr.Array) or any(axis not in root or k not in root[axis] for axis, k in held.items()):
+                raise InputError(f"{path}: not a result of this package; make one with `scialm-dask impute`")
+            left, right, notes = (root[axis][key] for axis, key in held.items())
+            for name, part in {"left factor": left, "right factor": right}.items():
+                check_whole(f"{path}: {name}", part, always=True)
+            check_whole(f"{path}:uns/{_KEY}", notes)
+            right, uns = np.asarray(right[...]), anndata.io.read_elem(notes)
+            summary = json.loads(str(uns["summary"]))
+            if left.shape[1:] != right.shape[1:] or not isinstance(summary, dict) or not np.isfinite(right).all():
+                raise InputError(f"{path}: the factors or their summary are damaged; impute again")
+            return cls(
+                _stored_left(lasting(path), left),
+                right,
+                obs=read_annotation(lasting(path), "obs", left.shape[0]),
+                var=read_annotation(lasting(path), "var", right.shape[0]),
+                summary=summary,
+                history={name: column.tolist() for name, column in uns["history"].items()},
+                clip=bool(uns["clip"]),
+                model=CellModel.of(uns["model"]) if "model" in uns else None,
+                stored=lasting(path),
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -344,8 +352,6 @@ class Imputation:
         OutputError
             If `path` cannot be written.
         """
-        import anndata
-
         path = validated("path", path, str | os.PathLike)
         self._check_x(dense, keep_observed, preserve_zeros)
         keep_observed = None if keep_observed is None else aligned(keep_observed, self)
@@ -358,7 +364,7 @@ class Imputation:
         with atomic_store(path, overwrite=overwrite, sources=sources) as partial:
             root = new_anndata(partial, obs=self.obs, var=self.var)
             write_left(root, f"X_{_KEY}", self.left, advance_part)
-            anndata.io.write_elem(root["varm"], _KEY, self.right)
+            write_element(root["varm"], _KEY, self.right)
             written: dict[str, Any] | None = None
             if preserve_zeros is not None:
                 total = write_sparse(root, self, preserve_zeros, keep_observed is not None, advance_part)
@@ -371,7 +377,7 @@ class Imputation:
                     "keep_observed": keep_observed is not None,
                     "mean_over_observed": self._over_observed(total),
                 }
-            anndata.io.write_elem(root["uns"], _KEY, self._notes(written))
+            write_element(root["uns"], _KEY, self._notes(written))
             zarr.consolidate_metadata(root.store)
         return self.summary | {"X": written}
 
@@ -458,7 +464,11 @@ def _stored_left(path: str, stored: Any) -> da.Array:
 
 
 def _rows_of_left(path: str, start: int, stop: int) -> NDArray[np.float32]:
-    return np.asarray(open_store(path)[f"obsm/X_{_KEY}"][start:stop])
+    with readable(f"{path}:obsm/X_{_KEY}"):
+        rows = np.asarray(open_store(path)[f"obsm/X_{_KEY}"][start:stop])
+    if not np.isfinite(rows).all():
+        raise InputError(f"{path}: the left factor of cells {start} to {stop} is not finite; impute again")
+    return rows
 
 
 def _positions(wanted: Any, names: pd.Index, what: str) -> tuple[Any, bool]:

@@ -11,9 +11,10 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
+from scialm_dask.data.arrays import set_encoding
 from scialm_dask.data.matrix import check_values, read_annotation
 from scialm_dask.data.rows import StoredRows, blocks_of, check_chunks, describe, numeric, sum_duplicates
-from scialm_dask.data.store import atomic_store, check_output, new_anndata, open_store, set_encoding
+from scialm_dask.data.store import atomic_store, check_output, new_anndata, open_store
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.tenx import MatrixMarket, h5_annotation, h5_group, h5_rows, is_10x_h5
 from scialm_dask.data.transpose import Entries, columns_of, csr_of, rows_in_order

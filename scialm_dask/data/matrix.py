@@ -15,9 +15,10 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked, short_repr
+from scialm_dask.data.arrays import check_whole
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
-from scialm_dask.data.store import lasting, open_store
+from scialm_dask.data.store import lasting, open_store, readable
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.temporary import check_seen, current_client, temporary_csr
 from scialm_dask.data.transpose import spill_to_csr
@@ -131,12 +132,14 @@ class ExpressionMatrix:
         """
         store = open_store(path)
         path = lasting(path)
-        rows, element = describe(path, store, layer)
-        check_chunks(rows, element, missing_chunks_are_zeros)
+        with readable(path):
+            rows, element = describe(path, store, layer)
+            check_chunks(rows, element, missing_chunks_are_zeros)
         if rows.encoding == "csc_matrix":
             rows = spill_to_csr(rows)
             element = open_store(rows.path)[rows.element]
-        cuts = blocks_of(rows, element, blocks)
+        with readable(rows.name):
+            cuts = blocks_of(rows, element, blocks)
         origin = Origin(path, layer, missing_chunks_are_zeros)
         return cls(rows, cuts, observed, path if not isinstance(store, zarr.Array) else None, origin)
 
@@ -327,12 +330,10 @@ def read_annotation(path: str | Annotation | None, axis: str, length: int) -> pd
         return pd.DataFrame(index=pd.RangeIndex(length).astype(str))
     import anndata
 
-    try:
-        frame = anndata.io.read_elem(open_store(path)[axis])
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{path}: {axis} cannot be read ({error}); write the store again") from error
+    with readable(f"{path}:{axis}"):
+        stored = open_store(path)[axis]
+        check_whole(f"{path}:{axis}", stored)
+        frame = anndata.io.read_elem(stored)
     if len(frame) != length:
         raise InputError(f"{path}: {axis} has {len(frame)} rows, the matrix {length}; write the store again")
     return frame

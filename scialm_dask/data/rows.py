@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
+from scialm_dask.data.arrays import MOST_MISSING, missing_chunks, n_chunks
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.store import missing_chunks, open_store
-from scialm_dask.errors import InputError
+from scialm_dask.data.store import open_store, readable
+from scialm_dask.errors import DoesNotFitError, InputError
 
 __all__ = [
     "MemoryRows",
@@ -23,9 +26,12 @@ __all__ = [
     "describe",
     "narrowed",
     "numeric",
+    "read_indptr",
     "reordered",
     "widened",
 ]
+
+_BYTES_EACH = 24  # of memory, for a cell or a gene, while a matrix is opened
 
 
 class Rows(Protocol):
@@ -91,21 +97,16 @@ class StoredRows:
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Rows `start` to `stop` as stored."""
-        store = open_store(self.path)
-        element = store[self.element] if self.element else store
-        try:
+        with readable(f"{self.name}: rows {start} to {stop}"):
+            store = open_store(self.path)
+            element = store[self.element] if self.element else store
             if self.encoding == "array":
                 dense = np.asarray(element[start:stop])
                 return sp.csr_matrix(dense.astype(numeric(dense.dtype), copy=False))
             indptr = np.asarray(element["indptr"][start : stop + 1], dtype=np.int64)
+            _check_rising(self.name, indptr, element["data"].shape[0])
             span = slice(int(indptr[0]), int(indptr[-1]))
             data, indices = element["data"][span], element["indices"][span]
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"{self.name}: rows {start} to {stop} cannot be read ({error}); the store is damaged, write it again"
-            ) from error
         return _assemble(self, data, indices, indptr - indptr[0], start)
 
 
@@ -191,13 +192,20 @@ def reordered(
 def _assemble(
     rows: StoredRows, data: NDArray[Any], indices: NDArray[Any], indptr: NDArray[np.int64], start: int
 ) -> sp.csr_matrix:
-    if indptr[0] != 0 or np.any(np.diff(indptr) < 0) or len(data) != len(indices) or len(data) != indptr[-1]:
+    if len(indptr) < 2 or not len(data) == len(indices) == indptr[-1]:
         raise InputError(f"{rows.name}: indptr does not fit data and indices from row {start}; write the store again")
     if len(indices) and (indices.min() < 0 or indices.max() >= rows.shape[1]):
         bad = indices[(indices < 0) | (indices >= rows.shape[1])][0]
         raise InputError(f"{rows.name}: gene index {bad} is outside 0 to {rows.shape[1] - 1}; write the store again")
     data, indices = data.astype(numeric(data.dtype), copy=False), indices.astype(np.int32, copy=False)
     return sp.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, rows.shape[1]))
+
+
+def _check_rising(name: str, indptr: NDArray[np.int64], n_stored: int) -> None:
+    if np.any(np.diff(indptr) < 0) or indptr.min(initial=0) < 0 or indptr.max(initial=0) > n_stored:
+        raise InputError(
+            f"{name}: indptr falls, or leads beyond its {n_stored} values; the store is damaged, write it again"
+        )
 
 
 def numeric(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -229,11 +237,34 @@ def describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]
         raise InputError(
             f"{path}:{name}: stored as {encoding}, not as numbers in CSR, CSC or a dense array; convert it"
         )
-    if len(shape) != 2 or 0 in shape:
+    if len(shape) != 2 or min(shape) < 1:
         raise InputError(f"{path}:{name}: shape {shape}; a matrix of at least one cell and one gene is needed")
     if dtype.kind not in "buif":
         raise InputError(f"{path}:{name}: values are of type {dtype}, not numbers; convert them first")
-    return StoredRows(path, name, encoding, (shape[0], shape[1])), element
+    rows = StoredRows(path, name, encoding, (shape[0], shape[1]))
+    _check_size(rows, element)
+    return rows, element
+
+
+def _arrays_of(rows: StoredRows, element: Any) -> list[Any]:
+    return [element] if rows.encoding == "array" else [element[name] for name in ("data", "indices", "indptr")]
+
+
+def _check_size(rows: StoredRows, element: Any) -> None:
+    """Refuse what cannot be read a row or a chunk at a time: its sizes may be damaged, so before it takes memory."""
+    cells, genes = rows.shape
+    need = {
+        f"{cells} cells × {genes} genes": _BYTES_EACH * (cells + genes),
+        **{f"a chunk of {a.chunks}": math.prod(a.chunks or ()) * a.dtype.itemsize for a in _arrays_of(rows, element)},
+    }
+    if rows.encoding == "array":
+        need[f"a row of {genes} genes"] = 2 * genes * element.dtype.itemsize
+    what, most = max(need.items(), key=lambda item: item[1])
+    if most > (free := psutil.virtual_memory().available) or genes > np.iinfo(np.int32).max:
+        raise DoesNotFitError(
+            f"{rows.name}: {what} takes {most / 1e9:,.1f} GB before any value is read, and {free / 1e9:,.1f} GB are "
+            "free; write the store again if its sizes are wrong, with smaller chunks if they are right"
+        )
 
 
 def _described_sparse(name: str, element: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -243,6 +274,9 @@ def _described_sparse(name: str, element: Any) -> tuple[tuple[int, ...], np.dtyp
     absent += [] if "shape" in element.attrs else ["shape"]
     if absent:
         raise InputError(f"{name}: has no {', '.join(absent)}; the store is damaged, write it again")
+    for part in ("indices", "indptr"):
+        if element[part].dtype.kind not in "iu" or element[part].ndim != 1:
+            raise InputError(f"{name}: {part} are {element[part].dtype}; the store is damaged, write it again")
     return tuple(int(n) for n in np.ravel(element.attrs["shape"])), element["data"].dtype
 
 
@@ -252,28 +286,39 @@ def blocks_of(rows: StoredRows, element: Any, blocks: int | None = None) -> RowB
     if rows.encoding == "array":
         chunks = element.chunks or (1, 1)
         return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_width(n_cells, n_genes, chunks[0])
-    indptr = np.asarray(element["indptr"][:], dtype=np.int64)
-    stored, indexed = element["data"].shape[0], element["indices"].shape[0]
-    fits = len(indptr) == n_cells + 1 and indptr[0] == 0 and indptr[-1] == stored == indexed
-    if not fits or np.any(np.diff(indptr) < 0):
-        raise InputError(
-            f"{rows.name}: indptr does not fit {n_cells} cells and {stored} values; "
-            "the store is damaged, write it again"
-        )
+    indptr = read_indptr(rows, element)
     return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_nonzeros(indptr)
 
 
+def read_indptr(rows: StoredRows, element: Any) -> NDArray[np.int64]:
+    """Read where each row, or column, of a sparse element begins.
+
+    Raises
+    ------
+    InputError
+        If it does not fit the shape or the number of values.
+    """
+    lines, what = (rows.shape[0], "cells") if rows.encoding == "csr_matrix" else (rows.shape[1], "genes")
+    stored = element["data"].shape[0]
+    fits = element["indptr"].shape == (lines + 1,) and element["indices"].shape == (stored,)  # before it takes memory
+    indptr = np.asarray(element["indptr"][:] if fits else [1], dtype=np.int64)
+    if indptr[0] != 0 or indptr[-1] != stored or np.any(np.diff(indptr) < 0):
+        raise InputError(
+            f"{rows.name}: indptr does not fit {lines} {what} and {stored} values; the store is damaged, write it again"
+        )
+    return indptr
+
+
 def check_chunks(rows: StoredRows, element: Any, missing_are_zeros: bool) -> None:
-    """Refuse a Zarr element of which chunks are gone, since Zarr would read them as zeros."""
-    arrays = [element] if rows.encoding == "array" else [element[name] for name in ("data", "indices", "indptr")]
-    for array in arrays:
-        if not isinstance(array, zarr.Array) or (missing_are_zeros and rows.encoding == "array"):
+    """Refuse an element of which chunks are gone, since Zarr and HDF5 would read them as zeros."""
+    for array in _arrays_of(rows, element):
+        if missing_are_zeros and rows.encoding == "array":
             continue
         gone = missing_chunks(array)
-        if gone and not _zeros_by_right(rows, element, array, gone):
-            what = (
-                f"{rows.name}: {len(gone)} of {array.nchunks} chunks of {array.basename} are missing, first {gone[0]}"
-            )
+        if gone and not _zeros_by_right(element, array, gone):
+            count = f"{len(gone)}{'+' * (len(gone) == MOST_MISSING)}"
+            name = array.name.rpartition("/")[2]
+            what = f"{rows.name}: {count} of {n_chunks(array)} chunks of {name} are missing, first {gone[0]}"
             if rows.encoding == "array":
                 raise InputError(
                     f"{what}; restore them, or if they were all zeros pass --missing-chunks-are-zeros, to `scialm-dask "
@@ -282,13 +327,13 @@ def check_chunks(rows: StoredRows, element: Any, missing_are_zeros: bool) -> Non
             raise InputError(f"{what}; the store is damaged, write it again")
 
 
-def _zeros_by_right(rows: StoredRows, element: Any, array: zarr.Array[Any], gone: list[tuple[int, ...]]) -> bool:
+def _zeros_by_right(element: Any, array: Any, gone: list[tuple[int, ...]]) -> bool:
     """Tell whether the absent chunks of a sparse element may be chunks of zeros that Zarr chose not to write.
 
     So it is with `indptr` before the first value, and with `indices` where each row has gene 0 alone. Rows that
     lie over a lost chunk come out with repeated or falling indices.
     """
-    if array.basename == "data" or rows.encoding == "array":
+    if array is element or not isinstance(array, zarr.Array) or array.basename == "data" or len(gone) == MOST_MISSING:
         return False
     indptr = np.asarray(element["indptr"][:], dtype=np.int64)
     step = (array.shards or array.chunks)[0]

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import functools
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import dask
 import zarr
-from zarr.abc.store import RangeByteRequest
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 
+from scialm_dask.data.arrays import ZARR_FORMAT, set_encoding, write_element
 from scialm_dask.data.remote import RemoteStore, is_url
 from scialm_dask.data.remote_output import NewStore, check_new, new_store
-from scialm_dask.errors import InputError, OutputError
+from scialm_dask.errors import InputError, OutputError, ScialmError
 from scialm_dask.events import Listener, Note
 
 __all__ = [
@@ -33,15 +29,14 @@ __all__ = [
     "check_output",
     "kept_output",
     "lasting",
-    "missing_chunks",
     "new_anndata",
     "open_store",
     "output_error",
+    "readable",
     "scratch_folder_for",
-    "set_encoding",
 ]
 
-ZARR_FORMAT: Literal[2] = 2  # what AnnData writes by default: the widest choice of readers
+_MARKERS = (".zgroup", ".zarray", "zarr.json")  # of a Zarr group or array
 
 
 def open_store(path: str | os.PathLike[str]) -> Any:
@@ -63,12 +58,52 @@ def open_store(path: str | os.PathLike[str]) -> Any:
         raise InputError(f"{path}: no such file or folder; check the path")
     if os.path.isfile(path):
         return _open_hdf5(path)
+    with readable(path):
+        os.scandir(path).close()  # says so if we may not look
+        if not any(os.path.exists(os.path.join(path, name)) for name in _MARKERS):
+            raise InputError(f"{path}: not a Zarr store; convert other formats with `scialm-dask convert`")
+        return zarr.open(path, mode="r", use_consolidated=False)  # which may be stale, and spares nothing here
+
+
+@contextmanager
+def readable(name: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn whatever libraries raise while they read what is damaged, locked or gone into one line.
+
+    Parameters
+    ----------
+    name
+        What is read, to be named in the message.
+
+    Raises
+    ------
+    InputError
+        In place of any other exception than this package's own.
+    """
     try:
-        return zarr.open(path, mode="r")
+        yield
+    except ScialmError:
+        raise
     except Exception as error:
-        raise InputError(
-            f"{path}: not a Zarr store ({error.__class__.__name__}); convert other formats with `scialm-dask convert`"
-        ) from error
+        raise InputError(f"{os.fspath(name)}: {_why_unreadable(error)}") from error
+
+
+def _why_unreadable(error: Exception) -> str:
+    cause = " ".join(str(error).split())[:300]
+    if isinstance(error, PermissionError):
+        return f"no permission to read {error.filename or 'it'}; ask its owner, or give a copy"
+    if isinstance(error, BlockingIOError) or "unable to lock file" in cause:
+        return "locked by a program that has it open for writing; close that first, or give a copy"
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is, or its sizes are damaged; free some, or write it again"
+    if "filter" in cause and ("regist" in cause or "plugin" in cause or "directory" in cause):
+        return f"compressed by an HDF5 filter that is not installed ({cause}); write it again with gzip"
+    if "codec" in cause.lower():
+        return f"stored by a codec that is not at hand ({cause}); write it again with a common one"
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename or 'a part'} is gone ({cause}); do not move or replace it meanwhile"
+    if isinstance(error, OSError) and error.errno is not None and type(error).__module__ == "builtins":
+        return f"cannot be read ({error.strerror or cause}); check the disk or the connection"
+    return f"cannot be read ({type(error).__name__}: {cause}); it is damaged, write it again"
 
 
 def _plain(path: str | os.PathLike[str]) -> str:
@@ -94,13 +129,16 @@ def _open_url(url: str) -> Any:
 def _open_hdf5(path: str) -> Any:
     import h5py
 
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(
-            f"{path}: not an HDF5 file ({error}); give an AnnData .zarr or .h5ad, or convert it first"
-        ) from error
-    stray = _leads_out(path, os.stat(path).st_mtime_ns)
+    with readable(path):
+        try:
+            file = h5py.File(path, "r")
+        except OSError as error:
+            if "signature not found" not in str(error):
+                raise
+            raise InputError(
+                f"{path}: not an HDF5 file ({error}); give an AnnData .zarr or .h5ad, or convert it first"
+            ) from error
+        stray = _leads_out(path, os.stat(path).st_mtime_ns)
     if stray:
         file.close()
         raise InputError(f"{path}:{stray}: leads to another file, which is not read; copy the data into one file")
@@ -120,34 +158,6 @@ def _leads_out(path: str, _changed: int) -> str | None:
 
     with h5py.File(path, "r") as file:
         return file.visititems_links(look)  # type: ignore[no-any-return]
-
-
-def missing_chunks(array: zarr.Array[Any]) -> list[tuple[int, ...]]:
-    """Grid positions of the chunks (or shards) of `array` that are not in its store.
-
-    Zarr reads an absent chunk as the fill value, so a lost file looks like zeros.
-    """
-    grid_step = array.shards or array.chunks
-    grid = [range(-(-size // step)) for size, step in zip(array.shape, grid_step, strict=True)]
-    prefix = f"{array.path}/" if array.path else ""
-    encode = array.metadata.encode_chunk_key
-    keys = {prefix + encode(position): position for position in product(*grid)}
-    present = sync(_present(array.store, prefix, keys))
-    return [position for key, position in keys.items() if key not in present]
-
-
-async def _present(store: Any, prefix: str, keys: Iterable[str]) -> set[str]:
-    if store.supports_listing:
-        return {key async for key in store.list_prefix(prefix)}
-    one_byte, side_by_side = RangeByteRequest(0, 1), asyncio.Semaphore(zarr.config.get("async.concurrency"))
-
-    async def is_there(key: str) -> bool:
-        async with side_by_side:
-            return await store.get(key, default_buffer_prototype(), one_byte) is not None
-
-    keys = list(keys)
-    found = await asyncio.gather(*map(is_there, keys))
-    return {key for key, there in zip(keys, found, strict=True) if there}
 
 
 @contextmanager
@@ -322,11 +332,6 @@ def output_error(path: str | os.PathLike[str], error: OSError) -> OSError:
     return OutputError(f"{os.fspath(path)}: could not be written, {cause}; free some space or choose another disk")
 
 
-def set_encoding(node: Any, kind: str, version: str, **attributes: Any) -> None:
-    """Mark a Zarr node with its AnnData encoding."""
-    node.attrs.update({"encoding-type": kind, "encoding-version": version, **attributes})
-
-
 def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any) -> zarr.Group:
     """Create an AnnData Zarr store with annotation but no matrix yet.
 
@@ -337,12 +342,10 @@ def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any) -> zarr.Gro
     obs, var
         Data frames of cells and genes, index included.
     """
-    import anndata
-
     root = zarr.open_group(place, mode="w-", zarr_format=ZARR_FORMAT)
     set_encoding(root, "anndata", "0.1.0")
     for name, value in {"obs": obs, "var": var}.items():
-        anndata.io.write_elem(root, name, value)
+        write_element(root, name, value)
     for name in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
         set_encoding(root.create_group(name), "dict", "0.1.0")
     return root

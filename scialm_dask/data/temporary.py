@@ -17,8 +17,9 @@ import numpy as np
 import scipy.sparse as sp
 import zarr
 
+from scialm_dask.data.arrays import ZARR_FORMAT
 from scialm_dask.data.rows import Rows, StoredRows, numeric
-from scialm_dask.data.store import ZARR_FORMAT, output_error
+from scialm_dask.data.store import output_error
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 

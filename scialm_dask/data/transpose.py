@@ -11,8 +11,8 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scialm_dask.data.rows import StoredRows, narrowed, numeric, widened
-from scialm_dask.data.store import open_store
+from scialm_dask.data.rows import StoredRows, narrowed, numeric, read_indptr, widened
+from scialm_dask.data.store import open_store, readable
 from scialm_dask.data.temporary import temporary_csr, temporary_folder
 from scialm_dask.errors import InputError
 
@@ -47,31 +47,22 @@ def columns_of(rows: StoredRows) -> Iterator[Entries]:
     InputError
         If indptr or indices do not fit the shape.
     """
-    element = open_store(rows.path)[rows.element]
-    indptr = np.asarray(element["indptr"][:], dtype=np.int64)
-    data, indices = element["data"], element["indices"]
-    if (
-        len(indptr) != rows.shape[1] + 1
-        or indptr[0] != 0
-        or np.any(np.diff(indptr) < 0)
-        or not indptr[-1] == data.shape[0] == indices.shape[0]
-    ):
-        raise InputError(
-            f"{rows.name}: indptr does not fit {rows.shape[1]} genes and {data.shape[0]} values; "
-            "the store is damaged, write it again"
-        )
+    with readable(rows.name):
+        element = open_store(rows.path)[rows.element]
+        indptr, data, indices = read_indptr(rows, element), element["data"], element["indices"]
     for start in range(0, data.shape[0], _PIECE):
         stop = min(start + _PIECE, data.shape[0])
+        with readable(f"{rows.name}: values {start} to {stop}"):
+            cells, values = np.asarray(indices[start:stop]), np.asarray(data[start:stop])
         first, last = np.searchsorted(indptr, [start, stop - 1], side="right") - 1
         edges = np.clip(indptr[first : last + 2], start, stop)
         columns = np.repeat(np.arange(first, last + 1, dtype=np.int32), edges[1:] - edges[:-1])
-        cells = np.asarray(indices[start:stop])
         if cells.min() < 0 or cells.max() >= rows.shape[0]:
             bad = cells[(cells < 0) | (cells >= rows.shape[0])][0]
             raise InputError(
                 f"{rows.name}: cell index {bad} is outside 0 to {rows.shape[0] - 1}; write the store again"
             )
-        yield Entries(cells, columns, np.asarray(data[start:stop]))
+        yield Entries(cells, columns, values)
 
 
 def rows_in_order(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from scialm_dask.data.store import set_encoding
+from scialm_dask.data.arrays import new_array, set_encoding
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -79,11 +79,7 @@ class _Appender:
     """A 1-D Zarr array that grows by whole chunks; what does not fill one waits in memory."""
 
     def __init__(self, group: zarr.Group, name: str, dtype: np.dtype[Any], chunk: int) -> None:
-        # An absent chunk must mean a lost chunk, so chunks of zeros are written too.
-        self._array = group.create_array(
-            name, shape=(0,), chunks=(chunk,), dtype=dtype, config={"write_empty_chunks": True}
-        )
-        set_encoding(self._array, "array", "0.2.0")
+        self._array = new_array(group, name, (0,), (chunk,), dtype)
         self._chunk = chunk
         self._waiting: list[np.ndarray[Any, Any]] = []
         self._n_waiting = 0

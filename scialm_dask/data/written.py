@@ -9,10 +9,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from scialm_dask.data.arrays import new_array
 from scialm_dask.data.csr import row_of
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.store import set_encoding
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.events import Advance
 
@@ -62,10 +62,7 @@ def write_left(root: zarr.Group, name: str, left: da.Array, advance: Advance) ->
     """Write a left factor, shape ``(m, r)``, as element `name` of ``obsm``."""
     cells, rank = left.shape
     rows = max(1, min(cells, CHUNK_BYTES // (4 * max(1, rank))))
-    array = root.require_group("obsm").create_array(
-        name, shape=left.shape, chunks=(rows, max(1, rank)), dtype=np.float32
-    )
-    set_encoding(array, "array", "0.2.0")
+    array = new_array(root.require_group("obsm"), name, (cells, rank), (rows, max(1, rank)), np.float32)
     for start, block in _blocks_of(left):
         array[start : start + len(block)] = block
         advance(len(block) / cells)
@@ -78,10 +75,7 @@ def write_dense(root: zarr.Group, factors: Factors, keep_observed: ExpressionMat
     """
     panels = _panels(factors.shape)
     rows, n_genes = panels.sizes[0], factors.shape[1]
-    array = root.create_array(
-        "X", shape=factors.shape, chunks=(rows, n_genes), dtype=np.float32, config={"write_empty_chunks": True}
-    )
-    set_encoding(array, "array", "0.2.0")
+    array = new_array(root, "X", factors.shape, (rows, n_genes), np.float32)
     observed = keep_observed.with_blocks(panels) if keep_observed else None
     total = 0.0
     for number, (start, stop) in enumerate(panels):

@@ -12,7 +12,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked
-from scialm_dask.data.store import atomic_store, check_output, new_anndata, set_encoding
+from scialm_dask.data.arrays import new_array, write_element
+from scialm_dask.data.store import atomic_store, check_output, new_anndata
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
@@ -170,7 +171,6 @@ def simulate(
 
 
 def _write(path: Any, programs: Programs, n_cells: int, density: float, seed: int, advance: Advance) -> int:
-    import anndata
     import pandas as pd
     import zarr
 
@@ -181,15 +181,8 @@ def _write(path: Any, programs: Programs, n_cells: int, density: float, seed: in
     types, n_observed = np.empty(n_cells, np.int16), 0
     genes = pd.DataFrame(index=pd.Index([f"gene{j}" for j in range(n_genes)]))
     root = new_anndata(path, obs=pd.DataFrame(), var=genes)
-    anndata.io.write_elem(root, "varm/true_right", programs.expression)
-    left = root.create_array(
-        "obsm/true_left",
-        shape=(n_cells, rank),
-        chunks=(step, rank),
-        dtype=np.float32,
-        config={"write_empty_chunks": True},
-    )
-    set_encoding(left, "array", "0.2.0")
+    write_element(root, "varm/true_right", programs.expression)
+    left = new_array(root, "obsm/true_left", (n_cells, rank), (step, rank), np.float32)
     with CSRWriter(root, "X", n_columns=n_genes, dtype=np.int32) as writer:
         drawn = in_order(lambda span: draw_cells(programs, tables, span, seed), blocks)
         for (start, stop), cells in zip(blocks, drawn, strict=True):
@@ -199,9 +192,7 @@ def _write(path: Any, programs: Programs, n_cells: int, density: float, seed: in
             advance((stop - start) / n_cells)
     names = [f"type{t}" for t in range(len(programs.types))]
     index = pd.Index([f"cell{i}" for i in range(n_cells)])
-    anndata.io.write_elem(
-        root, "obs", pd.DataFrame({"cell_type": pd.Categorical.from_codes(types, names)}, index=index)
-    )
+    write_element(root, "obs", pd.DataFrame({"cell_type": pd.Categorical.from_codes(types, names)}, index=index))
     zarr.consolidate_metadata(root.store)
     return n_observed
 

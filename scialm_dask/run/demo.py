@@ -10,6 +10,7 @@ from typing import Any
 import scipy.sparse as sp
 
 from scialm_dask.config import Settings
+from scialm_dask.data.arrays import write_element
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import atomic_output, check_output, new_anndata
 from scialm_dask.evaluate.mask import mask
@@ -58,7 +59,6 @@ def demo(folder: str | os.PathLike[str], *, overwrite: bool = False, listen: Lis
 
 
 def _write_cells(path: Path) -> None:
-    import anndata
     import scanpy as sc
 
     with warnings.catch_warnings():
@@ -68,4 +68,4 @@ def _write_cells(path: Path) -> None:
     scale = cells.obs["n_counts"].to_numpy()[:, None] / 1e4
     counts = sp.csr_matrix(cells.raw.X).expm1().multiply(scale).rint().tocsr()
     root = new_anndata(path, obs=cells.obs[["bulk_labels"]], var=cells.raw.var[[]])
-    anndata.io.write_elem(root, "X", counts.astype("float32"))
+    write_element(root, "X", counts.astype("float32"))

@@ -13,7 +13,8 @@ import scipy.sparse as sp
 import zarr
 
 from scialm_dask.data import writer
-from scialm_dask.data.store import atomic_output, missing_chunks, new_anndata
+from scialm_dask.data.arrays import missing_chunks
+from scialm_dask.data.store import atomic_output, new_anndata
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError, OutputError
 
