@@ -32,7 +32,7 @@ def fingerprint(rows: Rows) -> str | None:
             status = os.stat(path)
         except FileNotFoundError:
             continue  # between the listing and now: a change as well
-        digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(f"{os.path.relpath(path, rows.path)} {status.st_size} {status.st_mtime_ns}\n".encode())
         if os.path.basename(path) in _METADATA:
             with open(path, "rb") as file:
                 digest.update(file.read())

@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 from scialm_dask.arguments import checked, short_repr
 from scialm_dask.data.arrays import check_whole
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
+from scialm_dask.data.rows import (
+    MemoryRows,
+    RenamedRows,
+    Rows,
+    StoredRows,
+    blocks_of,
+    check_chunks,
+    describe,
+    sum_duplicates,
+)
 from scialm_dask.data.store import lasting, open_store, readable
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.temporary import check_seen, current_client, temporary_csr
@@ -220,6 +229,20 @@ class ExpressionMatrix:
     def annotated(self, annotation: Annotation) -> ExpressionMatrix:
         """Return the same matrix with this annotation of cells and genes."""
         return replace(self, annotation=annotation)
+
+    def of_genes(self, columns: NDArray[np.intp], n_genes: int) -> ExpressionMatrix:
+        """Return the same cells × other genes.
+
+        Parameters
+        ----------
+        columns
+            For each gene of this matrix its number among the others, or −1 if it is none of them.
+        n_genes
+            Number of the others; those that none here is are zero.
+        """
+        if np.array_equal(columns, np.arange(n_genes)):
+            return self
+        return replace(self, rows=RenamedRows(self.rows, columns, n_genes), annotation=None)
 
     def for_workers(self) -> ExpressionMatrix:
         """Return the same matrix, small enough to go into tasks.

@@ -372,10 +372,10 @@ def compare_halves(halves: Halves, left: Floats) -> tuple[Floats, Doubles, float
     """
     cross = np.zeros((halves.n_columns, left.shape[1]), np.float32)
     spmm_t(halves.indptr, halves.indices, halves.test, np.ascontiguousarray(left), cross)
-    train, test = halves.train.astype(np.float64), halves.test.astype(np.float64)
-    size = np.repeat(halves.size.astype(np.float64), np.diff(halves.indptr))
-    terms = (train * test, train * train, test * test, size * train, size * test)
-    by_column = np.stack([np.bincount(halves.indices, term, halves.n_columns) for term in terms])
+    s, t, h = halves.train, halves.test, np.repeat(halves.size, np.diff(halves.indptr))
+    by_column = np.zeros((5, halves.n_columns))
+    for total, (one, other) in zip(by_column, ((s, t), (s, s), (t, t), (h, s), (h, t)), strict=True):
+        total += np.bincount(halves.indices, np.multiply(one, other, dtype=np.float64), halves.n_columns)
     return cross, by_column, float(np.square(halves.size, dtype=np.float64).sum())
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scialm_dask.linalg import kernels
-from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, PassInputs, RowHalf, Sums
+from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, Halves, PassInputs, RowHalf, Sums
 
 __all__ = ["BlockSource", "Files", "References", "SplitSource", "Store"]
 

@@ -23,9 +23,9 @@ from scialm_dask.data.store import lasting
 from scialm_dask.errors import CheckpointError, InputError, StoppedError
 from scialm_dask.events import Iteration
 from scialm_dask.linalg.operator import LowRankPlusSparse, Observations, Product
+from scialm_dask.solve.denoise import DenoiseState, Unseen, Weights
 from scialm_dask.solve.ialm import LoopState, Penalty
-from scialm_dask.solve.scaling import Confidence, Survey
-from scialm_dask.solve.zeros import Choice
+from scialm_dask.solve.scaling import Survey
 
 __all__ = ["Checkpointing", "Job", "Keeper", "Saved", "cadence", "ended", "source_of", "under_way"]
 
@@ -40,7 +40,7 @@ class Job:
 
     Parameters
     ----------
-    matrix, settings, scratch, memory_limit, scratch_folder, confidence
+    matrix, settings, scratch, memory_limit, scratch_folder
         See `scialm_dask.run.job.complete_matrix`.
     resumed
         Whether it goes on from a checkpoint that an earlier run has written, by whose blocks and settings it is bound.
@@ -51,11 +51,10 @@ class Job:
     scratch: str = "auto"
     memory_limit: int | None = None
     scratch_folder: str | None = None
-    confidence: Confidence | None = None
     resumed: bool = False
 
     def notes(self) -> dict[str, Any]:
-        """Plain values, of which `Saved.job` makes it again; but for the confidence."""
+        """Plain values, of which `Saved.job` makes it again."""
         origin = self.matrix.origin
         source = None if origin is None else asdict(origin) | {"path": lasting(origin.path)}
         return {
@@ -149,11 +148,8 @@ class Saved:
             settings = settings | {"scaling": tuple(settings["scaling"])}
         asked = {name: run[name] for name in ("scratch", "memory_limit", "scratch_folder")}
         asked |= {name: value for name, value in changes.items() if value is not None}
-        confidence = None
-        if "gene_confidence" in self.checkpoint.arrays:
-            confidence = Confidence(self._array("gene_confidence"), self._array("cell_confidence"))
         blocks = RowBlocks(tuple(run["bounds"]))
-        return Job(matrix.with_blocks(blocks), Settings(**settings), confidence=confidence, resumed=True, **asked)
+        return Job(matrix.with_blocks(blocks), Settings(**settings), resumed=True, **asked)
 
     def check(self, found: Survey) -> None:
         """Raise `CheckpointError` if this is of another matrix."""
@@ -168,10 +164,16 @@ class Saved:
             )
 
     @property
-    def tried(self) -> dict[tuple[float, float], Choice]:
-        """What count splitting has found."""
-        choices = [Choice(*numbers) for numbers in self.checkpoint.notes["tried"]]
-        return {(choice.omega, choice.gene_exponent): choice for choice in choices}
+    def denoising(self) -> DenoiseState | None:
+        """How far denoising has come; None if it has not begun."""
+        notes, weights = self.checkpoint.notes["denoising"], None
+        if notes is None:
+            return None
+        if notes["unseen"] is not None:
+            weights = Weights(
+                self._array("component_weight"), self._array("residual_weight"), Unseen(**notes["unseen"])
+            )
+        return DenoiseState(self._array("basis"), notes["passes"], weights)
 
     def put_back(self, operator: LowRankPlusSparse) -> LoopState | None:
         """Put the state back into a new operator over the same blocks; None if there is none yet."""
@@ -211,7 +213,7 @@ def source_of(notes: Mapping[str, Any]) -> ExpressionMatrix:
 
 def under_way(notes: Mapping[str, Any]) -> bool:
     """Tell whether more is known of a run than what was asked for."""
-    return bool(notes["tried"]) or notes["loop"] is not None
+    return notes["denoising"] is not None or notes["loop"] is not None
 
 
 def ended(folder: str, notes: Mapping[str, Any]) -> str:
@@ -248,7 +250,8 @@ class Keeper:
         self._found: Survey | None = None
         self._operator: LowRankPlusSparse | None = None
         self._state: LoopState | None = None
-        self.tried: dict[tuple[float, float], Choice] = {} if saved is None else saved.tried
+        self.denoising: DenoiseState | None = None if saved is None else saved.denoising
+        self._passes = 0
         self._written(0)
 
     def surveyed(self, found: Survey, scratch: str | None) -> None:
@@ -274,8 +277,14 @@ class Keeper:
     def after_iteration(self, state: LoopState) -> None:
         """Learn the latest state, and write it if that is due, or if there is no other: what follows changes W."""
         self._state = state
-        iterations, seconds = len(state.history) - self._iterations, time.monotonic() - self._time
-        if iterations >= self._most_iterations or seconds >= self._most_seconds or state.is_last(self._job.settings):
+        iterations = len(state.history) - self._iterations
+        if iterations >= self._most_iterations or self._is_time() or state.is_last(self._job.settings):
+            self.write()
+
+    def after_pass(self, state: DenoiseState) -> None:
+        """Learn how far denoising has come, and write it if that is due."""
+        self.denoising, self._passes = state, self._passes + 1
+        if self._passes - self._iterations >= self._most_iterations or self._is_time():
             self.write()
 
     def before_pass(self) -> None:
@@ -288,7 +297,7 @@ class Keeper:
         """
         if self._checkpoints is None or self._asked is None or not self._asked.stop():
             return
-        if self._state is not None and len(self._state.history) > self._iterations:
+        if self._done() > self._iterations:
             self.write()
         raise StoppedError(f"stopped as asked; go on by `scialm-dask resume {self._checkpoints.folder}`")
 
@@ -325,7 +334,14 @@ class Keeper:
             raise
         if self._operator is not None and self._operator.depends_on_workers and saved:
             self._operator.load(checkpoint.files, saved, self._operator.passes)
-        self._written(0 if self._state is None else len(self._state.history))
+        self._written(self._done())
+
+    def _done(self) -> int:
+        """Count the iterations, or passes of denoising, that are known."""
+        return self._passes if self._state is None else len(self._state.history)
+
+    def _is_time(self) -> bool:
+        return time.monotonic() - self._time >= self._most_seconds
 
     def _written(self, iterations: int) -> None:
         self._iterations, self._time = iterations, time.monotonic()
@@ -334,9 +350,10 @@ class Keeper:
         """Write the arrays: those of the operator, and the others."""
         saved: dict[str, list[ArrayFile]] = {}
         others: dict[str, Any] = {}
-        trust = self._job.confidence
-        if trust is not None:
-            others = {"gene_confidence": trust.gene, "cell_confidence": trust.cell}
+        if self.denoising is not None:
+            others = {"basis": self.denoising.basis}
+            if (weights := self.denoising.weights) is not None:
+                others |= {"component_weight": weights.component, "residual_weight": weights.residual}
         if self._found is not None:
             others["gene_sums"] = self._found.gene_sums
         if self._operator is not None and self._state is not None:
@@ -359,13 +376,18 @@ class Keeper:
                 "passes": self._operator.passes,
                 "observations": list(self._operator.observations),
             }
+        denoising = None
+        if self.denoising is not None:
+            weights = self.denoising.weights
+            unseen = None if weights is None else asdict(weights.unseen)
+            denoising = {"passes": self.denoising.passes, "unseen": unseen}
         return {
             "program": __version__,
             "run": self._job.notes(),
             "every": asked.every,
             "result": dict(asked.result),
             "matrix": None if self._found is None else _identity(self._found),
-            "tried": [astuple(choice) for choice in self.tried.values()],
+            "denoising": denoising,
             "loop": loop,
             "finished": None,
         }

@@ -7,10 +7,10 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import dask
-import numpy as np
 
 from scialm_dask.config import Settings
 from scialm_dask.data.checkpoint import Checkpoints
@@ -22,7 +22,6 @@ from scialm_dask.data.store import check_apart
 from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
 from scialm_dask.events import Listener, Note, Pass, Stage, silent
 from scialm_dask.imputation import Imputation
-from scialm_dask.linalg.kernels import Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.tasks import Store
 from scialm_dask.run.checkpointing import Checkpointing, Job, Keeper, Saved, ended, under_way
@@ -31,11 +30,11 @@ from scialm_dask.run.cluster_errors import cluster_is_back, loss_of_cluster
 from scialm_dask.run.placement import Placement
 from scialm_dask.run.placing import place_scratch
 from scialm_dask.run.plan import Forecast
-from scialm_dask.run.result import make_result, peak_memory
+from scialm_dask.run.result import completed, denoised, embed, peak_memory
+from scialm_dask.solve.denoise import Denoised, DenoiseState, denoise
+from scialm_dask.solve.embedding import PASSES as EMBEDDING_PASSES
 from scialm_dask.solve.ialm import complete
-from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepare, survey
-from scialm_dask.solve.stopping import ThresholdStop
-from scialm_dask.solve.zeros import account, choose_zeros, refit
+from scialm_dask.solve.scaling import PreparedBlocks, Survey, prepare, survey
 
 __all__ = ["complete_matrix", "finish", "notes_of", "resume_matrix"]
 
@@ -50,7 +49,6 @@ def complete_matrix(
     scratch: str = "auto",
     memory_limit: int | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
-    confidence: Confidence | None = None,
     checkpoint: Checkpointing | None = None,
     listen: Listener = silent,
 ) -> Imputation:
@@ -70,8 +68,6 @@ def complete_matrix(
         Bytes that each process may take in all; what is free by default.
     scratch_folder
         Dask's ``temporary-directory`` by default, else the system's.
-    confidence
-        In zeros, where it is not the same for all; see `Confidence`.
     checkpoint
         Where and when to write checkpoints; None for none.
     listen
@@ -90,10 +86,8 @@ def complete_matrix(
     StoppedError
         If it was lost and there are, or the run was asked to stop.
     """
-    if confidence is not None:
-        confidence.check(matrix)
     folder = None if scratch_folder is None else os.fspath(scratch_folder)
-    job = Job(matrix, settings, scratch, memory_limit, folder, confidence)
+    job = Job(matrix, settings, scratch, memory_limit, folder)
     if checkpoint is None:
         try:
             return _attempt(job, Keeper(job), listen)
@@ -237,7 +231,7 @@ def _attempt(job: Job, keeper: Keeper, listen: Listener) -> Imputation:
         found = survey(matrix)
         with new_scratch(None if in_memory else place.scratch.removeprefix("zarr:"), matrix.rows) as store:
             keeper.surveyed(found, store.path)
-            result = _complete(job, keeper, found, store, place.forecast, listen)
+            result = _fit(job, keeper, found, store, place.forecast, listen)
     result.summary["seconds"] = time.perf_counter() - began
     peaks = ask_everyone(peak_memory)
     result.summary["peak_memory_bytes"] = max(peaks)
@@ -247,50 +241,70 @@ def _attempt(job: Job, keeper: Keeper, listen: Listener) -> Imputation:
     return result
 
 
-def _complete(job: Job, keeper: Keeper, found: Survey, store: Store, need: Forecast, listen: Listener) -> Imputation:
-    homes = Placement()
+def _fit(job: Job, keeper: Keeper, found: Survey, store: Store, need: Forecast, listen: Listener) -> Imputation:
+    homes, passes = Placement(), count(2)  # the survey is one
 
     def operator_of(blocks: PreparedBlocks) -> LowRankPlusSparse:
         operator = LowRankPlusSparse(
             blocks,
             store,
-            on_pass=lambda number: listen(Pass(number)),
+            on_pass=lambda _: listen(Pass(next(passes))),
             before_pass=keeper.before_pass,
             homes=homes,
         )
         _check_observed(operator, blocks)
         return operator
 
-    matrix, settings, confidence, stop, choice = job.matrix, job.settings, job.confidence, None, None
-    if settings.stop == "count-split" or settings.zeros == "auto":
-        choice = choose_zeros(matrix, found, settings, operator_of, listen, keeper.tried, keeper.write)
-        settings = replace(settings, zeros=choice.omega, scaling=(choice.gene_exponent, settings.exponents[1]))
-        stop = ThresholdStop(choice.threshold) if settings.stop == "count-split" else None
-    if confidence is None:
-        confidence = Confidence.uniform(float(settings.zeros), matrix.shape[1])
-    listen(Stage("reading"))
-    blocks = prepare(matrix, found, settings, confidence=confidence)
-    operator = operator_of(blocks)
-    _check_validation(operator, settings)
-    state = keeper.watch(operator)
-    listen(Stage("iterating", iterations=need.iterations))
-    completion = complete(operator, settings, listen, stop, state=state, after=keeper.after_iteration)
-    keeper.check_source()
-    keeper.let_go()
-    factors = None if confidence is None else refit_kept(operator)
-    result = make_result(found, blocks, operator, completion, settings, factors)
-    if choice is not None:
-        result.summary["passes"] += sum(fit.passes for fit in keeper.tried.values())
-        result.summary["count_splitting"] = account(choice, keeper.tried.values(), settings)
-    if state is not None:
-        result.summary["resumed_after_iteration"] = len(state.history)
+    if job.settings.method == "denoise":
+        result = _denoise(job, keeper, found, operator_of, listen)
+    else:
+        result = _complete(job, keeper, found, operator_of, need.iterations, listen)
+    if job.matrix.observed == "nonzero":
+        listen(Stage("embedding"))
+        embed(result)
+        for _ in range(EMBEDDING_PASSES):
+            listen(Pass(next(passes)))
+    result.summary["passes"] = next(passes) - 1
     return result
 
 
-def refit_kept(operator: LowRankPlusSparse) -> Floats:
-    """Refit the singular values of the A that was kept."""
-    operator.restore()
-    return refit(operator).astype(np.float32)
+def _denoise(
+    job: Job,
+    keeper: Keeper,
+    found: Survey,
+    operator_of: Callable[[PreparedBlocks], LowRankPlusSparse],
+    listen: Listener,
+) -> Imputation:
+    listen(Stage("denoising"))
+    for state in denoise(job.matrix, found, job.settings, operator_of, keeper.denoising):
+        if isinstance(state, DenoiseState):
+            keeper.after_pass(state)
+    keeper.check_source()
+    assert isinstance(state, Denoised)
+    return denoised(found, prepare(job.matrix, found, job.settings), state, job.settings)
+
+
+def _complete(
+    job: Job,
+    keeper: Keeper,
+    found: Survey,
+    operator_of: Callable[[PreparedBlocks], LowRankPlusSparse],
+    iterations: int,
+    listen: Listener,
+) -> Imputation:
+    listen(Stage("reading"))
+    blocks = prepare(job.matrix, found, job.settings)
+    operator = operator_of(blocks)
+    _check_validation(operator, job.settings)
+    state = keeper.watch(operator)
+    listen(Stage("iterating", iterations=iterations))
+    completion = complete(operator, job.settings, listen, state=state, after=keeper.after_iteration)
+    keeper.check_source()
+    keeper.let_go()
+    result = completed(found, blocks, operator, completion, job.settings)
+    if state is not None:
+        result.summary["resumed_after_iteration"] = len(state.history)
+    return result
 
 
 def _check_observed(operator: LowRankPlusSparse, blocks: PreparedBlocks) -> None:

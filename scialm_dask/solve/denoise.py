@@ -98,11 +98,14 @@ class DenoiseState:
         Made of the SVD under way.
     weights
         None as long as that is the SVD of the training part.
+    svd
+        What the last pass has given; it does not outlive the process.
     """
 
     basis: Floats
     passes: int = 0
     weights: Weights | None = None
+    svd: PartialSVD | None = None
 
 
 @dataclass(frozen=True)
@@ -166,39 +169,33 @@ def denoise(
     if state.weights is None:
         train = prepare(matrix, found, settings, Molecules(TRAIN_SHARE, False, settings.seed))
         operator = operator_of(train)
-        svd = None
-        for svd, state in _svd(operator, state, settings.svd_passes):
+        for state in _svd(operator, state, settings.svd_passes):  # noqa: B020
             yield state
-        assert svd is not None
-        weights = _weights(operator, train, svd, matrix)
+        assert state.svd is not None
+        weights = _weights(operator, train, state.svd, matrix.name)
         operator.release()
-        state = DenoiseState(svd.right, 0, weights)
+        state = DenoiseState(state.svd.right, weights=weights)
         yield state
-    assert state.weights is not None
     operator = operator_of(prepare(matrix, found, settings))
-    svd = None
-    for svd, state in _svd(operator, state, settings.svd_passes):
+    for state in _svd(operator, state, settings.svd_passes):  # noqa: B020
         yield state
-    assert svd is not None and state.weights is not None
-    yield Denoised(operator, *_kept(svd, state.weights))
+    assert state.svd is not None
+    assert state.weights is not None
+    yield Denoised(operator, *_kept(state.svd, state.weights))
 
 
-def _svd(
-    operator: LowRankPlusSparse, state: DenoiseState, passes: int
-) -> Iterator[tuple[PartialSVD, DenoiseState]]:
+def _svd(operator: LowRankPlusSparse, state: DenoiseState, passes: int) -> Iterator[DenoiseState]:
     """Make passes of subspace iteration: S(C) V, then the SVD of S(C) projected on its range.
 
-    The last pass is made anew where none is left, since U is in the sketch that it leaves.
+    The last pass is made anew where none is left to make, since U is in the sketch that it leaves.
     """
-    for number in range(min(state.passes, passes - 1) + 1, passes + 1):
+    for number in range(min(state.passes + 1, passes), passes + 1):
         svd = rayleigh_ritz(operator.multiply(state.basis))
-        state = replace(state, basis=svd.right if number < passes else state.basis, passes=number)
-        yield svd, state
+        state = replace(state, basis=svd.right if number < passes else state.basis, passes=number, svd=svd)
+        yield state
 
 
-def _weights(
-    operator: LowRankPlusSparse, train: PreparedBlocks, svd: PartialSVD, matrix: ExpressionMatrix
-) -> Weights:
+def _weights(operator: LowRankPlusSparse, train: PreparedBlocks, svd: PartialSVD, name: str) -> Weights:
     """Weigh components and residuals by the test molecules (step 3). One pass."""
     cross, (st, ss, tt, hs, ht), hh = operator.compare_halves(train, svd.to_left)
     s, V, UtT = svd.values, svd.right.astype(np.float64), cross.astype(np.float64)
@@ -206,7 +203,7 @@ def _weights(
     signal = np.maximum(isotonic_regression(c, increasing=False).x, 0)
     if signal[0] == 0:
         raise InputError(
-            f"{matrix.name}: its molecules are too few to predict any from the others; give more cells or deeper "
+            f"{name}: its molecules are too few to predict any from the others; give more cells or deeper "
             "ones, or take preset complete"
         )
     # With M = U diag(ĉ) Vᵀ, sums over the cells, for each gene:

@@ -23,7 +23,9 @@ from scialm_dask.linalg.operator import Product
 from scialm_dask.linalg.svd import rayleigh_ritz
 from scialm_dask.solve.estimate import Estimate
 
-__all__ = ["Axes", "find_axes"]
+__all__ = ["PASSES", "Axes", "find_axes"]
+
+PASSES = 2
 
 TOTAL = 1e4  # of each cell before the logarithm
 _COMPONENTS = 50  # as scanpy's
@@ -53,7 +55,8 @@ class Axes:
     def place(self, estimate: Estimate, left: Floats, first: int) -> Floats:
         """Return the coordinates of consecutive cells, from number `first` on: float32, of shape ``(cells, k)``."""
         panels = [values @ self.loadings for _, values in _panels(estimate, left, first, self.genes)]
-        return np.concatenate(panels) - self.mean @ self.loadings
+        coordinates: Floats = np.concatenate(panels) - self.mean @ self.loadings
+        return coordinates
 
 
 def find_axes(estimate: Estimate, lefts: Sequence[Delayed], bounds: Sequence[int]) -> Axes:
@@ -99,7 +102,9 @@ def _sampled_moments(estimate: Estimate, left: Floats, first: int, carried: tupl
     count, sums, squares = 0, np.zeros(n_genes), np.zeros(n_genes)
     for start in sorted({n_cells * run // _RUNS for run in range(_RUNS)}):
         rows = slice(max(start, first) - first, min(start + _RUN_CELLS, first + len(left)) - first)
-        for _, values in _panels(estimate, left[rows], first + rows.start, slice(None)) if rows.start < rows.stop else ():
+        for _, values in (
+            _panels(estimate, left[rows], first + rows.start, slice(None)) if rows.start < rows.stop else ()
+        ):
             count += len(values)
             sums += values.sum(axis=0, dtype=np.float64)
             squares += np.square(values, dtype=np.float64).sum(axis=0)

@@ -114,12 +114,15 @@ class Scales:
         What was done, in words.
     centre
         Geometric mean of the size factors of cells.
+    cell_exponent
+        Cells were multiplied with (size factor / `centre`)^−cell_exponent.
     """
 
     cell: Floats | None
     gene: Floats | None
     note: str
     centre: float = 1.0
+    cell_exponent: float = 0.0
 
 
 def scales_of(
@@ -156,7 +159,7 @@ def scales_of(
     used = factor > 0
     centre = float(np.exp(np.log(factor[used]).mean()))
     factor = np.where(used, factor / centre, 1.0)
-    return Scales((factor**-cell_exponent).astype(np.float32), gene.astype(np.float32), note, centre)
+    return Scales((factor**-cell_exponent).astype(np.float32), gene.astype(np.float32), note, centre, cell_exponent)
 
 
 @dataclass(frozen=True)
@@ -243,8 +246,11 @@ class PreparedBlocks:
         kept, scale = self.molecules.kept(csr, self.bounds[block]), self._scale(csr, block)
         test = (csr.data - kept) * np.float32(share / (1 - share))
         rows = slice(*self.bounds[block : block + 2])
-        size = np.ones(csr.shape[0], np.float32) if self.scales.cell is None else 1 / self.scales.cell[rows]
-        return Halves(csr.indptr, csr.indices, kept * scale, test * scale, size, csr.shape[1])
+        size = np.ones(csr.shape[0], np.float32)
+        if self.scales.cell is not None:
+            size /= self.scales.cell[rows]
+        train, test = ((part * scale).astype(np.float32, copy=False) for part in (kept, test))
+        return Halves(csr.indptr, csr.indices, train, test, size, csr.shape[1])
 
     def _scale(self, csr: sp.csr_matrix, block: int) -> Floats | np.float32:
         """Return what each entry is multiplied with."""

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from dense_ialm import ialm_dense
 from problems import low_rank_counts, operator_of, product_of
 
 from scialm_dask.config import preset
 from scialm_dask.errors import InputError
 from scialm_dask.linalg.svd import PartialSVD
 from scialm_dask.solve.ialm import complete, first_penalty, singular_value_thresholding, zero_iterations
-from scialm_dask.solve.reference import ialm_dense
 
 PROBLEMS = [(80, 60, 0.3, 0), (50, 95, 0.15, 1), (64, 64, 0.6, 2)]
 EXACT = {"svd_passes": 60, "svd_tolerance": 1e-6}
