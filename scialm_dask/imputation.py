@@ -437,7 +437,7 @@ class Imputation:
                     "keep_observed": keep_observed is not None,
                     "mean_over_observed": self._over_observed(total),
                 }
-            counts = {} if self.counts is None else {"counts": json.dumps(refer_to(self.counts, root))}
+            counts = {} if self.counts is None else {"counts": json.dumps(refer_to(self.counts, root, self._stored))}
             write_element(root["uns"], _KEY, self._notes(written) | counts)
             zarr.consolidate_metadata(root.store)
         return self.summary | {"X": written}

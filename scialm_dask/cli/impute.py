@@ -29,7 +29,7 @@ _SETTINGS = (
         "--preset",
         type=click.Choice(["auto", "denoise", "complete", "paper"]),
         default="auto",
-        help="auto: denoise for raw counts, else complete. denoise: expression levels. complete: lost entries. paper: as "
+        help="auto: denoise for raw counts, else complete. denoise: expression. complete: lost entries. paper: as "
         "published.",
     ),
     click.option(

@@ -24,7 +24,7 @@ from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.mask import mask
 from scialm_dask.solve.scaling import Molecules
-from scialm_dask.solve.zeros import TRAIN_SHARE
+from scialm_dask.solve.denoise import TRAIN_SHARE
 
 __all__ = [
     "Experiment",

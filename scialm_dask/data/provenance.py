@@ -22,7 +22,7 @@ _LAYER = "counts"
 _LOW_RANK = "these are the values of the low-rank part; give `Imputation.open` the counts for all"
 
 
-def refer_to(counts: ExpressionMatrix, root: zarr.Group) -> dict[str, Any]:
+def refer_to(counts: ExpressionMatrix, root: zarr.Group, stored: str | None) -> dict[str, Any]:
     """Return where counts are, plain values; counts that were in memory are written as a layer of `root`.
 
     Parameters
@@ -30,10 +30,12 @@ def refer_to(counts: ExpressionMatrix, root: zarr.Group) -> dict[str, Any]:
     counts
         Cells × genes.
     root
-        The store of the result.
+        The store that the result is written to.
+    stored
+        The store that it was opened from: a layer there is written anew.
     """
     origin = counts.origin
-    if origin is not None:
+    if origin is not None and origin.path != stored:
         path = lasting(origin.path)
         place = {"path": path, "layer": origin.layer, "missing": origin.missing_chunks_are_zeros}
         return place | {"fingerprint": _stamp(path, origin.layer)}

@@ -74,7 +74,7 @@ class Weights:
     Parameters
     ----------
     component
-        w, non-increasing, between 0 and 1, float64, shape ``(l,)``.
+        w, between 0 and 1, float64, shape ``(l,)``.
     residual
         λ, between 0 and 1, float32, shape ``(n,)``.
     unseen

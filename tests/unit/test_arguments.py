@@ -9,7 +9,6 @@ import pytest
 import scipy.sparse as sp
 
 from scialm_dask import (
-    Confidence,
     ExpressionMatrix,
     Imputation,
     InputError,
@@ -103,12 +102,10 @@ def test_a_checked_function_is_called_with_plain_values_and_keeps_its_name():
 
 
 def test_settings_of_numpy_numbers_are_plain():
-    settings = Settings(
-        max_rank=np.int64(4), epsilon=np.float32(0.5), scaling=np.array([0.5, 0.5]), zeros=np.int8(1), seed=np.uint8(3)
-    )
+    settings = Settings(max_rank=np.int64(4), epsilon=np.float32(0.5), scaling=np.array([0.5, 0.5]), seed=np.uint8(3))
     again = json.loads(json.dumps(settings.as_dict()))
     assert (again["max_rank"], again["epsilon"], again["scaling"], again["seed"]) == (4, 0.5, [0.5, 0.5], 3)
-    assert settings == Settings(max_rank=4, epsilon=0.5, scaling=(0.5, 0.5), zeros=1.0, seed=3)
+    assert settings == Settings(max_rank=4, epsilon=0.5, scaling=(0.5, 0.5), seed=3)
 
 
 def test_a_result_of_numpy_settings_is_written(tmp_path):
@@ -119,7 +116,6 @@ def test_a_result_of_numpy_settings_is_written(tmp_path):
 
 REFUSED = [
     (lambda: impute(X, validation="0.1"), "validation is '0.1'; give a number"),
-    (lambda: impute(X, zeros=[1, 2]), "zeros is [1, 2]; give a number from 0 to 1 or auto"),
     (lambda: impute(X, max_rank=5.5), "max_rank is 5.5; give a whole number of at least 1 or None"),
     (lambda: impute(X, max_rank=True), "max_rank is True; give"),
     (lambda: impute(X, scaling=3), "scaling is 3; give 2 numbers from 0 to 1 or None"),
@@ -142,8 +138,6 @@ REFUSED = [
     (lambda: ExpressionMatrix.open(3), "path is 3; give a word or a path"),
     (lambda: Imputation.open(3), "path is 3; give a word or a path"),
     (lambda: resume(3), "folder is 3; give a word or a path"),
-    (lambda: Confidence("all"), "confidence in zeros is 'all'; give a one-dimensional array"),
-    (lambda: Confidence(np.ones(30), 0.5), "confidence in zeros is 0.5; give a one-dimensional array"),
     (lambda: PooledALS("3"), "rank is '3'; give a whole number"),
     (lambda: PooledALS(3, tol=None), "tol is None; give a number"),
     (lambda: PooledALS(3, -1), "random_state -1 is below 0"),

@@ -38,7 +38,7 @@ def cost_of_iterations(folder, n_blocks, **changes):
 
     with dask.config.set(scheduler="synchronous"), Tasks() as tasks:
         operator = LowRankPlusSparse(source, ZarrScratch(str(folder)))
-        complete(operator, preset("auto", **changes), note)
+        complete(operator, preset("complete", **changes), note)
     costs = [cost for cost in costs if cost[0] > 0]
     return [(after[1] - before[1], after[2] - before[2], after[3] - before[3]) for before, after in pairwise(costs)]
 

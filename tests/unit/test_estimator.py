@@ -130,7 +130,7 @@ def test_missing_values_may_be_nan_and_zeros_observed():
 def test_what_cannot_be_done_is_refused(cells):
     with pytest.raises(NotFittedError):
         IALM().transform(cells)
-    with pytest.raises(InputError, match="choose one of auto, paper, denoise"):
+    with pytest.raises(InputError, match="choose one of auto, denoise, complete, paper, denoise"):
         IALM("best").fit(cells)
 
 
