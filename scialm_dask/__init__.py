@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.errors import InputError, ScialmError
     from scialm_dask.estimator import IALM
-    from scialm_dask.evaluate.gene_scores import gene_scores
+    from scialm_dask.evaluate.metrics import gene_scores
     from scialm_dask.imputation import Imputation
     from scialm_dask.pooled.als import PooledALS
     from scialm_dask.pooled.design import balanced_pools, measure, pool_report, random_pools
@@ -63,7 +63,7 @@ _HOME = {
     "biological_zeros": "solve.biological_zeros",
     "connect": "run.cluster",
     "evaluate_imputation": "compare.benchmark",
-    "gene_scores": "evaluate.gene_scores",
+    "gene_scores": "evaluate.metrics",
     "impute": "api",
     "measure": "pooled.design",
     "pool_report": "pooled.design",

@@ -52,7 +52,7 @@ def impute(
         ``"denoise"``: expression levels, from raw counts; see `scialm_dask.solve.denoise`. ``"complete"``: entries that
         were lost, all zeros being unknown; stops before noise is fitted. ``"paper"``: the published method.
     layer
-        Layer of the store or AnnData to read instead of X.
+        Layer of the store or AnnData to read instead of X; ``"raw"`` for ``.raw.X``.
     key_added
         Of an AnnData only: what is found is put into it too, under names that begin with this; see
         `Imputation.add_to`. None leaves it as it is. The matrix itself stays.
@@ -109,6 +109,12 @@ def impute(
     if chosen_of is source:
         refuse_logarithms(source, matrix, layer)
     source, chosen = chosen_of, settings_of(preset, **settings)
+    n_genes = matrix.n_vars if key_added is not None and is_anndata(matrix) else source.shape[1]  # type: ignore[union-attr]
+    if source.shape[1] != n_genes:  # as .raw may have
+        raise InputError(
+            f"{source.name}: has {source.shape[1]} genes, the AnnData {n_genes}; give adata.raw.to_adata(), or "
+            "key_added=None"
+        )
     result = complete_matrix(
         source,
         chosen,

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked, validated
 from scialm_dask.data.annotated import add_result, aligned, as_matrix, match_names
+from scialm_dask.data.annotation import StoredAnnotation, read_annotation
 from scialm_dask.data.arrays import check_whole, write_element
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import ExpressionMatrix, Observed, read_annotation
+from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.data.provenance import follow, refer_to
 from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store, readable
 from scialm_dask.data.written import CHUNK_BYTES, ZeroRule, write_dense, write_left, write_sparse
@@ -196,8 +197,8 @@ class Imputation:
             result = cls(
                 _stored_rows(lasting(path), f"obsm/{_FACTORS}", left),
                 right,
-                obs=read_annotation(lasting(path), "obs", left.shape[0]),
-                var=read_annotation(lasting(path), "var", right.shape[0]),
+                obs=read_annotation(StoredAnnotation(lasting(path)), "obs", left.shape[0]),
+                var=read_annotation(StoredAnnotation(lasting(path)), "var", right.shape[0]),
                 summary=summary,
                 history={name: column.tolist() for name, column in uns["history"].items()},
                 clip=bool(uns["clip"]),
@@ -322,7 +323,12 @@ class Imputation:
         return self._of_cells(*transform(fit, matrix, layer=layer, listen=listen))
 
     def _of_cells(
-        self, left: da.Array, counts: ExpressionMatrix | None, obs: pd.DataFrame, summary: dict[str, Any]
+        self,
+        left: da.Array,
+        counts: ExpressionMatrix | None,
+        measured: NDArray[np.bool_],
+        obs: pd.DataFrame,
+        summary: dict[str, Any],
     ) -> Imputation:
         """Return the imputation of other cells, whose left factor and counts are known, by the same right factor."""
         return Imputation(
@@ -334,7 +340,7 @@ class Imputation:
             history={},
             clip=self.clip,
             model=self.model,
-            residual_weight=self.residual_weight,
+            residual_weight=None if self.residual_weight is None else self.residual_weight * measured,
             counts=counts,
             axes=self.axes,
         )
@@ -440,6 +446,8 @@ class Imputation:
             counts = {} if self.counts is None else {"counts": json.dumps(refer_to(self.counts, root, self._stored))}
             write_element(root["uns"], _KEY, self._notes(written) | counts)
             zarr.consolidate_metadata(root.store)
+            if read := preserve_zeros.matrix if preserve_zeros is not None else keep_observed:
+                read.check_unchanged()
         return self.summary | {"X": written}
 
     def _check_x(self, dense: bool, keep_observed: ExpressionMatrix | None, preserve_zeros: ZeroRule | None) -> None:

@@ -1,4 +1,4 @@
-"""The commands that look at results: `score`, `report`, `evaluate` and `publication`."""
+"""The commands that look at results: `score`, `report` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def score(result: str, masked: str, listen: Listener) -> dict[str, Any]:
 @click.argument("result", metavar="RESULT.zarr")
 @click.option("-o", "--output", "path", required=True, metavar="FILE.html", help="What to write.")
 @click.option("--source", default=None, metavar="SRC", help="What was imputed.  [default: where it was then]")
-@click.option("--color", default=None, metavar="COLUMN", help="Column of obs to colour cells by.")
+@click.option("--color", default=None, metavar="NAME", help="Column of obs, or gene, to colour cells by.")
 @overwrite_option
 @reports
 @shows_progress
@@ -48,15 +48,15 @@ def report(result: str, path: str, **options: Any) -> dict[str, Any]:
 @main.command()
 @click.argument("src", metavar="SRC")
 @click.argument("folder", default="scialm-evaluation")
-@click.option("--methods", default="auto,denoise", help="auto, denoise, paper, peers, all, or names as below.")
+@click.option("--methods", default="denoise,complete", help="denoise, complete, paper, peers, all, or names as below.")
 @click.option("--mask", "shares", default="0.1", help="Shares of the non-zeros to hide, such as 0.1,0.5; empty: none.")
-@click.option("--seeds", type=click.IntRange(min=1), default=3, help="How often, each time with another seed.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, help="How often, each time with another seed.")
 @click.option("--count-split/--no-count-split", "split", default=None, help="[default: if the counts are known]")
 @click.option("--reference", default=None, metavar="STORE", help="The same cells and genes sequenced deeper.")
 @click.option("--labels", default=None, metavar="COLUMN", help="Known types in obs: cluster the cells and compare.")
 @click.option("--sweep", "sweeps", multiple=True, metavar="FIELD=VALUES", help="Such as max_rank=10,20,…,50.")
 @click.option("--memory-limit", default=None, help="What each method may hold, such as 8GB.  [default: no limit]")
-@click.option("--time-limit", type=float, default=None, metavar="SECONDS", help="What each method may take.")
+@click.option("--method-timeout", type=float, default=None, metavar="SECONDS", help="What each run may take.")
 @layer_option
 @missing_chunks_option
 @overwrite_option
@@ -78,7 +78,8 @@ def evaluate(
     """Compare methods on SRC: hide entries, impute, score; write tables and figures to FOLDER.
 
     Peers: gene-mean (always there), knn, alra, softimpute, and with the extra [bench] magic and scvi; dca, saver and
-    scimpute quote the publication. module:function runs a function of your own. Each runs in a process of its own.
+    scimpute quote the publication. module:function runs a function of your own. Each runs in a process of its own. What
+    all will take is told first, and then what is left.
     """
     from scialm_dask.compare.benchmark import evaluate_imputation
     from scialm_dask.compare.tables import summary_table, write_evaluation
@@ -105,51 +106,6 @@ def evaluate(
     return {"destination": folder, **_scores_of(summary_table(found))}
 
 
-@main.command()
-@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
-@click.option("-o", "--output", "folder", default="scialm-publication", metavar="FOLDER")
-@click.option("--methods", default="all", help="As in evaluate.")
-@click.option("--mask", "shares", default="0.1,0.2,0.3,0.4,0.5", help="Shares to hide; Figures 4 to 6 use the first.")
-@click.option("--seeds", type=click.IntRange(min=1), default=3, help="How often, each time with another seed.")
-@click.option("--increments", default="10,50,100,…,400", help="R of Figure 4; empty for no Figure 4.")
-@click.option("--labels", default=None, metavar="COLUMN", help="Known types in obs, for Figure 6.")
-@click.option("--truth", "truths", type=(str, str), multiple=True, metavar="CELLS TRUTH", help="Sequenced deeper.")
-@click.option("--sizes", default="1000,3000,10000", help="Simulated cells for time and memory; empty for none.")
-@click.option("--memory-limit", default=None, help="What each method may hold, such as 8GB.  [default: no limit]")
-@click.option("--time-limit", type=float, default=None, metavar="SECONDS", help="What each method may take.")
-@overwrite_option
-@reports
-@shows_progress
-def publication(
-    sources: tuple[str, ...],
-    folder: str,
-    methods: str,
-    shares: str,
-    seeds: int,
-    sizes: str,
-    overwrite: bool,
-    listen: Listener,
-    **options: Any,
-) -> dict[str, Any]:
-    """Make the publication's tables and figures, and some it lacks, from matrices of raw counts.
-
-    If it fails on the way, what was made is kept beside FOLDER, under a name that ends with .unfinished.
-    """
-    from scialm_dask.compare.publication import Programme, publication
-    from scialm_dask.data.store import kept_output
-
-    programme = Programme(
-        methods=_words_of(methods),
-        shares=_numbers_of("--mask", shares),
-        seeds=list(range(seeds)),
-        sizes=[int(size) for size in _numbers_of("--sizes", sizes)],
-        **options,
-    )
-    read = (*sources, *(path for pair in programme.truths for path in pair))
-    with kept_output(folder, overwrite=overwrite, sources=read, listen=listen) as partial:
-        return {"destination": folder, **publication(sources, partial, programme, listen)}
-
-
 def _words_of(listed: str) -> list[str]:
     return [word.strip() for word in listed.split(",") if word.strip()]
 
@@ -165,11 +121,13 @@ def _numbers_of(option: str, listed: str) -> list[float]:
 
 def _scores_of(table: Any) -> dict[str, Any]:
     """Scores by experiment and method, for people and for --json."""
+    from scialm_dask.compare.benchmark import WHOLE
+
     scores: dict[str, Any] = {}
     for row in table.to_dict("records"):
         share = f"{row['share']:.0%}" if row["share"] == row["share"] else ""
         name = " ".join(filter(None, [row["experiment"], share, row["method"], row["setting"]]))
-        kept = {k: row[k] for k in ("mse", "mae", "pearson", "cosine", "relative_error", "leiden_ari") if k in row}
+        kept = {k: row[k] for k in ("mse", "mae", "pearson", "cosine", *WHOLE, "leiden_ari") if k in row}
         known = {k: v for k, v in kept.items() if v == v}
         scores[name] = known if row["status"] == "ok" else row["status"]
     return scores

@@ -152,7 +152,7 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
-layer_option = click.option("--layer", default=None, help="Read this layer instead of X.")
+layer_option = click.option("--layer", default=None, help="Read this layer instead of X; raw for .raw.X.")
 missing_chunks_option = click.option(
     "--missing-chunks-are-zeros", is_flag=True, help="Read absent chunks of a dense Zarr as zeros; else refuse."
 )
@@ -202,7 +202,7 @@ def convert(src: str, dst: str, **options: Any) -> dict[str, Any]:
 @click.option("--min-genes", type=int, default=None, help="Least number of genes with counts, of a cell.")
 @click.option("--max-genes", type=int, default=None, help="Most genes with counts, of a cell.")
 @click.option("--max-mito", type=float, default=None, help="Most counts on mitochondrial genes, in percent of a cell.")
-@click.option("--mito-prefix", default="MT-", help="How their names begin, in capitals or not.")
+@click.option("--mito-prefix", default="MT-", help="How their names or symbols begin, in capitals or not.")
 @click.option("--min-cells", type=int, default=None, help="Least number of kept cells with counts, of a gene.")
 @layer_option
 @missing_chunks_option

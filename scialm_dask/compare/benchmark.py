@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from scialm_dask.api import parse_limit
 from scialm_dask.arguments import checked
-from scialm_dask.compare import clustering as downstream
+from scialm_dask.compare import clustering
 from scialm_dask.compare.experiments import (
     Experiment,
     Source,
@@ -26,29 +27,36 @@ from scialm_dask.compare.experiments import (
     masked,
     open_source,
 )
-from scialm_dask.compare.methods import QUOTED, Contestant, contestants, expanded
-from scialm_dask.compare.trial import METRICS, Collected, Row, Trial, fresh_folder
+from scialm_dask.compare.isolated import Outcome, by_panels, read_answer, run_isolated, watched_folder
+from scialm_dask.compare.methods import METHODS, QUOTED, Contestant, Method, contestants, expanded, find_method
+from scialm_dask.compare.peers import Task
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
-from scialm_dask.events import Listener, Scored, silent
+from scialm_dask.evaluate.metrics import METRICS, Scores, compare, compare_stored
+from scialm_dask.events import Listener, Note, Scored, Stage, silent
 
 if TYPE_CHECKING:
+    import dask.array as da
     import pandas as pd
 
-__all__ = ["KEY", "Evaluation", "checked_contestants", "evaluate_imputation"]
+__all__ = ["KEY", "Evaluation", "checked_contestants", "evaluate_imputation", "fresh_folder", "run_contestant"]
 
 KEY = ("dataset", "experiment", "share", "method", "setting")
+WHOLE = ("relative_error", "gene_correlation", "cell_correlation", "zeros_pearson", "mean_ratio")
+_COSTS = ("seconds", "peak_bytes", "imports_bytes")
 _COLUMNS = (
     *("dataset", "experiment", "share", "seed", "method", "setting", "status", "n", *METRICS),
-    *(f"gene_{name}" for name in METRICS),
-    *("relative_error", "mean_ratio", "zeros_pearson", "seconds", "peak_bytes", "imports_bytes", "note"),
+    *(*(f"gene_{name}" for name in METRICS), *WHOLE, *_COSTS, "note"),
 )
+_LEAST_ENTRIES = 10  # of a gene whose scores on hidden entries are to count
+_GIVEN, _EMBEDDED = "as observed", "X_scialm"
+Row = dict[str, Any]
 
 
 @dataclass
 class Evaluation:
-    """What came out.
+    """What came out of `evaluate_imputation`.
 
     Attributes
     ----------
@@ -56,14 +64,18 @@ class Evaluation:
         One row for each experiment, seed and method. ``experiment`` is ``masking`` (scored on the hidden non-zeros),
         ``count split`` or ``truth`` (on all entries), or ``all data`` (not scored). ``mse``, ``mae``, ``pearson`` and
         ``cosine`` are over all entries that are scored, on the scale of normalised counts; ``gene_…`` the median
-        over genes. ``relative_error``, ``mean_ratio`` (mean imputed over mean true) and ``zeros_pearson`` (over
-        entries that were zero) where all entries are scored. ``seconds`` and ``peak_bytes`` are those of the method
-        alone, over what its imports take. ``status`` is ``ok``, ``failed``, ``out of memory``, ``timed out``,
-        ``not installed``, ``needs counts`` or ``quoted``; ``note`` says more.
+        over genes. Where all entries are scored, ``relative_error``; ``gene_correlation`` and ``cell_correlation``, the
+        median over genes of Pearson's r across cells, and over cells across genes; ``zeros_pearson`` (over entries
+        that were zero) and ``mean_ratio`` (mean imputed over mean true). Genes and cells that are constant in the
+        truth, or empty as given, are left out of the medians for every method alike; a constant estimate of the others
+        counts as 0. ``seconds`` and ``peak_bytes`` are those of the method alone, over what its imports take.
+        ``status`` is ``ok``, ``failed``, ``out of memory``, ``timed out``, ``not installed``, ``needs counts`` or
+        ``quoted``; ``note`` says more.
     genes
         Scores of each gene, over the seeds together.
     clusters
-        ARI, NMI and silhouette, if labels were given.
+        ARI, NMI and silhouette, if labels were given. Setting ``X_scialm`` is the embedding of a result, all else
+        the principal components of the log-normalised matrix.
     umap
         Pictures of the cells by (experiment, method), each of shape ``(cells, 2)``.
     labels
@@ -79,8 +91,7 @@ class Evaluation:
     def summary(self) -> pd.DataFrame:
         """Means over the seeds, one row for each experiment and method, best first."""
         grouped = self.scores.groupby(list(KEY), dropna=False, sort=False)
-        numbers = ["n", *METRICS, "gene_pearson", "relative_error", "mean_ratio", "zeros_pearson", "seconds"]
-        table = grouped[[*numbers, "peak_bytes"]].mean()
+        table = grouped[["n", *METRICS, "gene_pearson", *WHOLE, "seconds", "peak_bytes"]].mean()
         table["seeds"] = grouped.size()
         table["status"] = grouped["status"].agg(lambda each: next((s for s in each if s != "ok"), "ok"))
         return table.reset_index().sort_values(["experiment", "share", "mse"], kind="stable", ignore_index=True)
@@ -90,16 +101,16 @@ class Evaluation:
 def evaluate_imputation(
     source: Any,
     *,
-    methods: Sequence[str] = ("auto", "denoise"),
+    methods: Sequence[str] = ("denoise", "complete"),
     shares: Sequence[float] = (0.1,),
-    seeds: Sequence[int] = (0, 1, 2),
+    seeds: Sequence[int] = (0,),
     split: bool | None = None,
     reference: Any = None,
     labels: str | None = None,
     sweeps: Sequence[str] = (),
     layer: str | None = None,
     memory_limit: float | str | None = None,
-    time_limit: float | None = None,
+    method_timeout: float | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
     listen: Listener = silent,
 ) -> Evaluation:
@@ -111,9 +122,9 @@ def evaluate_imputation(
         Cells × genes as `impute` takes them: raw counts, or counts normalised as ``scialm-dask qc`` does. For
         comparable figures run quality control first.
     methods
-        Our presets ``auto``, ``denoise``, ``paper``; ``gene-mean`` (always there), ``knn``, ``alra``, ``softimpute``,
-        ``magic``, ``scvi``; ``dca``, ``saver``, ``scimpute``, whose rows quote the publication; ``peers`` and ``all``
-        for groups; or ``module:function``, a function of your own that takes a
+        Our presets ``denoise``, ``complete``, ``paper``; ``gene-mean`` (always there), ``magic``, ``scvi``, ``alra``,
+        ``knn``, ``softimpute``; ``dca``, ``saver``, ``scimpute``, whose rows quote the publication; ``peers`` and
+        ``all`` for groups; or ``module:function``, a function of your own that takes a
         `scialm_dask.compare.peers.Task` and returns the completed matrix.
     shares
         Of the non-zeros of each gene to hide, once for each.
@@ -123,9 +134,10 @@ def evaluate_imputation(
         Whether to split counts into molecules to learn from and molecules to predict, which tests zeros too. Done by
         default if the counts are known.
     reference
-        The truth, as `source`: the same cells and genes, sequenced deeper.
+        The truth, as `source`: the same cells and genes, sequenced deeper, matched by name.
     labels
-        Column of obs with known types of cells: they are clustered as observed, masked and imputed.
+        Column of obs with known types of cells: they are clustered as observed, masked and imputed, into as many
+        clusters as there are types.
     sweeps
         Such as ``"max_rank=10,20,…,50"``: our presets at each value of a field of `Settings`.
     layer
@@ -133,8 +145,8 @@ def evaluate_imputation(
     memory_limit
         Bytes of data that each method may hold over what its imports take, or words such as ``"8 GB"``; a method that
         needs more is a row that says so.
-    time_limit
-        Seconds that each method may take.
+    method_timeout
+        Seconds that each method may take each time; one that needs more is a row that says so.
     scratch_folder
         For matrices while they are worked on; the system's by default.
     listen
@@ -152,31 +164,24 @@ def evaluate_imputation(
     """
     listed = checked_contestants(methods, sweeps, shares, seeds, labels)
     limit = parse_limit(memory_limit)
-    collected = Collected()
-    with tempfile.TemporaryDirectory(prefix="scialm-evaluate-", dir=scratch_folder) as folder:
-        work = Path(folder)
+    if method_timeout is not None and not method_timeout > 0:
+        raise InputError(f"method timeout is {method_timeout}; give seconds, more than 0")
+    with watched_folder(scratch_folder) as work:
         opened = open_source(source, work, layer=layer)
-        known = None if labels is None else downstream.labels_of(opened.matrix.obs, labels, opened.name)
+        known = None if labels is None else clustering.labels_of(opened.matrix.obs, labels, opened.name)
         if split and opened.counts is None:
             count_split(opened, 0, work)  # says what is missing
         split = opened.counts is not None if split is None else split
         truth = None if reference is None else _truth(reference, opened)
-
-        def row(values: Row) -> None:
-            collected.rows.append(dict.fromkeys(_COLUMNS, np.nan) | {"dataset": opened.name, **values})
-            listen(_scored(collected.rows[-1]))
-
-        for number, make in enumerate(_experiments(opened, shares, seeds, split, truth, known is not None)):
+        experiments = list(_experiments(opened, shares, seeds, split, truth, known is not None))
+        bench = _Bench(opened, listed, limit, method_timeout, known, listen, len(experiments))
+        bench.forecast()
+        for number, make in enumerate(experiments):
             with fresh_folder(work / f"experiment{number}") as place, dask.config.set(scheduler="threads"):
-                experiment = make(place)
-                first = number == 0 and experiment.kind == "masking"
-                clustered = known if first or experiment.kind == "all data" else None
-                Trial(experiment, place, limit, time_limit, clustered, collected, row, listen).run(listed)
-        for name in expanded(methods):
-            for quoted in _quoted_rows(name):
-                row(quoted)
-        genes = opened.matrix.var.index
-    return _evaluation(collected, opened.name, genes, known)
+                bench.run(make(place), place, first=number == 0)
+        for quoted in (row for name in expanded(methods) for row in _quoted_rows(name)):
+            bench.add(quoted)
+        return bench.evaluation()
 
 
 def checked_contestants(
@@ -189,7 +194,7 @@ def checked_contestants(
     if not seeds or min(seeds) < 0:
         raise InputError(f"seeds are {list(seeds)}; give one or more numbers that are not negative")
     if labels is not None:
-        downstream.check_libraries()
+        clustering.check_libraries()
     return contestants(dict.fromkeys([*methods, "gene-mean"]), sweeps)
 
 
@@ -219,16 +224,172 @@ def _experiments(
         yield lambda _: as_it_is(source, seeds[0])
 
 
-def _scored(row: Row) -> Scored:
-    share = "" if np.isnan(row["share"]) else f" {row['share']:.0%}"
-    seed = "" if np.isnan(row["seed"]) else f", seed {row['seed']}"
-    return Scored(
-        f"{row['experiment']}{share}{seed}",
-        f"{row['method']} {row['setting']}".strip(),
-        row["status"],
-        **{name: float(row[name]) for name in ("mse", "relative_error", "seconds")},
-        note=str(row["note"]),
-    )
+@contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """Make a folder, and remove it with all that was put there."""
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def run_contestant(
+    contestant: Contestant,
+    given: Source,
+    folder: Path,
+    *,
+    seed: int = 0,
+    zeros_matter: bool = False,
+    memory_limit: int | None = None,
+    timeout: float | None = None,
+) -> tuple[Outcome, da.Array | None]:
+    """Run a method on the view that it takes; return also what it gives, normalised, unless it failed."""
+    takes = find_method(contestant.method).takes
+    counts = takes == "counts" or (takes == "either" and given.counts is not None)
+    path = given.counts if counts else given.normalised
+    if path is None:
+        return Outcome("needs counts", note="takes raw counts, which are not known"), None
+    task = Task(path, seed, zeros_matter, contestant.settings)
+    outcome = run_isolated(contestant.method, task, folder, memory_limit=memory_limit, timeout=timeout)
+    if outcome.status != "ok":
+        return outcome, None
+    answer = read_answer(folder, given.factors if counts else None)
+    if answer.shape != given.matrix.shape:
+        return Outcome("failed", outcome.seconds, note=f"gave {answer.shape[0]} × {answer.shape[1]}"), None
+    return outcome, answer
+
+
+@dataclass
+class _Bench:
+    """All methods on all experiments: what came out so far, and how much is left to do."""
+
+    source: Source
+    listed: list[Contestant]
+    memory_limit: int | None
+    timeout: float | None
+    labels: pd.Series | None
+    listen: Listener
+    experiments: int
+    done: int = 0
+    rows: list[Row] = field(default_factory=list)
+    pooled: dict[tuple[Any, ...], Scores] = field(default_factory=dict)
+    clusters: list[Row] = field(default_factory=list)
+    umap: dict[tuple[str, str], NDArray[np.float32]] = field(default_factory=dict)
+
+    def forecast(self) -> None:
+        """Tell how long it may take, and what takes longest."""
+        seconds = [self._expected(each) * self.experiments for each in self.listed]
+        longest = int(np.argmax(seconds))
+        self.listen(
+            Note(
+                f"about {_time(sum(seconds))} for {self.experiments * len(seconds)} runs, of which "
+                f"{_time(seconds[longest])} for {_label(self.listed[longest])}; --methods picks, --method-timeout ends"
+            )
+        )
+
+    def _expected(self, contestant: Contestant) -> float:
+        m, n = self.source.matrix.shape
+        begin, rate = METHODS.get(contestant.method, Method("", "either", print)).seconds
+        return min(begin + rate * m * n / 1e6, self.timeout or np.inf)
+
+    def run(self, experiment: Experiment, place: Path, *, first: bool) -> None:
+        """Run all, the matrix as observed first where that says something."""
+        clustered = experiment.kind == "all data" or (first and experiment.kind == "masking")
+        labels, given = self.labels if clustered else None, experiment.given.matrix
+        if experiment.all_entries or labels is not None:
+            panels = by_panels(lambda cells: given.rows.read(cells.start, cells.stop).toarray(), given.shape)
+            self._judge(experiment, Contestant(_GIVEN), Outcome("ok"), panels, labels)
+        for number, contestant in enumerate(self.listed):
+            self.done += 1
+            if experiment.target is None and contestant.method == "gene-mean":
+                continue  # all cells alike, nothing to cluster
+            ahead = sum(map(self._expected, self.listed)) * (self.experiments * len(self.listed) - self.done + 1)
+            words = (
+                f"{self.done} of {self.experiments * len(self.listed)}, about {_time(ahead / len(self.listed))} left"
+            )
+            self.listen(Stage(_label(contestant), words))
+            with fresh_folder(place / f"method{number}") as folder:
+                outcome, answer = run_contestant(
+                    contestant,
+                    experiment.given,
+                    folder,
+                    seed=experiment.seed,
+                    zeros_matter=experiment.all_entries,
+                    memory_limit=self.memory_limit,
+                    timeout=self.timeout,
+                )
+                embedding = clustering.embedding_of(folder) if answer is not None and labels is not None else None
+                self._judge(experiment, contestant, outcome, answer, labels, embedding)
+
+    def _judge(
+        self,
+        experiment: Experiment,
+        contestant: Contestant,
+        outcome: Outcome,
+        answer: da.Array | None,
+        labels: pd.Series | None,
+        embedding: NDArray[np.float32] | None = None,
+    ) -> None:
+        which = {
+            "experiment": experiment.kind,
+            "share": np.nan if experiment.share is None else round(experiment.share, 6),
+            "method": contestant.method,
+            "setting": contestant.words,
+        }
+        if experiment.all_entries or contestant.method != _GIVEN:  # of hidden entries the given ones say nothing
+            scores = {} if answer is None else self._scores(experiment, answer, tuple(which.values()))
+            self.add({**which, "seed": experiment.seed, **asdict(outcome), **scores})
+        if answer is None or labels is None or contestant.method == "gene-mean":
+            return
+        spaces = {contestant.words: clustering.principal_components(answer, experiment.seed)}
+        if embedding is not None:
+            spaces[f"{contestant.words} {_EMBEDDED}".strip()] = embedding
+        for setting, components in spaces.items():
+            scores, picture = clustering.cluster(components, labels, experiment.seed)
+            self.clusters.append({"dataset": self.source.name, **which, "setting": setting, **scores})
+            self.umap[experiment.kind, f"{contestant.method} {setting}".strip()] = picture
+
+    def _scores(self, experiment: Experiment, answer: da.Array, key: tuple[Any, ...]) -> Row:
+        if experiment.target is None:
+            return {}
+        if not experiment.all_entries:
+            scores = compare_stored(answer, experiment.target)
+            enough, found = scores.n >= _LEAST_ENTRIES, {}
+        else:
+            scores, zeros, genes, cells = compare(answer, experiment.target, experiment.given.matrix)
+            enough = np.isfinite(genes)
+            values = (scores.relative_error, _median(genes), _median(cells), float(zeros.pearson[0]), scores.mean_ratio)
+            found = dict(zip(WHOLE, values, strict=True))
+        self.pooled[key] = self.pooled[key] + scores if key in self.pooled else scores
+        by_gene = {"pearson": scores.correlation}
+        medians = {f"gene_{m}": _median(by_gene.get(m, getattr(scores, m))[enough]) for m in METRICS}
+        return {**scores.as_dict(), **medians, **found}
+
+    def add(self, values: Row) -> None:
+        """Add a row of the scores, and tell it."""
+        row = dict.fromkeys(_COLUMNS, np.nan) | {"dataset": self.source.name, **values}
+        self.rows.append(row)
+        share = "" if np.isnan(row["share"]) else f" {row['share']:.0%}"
+        seed = "" if np.isnan(row["seed"]) else f", seed {row['seed']}"
+        numbers = {name: float(row[name]) for name in ("mse", "relative_error", "seconds")}
+        label = f"{row['method']} {row['setting']}".strip()
+        self.listen(
+            Scored(f"{row['experiment']}{share}{seed}", label, str(row["status"]), **numbers, note=str(row["note"]))
+        )
+
+    def evaluation(self) -> Evaluation:
+        """Put all that came out into tables."""
+        import pandas as pd
+
+        names, tables = self.source.matrix.var.index, []
+        for key, scores in self.pooled.items():
+            chosen = scores.n > 0
+            values = {metric: getattr(scores, metric)[chosen] for metric in ("n", *METRICS)}
+            tables.append(pd.DataFrame({"gene": names[chosen], **dict(zip(KEY[1:], key, strict=True)), **values}))
+        genes = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+        table = pd.DataFrame(self.rows, columns=list(_COLUMNS))
+        return Evaluation(table, genes, pd.DataFrame(self.clusters), self.umap, self.labels)
 
 
 def _quoted_rows(name: str) -> Iterator[Row]:
@@ -240,17 +401,20 @@ def _quoted_rows(name: str) -> Iterator[Row]:
             yield {**common, "dataset": f"{dataset}, as published", **scores, "note": words}
 
 
-def _evaluation(collected: Collected, name: str, genes: Any, labels: pd.Series | None) -> Evaluation:
-    import pandas as pd
+def _label(contestant: Contestant) -> str:
+    return f"{contestant.method} {contestant.words}".strip()
 
-    tables = []
-    for key, moments in collected.moments.items():
-        scores = moments.by_gene
-        chosen = scores.n > 0
-        which = dict(zip(KEY[1:], key, strict=True))
-        values = {metric: np.asarray(getattr(scores, metric))[chosen] for metric in ("n", *METRICS)}
-        tables.append(pd.DataFrame({"gene": genes[chosen], **which, **values}))
-    clusters = pd.DataFrame([{"dataset": name, **row} for row in collected.clusters])
-    per_gene = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    scores_table = pd.DataFrame(collected.rows, columns=list(_COLUMNS))
-    return Evaluation(scores_table, per_gene, clusters, collected.umap, labels)
+
+def _median(values: NDArray[np.float64]) -> float:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else np.nan
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,14 +1,16 @@
 """What imputation does to the clusters of cells: normalise, logarithm, PCA, k-means and Leiden, against known labels.
 
-The completed matrix is read panel by panel and never whole; what follows works on its leading components.
+The completed matrix is read panel by panel and never whole; what follows works on its leading components. At one
+resolution for all, Leiden cuts each representation into another number of clusters, and an index says little of which
+is better: the resolution is searched, for every method and seed alike, until there are as many clusters as labels.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import dask
 import numpy as np
@@ -16,33 +18,21 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from scialm_dask.errors import InputError
-from scialm_dask.evaluate.predictions import Prediction, as_dask
+from scialm_dask.imputation import Imputation
 
-__all__ = ["Clustering", "check_libraries", "cluster", "labels_of", "principal_components"]
+if TYPE_CHECKING:
+    import anndata
+    import dask.array as da
+
+__all__ = ["check_libraries", "cluster", "embedding_of", "labels_of", "principal_components"]
 
 Floats = NDArray[np.float32]
 _NEEDS = ("sklearn", "dask_ml", "igraph", "umap", "scanpy")
 _TOTAL = 1e4  # of each cell before the logarithm
 _COMPONENTS, _NEIGHBOURS = 50, 15  # scanpy's defaults
 _STARTS = 5  # of k-means; the tightest is kept
+_SEEDS, _HALVINGS, _WIDEST = 5, 12, (1e-3, 1e2)  # of Leiden: starts, steps of the search, and resolutions
 _SILHOUETTE_CELLS = 5000
-
-
-@dataclass(frozen=True)
-class Clustering:
-    """Clusters found, scored against labels.
-
-    Parameters
-    ----------
-    scores
-        ARI and NMI of k-means and of Leiden, the number of clusters that Leiden found, and the silhouette of the
-        labels on the components.
-    umap
-        A picture of the cells, shape ``(m, 2)``.
-    """
-
-    scores: dict[str, float]
-    umap: Floats
 
 
 def check_libraries() -> None:
@@ -67,11 +57,11 @@ def labels_of(obs: pd.DataFrame, column: str, name: str) -> pd.Series:
     return labels
 
 
-def principal_components(prediction: Prediction, seed: int) -> Floats:
+def principal_components(matrix: da.Array, seed: int) -> Floats:
     """Leading components of log(1 + x) of cells scaled to the same total, out of core, shape ``(m, k)``."""
     from dask_ml.decomposition import PCA
 
-    log = as_dask(prediction).map_blocks(_log_normalised, dtype=np.float32)
+    log = matrix.map_blocks(_log_normalised, dtype=np.float32)
     components = min(_COMPONENTS, *(side - 1 for side in log.shape))
     with dask.config.set(scheduler="threads"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations between dask-ml and scikit-learn
@@ -85,7 +75,13 @@ def _log_normalised(rows: Floats) -> Floats:
     return np.log1p(rows * scale.astype(np.float32))  # type: ignore[no-any-return]
 
 
-def cluster(components: Floats, labels: pd.Series, seed: int) -> Clustering:
+def embedding_of(folder: Path) -> Floats | None:
+    """Return ``obsm["X_scialm"]`` of a result that was left in `folder`, where that is an embedding; else None."""
+    path = folder / "result.zarr"
+    return getattr(Imputation.open(path), "embedding", None) if path.exists() else None
+
+
+def cluster(components: Floats, labels: pd.Series, seed: int) -> tuple[dict[str, float], Floats]:
     """Cluster cells by their components and compare with labels.
 
     Parameters
@@ -93,27 +89,36 @@ def cluster(components: Floats, labels: pd.Series, seed: int) -> Clustering:
     components
         Shape ``(m, k)``.
     labels
-        Of the cells; k-means is told how many there are, Leiden is not.
+        Of the cells; there are to be as many clusters.
     seed
         Of all starts.
+
+    Returns
+    -------
+    dict, ndarray
+        ARI and NMI of k-means, and of Leiden (means over five seeds) with the number of clusters that it found, and the
+        silhouette of the labels on the components; a picture of the cells, float32, shape ``(m, 2)``.
     """
+    import anndata
+    import scanpy as sc
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 
     with dask.config.set(scheduler="threads"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        means = _k_means(components, labels.nunique(), seed)
-        communities, umap = _leiden(components, seed)
+        cells = anndata.AnnData(obsm={"X_pca": components}, shape=(len(components), 0))
+        sc.pp.neighbors(cells, n_neighbors=min(_NEIGHBOURS, len(components) - 1), use_rep="X_pca", random_state=seed)
+        sc.tl.umap(cells, random_state=seed)
+        found = {
+            "kmeans": [_k_means(components, labels.nunique(), seed)],
+            "leiden": [_leiden(cells, labels.nunique(), seed + start) for start in range(_SEEDS)],
+        }
         few = min(len(labels), _SILHOUETTE_CELLS)
-        silhouette = silhouette_score(components, labels, sample_size=few, random_state=seed)
-    scores = {
-        "kmeans_ari": adjusted_rand_score(labels, means),
-        "kmeans_nmi": normalized_mutual_info_score(labels, means),
-        "leiden_ari": adjusted_rand_score(labels, communities),
-        "leiden_nmi": normalized_mutual_info_score(labels, communities),
-        "leiden_clusters": len(np.unique(communities)),
-        "silhouette": silhouette,
-    }
-    return Clustering({name: float(value) for name, value in scores.items()}, umap)
+        scores = {"silhouette": float(silhouette_score(components, labels, sample_size=few, random_state=seed))}
+        for name, runs in found.items():
+            scores[f"{name}_ari"] = float(np.mean([adjusted_rand_score(labels, run) for run in runs]))
+            scores[f"{name}_nmi"] = float(np.mean([normalized_mutual_info_score(labels, run) for run in runs]))
+        scores["leiden_clusters"] = float(np.mean([len(np.unique(run)) for run in found["leiden"]]))
+        return scores, np.asarray(cells.obsm["X_umap"], np.float32)
 
 
 def _k_means(components: Floats, n_clusters: int, seed: int) -> NDArray[Any]:
@@ -126,12 +131,20 @@ def _k_means(components: Floats, n_clusters: int, seed: int) -> NDArray[Any]:
     return np.asarray(best.labels_)
 
 
-def _leiden(components: Floats, seed: int) -> tuple[NDArray[Any], Floats]:
-    import anndata
+def _leiden(cells: anndata.AnnData, n_clusters: int, seed: int) -> NDArray[Any]:
+    """Search by bisection the resolution that gives this number of clusters, or one that comes near."""
     import scanpy as sc
 
-    cells = anndata.AnnData(obsm={"X_pca": components}, shape=(len(components), 0))
-    sc.pp.neighbors(cells, n_neighbors=min(_NEIGHBOURS, len(components) - 1), use_rep="X_pca", random_state=seed)
-    sc.tl.leiden(cells, flavor="igraph", n_iterations=2, random_state=seed)
-    sc.tl.umap(cells, random_state=seed)
-    return cells.obs["leiden"].to_numpy(), np.asarray(cells.obsm["X_umap"], np.float32)
+    low, high = np.log(_WIDEST)
+    best: NDArray[Any] = np.zeros(cells.n_obs, int)
+    middle = 0.0  # resolution 1
+    for _ in range(_HALVINGS):
+        sc.tl.leiden(cells, np.exp(middle), flavor="igraph", n_iterations=2, random_state=seed, directed=False)
+        found = cells.obs["leiden"].to_numpy()
+        n, n_best = len(np.unique(found)), len(np.unique(best))
+        best = found if abs(n - n_clusters) < abs(n_best - n_clusters) else best
+        if n == n_clusters:
+            break
+        low, high = (middle, high) if n < n_clusters else (low, middle)
+        middle = (low + high) / 2
+    return best

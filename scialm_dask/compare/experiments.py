@@ -17,14 +17,14 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import aligned, as_matrix, refuse_logarithms
+from scialm_dask.data.annotation import Annotation, total_counts
 from scialm_dask.data.csr import row_of, scaled_rows
-from scialm_dask.data.matrix import Annotation, ExpressionMatrix
+from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import new_anndata
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.mask import mask
 from scialm_dask.solve.scaling import Molecules
-from scialm_dask.solve.denoise import TRAIN_SHARE
 
 __all__ = [
     "Experiment",
@@ -40,6 +40,7 @@ __all__ = [
 
 Kind = Literal["masking", "count split", "truth", "all data"]
 Doubles = NDArray[np.float64]
+TRAIN_SHARE = 0.8
 _OTHER = 0x5CA1E  # bits by which the seed of a split differs from that of methods
 _WHOLE = 1e-2  # how far from whole numbers restored counts may be, by rounding of float32
 
@@ -131,8 +132,7 @@ def open_source(source: Any, folder: Path, *, layer: str | None = None) -> Sourc
         _write(counts, matrix.stream(), obs=matrix.obs, var=matrix.var)
         return Source(name, normalised, counts, factors)
     _write(normalised, matrix.stream(), obs=matrix.obs, var=matrix.var)
-    if "total_counts" in matrix.obs:
-        totals = matrix.obs["total_counts"].to_numpy(np.float64)
+    if (totals := total_counts(matrix.obs, matrix.name)) is not None:
         factors = np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0)
         if _restore(matrix, factors, counts):
             return Source(name, normalised, counts, factors)

@@ -1,6 +1,7 @@
 """One method, one matrix, a process of its own: time and memory are its alone, and so is its death.
 
-The process reads what to do from a JSON file and leaves a JSON file and arrays (.npy); nothing is pickled.
+The process reads what to do from a JSON file, and leaves a JSON file and its answer: a store or arrays (.npy). Nothing
+is pickled. A watcher, a third process, ends it and removes the folder should this one be killed.
 """
 
 from __future__ import annotations
@@ -9,63 +10,59 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scialm_dask.compare.methods import find_method
 from scialm_dask.compare.peers import Task
-from scialm_dask.evaluate.predictions import write_prediction
+from scialm_dask.data.layout import RowBlocks
+from scialm_dask.imputation import Imputation
 from scialm_dask.run.result import peak_memory
 
-__all__ = ["Outcome", "Request", "run_isolated"]
+if TYPE_CHECKING:
+    import dask.array as da
+
+__all__ = ["Outcome", "panels", "read_answer", "run_isolated", "watched_folder"]
 
 _REQUEST, _ANSWER, _LOG = "request.json", "answer.json", "log.txt"
 _INSTALL = "install it by `pip install 'scialm-dask[bench]'`"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to run.
-
-    Parameters
-    ----------
-    method
-        Name, or ``module:function``.
-    path
-        AnnData store whose X it is to complete.
-    scale
-        A .npy file with what to multiply each cell of the answer with; None for ones.
-    seed, zeros_matter, settings
-        As in `Task`.
-    memory_limit
-        Bytes of data that the process may hold over what its imports take; None for no limit.
-    """
-
-    method: str
-    path: str
-    scale: str | None = None
-    seed: int = 0
-    zeros_matter: bool = False
-    settings: dict[str, Any] = field(default_factory=dict)
-    memory_limit: int | None = None
+_PANEL_BYTES = 16 << 20
+_WATCH = """
+import os, shutil, signal, sys, time
+child = 0
+for line in sys.stdin:
+    child = int(line)
+if child:
+    try:
+        os.killpg(child, signal.SIGKILL)
+        time.sleep(0.2)
+    except ProcessLookupError:
+        pass
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
+_watchers: list[subprocess.Popen[str]] = []
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of it.
+    """What became of a method.
 
     Parameters
     ----------
     status
-        ``"ok"``, ``"failed"``, ``"out of memory"``, ``"timed out"`` or ``"not installed"``.
+        ``"ok"``, ``"failed"``, ``"out of memory"``, ``"timed out"``, ``"needs counts"`` or ``"not installed"``.
     seconds
         Wall time of the method, imports not counted.
     peak_bytes
@@ -83,82 +80,101 @@ class Outcome:
     note: str = ""
 
 
-def run_isolated(request: Request, folder: Path, *, time_limit: float | None = None) -> Outcome:
+@contextlib.contextmanager
+def watched_folder(parent: str | os.PathLike[str] | None = None) -> Iterator[Path]:
+    """Make a temporary folder, which goes at the end, also of a process that is killed and with it its methods."""
+    folder = tempfile.mkdtemp(prefix="scialm-evaluate-", dir=parent)
+    command = [sys.executable, "-I", "-S", "-c", _WATCH, folder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as watcher:
+        _watchers.append(watcher)
+        try:
+            yield Path(folder)
+        finally:
+            _watchers.remove(watcher)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _watch(child: int) -> None:
+    """Tell the watchers which process to end should this one be killed; 0 for none."""
+    for watcher in _watchers:
+        assert watcher.stdin is not None
+        with contextlib.suppress(OSError):
+            watcher.stdin.write(f"{child}\n")
+            watcher.stdin.flush()
+
+
+def run_isolated(
+    method: str, task: Task, folder: Path, *, memory_limit: int | None = None, timeout: float | None = None
+) -> Outcome:
     """Run a method in a new process and wait for it.
 
     Parameters
     ----------
-    request
-        What to run.
+    method
+        Name, or ``module:function``.
+    task
+        What it is to complete.
     folder
-        A folder of its own, for what it leaves: on success its prediction, see `read_prediction`.
-    time_limit
+        A folder of its own, for what it leaves: on success its answer, see `read_answer`.
+    memory_limit
+        Bytes of data that the process may hold over what its imports take.
+    timeout
         Seconds after which it is ended.
     """
     (folder / _ANSWER).unlink(missing_ok=True)  # of a run before, not to be taken for one of this
-    (folder / _REQUEST).write_text(json.dumps(asdict(request)))
+    request = {"method": method, "memory_limit": memory_limit, **asdict(task), "path": str(task.path)}
+    (folder / _REQUEST).write_text(json.dumps(request))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-m", __name__, str(folder)]
-    began = time.perf_counter()
+    command, began = [sys.executable, "-m", __name__, str(folder)], time.perf_counter()
     with (
         open(folder / _LOG, "wb") as log,
         subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         ) as child,
     ):
+        _watch(child.pid)
         try:
-            code = child.wait(timeout=time_limit)
+            code = child.wait(timeout=timeout)
         except subprocess.TimeoutExpired:
-            return Outcome("timed out", time.perf_counter() - began, note=f"ended after {time_limit:g} s")
+            return Outcome("timed out", time.perf_counter() - began, note=f"ended after {timeout:g} s")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # and whatever it has started
+            _watch(0)
     if (folder / _ANSWER).exists():
         return Outcome(**json.loads((folder / _ANSWER).read_text()))
-    return _of_the_dead(code, request, time.perf_counter() - began, (folder / _LOG).read_text(errors="replace"))
-
-
-def _of_the_dead(code: int, request: Request, seconds: float, log: str) -> Outcome:
-    """Judge by how a process ended that left no answer."""
-    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "")
-    if code == -signal.SIGKILL or (code < 0 and request.memory_limit) or "memory" in last.lower():
+    log_lines = (folder / _LOG).read_text(errors="replace").splitlines()
+    last, seconds = next((line for line in reversed(log_lines) if line.strip()), ""), time.perf_counter() - began
+    if code == -signal.SIGKILL or (code < 0 and memory_limit) or "memory" in last.lower():
         return Outcome("out of memory", seconds, note=f"process ended by signal {-code}" if code < 0 else last)
-    return Outcome("failed", seconds, note=f"process ended with code {code}: {last}"[:300])
+    return Outcome("failed", seconds, note=f"process ended with code {code}: {last.strip()}"[:300])
 
 
 def _main(folder: Path) -> None:
-    request = Request(**json.loads((folder / _REQUEST).read_text()))
-    outcome = _measured(request, folder)
+    request = json.loads((folder / _REQUEST).read_text())
+    outcome = _measured(request.pop("method"), folder, request.pop("memory_limit"), Task(**request))
     partial = folder / (_ANSWER + ".partial")
     partial.write_text(json.dumps(asdict(outcome)))
     partial.replace(folder / _ANSWER)
 
 
-def _measured(request: Request, folder: Path) -> Outcome:
-    method = find_method(request.method)
+def _measured(name: str, folder: Path, memory_limit: int | None, task: Task) -> Outcome:
+    method = find_method(name)
     try:
         for module in ("anndata", "dask.array", "pandas", *method.needs):
             importlib.import_module(module)
     except ImportError as error:
         return Outcome("not installed", note=f"{error}; {_INSTALL}")
-    scale = None if request.scale is None else np.load(request.scale, allow_pickle=False)
-    task = Task(Path(request.path), request.seed, request.zeros_matter, request.settings)
     imports = peak_memory()
-    if request.memory_limit is not None:
-        _limit_memory(request.memory_limit)
-    began = time.perf_counter()
-
-    def outcome(status: str, note: str) -> Outcome:
-        return Outcome(status, time.perf_counter() - began, peak_memory() - imports, imports, note)
-
+    if memory_limit is not None:
+        _limit_memory(memory_limit)
+    status, began = "ok", time.perf_counter()
     try:
-        write_prediction(method.complete(task), folder, scale)
-    except MemoryError as error:
-        return outcome("out of memory", _words(error))
-    except Exception as error:  # any other failure of a method is a row of the table too
-        status = "out of memory" if "memory" in str(error).lower() and "alloc" in str(error).lower() else "failed"
-        return outcome(status, _words(error))
-    return outcome("ok", task.note)
+        _keep(method.complete(task), folder)
+    except Exception as error:  # any failure of a method is a row of the table too
+        lost = isinstance(error, MemoryError) or ("memory" in str(error).lower() and "alloc" in str(error).lower())
+        status, task.note = "out of memory" if lost else "failed", _words(error)
+    return Outcome(status, time.perf_counter() - began, peak_memory() - imports, imports, task.note)
 
 
 def _words(error: BaseException) -> str:
@@ -176,6 +192,57 @@ def _limit_memory(limit: int) -> None:
     if status.exists():
         held = int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmData")))
         resource.setrlimit(resource.RLIMIT_DATA, (held * 1024 + limit, resource.RLIM_INFINITY))
+
+
+def panels(shape: tuple[int, int]) -> RowBlocks:
+    """Rows of which the dense form is small."""
+    return RowBlocks.panels(*shape, _PANEL_BYTES)
+
+
+def _keep(answer: Any, folder: Path) -> None:
+    """Write what a method has returned. Raises `ValueError` if that is no matrix of finite numbers."""
+    if isinstance(answer, Imputation):
+        answer.to_zarr(folder / "result.zarr")
+        return
+    parts = {"left": answer[0], "right": answer[1].T} if isinstance(answer, tuple) else {"dense": np.asarray(answer)}
+    if isinstance(answer, tuple) and answer[0].shape[1] != answer[1].shape[1]:
+        raise ValueError(f"gave factors of {answer[0].shape[1]} and {answer[1].shape[1]} columns")
+    for name, values in parts.items():
+        target = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=values.shape)
+        for start, stop in panels((len(values), max(1, values.shape[1]))) if values.size else ():
+            if not np.isfinite(values[start:stop]).all():
+                raise ValueError("gave values that are not finite")
+            target[start:stop] = values[start:stop]
+
+
+def read_answer(folder: Path, scale: NDArray[np.floating] | None = None) -> da.Array:
+    """Return what a method has left, lazily, cells × genes, not negative, each cell multiplied by its `scale`."""
+    import dask.array as da
+
+    def read(name: str) -> Any:
+        return np.load(folder / f"{name}.npy", mmap_mode="r" if name == "dense" else None, allow_pickle=False)
+
+    if (folder / "result.zarr").exists():
+        values = Imputation.open(folder / "result.zarr").to_dask()
+    elif (folder / "dense.npy").exists():
+        dense = read("dense")
+        values = by_panels(lambda cells: np.asarray(dense[cells]), dense.shape)
+    else:
+        left, right = read("left"), read("right")
+        values = by_panels(lambda cells: left[cells] @ right, (len(left), right.shape[1]))
+    if scale is not None:
+        values = values * da.from_array(scale.astype(np.float32)[:, None], chunks=(values.chunks[0], 1))
+    return da.maximum(values, np.float32(0))
+
+
+def by_panels(read: Any, shape: tuple[int, int]) -> da.Array:
+    """Return a lazy float32 array of what ``read(slice)`` gives of some rows."""
+    import dask
+    import dask.array as da
+
+    visit = dask.delayed(read, pure=False, traverse=False)
+    pieces = [da.from_delayed(visit(slice(*span)), (span[1] - span[0], shape[1]), np.float32) for span in panels(shape)]
+    return da.concatenate(pieces, axis=0)
 
 
 if __name__ == "__main__":

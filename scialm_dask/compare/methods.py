@@ -6,18 +6,22 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from scialm_dask.api import impute
 from scialm_dask.compare import peers
 from scialm_dask.compare.peers import Task
-from scialm_dask.config import Settings, preset
+from scialm_dask.config import Preset, Settings, preset
 from scialm_dask.errors import InputError
 
-__all__ = ["METHODS", "QUOTED", "Contestant", "Method", "contestants", "find_method"]
+if TYPE_CHECKING:
+    import pandas as pd
 
-OURS = ("auto", "denoise", "paper")
+__all__ = ["METHODS", "QUOTED", "Contestant", "Method", "contestants", "find_method", "label_of", "labelled"]
+
+OURS = ("denoise", "complete", "paper", "auto")
 _ELLIPSES = ("...", "…")
+_COMPLETE = "complete" if "complete" in get_args(Preset) else "auto"
 
 
 @dataclass(frozen=True)
@@ -29,38 +33,43 @@ class Method:
     label
         What figures call it.
     takes
-        The matrix it wants: raw counts, or counts normalised to one total.
+        The matrix it wants: raw counts, counts normalised to one total, or the former where they are known.
     complete
         Turns a `Task` into a dense matrix, a pair of factors or an `Imputation`, on the scale that it takes.
     needs
         Modules that must be there, and are imported before time and memory are taken.
+    seconds
+        About what it takes on one core, imports included: to begin with, and for each million of entries, zeros too.
     """
 
     label: str
-    takes: Literal["counts", "normalised"]
+    takes: Literal["counts", "normalised", "either"]
     complete: Callable[[Task], Any]
     needs: tuple[str, ...] = ()
+    seconds: tuple[float, float] = (5.0, 0.5)
 
 
 def _ours(name: str) -> Callable[[Task], Any]:
     def complete(task: Task) -> Any:
         result = impute(task.path, preset=name, **{"seed": task.seed, **task.settings})
-        task.note = f"rank {result.rank}, {result.summary['iterations']} iterations"
+        task.note = f"rank {result.rank}, {result.summary['passes']} passes"
         return result
 
     return complete
 
 
+_RUN = ("scialm_dask.run.job",)
 METHODS = {
-    "auto": Method("scIALM auto", "normalised", _ours("auto"), ("scialm_dask.run.job",)),
-    "denoise": Method("scIALM denoise", "counts", _ours("denoise"), ("scialm_dask.run.job",)),
-    "paper": Method("scIALM as published", "normalised", _ours("paper"), ("scialm_dask.run.job",)),
-    "gene-mean": Method("gene mean", "normalised", peers.gene_mean),
-    "knn": Method("kNN smoothing", "counts", peers.knn, ("sklearn.decomposition", "sklearn.neighbors")),
-    "alra": Method("ALRA", "counts", peers.alra, ("sklearn.utils.extmath",)),
-    "softimpute": Method("softImpute", "normalised", peers.softimpute, ("scipy.sparse.linalg",)),
-    "magic": Method("MAGIC", "normalised", peers.magic, ("magic",)),
-    "scvi": Method("scVI", "counts", peers.scvi, ("anndata", "scvi")),
+    "denoise": Method("scIALM denoise", "counts", _ours("denoise"), _RUN, (5, 0.1)),
+    "complete": Method("scIALM complete", "normalised", _ours(_COMPLETE), _RUN, (5, 0.1)),
+    "paper": Method("scIALM as published", "normalised", _ours("paper"), _RUN, (5, 10)),
+    "magic": Method("MAGIC", "normalised", peers.magic, ("magic",), (8, 0.3)),
+    "scvi": Method("scVI", "counts", peers.scvi, ("anndata", "scvi"), (60, 20)),
+    "alra": Method("ALRA", "counts", peers.alra, ("sklearn.utils.extmath",), (5, 0.2)),
+    "knn": Method("kNN smoothing", "counts", peers.knn, ("sklearn.decomposition", "sklearn.neighbors"), (5, 0.2)),
+    "softimpute": Method("softImpute", "normalised", peers.softimpute, ("scipy.sparse.linalg",), (5, 1)),
+    "gene-mean": Method("gene mean", "normalised", peers.gene_mean, (), (5, 0.02)),
+    "auto": Method("scIALM auto", "either", _ours("auto"), _RUN, (5, 0.1)),  # one of the first two
 }
 
 
@@ -103,6 +112,17 @@ class Contestant:
     def words(self) -> str:
         """The settings in words, empty where there are none."""
         return " ".join(f"{name}={value}" for name, value in self.settings.items())
+
+
+def label_of(method: str, setting: str = "") -> str:
+    """Return what figures and tables call a method."""
+    known = METHODS.get(method) or QUOTED.get(method)
+    return f"{known.label if known else method} {setting}".strip()
+
+
+def labelled(scores: pd.DataFrame) -> pd.DataFrame:
+    """Add a column ``label``, what figures call the method of each row."""
+    return scores.assign(label=list(map(label_of, scores["method"], scores["setting"])))
 
 
 def find_method(name: str) -> Method:
@@ -148,7 +168,7 @@ def contestants(names: Iterable[str], sweeps: Iterable[str] = ()) -> list[Contes
     listed: list[Contestant] = []
     names, sweeps = list(dict.fromkeys(expanded(names))), list(sweeps)
     if sweeps and not set(names) & set(OURS):
-        raise InputError(f"sweep is {sweeps[0]!r}, but no method has settings to sweep; add auto, denoise or paper")
+        raise InputError(f"sweep is {sweeps[0]!r}, but no method has settings to sweep; add denoise, complete or paper")
     combinations = [dict(pairs) for pairs in itertools.product(*map(_sweep, sweeps))]
     for name in names:
         if name in QUOTED:
@@ -156,7 +176,7 @@ def contestants(names: Iterable[str], sweeps: Iterable[str] = ()) -> list[Contes
         find_method(name)
         if name in OURS:
             for combination in combinations:
-                preset(name, **combination)
+                preset(_COMPLETE if name == "complete" else name, **combination)
                 listed.append(Contestant(name, combination))
         else:
             listed.append(Contestant(name))
@@ -165,8 +185,8 @@ def contestants(names: Iterable[str], sweeps: Iterable[str] = ()) -> list[Contes
 
 def expanded(names: Iterable[str]) -> list[str]:
     """Put names for ``"peers"`` and ``"all"``."""
-    others = [name for name in METHODS if name not in OURS]
-    groups = {"peers": [*others, *QUOTED], "all": [*OURS, *others, *QUOTED]}
+    runnable = [name for name in METHODS if name != "auto"]
+    groups = {"peers": [*(name for name in runnable if name not in OURS), *QUOTED], "all": [*runnable, *QUOTED]}
     return [each for name in names for each in groups.get(name, [name])]
 
 

@@ -47,9 +47,9 @@ class Task:
         Fields that are to differ from the method's own.
     """
 
-    path: Path
-    seed: int
-    zeros_matter: bool
+    path: str | Path
+    seed: int = 0
+    zeros_matter: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     note: str = ""
 

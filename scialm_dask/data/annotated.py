@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scialm_dask.data.matrix import Annotation, ExpressionMatrix, Observed, check_array, held_array
-from scialm_dask.data.rows import reordered
+from scialm_dask.data.annotation import Annotation
+from scialm_dask.data.logarithms import evidence_of_logarithms, some_cells
+from scialm_dask.data.matrix import ExpressionMatrix, Observed, check_array, held_array
+from scialm_dask.data.rows import layers_of, reordered
+from scialm_dask.data.storable import as_text, storable
 from scialm_dask.data.store import open_store
 from scialm_dask.errors import InputError
+from scialm_dask.events import Listener, Note
 
 if TYPE_CHECKING:
     import anndata
@@ -25,13 +29,17 @@ __all__ = [
     "aligned",
     "as_dask",
     "as_matrix",
+    "axes_of",
+    "counts_beside",
     "is_anndata",
     "looks_like_counts",
     "match_names",
     "named",
     "refuse_logarithms",
+    "storable_annotation",
 ]
 
+_AXES = ("obs", "var")
 _LOOKED_AT = 1 << 10  # cells at the start, to see whether they are whole numbers
 _RUNS = 16  # in which those are, where any of them may have been changed
 _COUNTS = "counts"  # as `qc` calls the layer
@@ -52,7 +60,7 @@ def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed | Non
         An `ExpressionMatrix`, as it is; an AnnData; a path to a store; a data frame; or an array, as
         `ExpressionMatrix.of` takes them.
     layer
-        Of a store or an AnnData, instead of X.
+        Of a store or an AnnData, instead of X; ``"raw"`` is ``.raw.X``, unless there is a layer of that name.
     observed
         See `ExpressionMatrix`. None: what an `ExpressionMatrix` was opened with, ``"nonzero"`` for all else.
 
@@ -94,17 +102,21 @@ def named(matrix: ExpressionMatrix, given: Any) -> ExpressionMatrix:
 
 def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -> ExpressionMatrix:
     """Take X or a layer with the annotation; X of a backed AnnData is read from its file, block by block."""
-    annotation = Annotation(*(_in_memory(frame) for frame in (adata.obs, adata.var)))
-    if layer is not None and layer not in adata.layers:
+    raw = layer == "raw" and layer not in adata.layers and getattr(adata, "raw", None) is not None
+    if layer is not None and layer not in adata.layers and not raw:
         raise InputError(f"AnnData: has no layer {layer!r}; its layers are: {', '.join(adata.layers) or 'none'}")
-    if adata.isbacked and layer is None:
+    annotation = Annotation(*(_in_memory(frame) for frame in (adata.obs, adata.raw.var if raw else adata.var)))
+    if adata.isbacked and (layer is None or raw):
         if adata.is_view:
             raise InputError(
                 f"{adata.filename}: this is a view of a backed AnnData; give view.to_memory(), or write the view to a "
                 "file by view.copy(filename) and give that"
             )
-        return ExpressionMatrix.open(adata.filename, observed=observed).annotated(annotation)
-    values, name = (adata.X, "AnnData:X") if layer is None else (adata.layers[layer], f"AnnData:layers/{layer}")
+        return ExpressionMatrix.open(adata.filename, layer, observed=observed).annotated(annotation)
+    if raw:
+        values, name = adata.raw.X, "AnnData:raw/X"
+    else:
+        values, name = (adata.X, "AnnData:X") if layer is None else (adata.layers[layer], f"AnnData:layers/{layer}")
     if values is None:
         raise InputError(f"AnnData: has no X; name one of its layers: {', '.join(adata.layers) or 'there are none'}")
     return ExpressionMatrix.of(values, observed=observed, name=name).annotated(annotation)
@@ -148,6 +160,16 @@ def _has_names(names: pd.Index) -> bool:
     return str(names[-1]) != str(len(names) - 1) or list(names.astype(str)) != list(map(str, range(len(names))))
 
 
+def axes_of(thing: Any) -> tuple[pd.Index | None, pd.Index | None]:
+    """Return the names of cells and genes of what `as_dask` takes, None each where it has none."""
+    if hasattr(thing, "columns"):
+        return thing.index.astype(str), thing.columns.astype(str)
+    if isinstance(thing, str | os.PathLike):
+        thing = as_matrix(thing)
+    names = [getattr(thing, f"{axis}_names", getattr(getattr(thing, axis, None), "index", None)) for axis in _AXES]
+    return names[0], names[1]
+
+
 def aligned(matrix: ExpressionMatrix, to: Any) -> ExpressionMatrix:
     """Return a matrix with its cells and genes in the order of another thing's, which is matched by names.
 
@@ -179,7 +201,9 @@ def aligned(matrix: ExpressionMatrix, to: Any) -> ExpressionMatrix:
 
 
 def _in_memory(frame: Any) -> Any:
-    return frame.to_memory() if hasattr(frame, "to_memory") else frame.copy()
+    frame = frame.to_memory() if hasattr(frame, "to_memory") else frame.copy()
+    frame.index = as_text(frame.index)
+    return frame
 
 
 def as_dask(matrix: Any, name: str) -> da.Array:
@@ -244,33 +268,57 @@ def counts_beside(matrix: ExpressionMatrix, given: Any = None) -> ExpressionMatr
 
 
 def refuse_logarithms(matrix: ExpressionMatrix, given: Any, layer: str | None) -> None:
-    """Raise `InputError` if X is marked as logarithms, as scanpy's ``log1p`` does, and does not hold whole numbers.
+    """Raise `InputError` if a matrix holds logarithms, by its values or by ``uns["log1p"]``, scanpy's mark of X.
 
     Parameters
     ----------
     matrix
-        Made of `given`.
+        Made of `given`. If zeros are observed, it may hold anything.
     given
         An AnnData, which has ``uns``; else the matrix's own store is looked at.
     layer
-        Layers are not looked at: the mark is about X.
+        The mark is about X, not about layers.
     """
-    if layer is not None or matrix.observed == "finite" or not _marked(matrix, given):
+    if matrix.observed == "finite":
         return
-    first = matrix.rows.read(0, min(_LOOKED_AT, matrix.shape[0]))
-    if np.any(first.data % 1):
-        raise InputError(
-            f"{matrix.name}: holds logarithms, as uns['log1p'] says; give the layer that holds counts, or delete "
-            "uns['log1p'] if it is wrong"
-        )
+    cells = some_cells(matrix.rows)
+    evidence = evidence_of_logarithms(cells)
+    if evidence is None and layer is None and np.any(np.floor(cells.data) != cells.data) and _marked(matrix, given):
+        evidence = "uns['log1p'] says (delete it if it is wrong)"
+    if evidence is not None:
+        layers = ", ".join(_layers(matrix, given))
+        remedy = f"give the layer that holds counts, of: {layers}" if layers else "give counts, or undo the logarithm"
+        raise InputError(f"{matrix.name}: holds logarithms, as {evidence}; {remedy}")
 
 
 def _marked(matrix: ExpressionMatrix, given: Any) -> bool:
     if is_anndata(given):
         return "log1p" in given.uns
-    if isinstance(matrix.annotation, str) and matrix.origin is not None and matrix.origin.layer is None:
-        return "uns/log1p" in open_store(matrix.annotation)
-    return False
+    origin = matrix.origin
+    return origin is not None and origin.layer is None and "uns/log1p" in open_store(origin.path)
+
+
+def _layers(matrix: ExpressionMatrix, given: Any) -> list[str]:
+    """Names by which other matrices of an AnnData or a store can be asked for."""
+    if is_anndata(given):
+        return [*given.layers, *(["raw"] if getattr(given, "raw", None) is not None else [])]
+    return [] if matrix.origin is None else layers_of(open_store(matrix.origin.path))
+
+
+def storable_annotation(matrix: ExpressionMatrix, listen: Listener) -> ExpressionMatrix:
+    """Return the matrix with its annotation read, in a form that can be written; `listen` hears what had to change.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read or written, which is better known before long work than after it.
+    """
+    if matrix.annotation is None:
+        return matrix
+    (obs, of_obs), (var, of_var) = storable(matrix.obs, "obs"), storable(matrix.var, "var")
+    for note in of_obs + of_var:
+        listen(Note(f"{matrix.name}: {note}"))
+    return matrix.annotated(Annotation(obs, var))
 
 
 def add_result(

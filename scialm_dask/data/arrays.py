@@ -31,7 +31,9 @@ __all__ = [
 
 ZARR_FORMAT: Literal[2] = 2  # what AnnData writes by default: the widest choice of readers
 MOST_MISSING = 10_000  # chunks that are named: a shape that lies may want 1e12 of them
-_MOST_ASKED = 1_000_000  # chunks that a web server, which cannot list them, is asked for
+_MOST_ASKED = 1_000_000  # chunks that a web server, which cannot list them, is asked for_LONGEST_WRITE = 30  # seconds
+
+_LONGEST_WRITE = 30  # seconds
 _EVERY_CHUNK: Any = {"write_empty_chunks": True}  # so that an absent chunk is a lost one
 _writing = threading.Lock()  # Zarr's configuration is one for all threads
 
@@ -55,7 +57,7 @@ def write_element(group: Any, name: str, value: Any) -> None:
     with _writing, zarr.config.set({"array.write_empty_chunks": True}):
         anndata.io.write_elem(group, name, value, dataset_kwargs={"compressor": _checksummed(group)})
         for path, array in dict(_arrays_below(group[name], name)).items():
-            if not _is_checksummed(array):  # AnnData has its own way with single values
+            if not is_checksummed(array):  # AnnData has its own way with single values
                 values = array[...]
                 made = group.create_array(
                     path,
@@ -107,6 +109,16 @@ def _grid(array: Any) -> list[int]:
     return [-(-size // step) if size else 0 for size, step in zip(array.shape, steps, strict=True)]
 
 
+def await_writes() -> None:
+    """Wait until Zarr's thread has written what it was told to: it goes on after an exception in this one."""
+    sync(_rest_done())
+
+
+async def _rest_done() -> None:
+    if others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others, timeout=_LONGEST_WRITE)
+
+
 def check_whole(name: str, node: Any, *, always: bool = False) -> None:
     """Raise `InputError` if chunks of an array, or of those below a group, are lost.
 
@@ -115,7 +127,7 @@ def check_whole(name: str, node: Any, *, always: bool = False) -> None:
     """
     for path, array in _arrays_below(node, ""):
         index = path == (node.attrs.get("_index") or "_index")
-        if not (always or index or _is_checksummed(array)):
+        if not (always or index or is_checksummed(array)):
             continue
         if gone := missing_chunks(array):
             raise InputError(
@@ -127,7 +139,8 @@ def _checksummed(group: zarr.Group) -> Any:
     return (Zstd if group.metadata.zarr_format == 2 else ZstdCodec)(level=0, checksum=True)
 
 
-def _is_checksummed(array: zarr.Array[Any]) -> bool:
+def is_checksummed(array: zarr.Array[Any]) -> bool:
+    """Tell whether chunks have checksums, so that they are of this package, which leaves none out."""
     return any(getattr(codec, "checksum", False) for codec in array.compressors)
 
 

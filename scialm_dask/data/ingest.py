@@ -11,10 +11,13 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
+from scialm_dask.data.annotation import StoredAnnotation, read_annotation
 from scialm_dask.data.arrays import set_encoding
-from scialm_dask.data.matrix import check_values, read_annotation
+from scialm_dask.data.fingerprint import Stamp
+from scialm_dask.data.matrix import check_values
 from scialm_dask.data.rows import StoredRows, blocks_of, check_chunks, describe, numeric, sum_duplicates
-from scialm_dask.data.store import atomic_store, check_output, new_anndata, open_store
+from scialm_dask.data.storable import storable
+from scialm_dask.data.store import atomic_store, check_output, lasting, new_anndata, open_store, readable
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.tenx import MatrixMarket, h5_annotation, h5_group, h5_rows, is_10x_h5
 from scialm_dask.data.transpose import Entries, columns_of, csr_of, rows_in_order
@@ -55,6 +58,7 @@ class _Source(NamedTuple):
     var: pd.DataFrame
     notes: list[str]
     logarithms: bool = False  # whether X is marked as such
+    raw_var: pd.DataFrame | None = None  # genes of .raw.X
 
 
 def convert(
@@ -70,8 +74,8 @@ def convert(
     """Write counts in any usual format as a chunked, compressed AnnData Zarr store.
 
     Memory does not grow with the number of stored values. Values keep their type; explicit zeros go and entries
-    stored twice are added. Repeated gene names are made unique as scanpy does (``-1``, ``-2``, …). Of
-    ``uns`` nothing is kept but the mark that X holds logarithms (``uns["log1p"]``).
+    stored twice are added. ``.raw`` is kept too. Repeated names are made unique as scanpy does (``-1``, ``-2``, …).
+    Of ``uns`` nothing is kept but the mark that X holds logarithms (``uns["log1p"]``).
 
     Parameters
     ----------
@@ -106,10 +110,12 @@ def convert(
     """
     source = os.fspath(source)
     check_output(destination, overwrite=overwrite, sources=(source,))
-    found = _open(source, layer, genome, missing_chunks_are_zeros)
+    before = Stamp.of(lasting(source))
+    with readable(source):
+        found = _open(source, layer, genome, missing_chunks_are_zeros)
     advance = begin(listen, "converting")
     with atomic_store(destination, overwrite=overwrite, sources=(source,)) as partial:
-        root = new_anndata(partial, obs=found.obs, var=found.var)
+        root = new_anndata(partial, obs=found.obs, var=found.var, raw_var=found.raw_var)
         n_stored = {
             name: _write(root, name, matrix, source, lambda share: advance(share / len(found.matrices)))
             for name, matrix in found.matrices.items()
@@ -117,6 +123,7 @@ def convert(
         if found.logarithms:
             set_encoding(root.create_group("uns/log1p"), "dict", "0.1.0")
         zarr.consolidate_metadata(root.store)
+        before.check()
     for note in found.notes:
         listen(Note(note))
     return {
@@ -124,23 +131,23 @@ def convert(
         "n_cells": len(found.obs),
         "n_genes": len(found.var),
         "n_observed": n_stored["X"],
-        "layers": [name.removeprefix("layers/") for name in n_stored if name != "X"],
+        "layers": [name.removeprefix("layers/").removesuffix("/X") for name in n_stored if name != "X"],
         "notes": found.notes,
     }
 
 
-def unique_names(var: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+def unique_names(frame: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     """Make the index unique as scanpy does; tell how many names were changed."""
     import warnings
 
     from anndata.utils import make_index_unique
 
-    n_repeated = int(var.index.duplicated().sum())
+    n_repeated = int(frame.index.duplicated().sum())
     if n_repeated:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a suffix may look like part of a name
-            var = var.set_axis(make_index_unique(var.index), axis=0)
-    return var, n_repeated
+            frame = frame.set_axis(make_index_unique(frame.index), axis=0)
+    return frame, n_repeated
 
 
 def _write(root: zarr.Group, name: str, matrix: _Matrix, source: str, advance: Advance) -> int:
@@ -180,24 +187,28 @@ def _open_anndata(source: str, store: Any, layer: str | None, missing_chunks_are
     bare = isinstance(store, zarr.Array)
     more = sorted(store["layers"]) if layer is None and not bare and "layers" in store else []
     wanted = {"X": layer, **{f"layers/{name}": name for name in more}}
+    if layer is None and not bare and "raw/X" in store and "layers/raw" not in store:
+        wanted["raw/X"] = "raw"
     found = {name: describe(source, store, which) for name, which in wanted.items()}
     n_cells, n_genes = found["X"][0].shape
     for rows, element in found.values():
-        if rows.shape != (n_cells, n_genes):
+        if rows.shape != (n_cells, rows.shape[1] if rows.element == "raw/X" else n_genes):
             raise InputError(f"{rows.name}: shape {rows.shape}, X has {(n_cells, n_genes)}; write the store again")
         check_chunks(rows, element, missing_chunks_are_zeros)
-    obs, var = (
-        read_annotation(None if bare else source, axis, length) for axis, length in (("obs", n_cells), ("var", n_genes))
-    )
-    notes = [] if bare else _left_behind(store)
+    place = None if bare else StoredAnnotation(source, var="raw/var" if found["X"][0].element == "raw/X" else "var")
+    obs, var = (read_annotation(place, axis, length) for axis, length in (("obs", n_cells), ("var", n_genes)))
+    raw_var = None
+    if "raw/X" in found:
+        raw_var = read_annotation(StoredAnnotation(source, var="raw/var"), "var", found["raw/X"][0].shape[1])
+    notes = [] if bare else _left_behind(store, "raw/X" in found or layer == "raw")
     matrices = {name: _stored(*element) for name, element in found.items()}
     marked = layer is None and not bare and "uns/log1p" in store
-    return _source(matrices, obs, var, notes)._replace(logarithms=marked)
+    return _source(matrices, obs, var, notes)._replace(logarithms=marked, raw_var=raw_var)
 
 
-def _left_behind(store: Any) -> list[str]:
+def _left_behind(store: Any, raw_is_kept: bool) -> list[str]:
     names = [name for name in ("obsm", "varm", "obsp", "varp", "uns") if name in store and len(store[name])]
-    names += ["raw"] if "raw" in store and getattr(store["raw"], "shape", ()) != () else []
+    names += ["raw"] if "raw/X" in store and not raw_is_kept else []
     return [f"not carried over: {', '.join(names)}"] if names else []
 
 
@@ -262,10 +273,14 @@ def _genes_only(matrices: dict[str, _Matrix], obs: pd.DataFrame, var: pd.DataFra
 
 
 def _source(matrices: dict[str, _Matrix], obs: pd.DataFrame, var: pd.DataFrame, notes: list[str]) -> _Source:
-    var, n_repeated = unique_names(var)
-    if n_repeated:
-        notes = [*notes, f"{n_repeated} repeated gene names were made unique with -1, -2, …"]
-    return _Source(matrices, obs, var, notes)
+    (obs, of_obs), (var, of_var) = storable(obs, "obs"), storable(var, "var")
+    (obs, n_cells), (var, n_genes) = unique_names(obs), unique_names(var)
+    repeated = [
+        f"{n} repeated {what} names were made unique with -1, -2, …"
+        for n, what in ((n_cells, "cell"), (n_genes, "gene"))
+        if n
+    ]
+    return _Source(matrices, obs, var, notes + of_obs + of_var + repeated)
 
 
 def _stored(rows: StoredRows, element: Any) -> _Matrix:

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import dask
 import numpy as np
@@ -15,7 +15,8 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked, short_repr
-from scialm_dask.data.arrays import check_whole
+from scialm_dask.data.annotation import Annotation, StoredAnnotation, read_annotation
+from scialm_dask.data.fingerprint import Stamp
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import (
     MemoryRows,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
-    "Annotation",
     "ExpressionMatrix",
     "Observed",
     "Origin",
@@ -46,19 +46,11 @@ __all__ = [
     "check_observed",
     "check_values",
     "held_array",
-    "read_annotation",
     "tree_reduce",
 ]
 
 Observed = Literal["nonzero", "finite"]
 T = TypeVar("T")
-
-
-class Annotation(NamedTuple):
-    """Data frames of cells and genes."""
-
-    obs: pd.DataFrame
-    var: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -84,9 +76,11 @@ class ExpressionMatrix:
         Which entries are observed (Ω). ``"nonzero"``: the non-zeros, as in the paper. ``"finite"``: all that
         are not NaN, zeros included, for general matrices.
     annotation
-        Of cells and genes: data frames (`Annotation`), the path of the store that has them, or None for none.
+        Of cells and genes: data frames (`Annotation`), where a store has them (`StoredAnnotation`), or None for none.
     origin
         What it was opened from; None if that was in memory.
+    stamp
+        What that was like then; see `check_unchanged`.
 
     Notes
     -----
@@ -98,6 +92,7 @@ class ExpressionMatrix:
     observed: Observed = "nonzero"
     annotation: Any = field(default=None, compare=False, repr=False)
     origin: Origin | None = field(default=None, compare=False, repr=False)
+    stamp: Stamp | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     @checked
@@ -117,7 +112,7 @@ class ExpressionMatrix:
         path
             The store, or its URL, if it is Zarr. It is only read.
         layer
-            Name of the layer; X by default.
+            Name of the layer, or ``"raw"`` for ``.raw.X`` with its own genes; X by default.
         blocks
             Number of row blocks; chosen by the number of stored values if None.
         observed
@@ -143,14 +138,17 @@ class ExpressionMatrix:
         path = lasting(path)
         with readable(path):
             rows, element = describe(path, store, layer)
+            stamp = Stamp.of(path, *((rows.element, "obs", "var", "raw/var") if rows.element else ()))
             check_chunks(rows, element, missing_chunks_are_zeros)
+        var = "raw/var" if rows.element == "raw/X" else "var"
         if rows.encoding == "csc_matrix":
             rows = spill_to_csr(rows)
             element = open_store(rows.path)[rows.element]
         with readable(rows.name):
             cuts = blocks_of(rows, element, blocks)
         origin = Origin(path, layer, missing_chunks_are_zeros)
-        return cls(rows, cuts, observed, path if not isinstance(store, zarr.Array) else None, origin)
+        annotation = None if isinstance(store, zarr.Array) else StoredAnnotation(path, var=var)
+        return cls(rows, cuts, observed, annotation, origin, stamp)
 
     @classmethod
     @checked
@@ -194,8 +192,8 @@ class ExpressionMatrix:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Annotation that has been read stays here; workers need only the rows.
-        path = self.annotation if isinstance(self.annotation, str) else None
-        return type(self), (self.rows, self.blocks, self.observed, path)
+        place = self.annotation if isinstance(self.annotation, StoredAnnotation) else None
+        return type(self), (self.rows, self.blocks, self.observed, place)
 
     @property
     def name(self) -> str:
@@ -225,6 +223,11 @@ class ExpressionMatrix:
     def with_blocks(self, blocks: RowBlocks) -> ExpressionMatrix:
         """Return the same matrix, cut otherwise."""
         return replace(self, blocks=blocks)
+
+    def check_unchanged(self) -> None:
+        """Raise `InputError` if the store that this was opened from has changed since, and may have been read mixed."""
+        if self.stamp is not None:
+            self.stamp.check()
 
     def annotated(self, annotation: Annotation) -> ExpressionMatrix:
         """Return the same matrix with this annotation of cells and genes."""
@@ -341,25 +344,6 @@ class ExpressionMatrix:
 
         parts = [dask.delayed(task)(block) for block in range(len(self.blocks))]
         return tree_reduce(parts, combine).compute()  # type: ignore[no-any-return]
-
-
-def read_annotation(path: str | Annotation | None, axis: str, length: int) -> pd.DataFrame:
-    """Read ``obs`` or ``var`` of an AnnData store, unless they are given; number the rows if there is no store."""
-    import pandas as pd
-
-    if isinstance(path, Annotation):
-        return path.obs if axis == "obs" else path.var
-    if path is None:
-        return pd.DataFrame(index=pd.RangeIndex(length).astype(str))
-    import anndata
-
-    with readable(f"{path}:{axis}"):
-        stored = open_store(path)[axis]
-        check_whole(f"{path}:{axis}", stored)
-        frame = anndata.io.read_elem(stored)
-    if len(frame) != length:
-        raise InputError(f"{path}: {axis} has {len(frame)} rows, the matrix {length}; write the store again")
-    return frame
 
 
 def held_array(matrix: Any, name: str) -> Any:

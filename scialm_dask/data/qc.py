@@ -14,13 +14,14 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.arguments import check_fields, checked
-from scialm_dask.data.annotated import refuse_logarithms
+from scialm_dask.data.annotated import refuse_logarithms, storable_annotation
+from scialm_dask.data.annotation import symbols
 from scialm_dask.data.csr import scaled_rows
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.data.store import atomic_store, check_output, new_anndata
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
-from scialm_dask.events import Listener, begin, silent
+from scialm_dask.events import Listener, Note, begin, silent
 
 __all__ = ["CellMeasures", "Thresholds", "chosen_cells", "measure_cells", "mitochondrial", "quality_control"]
 
@@ -38,7 +39,8 @@ class Thresholds:
     max_mito
         Share of the counts of a cell that lies on mitochondrial genes, in percent.
     mito_prefix
-        How the names of mitochondrial genes begin, in capitals or not.
+        How the names of mitochondrial genes begin, in capitals or not; symbols in ``var`` are looked at too, in
+        ``feature_name``, ``gene_symbols`` or ``gene_name``.
     min_cells
         Cells with counts, of a gene, among the cells that are kept.
     """
@@ -95,7 +97,8 @@ def quality_control(
     destination
         AnnData Zarr store to write: X (float32), ``var``, and ``obs`` with ``total_counts`` (raw, over the chosen
         genes), ``n_genes`` and ``pct_mito`` (over all genes, as compared with the thresholds). The counts themselves
-        are kept in ``layers["counts"]``, if they are whole numbers. Other layers are left out.
+        are kept in ``layers["counts"]``, if they are whole numbers, as preset ``denoise`` needs. Other layers are
+        left out.
     thresholds
         What to keep; all by default.
     layer
@@ -124,7 +127,13 @@ def quality_control(
     check_output(destination, overwrite=overwrite, sources=(source,))
     matrix = ExpressionMatrix.open(source, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
     refuse_logarithms(matrix, source, layer)
+    matrix = storable_annotation(matrix, listen)
     is_mito = mitochondrial(matrix, thresholds)
+    if thresholds.max_mito is not None and not is_mito.any():
+        raise InputError(
+            f"{matrix.name}: max_mito is {thresholds.max_mito:g}, but no gene name or symbol begins with "
+            f"{thresholds.mito_prefix!r} (the first are {', '.join(matrix.var.index[:3])}); give another prefix"
+        )
     step = 1 / _PASSES / len(matrix.blocks)
     advance = begin(listen, "quality control")
 
@@ -141,6 +150,8 @@ def quality_control(
     if not totals.any():
         raise InputError(f"{matrix.name}: no counts are left after the thresholds ({thresholds}); loosen them")
     median = float(np.median(totals[totals > 0]))
+    if not whole:
+        listen(Note(f"{matrix.name}: not whole numbers, so no layer counts is kept, which preset denoise would need"))
 
     obs = matrix.obs[keep_cells].assign(
         total_counts=totals.astype(np.float32), n_genes=cells.n_genes[keep_cells], pct_mito=cells.pct_mito[keep_cells]
@@ -152,6 +163,7 @@ def quality_control(
         kept = _kept(matrix, keep_cells, keep_genes, lambda: advance(step))
         n_observed = _write(root, kept, scale[keep_cells], n_genes=int(keep_genes.sum()), with_counts=whole)
         zarr.consolidate_metadata(root.store)
+        matrix.check_unchanged()
     return {
         "destination": os.fspath(destination),
         "n_cells": int(keep_cells.sum()),
@@ -166,8 +178,12 @@ def quality_control(
 
 
 def mitochondrial(matrix: ExpressionMatrix, thresholds: Thresholds) -> NDArray[np.bool_]:
-    """Tell which genes are mitochondrial, by their names, shape ``(n,)``."""
-    return np.asarray(matrix.var.index.str.upper().str.startswith(thresholds.mito_prefix.upper()), bool)
+    """Tell which genes are mitochondrial, by their names or symbols, shape ``(n,)``."""
+    prefix = thresholds.mito_prefix.upper()
+    mito: NDArray[np.bool_] = np.any(
+        [names.str.upper().str.startswith(prefix) for names in symbols(matrix.var)], axis=0
+    )
+    return mito
 
 
 def measure_cells(

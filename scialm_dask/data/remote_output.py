@@ -13,6 +13,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, MemoryStore
 
+from scialm_dask.data.arrays import await_writes
 from scialm_dask.data.remote import RemoteStore, all_of, is_metadata
 from scialm_dask.errors import OutputError, ScialmError
 
@@ -98,6 +99,7 @@ def new_store(url: str) -> Iterator[NewStore]:
         sync(store.commit())
     except BaseException as error:
         try:
+            await_writes()
             sync(FsspecStore.delete_dir(store, ""))
         except Exception as second:
             if not isinstance(error, ScialmError):

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
-from scialm_dask.data.arrays import MOST_MISSING, missing_chunks, n_chunks
+from scialm_dask.data.arrays import MOST_MISSING, is_checksummed, missing_chunks, n_chunks
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.store import open_store, readable
 from scialm_dask.errors import DoesNotFitError, InputError
@@ -25,6 +25,7 @@ __all__ = [
     "blocks_of",
     "check_chunks",
     "describe",
+    "layers_of",
     "narrowed",
     "numeric",
     "read_indptr",
@@ -256,9 +257,10 @@ def describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]
         name = f"layers/{layer}" if layer else "X"
         if not {"", ".", ".."}.isdisjoint(name.split("/")):
             raise InputError(f"{path}: a layer cannot be named {layer!r}; give a name without . and .. parts")
+        if layer == "raw" and name not in store and "raw/X" in store:
+            name = "raw/X"
         if name not in store:
-            layers = sorted(store["layers"]) if "layers" in store else []
-            raise InputError(f"{path}: has no {name}; its layers are: {', '.join(layers) or 'none'}")
+            raise InputError(f"{path}: has no {name}; its layers are: {', '.join(layers_of(store)) or 'none'}")
         element = store[name]
     encoding = str(element.attrs.get("encoding-type", "array")).replace("-", "_")
     if encoding in ("csr_matrix", "csc_matrix"):
@@ -297,6 +299,13 @@ def _check_size(rows: StoredRows, element: Any) -> None:
             f"{rows.name}: {what} takes {most / 1e9:,.1f} GB before any value is read, and {free / 1e9:,.1f} GB are "
             "free; write the store again if its sizes are wrong, with smaller chunks if they are right"
         )
+
+
+def layers_of(store: Any) -> list[str]:
+    """Names of the layers of an open store, ``raw`` if there is a ``.raw``."""
+    if isinstance(store, zarr.Array):
+        return []
+    return [*(sorted(store["layers"]) if "layers" in store else []), *(["raw"] if "raw/X" in store else [])]
 
 
 def _described_sparse(name: str, element: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -365,7 +374,9 @@ def _zeros_by_right(element: Any, array: Any, gone: list[tuple[int, ...]]) -> bo
     So it is with `indptr` before the first value, and with `indices` where each row has gene 0 alone. Rows that
     lie over a lost chunk come out with repeated or falling indices.
     """
-    if array is element or not isinstance(array, zarr.Array) or array.basename == "data" or len(gone) == MOST_MISSING:
+    if array is element or not isinstance(array, zarr.Array) or array.basename == "data" or is_checksummed(array):
+        return False
+    if len(gone) == MOST_MISSING:
         return False
     indptr = np.asarray(element["indptr"][:], dtype=np.int64)
     step = (array.shards or array.chunks)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import glob
 import os
 import shutil
 import tempfile
@@ -16,9 +17,10 @@ from typing import Any
 import dask
 import zarr
 
-from scialm_dask.data.arrays import ZARR_FORMAT, set_encoding, write_element
+from scialm_dask.data.arrays import ZARR_FORMAT, await_writes, set_encoding, write_element
 from scialm_dask.data.remote import RemoteStore, is_url
 from scialm_dask.data.remote_output import NewStore, check_new, new_store
+from scialm_dask.data.storable import storable
 from scialm_dask.errors import InputError, OutputError, ScialmError
 from scialm_dask.events import Listener, Note
 
@@ -55,7 +57,7 @@ def open_store(path: str | os.PathLike[str]) -> Any:
     if is_url(path):
         return _open_url(path)
     if not os.path.exists(path):
-        raise InputError(f"{path}: no such file or folder; check the path")
+        raise InputError(f"{path}: no such file or folder; {_cut_short(Path(path)) or 'check the path'}")
     if os.path.isfile(path):
         return _open_hdf5(path)
     with readable(path):
@@ -176,7 +178,8 @@ def atomic_output(
     destination
         The final path.
     overwrite
-        Replace what is at `destination`. The old one is removed only after the new one is in place.
+        Replace what is at `destination`, or what a symbolic link there leads to. The old one is removed only after the
+        new one is in place.
     sources
         Paths that are read meanwhile, which `destination` must not be or lie within.
 
@@ -184,19 +187,22 @@ def atomic_output(
     ------
     OutputError
         If `destination` exists (and not `overwrite`), is one of `sources`, cannot be written, or the disk is full.
+        Of two that are written at once the first to end keeps the name, and the other is put beside it.
     """
     if is_url(destination := _plain(destination)):
         raise OutputError(f"{destination}: only Zarr stores are written to a URL; give a path")
-    final = Path(destination).absolute()
-    check_output(final, overwrite=overwrite, sources=sources)
+    check_output(destination, overwrite=overwrite, sources=sources)
+    final = _final(destination, overwrite)
     partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield partial
-        _replace(partial, final)
+        _put_in_place(partial, final, overwrite)
     except OSError as error:
         raise output_error(final, error) from error
     finally:
-        _remove(partial)
+        if os.path.lexists(partial):
+            await_writes()
+            _remove(partial)
 
 
 @contextmanager
@@ -253,10 +259,18 @@ def check_output(
     """Raise `OutputError` if `destination` cannot take a result. Leaves nothing there."""
     destination = _plain(destination)
     check_apart(destination, sources)
+    if destination.endswith((".h5ad", ".h5", ".hdf5", ".loom")):
+        name = destination.rpartition(".")[0]
+        raise OutputError(
+            f"{destination}: results are Zarr stores; give {name}.zarr, and make an .h5ad of it by "
+            "anndata.read_zarr(…).write_h5ad(…)"
+        )
     if is_url(destination):
         check_new(destination)
         return
-    final = Path(destination).absolute()
+    final = _final(destination, overwrite)
+    if words := _cut_short(final):
+        raise OutputError(f"{destination}: {words}")
     if os.path.lexists(final) and not overwrite:
         raise OutputError(f"{destination}: exists already; choose another path or pass --overwrite")
     if not final.parent.is_dir():
@@ -297,17 +311,54 @@ def scratch_folder_for(destination: str | os.PathLike[str] | None) -> str:
     return os.path.dirname(os.path.abspath(destination))
 
 
-def _replace(partial: Path, final: Path) -> None:
-    old = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.replaced")
-    if os.path.lexists(final):
+def _final(destination: str | os.PathLike[str], overwrite: bool) -> Path:
+    """Give the place to write to: that which a symbolic link leads to, if it is to be replaced."""
+    return Path(os.path.realpath(destination) if overwrite else os.path.abspath(destination))
+
+
+def _put_in_place(partial: Path, final: Path, overwrite: bool) -> None:
+    old = partial.with_suffix(".replaced")
+    if overwrite and os.path.lexists(final):
         os.rename(final, old)
     try:
-        os.rename(partial, final)
-    except OSError:
-        if os.path.lexists(old):
-            os.rename(old, final)
-        raise
+        _rename_to_new(partial, final)
+    except OSError as error:
+        if not os.path.lexists(final):
+            if os.path.lexists(old):
+                os.rename(old, final)
+            raise
+        kept = final.with_name(f"{final.stem}.{partial.suffixes[-2][1:]}{final.suffix}")
+        os.rename(partial, kept)
+        _remove(old)
+        raise OutputError(f"{final}: another program made it meanwhile, and it is left; this one is {kept}") from error
     _remove(old)
+
+
+def _rename_to_new(path: Path, name: Path) -> None:
+    """Rename; raise `OSError` if there is something of that name, unless it is an empty folder made just now."""
+    if os.path.lexists(name):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(name))
+    if path.is_dir():
+        os.rename(path, name)
+        return
+    try:
+        os.link(path, name)
+        path.unlink()
+    except FileExistsError:
+        raise
+    except OSError:  # of a disk without hard links
+        os.rename(path, name)
+
+
+def _cut_short(final: Path) -> str:
+    """Say where the copies are, if a run was killed between the two renames that replace one by the other."""
+    if os.path.lexists(final):
+        return ""
+    for old in final.parent.glob(f".{glob.escape(final.name)}.*.replaced"):
+        return (
+            f"a run was killed as it replaced it; rename the new one, {old.with_suffix('.partial')}, or the old, {old}"
+        )
+    return ""
 
 
 def _remove(path: Path) -> None:
@@ -332,7 +383,7 @@ def output_error(path: str | os.PathLike[str], error: OSError) -> OSError:
     return OutputError(f"{os.fspath(path)}: could not be written, {cause}; free some space or choose another disk")
 
 
-def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any) -> zarr.Group:
+def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any, raw_var: Any = None) -> zarr.Group:
     """Create an AnnData Zarr store with annotation but no matrix yet.
 
     Parameters
@@ -340,12 +391,18 @@ def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any) -> zarr.Gro
     place
         A path, where there must be nothing yet, or what `atomic_store` has given.
     obs, var
-        Data frames of cells and genes, index included.
+        Data frames of cells and genes, index included; see `storable`.
+    raw_var
+        Genes of ``.raw``, if there is to be one.
     """
     root = zarr.open_group(place, mode="w-", zarr_format=ZARR_FORMAT)
     set_encoding(root, "anndata", "0.1.0")
     for name, value in {"obs": obs, "var": var}.items():
-        write_element(root, name, value)
+        write_element(root, name, storable(value, name)[0])
+    if raw_var is not None:
+        set_encoding(root.create_group("raw"), "raw", "0.1.0")
+        write_element(root["raw"], "var", storable(raw_var, "raw/var")[0])
+        set_encoding(root.create_group("raw/varm"), "dict", "0.1.0")
     for name in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
         set_encoding(root.create_group(name), "dict", "0.1.0")
     return root

@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from scialm_dask.data.rows import StoredRows, narrowed, numeric, read_indptr, widened
 from scialm_dask.data.store import open_store, readable
 from scialm_dask.data.temporary import temporary_csr, temporary_folder
-from scialm_dask.errors import InputError
+from scialm_dask.errors import InputError, OutputError
 
 __all__ = ["Entries", "columns_of", "csr_of", "rows_in_order", "spill_to_csr"]
 
@@ -106,6 +107,31 @@ def csr_of(entries: Entries, span: tuple[int, int], n_columns: int, dtype: np.dt
     return csr
 
 
+class _Bucket:
+    """A file of entries, and the CRC-32C of what was written there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._crc32c, self.n_bytes = path, 0, 0
+        path.touch()
+
+    def append(self, records: NDArray[Any]) -> None:
+        with self._path.open("ab") as file:
+            file.write(records.data)  # tofile hides why it fails
+        self._crc32c, self.n_bytes = google_crc32c.extend(self._crc32c, records), self.n_bytes + records.nbytes
+
+    def read(self, record: np.dtype[Any], at_once: int) -> Iterator[Entries]:
+        crc32c = 0
+        with self._path.open("rb") as stream:
+            while len(records := np.fromfile(stream, record, at_once)):
+                crc32c = google_crc32c.extend(crc32c, records)
+                yield Entries(records["row"], records["column"], records["value"])
+        if crc32c != self._crc32c:
+            raise OutputError(f"{self._path}: is not what was written there; check that disk, or sort on another")
+
+    def remove(self) -> None:
+        self._path.unlink()
+
+
 def _deal(
     pieces: Iterable[Entries], span: tuple[int, int], n_expected: int, record: np.dtype[Any], names: Iterator[Path]
 ) -> Iterator[tuple[tuple[int, int], Entries]]:
@@ -113,36 +139,25 @@ def _deal(
     start, stop = span
     n_buckets = min(max(1, -(-n_expected // (_BUCKET // 2))), _MOST_BUCKETS, stop - start)
     bounds = np.linspace(start, stop, n_buckets + 1).round().astype(np.int64)
-    files = [next(names) for _ in range(n_buckets)]
-    for file in files:
-        file.touch()
+    buckets = [_Bucket(next(names)) for _ in range(n_buckets)]
     for piece in pieces:
-        _append(piece, bounds, files, record)
-    for file, first, last in zip(files, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        n_entries = file.stat().st_size // record.itemsize
+        _append(piece, bounds, buckets, record)
+    for bucket, first, last in zip(buckets, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        n_entries = bucket.n_bytes // record.itemsize
         if n_entries > _BUCKET and last - first > 1:
-            yield from _deal(_read(file, record), (first, last), n_entries, record, names)
+            yield from _deal(bucket.read(record, _PIECE), (first, last), n_entries, record, names)
         else:
-            yield (first, last), _entries(np.fromfile(file, record))
-        file.unlink()
+            parts = [Entries(*(np.empty(0, kind) for kind in (np.int64, np.int32, record["value"])))]
+            parts += bucket.read(record, max(1, n_entries))
+            yield (first, last), parts[-1]
+        bucket.remove()
 
 
-def _append(piece: Entries, bounds: NDArray[np.int64], files: list[Path], record: np.dtype[Any]) -> None:
+def _append(piece: Entries, bounds: NDArray[np.int64], buckets: list[_Bucket], record: np.dtype[Any]) -> None:
     bucket = np.searchsorted(bounds, piece.rows, side="right") - 1
     order = np.argsort(bucket, kind="stable")
     records = np.empty(len(order), record)
     records["row"], records["column"], records["value"] = (part[order] for part in piece)
-    cuts = np.searchsorted(bucket[order], np.arange(len(files) + 1))
+    cuts = np.searchsorted(bucket[order], np.arange(len(buckets) + 1))
     for b in np.flatnonzero(np.diff(cuts)):
-        with files[b].open("ab") as file:
-            file.write(records[cuts[b] : cuts[b + 1]].data)  # tofile hides why it fails
-
-
-def _read(file: Path, record: np.dtype[Any]) -> Iterator[Entries]:
-    with file.open("rb") as stream:
-        while len(records := np.fromfile(stream, record, _PIECE)):
-            yield _entries(records)
-
-
-def _entries(records: NDArray[Any]) -> Entries:
-    return Entries(records["row"], records["column"], records["value"])
+        buckets[b].append(records[cuts[b] : cuts[b + 1]])

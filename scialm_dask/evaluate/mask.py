@@ -10,7 +10,7 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked
-from scialm_dask.data.annotated import refuse_logarithms
+from scialm_dask.data.annotated import refuse_logarithms, storable_annotation
 from scialm_dask.data.csr import entries_where
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.data.store import atomic_store, check_output, new_anndata
@@ -85,6 +85,7 @@ def mask(
         raise InputError(f"fraction is {fraction}; give the share to hide, between 0 and 1")
     matrix = ExpressionMatrix.open(source, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
     refuse_logarithms(matrix, source, layer)
+    matrix = storable_annotation(matrix, listen)
     advance = begin(listen, "masking")
     counts = gene_counts(matrix, lambda share: advance(share / 2))
     check_observed(int(counts.sum()), matrix.name)
@@ -95,6 +96,7 @@ def mask(
         root = new_anndata(partial, obs=matrix.obs, var=matrix.var)
         _split(root, matrix, counts, n_hidden, seed, lambda share: advance(share / 2))
         zarr.consolidate_metadata(root.store)
+        matrix.check_unchanged()
     return {
         "destination": os.fspath(destination),
         "n_cells": matrix.shape[0],

@@ -1,144 +1,274 @@
-"""How well entries were recovered: equations 9 to 12, of all entries and of each gene, block by block."""
+"""How well expression is recovered: equations 9 to 12, over all entries, of each gene and of each cell, by blocks."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dask
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scialm_dask.data.annotated import aligned
+from scialm_dask.data.annotated import aligned, as_dask, axes_of, match_names
 from scialm_dask.data.csr import row_of
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
 from scialm_dask.errors import InputError
-from scialm_dask.evaluate.predictions import Factors, Prediction, Sparse, panels
 from scialm_dask.events import Listener, Stage, silent
 from scialm_dask.imputation import Imputation
+from scialm_dask.linalg.kernels import Block, sampled_product
 
-__all__ = ["Moments", "Scores", "compare_all", "compare_stored", "gene_means", "score_held_out"]
+if TYPE_CHECKING:
+    import dask.array as da
 
+__all__ = ["METRICS", "Comparison", "Scores", "compare", "gene_means", "gene_scores", "score_held_out"]
+
+METRICS = ("mse", "mae", "pearson", "cosine")
 _ROUNDING = 1e-12  # what sums may leave of the variance of a constant, relative to its square
+Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Equations 9 to 12 over n entries: mean squared and absolute error, Pearson correlation, cosine similarity.
-
-    Of single genes, these are arrays, NaN where there is nothing to tell.
-    """
-
-    n: Any
-    mse: Any
-    mae: Any
-    pearson: Any
-    cosine: Any
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Sums, gene by gene, of which every score is made.
+    """Scores of recovered x against true y for each gene, or for whatever else the entries are grouped by.
 
     Parameters
     ----------
-    sums
-        Over entries of imputed x and true y: number, x, y, x², y², xy and |x − y|; float64, shape ``(7, n)``.
+    moments
+        Float64, shape ``(7, n)``, for each of n groups: number of entries, mean of x and of y, sums of squares of
+        their deviations from it and of the product of these, and the sum of ``|x - y|``. Scores of other entries of
+        the same groups can be added.
+
+    Notes
+    -----
+    ``n``, ``mse``, ``mae``, ``pearson`` and ``cosine`` are arrays of shape ``(n,)``, NaN where there is nothing to
+    tell: no entry, or a constant on either side.
     """
 
-    sums: NDArray[np.float64]
+    moments: Doubles
 
     @classmethod
-    def of_entries(cls, x: Any, y: Any, genes: NDArray[np.integer], n_genes: int) -> Moments:
-        """Of single entries and the genes that they are of."""
-        x, y = x.astype(np.float64), y.astype(np.float64)
-        terms = (None, x, y, x * x, y * y, x * y, np.abs(x - y))
-        return cls(np.stack([np.bincount(genes, weights=term, minlength=n_genes) for term in terms]).astype(float))
+    def of_entries(cls, x: Any, y: Any, groups: NDArray[np.integer], n: int) -> Scores:
+        """Score single entries, each of which lies in one of n groups."""
+
+        def sums(values: Any = None) -> Doubles:
+            return np.bincount(groups, weights=values, minlength=n).astype(np.float64)
+
+        x, y, count = x.astype(np.float64), y.astype(np.float64), sums()
+        means = np.stack([sums(x), sums(y)]) / np.maximum(count, 1)
+        dx, dy = x - means[0][groups], y - means[1][groups]
+        return cls(np.stack([count, *means, sums(dx * dx), sums(dy * dy), sums(dx * dy), sums(np.abs(x - y))]))
 
     @classmethod
-    def of_rows(cls, X: Any, Y: Any) -> Moments:
-        """Of whole cells, cells × genes."""
+    def of_columns(cls, X: Any, Y: Any) -> Scores:
+        """Score whole columns."""
         X, Y = X.astype(np.float64), Y.astype(np.float64)
-        number = np.full(X.shape[1], float(len(X)))
-        products = (np.einsum("ij,ij->j", one, other) for one, other in ((X, X), (Y, Y), (X, Y)))
-        return cls(np.stack([number, X.sum(axis=0), Y.sum(axis=0), *products, np.abs(X - Y).sum(axis=0)]))
+        count, x, y = np.full(X.shape[1], float(len(X))), X.mean(axis=0), Y.mean(axis=0)
+        absolute = np.abs(X - Y).sum(axis=0)
+        X -= x
+        Y -= y
+        return cls(
+            np.stack([count, x, y, *(np.einsum("ij,ij->j", a, b) for a, b in ((X, X), (Y, Y), (X, Y))), absolute])
+        )
 
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.sums + other.sums)
-
-    def __sub__(self, other: Moments) -> Moments:
-        return Moments(self.sums - other.sums)
+    def __add__(self, other: Scores) -> Scores:
+        return Scores(_pooled(np.stack([self.moments, other.moments])))
 
     @property
     def overall(self) -> Scores:
-        """Over the entries of all genes together, plain numbers."""
-        scores = _scores(self.sums.sum(axis=1))
-        return Scores(int(scores.n), *(float(v) for v in (scores.mse, scores.mae, scores.pearson, scores.cosine)))
+        """Scores of all groups together, as one group."""
+        return Scores(_pooled(self.moments.T[:, :, None]))
 
     @property
-    def by_gene(self) -> Scores:
-        """Of each gene, arrays of shape ``(n,)``."""
-        return _scores(self.sums)
+    def n(self) -> Doubles:
+        """Number of entries."""
+        return self.moments[0]  # type: ignore[no-any-return]
+
+    @property
+    def mse(self) -> Doubles:
+        """Mean squared error, equation 9."""
+        return self._over(self._squares(), self.n)
+
+    @property
+    def mae(self) -> Doubles:
+        """Mean absolute error, equation 10."""
+        return self._over(self.moments[6], self.n)
+
+    @property
+    def pearson(self) -> Doubles:
+        """Correlation, equation 11."""
+        n, x, y, xx, yy, xy, _ = self.moments
+        varies = (xx > _ROUNDING * n * x**2) & (yy > _ROUNDING * n * y**2)
+        return self._over(xy, np.sqrt(xx * yy) * varies)
+
+    @property
+    def cosine(self) -> Doubles:
+        """Cosine similarity, equation 12."""
+        n, x, y, xx, yy, xy, _ = self.moments
+        return self._over(xy + n * x * y, np.sqrt((xx + n * x**2) * (yy + n * y**2)))
 
     @property
     def relative_error(self) -> float:
-        """‖X − Y‖_F / ‖Y‖_F."""
-        _, _, _, xx, yy, xy, _ = self.sums.sum(axis=1)
-        return float(np.sqrt(max(xx - 2 * xy + yy, 0.0) / yy)) if yy > 0 else float("nan")
+        """‖X − Y‖_F / ‖Y‖_F over all entries."""
+        n, _, y, _, yy, _, _ = self.moments
+        return float(np.sqrt(self._over(self._squares().sum(), (yy + n * y**2).sum())))
 
     @property
     def mean_ratio(self) -> float:
-        """Mean imputed over mean true."""
-        _, x, y, *_ = self.sums.sum(axis=1)
-        return float(x / y) if y > 0 else float("nan")
+        """Mean recovered over mean true."""
+        n, x, y, *_ = self.moments
+        return float(self._over((n * x).sum(), (n * y).sum()))
+
+    @property
+    def correlation(self) -> Doubles:
+        """`pearson`, with 0 where x is constant and y is not."""
+        n, _, y, _, yy, _, _ = self.moments
+        return np.where(yy > _ROUNDING * n * y**2, np.nan_to_num(self.pearson), np.nan)
+
+    def as_dict(self) -> dict[str, float]:
+        """Return ``n`` and the four scores over all entries."""
+        whole = self.overall
+        return {"n": int(whole.n[0]), **{name: float(getattr(whole, name)[0]) for name in METRICS}}
+
+    def _squares(self) -> Doubles:
+        n, x, y, xx, yy, xy, _ = self.moments
+        squares: Doubles = np.maximum(xx + yy - 2 * xy, 0) + n * (x - y) ** 2
+        return squares
+
+    @staticmethod
+    def _over(above: Any, below: Any) -> Doubles:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(below > 0, above / below, np.nan)
 
 
-def _scores(sums: NDArray[np.float64]) -> Scores:
-    n, x, y, xx, yy, xy, absolute = sums
-    with np.errstate(divide="ignore", invalid="ignore"):
-        vx, vy = xx - x * x / n, yy - y * y / n
-        varies = (vx > _ROUNDING * xx) & (vy > _ROUNDING * yy)
-        pearson = np.where(varies, (xy - x * y / n) / np.sqrt(vx * vy), np.nan)
-        return Scores(n, np.maximum(xx - 2 * xy + yy, 0) / n, absolute / n, pearson, xy / np.sqrt(xx * yy))
+def _pooled(parts: Doubles) -> Doubles:
+    """Pool moments, shape ``(parts, 7, n)``, over the parts (Chan, Golub and LeVeque 1983)."""
+    n, means = parts[:, :1], parts[:, 1:3]
+    total = n.sum(axis=0)
+    centre = (n * means).sum(axis=0) / np.maximum(total, 1)
+    x, y = (means - centre).transpose(1, 0, 2)
+    sums = parts[:, 3:].sum(axis=0)
+    sums[:3] += np.stack([(n[:, 0] * product).sum(axis=0) for product in (x * x, y * y, x * y)])
+    return np.concatenate([total, centre, sums])
 
 
-def compare_stored(prediction: Prediction, target: ExpressionMatrix) -> Moments:
-    """Compare a prediction with the stored entries of a matrix, in one pass."""
+def gene_scores(truth: Any, recovered: Any) -> Scores:
+    """Compare recovered expression to the truth, gene by gene.
 
-    def visit(csr: sp.csr_matrix, start: int) -> Moments:
-        return Moments.of_entries(prediction.at(csr, start), csr.data, csr.indices, csr.shape[1])
-
-    return target.reduce(visit, Moments.__add__)
-
-
-def compare_all(prediction: Prediction, target: ExpressionMatrix, given: ExpressionMatrix) -> tuple[Moments, Moments]:
-    """Compare a prediction with all entries of a matrix, zeros too.
+    Parameters
+    ----------
+    truth, recovered
+        Cells × genes: NumPy, SciPy sparse or Dask arrays (of dense or sparse chunks), data frames, AnnData, paths to
+        stores, or anything with `to_dask()`. Where both have names, these are matched.
 
     Returns
     -------
-    Moments, Moments
-        Of all entries, and of those that were zero in `given`.
+    Scores
+        ``pearson``, float64 of shape ``(n_genes,)``: the correlation across cells, NaN where either side is constant;
+        ``mse``, ``mae``, ``cosine`` alike; ``relative_error``, ‖X − M‖_F / ‖M‖_F; ``mean_ratio``.
+
+    Raises
+    ------
+    InputError
+        If one is no matrix of numbers, or the cells or genes differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scialm_dask import gene_scores
+    >>> truth = np.array([[1.0, 0.0], [2.0, 4.0], [3.0, 2.0]])
+    >>> gene_scores(truth, 2 * truth).pearson
+    array([1., 1.])
     """
-    target = target.with_blocks(panels(target.shape))
-    observed = given.with_blocks(target.blocks)
+    import dask.array as da
 
-    def visit(number: int) -> tuple[Moments, Moments]:
-        start, stop = target.blocks[number]
-        X, Y = prediction.rows(start, stop), target.read_block(number).toarray()
-        csr = observed.read_block(number)
-        everything, at = Moments.of_rows(X, Y), (row_of(csr), csr.indices)
-        x, y = X[at], Y[at]
-        return everything, everything - Moments.of_entries(x, y, csr.indices, csr.shape[1])
+    M, X = as_dask(truth, "truth"), as_dask(recovered, "recovered")
+    if M.shape != X.shape:
+        raise InputError(f"truth has shape {M.shape}, recovered {X.shape}; give the same cells and genes")
+    for axis, (wanted, names) in enumerate(zip(axes_of(truth), axes_of(recovered), strict=True)):
+        if wanted is not None and names is not None:
+            order = match_names(names, wanted, ("cell", "gene")[axis], "recovered")
+            X = X if order is None else da.take(X, order, axis=axis)
+    M = M.rechunk({0: X.chunks[0], 1: -1})
+    score = dask.delayed(lambda x, m: Scores.of_columns(_dense(x), _dense(m)))
+    pairs = zip(X.rechunk({1: -1}).to_delayed()[:, 0], M.to_delayed()[:, 0], strict=True)
+    scores: Scores = tree_reduce([score(x, m) for x, m in pairs], Scores.__add__).compute()
+    return scores
 
-    parts = [dask.delayed(visit)(number) for number in range(len(target.blocks))]
-    total: tuple[Moments, Moments] = tree_reduce(parts, _add).compute()
-    return total
+
+class Comparison(NamedTuple):
+    """A recovered matrix against all entries of a target.
+
+    Attributes
+    ----------
+    genes
+        Scores of each gene.
+    zeros
+        Of the entries that were zero as given, as one group.
+    gene_correlation, cell_correlation
+        Across cells and across genes, shapes ``(n,)`` and ``(m,)``. NaN for genes and cells that are constant in the
+        target or without a count as given, whatever the method; 0 where an estimate is constant.
+    """
+
+    genes: Scores
+    zeros: Scores
+    gene_correlation: Doubles
+    cell_correlation: Doubles
 
 
-def _add(one: tuple[Moments, Moments], other: tuple[Moments, Moments]) -> tuple[Moments, Moments]:
-    return one[0] + other[0], one[1] + other[1]
+def compare(recovered: da.Array, target: ExpressionMatrix, given: ExpressionMatrix) -> Comparison:
+    """Compare with all entries of a matrix, zeros too, in one pass.
+
+    Parameters
+    ----------
+    recovered
+        Cells × genes, dense chunks of whole rows.
+    target
+        What is to be recovered.
+    given
+        What it was recovered from.
+    """
+    target = target.with_blocks(_blocks_of(recovered))
+    given = given.with_blocks(target.blocks)
+
+    def visit(X: Any, block: int) -> tuple[Scores, Scores, Doubles, NDArray[np.intp]]:
+        Y, seen = target.read_block(block).toarray(), given.read_block(block).toarray()
+        zero = seen == 0
+        zeros = Scores.of_entries(X[zero], Y[zero], np.zeros(int(zero.sum()), np.intp), 1)
+        cells = Scores.of_columns(X.T, Y.T).correlation
+        cells[zero.all(axis=1)] = np.nan
+        return Scores.of_columns(X, Y), zeros, cells, (~zero).sum(axis=0)
+
+    def combine(one: Any, other: Any) -> Any:
+        return one[0] + other[0], one[1] + other[1], np.concatenate([one[2], other[2]]), one[3] + other[3]
+
+    pieces = enumerate(recovered.to_delayed()[:, 0])
+    parts = [dask.delayed(visit, traverse=False)(piece, block) for block, piece in pieces]
+    genes, zeros, cells, counts = tree_reduce(parts, combine).compute()
+    return Comparison(genes, zeros, np.where(counts > 0, genes.correlation, np.nan), cells)
+
+
+def compare_stored(recovered: da.Array, target: ExpressionMatrix) -> Scores:
+    """Compare with the stored entries of a matrix alone; see `compare`."""
+    target = target.with_blocks(_blocks_of(recovered))
+
+    def visit(X: Any, block: int) -> Scores:
+        csr = target.read_block(block)
+        return Scores.of_entries(X[row_of(csr), csr.indices], csr.data, csr.indices, csr.shape[1])
+
+    pieces = enumerate(recovered.to_delayed()[:, 0])
+    parts = [dask.delayed(visit, traverse=False)(piece, block) for block, piece in pieces]
+    scores: Scores = tree_reduce(parts, Scores.__add__).compute()
+    return scores
+
+
+def _blocks_of(array: da.Array) -> RowBlocks:
+    return RowBlocks((0, *np.cumsum(array.chunks[0]).tolist()))
+
+
+def _dense(array: Any) -> Any:
+    return np.asarray(array.toarray() if sp.issparse(array) else array)
 
 
 def score_held_out(
@@ -171,22 +301,40 @@ def score_held_out(
     listen(Stage("scoring"))
     if result.X is not None:
         held_out = held_out.with_blocks(result.X.blocks)
-    visit, hidden = dask.delayed(_block_moments), dask.delayed(held_out, traverse=False)
+    visit, hidden = dask.delayed(_scores_of_block), dask.delayed(held_out, traverse=False)
     means = dask.delayed(gene_means(observed))
     parts = [visit(hidden, b, piece, means) for b, piece in enumerate(_pieces(result, held_out.blocks))]
-    ours, baseline = (moments.overall for moments in tree_reduce(parts, _add).compute())
-    if ours.n == 0:
+    ours, baseline = (scores.as_dict() for scores in tree_reduce(parts, _add).compute())
+    if ours["n"] == 0:
         raise InputError(f"{held_out.name}: holds no entries; hide some with `scialm-dask mask`")
-    return asdict(ours) | {f"gene_mean_{name}": value for name, value in asdict(baseline).items() if name != "n"}
+    return {**ours, **{f"gene_mean_{name}": baseline[name] for name in METRICS}}
 
 
 def _pieces(result: Imputation, blocks: RowBlocks) -> list[Any]:
-    """Give the result of each block, as a prediction of its cells: X, which is cut so, or else the factors."""
+    """Give the result of each block of cells: X, which is cut so, or else the factors."""
     if result.X is not None:
         read, stored = dask.delayed(ExpressionMatrix.read_block), dask.delayed(result.X, traverse=False)
-        return [dask.delayed(Sparse)(read(stored, b)) for b in range(len(blocks))]
-    piece, right = dask.delayed(Factors), dask.delayed(result.right)
-    return [piece(left, right) for left in result.left.rechunk((blocks.sizes, -1)).to_delayed().ravel()]
+        return [read(stored, block) for block in range(len(blocks))]
+    right = dask.delayed(result.right)
+    return [(left, right) for left in result.left.rechunk((blocks.sizes, -1)).to_delayed().ravel()]
+
+
+def _add(one: tuple[Scores, Scores], other: tuple[Scores, Scores]) -> tuple[Scores, Scores]:
+    return one[0] + other[0], one[1] + other[1]
+
+
+def _scores_of_block(
+    held_out: ExpressionMatrix, block: int, piece: Any, means: NDArray[np.float32]
+) -> tuple[Scores, Scores]:
+    csr = held_out.read_block(block)
+    if isinstance(piece, tuple):
+        entries = Block(csr.indptr, csr.indices, csr.data, csr.shape[1])
+        imputed = np.maximum(sampled_product(entries, *map(np.ascontiguousarray, piece)), 0)
+    else:
+        imputed = np.asarray(piece[row_of(csr), csr.indices] if csr.nnz else (), np.float32).ravel()
+    pairs = ((x, csr.data, csr.indices, csr.shape[1]) for x in (imputed, means[csr.indices]))
+    ours, baseline = (Scores.of_entries(*pair) for pair in pairs)
+    return ours, baseline
 
 
 def gene_means(matrix: ExpressionMatrix) -> NDArray[np.float32]:
@@ -200,12 +348,3 @@ def gene_means(matrix: ExpressionMatrix) -> NDArray[np.float32]:
     sums, counts = matrix.reduce(visit, lambda one, other: (one[0] + other[0], one[1] + other[1]))
     means: NDArray[np.float64] = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
     return means.astype(np.float32)
-
-
-def _block_moments(
-    held_out: ExpressionMatrix, block: int, piece: Prediction, means: NDArray[np.float32]
-) -> tuple[Moments, Moments]:
-    csr = held_out.read_block(block)
-    imputed, n = piece.at(csr, 0), csr.shape[1]
-    baseline = Moments.of_entries(means[csr.indices], csr.data, csr.indices, n)
-    return Moments.of_entries(imputed, csr.data, csr.indices, n), baseline

@@ -202,4 +202,4 @@ def _unpack(tile, target, start, left):  # type: ignore[no-untyped-def]
 
 def are_compiled() -> bool:
     """Whether an earlier process has left these products in numba's cache, so that this one need not compile them."""
-    return any(Path(_product.stats.cache_path).glob("tiles._product-*.nbi"))
+    return any(Path(_product.stats.cache_path).glob("sparse_products._product-*.nbi"))

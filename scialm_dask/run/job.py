@@ -13,6 +13,7 @@ from typing import Any
 import dask
 
 from scialm_dask.config import Settings
+from scialm_dask.data.annotated import storable_annotation
 from scialm_dask.data.checkpoint import Checkpoints
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
@@ -212,7 +213,7 @@ def _persevere(
 def _attempt(job: Job, keeper: Keeper, listen: Listener) -> Imputation:
     """Make the run once."""
     began = time.perf_counter()
-    matrix, here = job.matrix.for_workers(), workers_here()
+    matrix, here = storable_annotation(job.matrix, listen).for_workers(), workers_here()
     place = place_scratch(
         job.scratch,
         matrix,

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scialm_dask.config import Settings
+from scialm_dask.data.annotation import total_counts
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.errors import InputError
 from scialm_dask.linalg.kernels import Block, Doubles, Floats, Halves
@@ -145,8 +146,7 @@ def scales_of(
         return Scales(None, gene.astype(np.float32), "genes scaled")
     if found.integer:
         factor, note = found.cell_sums, "genes and cells scaled; cells by their totals, as these are raw counts"
-    elif "total_counts" in matrix.obs:
-        totals = matrix.obs["total_counts"].to_numpy(np.float64)
+    elif (totals := total_counts(matrix.obs, matrix.name)) is not None:
         factor = np.divide(1.0, totals, out=np.zeros_like(totals), where=totals > 0)
         note = "genes and cells scaled; cells by obs['total_counts']"
     elif totals_needed:

@@ -11,7 +11,8 @@ import numpy as np
 from dask.delayed import Delayed
 from numpy.typing import NDArray
 
-from scialm_dask.data.annotated import as_matrix
+from scialm_dask.data.annotated import as_matrix, refuse_logarithms
+from scialm_dask.data.annotation import total_counts
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, Observed, tree_reduce
 from scialm_dask.errors import InputError
@@ -60,11 +61,13 @@ class Fit(NamedTuple):
 class Transformed(NamedTuple):
     """Cells that were imputed: left factor, a lazy float32 array ``(cells, r)``, counts, annotation and summary.
 
-    The counts, cells × genes of the fit, are None where they have no part in what is imputed.
+    The counts, cells × genes of the fit, are None where they have no part in what is imputed. `measured` tells which of
+    these genes the cells had.
     """
 
     left: da.Array
     counts: ExpressionMatrix | None
+    measured: NDArray[np.bool_]
     obs: pd.DataFrame
     summary: dict[str, Any]
 
@@ -92,7 +95,8 @@ def transform(
     InputError
         If fewer genes match than the result has factors, names are ambiguous, or one is of counts and the other not.
     """
-    matrix = as_matrix(matrix, layer, observed=fit.observed).for_workers()
+    given, matrix = matrix, as_matrix(matrix, layer, observed=fit.observed).for_workers()
+    refuse_logarithms(matrix, given, layer)
     obs, names = matrix.obs, None if matrix.annotation is None else matrix.var.index
     if fit.model is None:
         raise InputError("the result says nothing of other cells; give one of `impute`")
@@ -123,7 +127,7 @@ def transform(
         summary["noise"] = noise
     else:
         assert isinstance(fit.model, DenoisingModel)
-        solver, counts = _projection(fit.model, right, columns), matrix.of_genes(columns, len(fit.right))
+        solver, counts = _projection(fit.model, right, scaled.measured), matrix.of_genes(columns, len(fit.right))
 
     import dask.array as da
 
@@ -137,7 +141,7 @@ def transform(
         )
         for b, (start, stop) in enumerate(matrix.blocks)
     ]
-    return Transformed(da.concatenate(pieces, axis=0), counts, obs, summary)
+    return Transformed(da.concatenate(pieces, axis=0), counts, scaled.measured, obs, summary)
 
 
 class _Run(NamedTuple):
@@ -154,6 +158,11 @@ class _Scaled:
     model: CellModel
     columns: NDArray[np.intp]
 
+    @property
+    def measured(self) -> NDArray[np.bool_]:
+        """Which genes of the fit they have, shape ``(n,)``."""
+        return np.isin(np.arange(len(self.model.gene_scale)), self.columns)
+
     def problems(self, csr: sp.csr_matrix, sizes: Doubles | None) -> tuple[RowProblems, Doubles]:
         """Scale what is observed of the genes of the fit; return the scales of the cells too.
 
@@ -166,7 +175,7 @@ class _Scaled:
         values = csr.data[known]
         rows = np.repeat(np.arange(csr.shape[0]), np.diff(indptr))
         if sizes is None:
-            share = self.model.gene_share[self.columns[self.columns >= 0]].sum()
+            share = self.model.gene_share[self.measured].sum()
             sizes = np.bincount(rows, weights=values, minlength=csr.shape[0]) / (share or 1.0)
         scale = np.where(sizes > 0, sizes / self.model.centre, 1.0) ** -self.model.cell_exponent
         values = (values * self.model.gene_scale[indices] * scale[rows]).astype(np.float32)
@@ -198,10 +207,8 @@ class _Projection:
         return left
 
 
-def _projection(model: DenoisingModel, right: Floats, columns: NDArray[np.intp]) -> _Projection:
+def _projection(model: DenoisingModel, right: Floats, measured: NDArray[np.bool_]) -> _Projection:
     """Return V (VᵀV + diag((1 − w)/w))⁻¹, with V over the measured genes."""
-    measured = np.zeros(len(right), bool)
-    measured[columns[columns >= 0]] = True
     some = np.where(measured[:, None], right, np.float32(0)).astype(np.float64)
     inverted = some.T @ some + np.diag((1 - model.weights) / model.weights)
     inverted += np.finfo(np.float32).eps * np.eye(len(inverted))  # directions that no measured gene shows, at w = 1
@@ -297,9 +304,8 @@ def _size_factors(model: CellModel, sample: list[_Run], obs: pd.DataFrame) -> tu
         )
     if counts:
         return None, "cells scaled by their totals"
-    if "total_counts" not in obs:
+    if (totals := total_counts(obs, "the new cells")) is None:
         return np.full(len(obs), model.centre), "cells not scaled, as obs has no total_counts"
-    totals = obs["total_counts"].to_numpy(np.float64)
     sizes = np.divide(1.0, totals, out=np.zeros_like(totals), where=totals > 0)
     return sizes, "cells scaled by obs['total_counts']"
 

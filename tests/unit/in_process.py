@@ -4,12 +4,16 @@ from contextlib import contextmanager
 
 import pytest
 
-from scialm_dask.compare import isolated, trial
+from scialm_dask.compare import benchmark, isolated
 
 
 @contextmanager
 def in_process():
     """Measure methods here; test_isolated and the tests of the commands have processes of their own."""
+
+    def measured(method, task, folder, *, memory_limit, timeout):
+        return isolated._measured(method, folder, None, task)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "run_isolated", lambda request, folder, time_limit: isolated._measured(request, folder))
+        patch.setattr(benchmark, "run_isolated", measured)
         yield

@@ -109,7 +109,7 @@ def test_settings_of_numpy_numbers_are_plain():
 
 
 def test_a_result_of_numpy_settings_is_written(tmp_path):
-    result = impute(X, max_rank=np.int64(3), max_iterations=np.int32(4), validation=np.float32(0.2))
+    result = impute(X, preset="complete", max_rank=np.int64(3), max_iterations=np.int32(4), validation=np.float32(0.2))
     result.to_zarr(tmp_path / "result.zarr")
     assert Imputation.open(tmp_path / "result.zarr").summary["settings"]["max_rank"] == 3
 
@@ -123,7 +123,6 @@ REFUSED = [
     (lambda: impute(X, preset=[1]), "preset is [1]; give a word"),
     (lambda: impute(X, layer=3), "layer is 3; give a word or None"),
     (lambda: impute(X, checkpoint=5), "checkpoint is 5; give a word, a path, a Checkpointing or None"),
-    (lambda: impute(X, confidence=0.5), "confidence is 0.5; give a Confidence or None"),
     (lambda: impute(X, memory_limit=[1]), "memory_limit is [1]; give a number, a word or None"),
     (lambda: impute(X, listen=3), "listen is 3; give a function"),
     (lambda: impute(3), "matrix is 3; give a matrix of numbers"),
@@ -154,7 +153,7 @@ REFUSED = [
     (lambda: evaluate_imputation(X, methods="auto"), "methods is 'auto'; give a list of words"),
     (lambda: evaluate_imputation(X, shares=0.1), "shares is 0.1; give a list of numbers"),
     (lambda: evaluate_imputation(X, seeds=[0.5]), "seeds is [0.5]; give a list of whole numbers"),
-    (lambda: evaluate_imputation(X, time_limit="1h"), "time_limit is '1h'; give a number or None"),
+    (lambda: evaluate_imputation(X, method_timeout="1h"), "method_timeout is '1h'; give a number or None"),
     (lambda: simulate("x.zarr", n_cells="3", n_genes=3), "n_cells is '3'; give a whole number"),
     (lambda: simulate("x.zarr", n_cells=3, n_genes=3, density="x"), "density is 'x'; give a number"),
     (lambda: mask("x.zarr", "y.zarr", fraction="x"), "fraction is 'x'; give a number"),

@@ -129,5 +129,5 @@ def test_what_was_set_before_the_first_use_takes_no_defaults_along():
 
 
 def test_a_setting_that_there_is_not_is_refused_by_name():
-    with pytest.raises(InputError, match="no setting is called max_ranks; there are rank_policy, stop"):
+    with pytest.raises(InputError, match="no setting is called max_ranks; there are method, rank_policy, stop"):
         preset("complete", max_ranks=5)

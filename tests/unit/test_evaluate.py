@@ -159,18 +159,18 @@ def test_clusters_are_written_and_drawn(evaluation, tmp_path):
 
 def test_the_command_writes_tables_and_figures(cli, path, tmp_path):
     folder = tmp_path / "out"
-    words = ["evaluate", path, folder, "--methods", "auto,own_methods:fails", "--mask", "0.2", "--seeds", 1]
+    words = ["evaluate", path, folder, "--methods", "complete,own_methods:fails", "--mask", "0.2", "--seeds", 1]
     sweep = ["--sweep", "max-rank=2,4", "--no-count-split", "--json"]
     result = cli(*words, *sweep)
     assert result.exit_code == 0, result.stderr
     scores = pd.read_csv(folder / "scores.csv")
-    assert set(scores.loc[scores["method"] == "auto", "setting"]) == {"max_rank=2", "max_rank=4"}
-    assert scores.loc[scores["method"] == "auto", "note"].str.contains("rank").all()
-    assert (scores.loc[scores["method"] == "auto", "peak_bytes"] > 0).all()
+    assert set(scores.loc[scores["method"] == "complete", "setting"]) == {"max_rank=2", "max_rank=4"}
+    assert scores.loc[scores["method"] == "complete", "note"].str.contains("rank").all()
+    assert (scores.loc[scores["method"] == "complete", "peak_bytes"] > 0).all()
     told = json.loads(result.stdout.splitlines()[-1])
     assert told["masking 20% own_methods:fails"] == "failed"
     best = scores[(scores["share"] == 0.2) & (scores["setting"] == "max_rank=4")]["mse"].item()
-    assert told["masking 20% auto max_rank=4"]["mse"] == pytest.approx(best)
+    assert told["masking 20% complete max_rank=4"]["mse"] == pytest.approx(best)
     assert {f.name for f in (folder / "figures").glob("*.svg")} >= {
         "masking-20-scores.svg",
         "masking-20-effort.svg",
@@ -200,16 +200,17 @@ def test_the_command_writes_tables_and_figures(cli, path, tmp_path):
         (["--sweep", "increment=10,x"], "give values of increment"),
         (["--sweep", "increment=0"], "give a whole number of at least 1"),
         (["--sweep", "stop=never"], "choose one of"),
-        (["--sweep", "increment=10,100"], "increment has no effect with preset auto (rank_policy adaptive)"),
+        (["--sweep", "increment=10,100"], "increment has no effect with preset "),
         (["--sweep", "max_rank=3", "--methods", "knn"], "no method has settings to sweep"),
         (["--labels", "colour"], "no column 'colour'"),
         (["--labels", "one"], "two labels at least"),
         (["--reference", "nowhere.zarr"], "no such file"),
+        (["--method-timeout", "0"], "method timeout is 0"),
         (["--memory-limit", "much"], "memory limit is 'much'"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(cli, path, tmp_path, options, words):
-    options = ["--methods", "auto", *options]
+    options = ["--methods", "complete", *options]
     result = cli("evaluate", path, tmp_path / "out", "--seeds", 1, "--mask", "", "--no-count-split", *options)
     assert result.exit_code == 2
     assert words in result.stderr
@@ -256,9 +257,9 @@ def test_sweeps_run_over_every_combination_and_fill_ellipses():
     assert [c.settings["epsilon"] for c in listed[:2]] == [1e-3, 1e-4]
     assert listed[-1].method == "knn"
     assert listed[-1].settings == {}
-    assert [c.words for c in contestants(["auto"], ["scaling=0.5,0.5;0.75,0.5;none"])][1] == "scaling=0.75,0.5"
+    assert [c.words for c in contestants(["complete"], ["scaling=0.5,0.5;0.75,0.5;none"])][1] == "scaling=0.75,0.5"
 
 
 def test_groups_hold_every_method():
-    assert set(expanded(["all"])) == {*METHODS, *QUOTED}
-    assert set(expanded(["peers"])) == {*METHODS, *QUOTED} - {"auto", "denoise", "paper"}
+    assert set(expanded(["all"])) == {*METHODS, *QUOTED} - {"auto"}
+    assert set(expanded(["peers"])) == {*METHODS, *QUOTED} - {"auto", "denoise", "complete", "paper"}

@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse as sp
 
 from scialm_dask.errors import InputError
-from scialm_dask.evaluate.gene_scores import gene_scores
+from scialm_dask.evaluate.metrics import gene_scores
 
 
 @pytest.fixture(autouse=True)

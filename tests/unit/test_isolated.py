@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from scialm_dask.compare.isolated import Outcome, Request, run_isolated
-from scialm_dask.evaluate.predictions import read_prediction
+from scialm_dask.compare.isolated import Outcome, read_answer, run_isolated
+from scialm_dask.compare.peers import Task
 
 
 @pytest.fixture
@@ -17,21 +17,20 @@ def run(counts, store_of, tmp_path):
         answer = kwargs.pop("before", None)
         if answer is not None:
             (folder / "answer.json").write_text(json.dumps(vars(answer)))
-        limit = kwargs.pop("time_limit", None)
-        return run_isolated(Request(name, source, **kwargs), folder, time_limit=limit), folder
+        return run_isolated(name, Task(source), folder, **kwargs), folder
 
     return run
 
 
-def test_time_memory_and_answer_come_back(run, counts, tmp_path):
+def test_time_memory_and_answer_come_back(run, counts):
     scale = np.arange(counts.shape[0], dtype=np.float32)
-    np.save(tmp_path / "scale.npy", scale)
-    outcome, folder = run("own_methods:doubled", scale=str(tmp_path / "scale.npy"))
+    outcome, folder = run("own_methods:doubled")
     assert outcome.status == "ok"
     assert outcome.note == "twice what was given"
     assert outcome.seconds > 0
     assert 0 <= outcome.peak_bytes < 200e6 < outcome.imports_bytes + 150e6
-    np.testing.assert_allclose(read_prediction(folder).rows(0, len(scale)), 2 * scale[:, None] * counts.toarray())
+    answer = read_answer(folder, scale).compute(scheduler="threads")
+    np.testing.assert_allclose(answer, 2 * scale[:, None] * counts.toarray())
 
 
 def test_an_exception_is_an_outcome(run):
@@ -47,7 +46,7 @@ def test_memory_over_the_limit_is_refused_to_the_method_alone(run):
 
 
 def test_what_takes_too_long_is_ended(run):
-    outcome, _ = run("own_methods:never_ends", time_limit=5)
+    outcome, _ = run("own_methods:never_ends", timeout=5)
     assert (outcome.status, outcome.note) == ("timed out", "ended after 5 s")
 
 
@@ -64,7 +63,7 @@ def test_what_is_not_installed_is_named_with_the_remedy(run, monkeypatch):
 
     absent = methods.Method("absent", "normalised", methods.METHODS["knn"].complete, ("no_such_library",))
     monkeypatch.setitem(methods.METHODS, "absent", absent)
-    outcome = isolated._measured(Request("absent", "nowhere"), None)
+    outcome = isolated._measured("absent", None, None, Task("nowhere"))
     assert outcome.status == "not installed"
     assert "no_such_library" in outcome.note
     assert "scialm-dask[bench]" in outcome.note

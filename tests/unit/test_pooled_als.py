@@ -5,7 +5,7 @@ import pytest
 from pooled_twins import pooled_als, seed_simulation, sparse_simulation
 
 from scialm_dask.errors import InputError
-from scialm_dask.evaluate.gene_scores import gene_scores
+from scialm_dask.evaluate.metrics import gene_scores
 from scialm_dask.pooled.als import PooledALS, start_loadings
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 import anndata
 import dask
@@ -12,7 +13,8 @@ import pytest
 from problems import low_rank_counts
 
 from scialm_dask import ExpressionMatrix, InputError, biological_zeros, impute
-from scialm_dask.data.scratch import MemoryScratch, new_scratch
+from scialm_dask.data import transpose
+from scialm_dask.data.scratch import MemoryScratch, ZarrScratch, new_scratch
 from scialm_dask.errors import OutputError
 
 COUNTS = low_rank_counts(90, 40, density=0.4, seed=1)
@@ -109,3 +111,45 @@ def test_a_folder_that_is_not_there(tmp_path, work):
         work(tmp_path / "nowhere")
     with pytest.raises(InputError, match="scratch is 'zarr:'; give auto"):
         impute(COUNTS, scratch="zarr:", **QUICK)
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-4], lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])])
+@pytest.mark.parametrize("array", [np.arange(6, dtype=np.int32), np.ones((2, 3), np.float32)])
+def test_what_the_disk_has_changed_is_not_handed_out(tmp_path, array, damage):
+    with new_scratch(tmp_path, ExpressionMatrix.of(COUNTS).rows) as store:
+        reference = store.put("indices", 0, 0, array)
+        np.testing.assert_array_equal(store.get(reference), array)
+        path = Path(reference.chunk)
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(OutputError, match=rf"{path}: is not what was written there; check that disk"):
+            store.get(reference)
+
+
+def test_a_bit_of_scratch_that_flips_during_a_run_ends_it(tmp_path, monkeypatch):
+    put = ZarrScratch.put
+
+    def flipping(self, name, version, block, array):
+        reference = put(self, name, version, block, array)
+        if array.dtype.kind == "i":  # an index too large once ended in a segmentation fault
+            raw = bytearray(Path(reference.chunk).read_bytes())
+            raw[-1] ^= 0x40
+            Path(reference.chunk).write_bytes(raw)
+        return reference
+
+    monkeypatch.setattr(ZarrScratch, "put", flipping)
+    with pytest.raises(OutputError, match="is not what was written there"):
+        impute(COUNTS, scratch=f"zarr:{tmp_path}", **QUICK)
+    assert left_in(tmp_path) == []
+
+
+def test_a_bit_that_flips_while_entries_are_sorted_is_noticed(monkeypatch):
+    def flipping(self, records, append=transpose._Bucket.append):
+        append(self, records)
+        raw = bytearray(self._path.read_bytes())
+        raw[-1] ^= 1
+        self._path.write_bytes(raw)
+
+    monkeypatch.setattr(transpose._Bucket, "append", flipping)
+    entries = transpose.Entries(np.array([1, 0]), np.array([0, 2]), np.array([1.0, 2.0], np.float32))
+    with pytest.raises(OutputError, match="is not what was written there"):
+        list(transpose.rows_in_order([entries], (2, 3), np.dtype(np.float32), 2, "matrix"))

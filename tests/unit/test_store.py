@@ -1,7 +1,9 @@
 """Outputs appear whole or not at all."""
 
+import asyncio
 import errno
 import os
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,9 +14,9 @@ import pytest
 import scipy.sparse as sp
 import zarr
 
-from scialm_dask.data import writer
+from scialm_dask.data import store, writer
 from scialm_dask.data.arrays import missing_chunks
-from scialm_dask.data.store import atomic_output, new_anndata
+from scialm_dask.data.store import atomic_output, new_anndata, open_store
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError, OutputError
 
@@ -65,6 +67,74 @@ def test_overwrite_brings_the_old_back_if_the_new_cannot_be_moved(tmp_path):
         pass  # nothing written, so nothing to move
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out" / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "made", [lambda p: p.mkdir(), fill, lambda p: p.write_text("theirs"), lambda p: p.symlink_to("x")]
+)
+@pytest.mark.parametrize("write", [fill, lambda p: p.write_text("new")])
+def test_what_another_program_makes_meanwhile_stays(tmp_path, made, write):
+    out = tmp_path / "out.zarr"
+    with (
+        pytest.raises(
+            OutputError, match=r"another program made it meanwhile, .* this one is .*/out\.\w{8}\.zarr$"
+        ) as error,
+        atomic_output(out) as partial,
+    ):
+        write(partial)
+        made(out)
+    kept = Path(str(error.value).rpartition(" ")[2])
+    assert names(tmp_path) == sorted(["out.zarr", kept.name])
+    assert (kept / "file" if kept.is_dir() else kept).read_text() == "new"
+    assert not out.is_file() or out.read_text() == "theirs"
+
+
+def test_of_two_runs_to_one_place_the_first_to_end_keeps_it(tmp_path):
+    with pytest.raises(OutputError, match="another program made it"), atomic_output(tmp_path / "out") as slow:
+        fill(slow, "slow")
+        with atomic_output(tmp_path / "out") as quick:
+            fill(quick, "quick")
+    assert (tmp_path / "out" / "file").read_text() == "quick"
+
+
+def test_overwrite_through_a_link_replaces_what_it_leads_to(tmp_path):
+    (tmp_path / "far").mkdir()
+    fill(tmp_path / "far" / "real", "old")
+    (tmp_path / "out").symlink_to(tmp_path / "far" / "real")
+    with atomic_output(tmp_path / "out", overwrite=True) as partial:
+        fill(partial)
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "far" / "real" / "file").read_text() == "new"
+    assert names(tmp_path / "far") == ["real"]
+
+
+def test_a_run_that_was_killed_while_it_replaced_is_told_of(tmp_path, monkeypatch):
+    fill(tmp_path / "out", "old")
+
+    monkeypatch.setattr(store, "_rename_to_new", lambda *_: sys.exit(9))
+    monkeypatch.setattr(store, "_remove", lambda _: None)  # nor does it tidy up
+    with pytest.raises(SystemExit), atomic_output(tmp_path / "out", overwrite=True) as partial:
+        fill(partial)
+    monkeypatch.undo()
+    new, old = names(tmp_path)
+    for look in (open_store, again := lambda path: atomic_output(path).__enter__()):
+        with pytest.raises((InputError, OutputError), match=rf"rename the new one, .*/{new}, or the old, .*/{old}"):
+            look(tmp_path / "out")
+    os.rename(tmp_path / new, tmp_path / "out")
+    with pytest.raises(OutputError, match="exists already"):
+        again(tmp_path / "out")
+
+
+def test_what_zarr_still_writes_after_an_exception_is_removed_too(tmp_path):
+    async def written_late(path):
+        await asyncio.sleep(0.3)
+        path.mkdir(parents=True, exist_ok=True)
+
+    with pytest.raises(KeyboardInterrupt), atomic_output(tmp_path / "out") as partial:
+        partial.mkdir()
+        asyncio.run_coroutine_threadsafe(written_late(partial / "late"), zarr.core.sync._get_loop())
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
 
 
 def test_the_output_must_not_touch_the_input(tmp_path):
