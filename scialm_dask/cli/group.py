@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -25,6 +26,10 @@ _INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal
 
 class _Commands(click.Group):
     """Turns the package's errors, Ctrl-C and SIGTERM into one line on standard error and an exit code."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["command"] = shlex.join(["scialm-dask", *args])  # for results, which keep how they were made
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # else a file would take the place of a closed stream
@@ -178,18 +183,23 @@ def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @main.command()
-@click.argument("src", metavar="SRC")
+@click.argument("src", metavar="SRC...", nargs=-1, required=True)
 @click.argument("dst", metavar="DST.zarr")
-@click.option("--layer", default=None, help="Take this layer alone, as X.")
+@click.option("--sample-key", default="sample", help="Column of obs for the names of several SRC.")
+@click.option("--join", type=click.Choice(["inner", "outer"]), default="inner", help="Genes that all SRC have, or any.")
+@click.option("--layer", default=None, help="Take this layer alone, as X; raw for .raw.X.")
 @click.option("--genome", default=None, help="Take this genome of a 10x .h5 file that holds several.")
+@click.option("--prefix", default=None, help="How the names of the files in an MEX folder begin, such as GSM123_.")
+@click.option("--rows", type=click.Choice(["cells", "genes"]), default=None, help="What the rows of a text file are.")
 @missing_chunks_option
 @overwrite_option
 @reports
 @shows_progress
-def convert(src: str, dst: str, **options: Any) -> dict[str, Any]:
-    """Turn .h5ad, 10x .h5, a 10x MEX folder or Zarr into chunked AnnData Zarr.
+def convert(src: tuple[str, ...], dst: str, **options: Any) -> dict[str, Any]:
+    """Turn .h5ad, 10x .h5, MEX or STARsolo folders, loom, .mtx, .csv, .tsv or Zarr into chunked AnnData Zarr.
 
-    Memory does not grow with the size of the matrix. X and all layers are taken, with obs and var.
+    Memory does not grow with the size of the matrix. X, all layers and .raw are taken, with obs and var. Of several
+    SRC, the cells are put one after the other, genes matched by name.
     """
     from scialm_dask.data.ingest import convert
 

@@ -103,13 +103,6 @@ _CLUSTER_COLUMNS = ("kmeans_ari", "kmeans_nmi", "leiden_ari", "leiden_nmi", "lei
 
 
 _HIDDEN = plotting.HIDDEN | {"gene_pearson": "Pearson r, median gene"}
-_WHOLE = {
-    "relative_error": "relative error",
-    "gene_correlation": "r across cells, median gene",
-    "cell_correlation": "r across genes, median cell",
-    "zeros_pearson": "r at observed zeros",
-    "mean_ratio": "mean imputed / mean true",
-}
 _COSTS = {"seconds": "seconds", "peak_bytes": "memory, MB"}
 _SEARCHED = (
     "As many clusters as labels: Leiden's resolution is searched for each method alike, the mean of five seeds. "
@@ -132,7 +125,7 @@ def _sections(summary: pd.DataFrame, evaluation: Evaluation) -> str:
         for share, rows in known[known["experiment"] == kind].groupby("share", dropna=False):
             title = of_kind.format(dataset=rows["dataset"].iloc[0], share=share)
             if kind != "all data":
-                columns = (_HIDDEN if kind == "masking" else _WHOLE) | _COSTS
+                columns = (_HIDDEN if kind == "masking" else plotting.WHOLE) | _COSTS
                 scored = rows[rows["method"] != "as observed"] if kind == "masking" else rows
                 parts.append(f"## {title}\n\n{_section(scored, columns)}")
             if "kmeans_ari" in rows and rows["kmeans_ari"].notna().any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,16 +14,26 @@ from numpy.typing import NDArray
 from scialm_dask.data.annotated import aligned, as_dask, axes_of, match_names
 from scialm_dask.data.csr import row_of
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
+from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, silent
 from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.kernels import Block, sampled_product
+from scialm_dask.reduction import tree_reduce
 
 if TYPE_CHECKING:
     import dask.array as da
 
-__all__ = ["METRICS", "Comparison", "Scores", "compare", "gene_means", "gene_scores", "score_held_out"]
+__all__ = [
+    "METRICS",
+    "Comparison",
+    "Scores",
+    "compare",
+    "compare_stored",
+    "gene_means",
+    "gene_scores",
+    "score_held_out",
+]
 
 METRICS = ("mse", "mae", "pearson", "cosine")
 _ROUNDING = 1e-12  # what sums may leave of the variance of a constant, relative to its square
@@ -243,9 +254,7 @@ def compare(recovered: da.Array, target: ExpressionMatrix, given: ExpressionMatr
     def combine(one: Any, other: Any) -> Any:
         return one[0] + other[0], one[1] + other[1], np.concatenate([one[2], other[2]]), one[3] + other[3]
 
-    pieces = enumerate(recovered.to_delayed()[:, 0])
-    parts = [dask.delayed(visit, traverse=False)(piece, block) for block, piece in pieces]
-    genes, zeros, cells, counts = tree_reduce(parts, combine).compute()
+    genes, zeros, cells, counts = _reduced(recovered, visit, combine)
     return Comparison(genes, zeros, np.where(counts > 0, genes.correlation, np.nan), cells)
 
 
@@ -257,10 +266,14 @@ def compare_stored(recovered: da.Array, target: ExpressionMatrix) -> Scores:
         csr = target.read_block(block)
         return Scores.of_entries(X[row_of(csr), csr.indices], csr.data, csr.indices, csr.shape[1])
 
-    pieces = enumerate(recovered.to_delayed()[:, 0])
-    parts = [dask.delayed(visit, traverse=False)(piece, block) for block, piece in pieces]
-    scores: Scores = tree_reduce(parts, Scores.__add__).compute()
+    scores: Scores = _reduced(recovered, visit, Scores.__add__)
     return scores
+
+
+def _reduced(array: da.Array, visit: Callable[[Any, int], Any], combine: Callable[[Any, Any], Any]) -> Any:
+    """Visit chunks of whole rows, each with its number, and combine what comes of neighbours."""
+    parts = [dask.delayed(visit, traverse=False)(rows, block) for block, rows in enumerate(array.to_delayed()[:, 0])]
+    return tree_reduce(parts, combine).compute()
 
 
 def _blocks_of(array: da.Array) -> RowBlocks:

@@ -7,6 +7,7 @@ and files are drawn as they are, never read as mathematics.
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 import warnings
 from base64 import b64encode
@@ -54,8 +55,10 @@ _OTHERS = ("#117733", "#882255", "#332288", "#44AA99", "#AA4499")
 HIDDEN = {"mse": "mean squared error", "mae": "mean absolute error", "pearson": "Pearson r", "cosine": "cosine"}
 WHOLE = {
     "relative_error": "relative error",
-    "mean_ratio": "imputed ÷ true mean",
+    "gene_correlation": "r over cells, median gene",
+    "cell_correlation": "r over genes, median cell",
     "zeros_pearson": "r at observed zeros",
+    "mean_ratio": "imputed ÷ true mean",
 }
 CLUSTERS = {
     "kmeans_ari": "ARI, k-means",
@@ -130,7 +133,7 @@ def _logarithmic(axis: Any) -> None:
 
     def words(value: float, _: int) -> str:
         low, high = axis.get_view_interval()
-        return f"{value:,g}" if high < 300 * low or f"{value:e}".startswith("1.0") else ""
+        return f"{value:,g}" if high < 60 * low or f"{value:e}".startswith("1.0") else ""
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -337,7 +340,7 @@ def dots(scores: pd.DataFrame, panels: Mapping[str, str], title: str = "") -> Fi
             values = values.where(values > 0)
         for place, name in enumerate(names):
             of_it = scores["label"] == name
-            _one_method(axes, scores[of_it].assign(value=values[of_it]), place)
+            _one_method(axes, scores[of_it].assign(value=values[of_it]), place, told=column == first)
         axes.set(title=_title(column, words, "← better", "better →"), ylim=(-0.6, len(names) - 0.4))
         axes.margins(x=0.08)
         axes.grid(axis="y")
@@ -351,10 +354,10 @@ def dots(scores: pd.DataFrame, panels: Mapping[str, str], title: str = "") -> Fi
     return figure
 
 
-def _one_method(axes: Any, rows: pd.DataFrame, y: int) -> None:
-    """Draw the dots of a method, and at the right edge their mean, or why there are none."""
+def _one_method(axes: Any, rows: pd.DataFrame, y: int, *, told: bool) -> None:
+    """Draw the dots of a method, and at the right edge their mean, or where it is `told` why there are none."""
     values, status = rows["value"].dropna().to_numpy(float), rows["status"].iloc[0]
-    words = "" if status in ("ok", "quoted") else short_name(status)
+    words = short_name(status) if told and status not in ("ok", "quoted") else ""
     if len(values):
         colour, mean = _colour_of(rows["method"].iloc[0]), values.mean()
         fill = "none" if status == "quoted" else colour
@@ -430,7 +433,7 @@ def cell_pictures(umap: Mapping[str, NDArray[np.float32]], labels: pd.Series, ti
     """
     from matplotlib import colormaps
 
-    kinds = sorted(map(str, labels.unique()), key=lambda kind: (len(kind) * kind[:1].isdigit(), kind))
+    kinds = sorted(map(str, labels.unique()), key=lambda kind: [p.zfill(9) for p in re.split(r"(\d+)", kind)])
     names = [f" {short_name(kind)}" for kind in kinds]  # with a space: Matplotlib leaves out what begins with "_"
     columns = min(4, len(umap))
     rows, beside = -(-len(umap) // columns), max(1, int(2.6 * columns / (0.45 + 0.065 * max(map(len, names)))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,10 @@ def _result(
     return result
 
 
-def embed(result: Imputation) -> None:
-    """Find the principal axes of the log-normalised result. Two passes."""
+def embed(result: Imputation, on_pass: Callable[[], None]) -> None:
+    """Find the principal axes of the log-normalised result."""
     chunks = np.cumsum([0, *result.left.chunks[0]]).tolist()
-    result.axes = find_axes(result.estimate, result.left.to_delayed().ravel().tolist(), chunks)
+    result.axes = find_axes(result.estimate, result.left.to_delayed().ravel().tolist(), chunks, on_pass)
 
 
 def _summary(found: Survey, blocks: PreparedBlocks, settings: Settings) -> dict[str, Any]:

@@ -17,23 +17,26 @@ Of counts C, cells × genes, S(C) = diag(a) C diag(b) has even noise; p = 0.8.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
+from scialm_dask.arguments import Interval, validated
 from scialm_dask.config import Settings
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
-from scialm_dask.linalg.kernels import Doubles, Floats
+from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, compare_halves
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.svd import PartialSVD, extended_basis, rayleigh_ritz
 from scialm_dask.solve.scaling import Molecules, PreparedBlocks, Survey, prepare
 
 __all__ = ["TRAIN_SHARE", "DenoiseState", "Unseen", "Weights", "check_counts", "denoise"]
 
+_STEPS_OF_WEIGHTS = 100  # more than the passes of an SVD, so that steps rise
 TRAIN_SHARE = 0.8  # p; 0.5 and 0.9 change the errors by less than 2 %
 
 
@@ -106,6 +109,38 @@ class DenoiseState:
     passes: int = 0
     weights: Weights | None = None
     svd: PartialSVD | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many passes were made."""
+        return self.passes + (0 if self.weights is None else _STEPS_OF_WEIGHTS)
+
+    def is_last(self, settings: Settings) -> bool:
+        """Whether no pass is to follow."""
+        return self.weights is not None and self.passes == settings.svd_passes
+
+    def plain(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Return plain values, for JSON, and small arrays, of which `of_plain` makes it again."""
+        notes: dict[str, Any] = {"passes": self.passes, "unseen": None}
+        arrays: dict[str, NDArray[Any]] = {"basis": self.basis}
+        if self.weights is None:
+            return notes, arrays
+        arrays |= {"component_weight": self.weights.component, "residual_weight": self.weights.residual}
+        return notes | {"unseen": asdict(self.weights.unseen)}, arrays
+
+    @classmethod
+    def of_plain(cls, notes: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> DenoiseState:
+        """Make it again; raises a `ValueError` for what no run can have left."""
+        basis, weights = arrays["basis"], None
+        passes = validated("passes", notes["passes"], Annotated[int, Interval(0)])
+        if notes["unseen"] is not None:
+            component, residual = arrays["component_weight"], arrays["residual_weight"]
+            if residual.shape != basis.shape[:1] or not all(np.all((x >= 0) & (x <= 1)) for x in (component, residual)):
+                raise ValueError("weights are not of these genes, or not between 0 and 1")
+            weights = Weights(component, residual, Unseen(**notes["unseen"]))
+        if basis.ndim != 2 or basis.dtype != np.float32 or not np.isfinite(basis).all():
+            raise ValueError(f"basis is {basis.dtype} of shape {basis.shape}")
+        return cls(basis, passes, weights)
 
 
 @dataclass(frozen=True)
@@ -197,7 +232,7 @@ def _svd(operator: LowRankPlusSparse, state: DenoiseState, passes: int) -> Itera
 
 def _weights(operator: LowRankPlusSparse, train: PreparedBlocks, svd: PartialSVD, name: str) -> Weights:
     """Weigh components and residuals by the test molecules (step 3). One pass."""
-    cross, (st, ss, tt, hs, ht), hh = operator.compare_halves(train, svd.to_left)
+    cross, (st, ss, tt, hs, ht), hh = operator.reduce(_compare, train, svd.to_left.astype(np.float32))
     s, V, UtT = svd.values, svd.right.astype(np.float64), cross.astype(np.float64)
     c = np.einsum("jr,jr->r", UtT, V)
     signal = np.maximum(isotonic_regression(c, increasing=False).x, 0)
@@ -221,6 +256,12 @@ def _weights(operator: LowRankPlusSparse, train: PreparedBlocks, svd: PartialSVD
         imputed=_relative(imputed, tt) * math.sqrt(1 + 2 * n_weights / operator.size),
     )
     return Weights(np.minimum(1, signal / s), residual.astype(np.float32), unseen)
+
+
+def _compare(
+    number: int, _: Block, state: BlockState, train: PreparedBlocks, to_left: Floats
+) -> tuple[Floats, Doubles, float]:
+    return compare_halves(train.halves(number), state.sketch @ to_left)
 
 
 def _relative(squares: Doubles, of: Doubles) -> float:

@@ -17,10 +17,10 @@ from dask.delayed import Delayed
 from numpy.typing import NDArray
 
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import tree_reduce
 from scialm_dask.linalg.kernels import PANEL_VALUES, Doubles, Floats
 from scialm_dask.linalg.operator import Product
 from scialm_dask.linalg.svd import rayleigh_ritz
+from scialm_dask.reduction import tree_reduce
 from scialm_dask.solve.estimate import Estimate
 
 __all__ = ["PASSES", "Axes", "find_axes"]
@@ -60,7 +60,9 @@ class Axes:
         return coordinates
 
 
-def find_axes(estimate: Estimate, lefts: Sequence[Delayed], bounds: Sequence[int]) -> Axes:
+def find_axes(
+    estimate: Estimate, lefts: Sequence[Delayed], bounds: Sequence[int], on_pass: Callable[[], None] = lambda: None
+) -> Axes:
     """Find the principal axes by two passes over the cells.
 
     Parameters
@@ -71,6 +73,8 @@ def find_axes(estimate: Estimate, lefts: Sequence[Delayed], bounds: Sequence[int
         Its left factor, a delayed float32 array of shape ``(rows of the block, r)`` for each block.
     bounds
         First row of each block, and the number of rows.
+    on_pass
+        Called after each.
     """
     shared = dask.delayed(estimate, traverse=False)
 
@@ -82,9 +86,11 @@ def find_axes(estimate: Estimate, lefts: Sequence[Delayed], bounds: Sequence[int
     m = bounds[-1]
     genes = _variable_genes(visit(_sampled_moments, m), len(estimate.right))
     cross, sums, left_sums = visit(_from_left, genes)
+    on_pass()
     mean = sums / m
     basis, _ = np.linalg.qr(cross - np.outer(mean, left_sums))
     cross, gram, along = visit(_multiply, genes, basis.astype(np.float32))
+    on_pass()
     gram_of_mean = np.outer(along, along) / m
     varies = np.diag(gram) > (1 + _ROUNDING) * np.diag(gram_of_mean)
     cross, gram = (cross - np.outer(mean, along))[:, varies], (gram - gram_of_mean)[np.ix_(varies, varies)]

@@ -219,8 +219,6 @@ class PreparedBlocks:
     seed: int
     block_gene_counts: NDArray[np.int32]
     molecules: Molecules | None = None
-    column_confidence = None
-    has_row_confidence = False
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -355,7 +355,7 @@ def interrupting(function, at):
 if stage == "iterating":
     kernels.visit = interrupting(kernels.visit, 20)
 else:
-    factors.Imputation.rows = interrupting(factors.Imputation.rows, 2)
+    factors.Imputation.rows = interrupting(factors.Imputation.rows, 1)
 main()
 """
 

@@ -40,7 +40,8 @@ def test_methods_are_ranked_and_what_failed_is_said(scores):
     figure = plotting.dots(scores[scores["share"] == 0.1], plotting.HIDDEN, "10 % hidden")
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names[::-1] == ["scIALM auto", "softImpute", "gene mean", "scImpute", "MAGIC"]
-    assert {"out of memory", "32.9", "mean squared error\n← better", "Pearson r\nbetter →"} <= set(words(figure))
+    assert words(figure).count("out of memory") == 1
+    assert {"32.9", "mean squared error\n← better", "Pearson r\nbetter →"} <= set(words(figure))
     whole = plotting.dots(scores, plotting.WHOLE)
     assert whole.axes[1].get_xscale() == "log"
     assert "imputed ÷ true mean\nbest: 1" in words(whole)
@@ -98,11 +99,11 @@ def test_a_method_that_gives_up_ends_in_a_cross():
 def test_cells_have_a_framed_panel_for_each_matrix():
     labels = pd.Series([f"{k}.0" for k in range(1, 13)] * 5)
     points = {name: np.random.default_rng(0).normal(size=(60, 2)).astype("f4") for name in "abcde"}
-    figure = plotting.cell_pictures(points, labels, "cells")
+    figure = plotting.cell_pictures(points, "type " + labels, "cells")
     panels = [axes for axes in figure.axes if axes.get_visible()]
     assert [axes.get_title(loc="left") for axes in panels] == list("abcde")
     assert all(spine.get_visible() for axes in panels for spine in axes.spines.values())
-    assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == [f"{k}.0" for k in range(1, 13)]
+    assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == [f"type {k}.0" for k in range(1, 13)]
 
 
 HOSTILE = [

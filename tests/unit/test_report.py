@@ -57,7 +57,7 @@ class Page(HTMLParser):
 def strange():
     """Cells and genes with names that would do harm if they stood in a page as they are."""
     obs = pd.DataFrame({"<style>": np.where(np.arange(90) % 4, "<i>a", "b&amp;")}, index=[f"c{i}" for i in range(90)])
-    return anndata.AnnData(COUNTS.astype(np.float32), obs=obs, var=pd.DataFrame(index=NAMES))
+    return anndata.AnnData(COUNTS.astype(np.float32), obs=obs, var=pd.DataFrame(index=pd.Index(NAMES, dtype=object)))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,7 @@ def test_the_command(cli, store_of, tmp_path):
     assert "Coloured by batch" in read.text
     assert [len(image["alt"].split()) > 10 for image in read.all("img")] == [True] * 6
     assert str(path) in read.text
+    assert re.search(rf"Imputed on \d{{4}}-\d\d-\d\d \d\d:\d\d UTC by scialm-dask impute {path} {store}", read.text)
     assert f"of at most {Imputation.open(store).summary['settings']['max_rank']}" in read.text
     again = cli("report", store, "-o", page)
     assert again.exit_code == 2
