@@ -18,7 +18,7 @@ import click
 from scialm_dask import __version__
 from scialm_dask.errors import OutputError, ScialmError
 from scialm_dask.events import Listener, Note, silent
-from scialm_dask.progress import printable
+from scialm_dask.progress import in_words, label, printable
 from scialm_dask.run.signals import Terminated, on_sigterm
 
 _INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal
@@ -75,7 +75,7 @@ def reports(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapper(*args: Any, as_json: bool, **kwargs: Any) -> None:
         result = command(*args, **kwargs)
-        lines = [f"{key.replace('_', ' '):<22} {_readable(value)}" for key, value in result.items()]
+        lines = [f"{label(key):<22} {in_words(value, key)}" for key, value in result.items()]
         _tell(
             [json.dumps(result, default=float)] if as_json else lines, written=command.__name__ not in ("plan", "score")
         )
@@ -98,18 +98,6 @@ def _tell(lines: list[str], *, written: bool) -> None:
             raise OutputError(f"standard output cannot be written ({reason}); send it elsewhere") from error
         with contextlib.suppress(OSError, ValueError):
             click.echo(f"scialm-dask: note: the result is written, its summary cannot be shown ({reason})", err=True)
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_readable(each)}" for key, each in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return str(value)
 
 
 def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,6 +158,7 @@ def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--log-json", is_flag=True, help="Show progress as JSON lines on standard error.")
     @functools.wraps(command)
     def wrapper(*args: Any, quiet: bool, log_json: bool, **kwargs: Any) -> Any:
+        from scialm_dask.data.leftovers import tell_leftovers
         from scialm_dask.progress import show_progress
 
         if quiet and log_json:
@@ -177,6 +166,8 @@ def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
         if quiet:
             return command(*args, listen=silent, **kwargs)
         with show_progress(json_lines=log_json) as listen:
+            if (dst := kwargs.get("dst")) and "://" not in dst:
+                tell_leftovers(os.path.dirname(dst) or ".", listen)
             return command(*args, listen=listen, **kwargs)
 
     return wrapper
@@ -271,3 +262,13 @@ def simulate(dst: str, cells: int, genes: int, **options: Any) -> dict[str, Any]
     from scialm_dask.evaluate.simulate import simulate
 
     return simulate(dst, n_cells=cells, n_genes=genes, **options)
+
+
+@main.command()
+@click.argument("folder", metavar="PATH")
+@reports
+def clean(folder: str) -> dict[str, Any]:
+    """Remove unfinished results and scratch of killed runs from folder PATH: what no living process holds."""
+    from scialm_dask.data.leftovers import clean
+
+    return clean(folder)

@@ -56,10 +56,10 @@ def locate(path: str, store: Any, layer: str | None, genome: str | None = None) 
 
 
 def is_10x_h5(store: Any) -> bool:
-    """Tell whether an open store is an HDF5 file of 10x's rather than AnnData."""
-    if isinstance(store, zarr.Array | zarr.Group):
+    """Tell whether an open HDF5 file is 10x's rather than AnnData's."""
+    if isinstance(store, zarr.Group | zarr.Array) or "X" in store:
         return False
-    return "X" not in store and any("barcodes" in group for group in store.values() if hasattr(group, "keys"))
+    return any("barcodes" in group for group in store.values() if hasattr(group, "keys"))
 
 
 def _in_10x_h5(path: str, store: Any, layer: str | None, genome: str | None) -> Located:

@@ -18,6 +18,7 @@ import scipy.sparse as sp
 import zarr
 
 from scialm_dask.data.arrays import ZARR_FORMAT
+from scialm_dask.data.leftovers import held_name
 from scialm_dask.data.rows import Rows, StoredRows, numeric
 from scialm_dask.data.store import output_error
 from scialm_dask.data.writer import CSRWriter
@@ -26,7 +27,7 @@ from scialm_dask.errors import InputError
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["check_seen", "current_client", "temporary_csr", "temporary_folder"]
+__all__ = ["check_seen", "current_client", "is_seen", "temporary_csr", "temporary_folder"]
 
 
 @contextmanager
@@ -108,9 +109,14 @@ def check_seen(rows: Rows) -> None:
         _check_seen(Path(rows.path).parent, rows.name)
 
 
-def _check_seen(folder: Path, name: str) -> None:
+def is_seen(folder: str | os.PathLike[str]) -> bool:
+    """Tell whether all workers of the Dask cluster, if there is one, see a folder."""
     client = current_client()
-    if client is not None and not all(client.run(os.path.isdir, folder).values()):
+    return client is None or all(client.run(os.path.isdir, os.fspath(folder)).values())
+
+
+def _check_seen(folder: Path, name: str) -> None:
+    if not is_seen(folder):
         raise InputError(
             f"{name}: a temporary copy of it for the workers is put in {folder.parent}, which they do not see; set "
             "Dask's temporary-directory to a folder that all see, or write the matrix there and pass its path"
@@ -121,4 +127,4 @@ def _new_folder() -> Path:
     parent = dask.config.get("temporary-directory", None)
     if parent is not None:
         os.makedirs(parent, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="scialm-", dir=parent))
+    return Path(tempfile.mkdtemp(prefix=f"scialm-{held_name()}-", dir=parent))

@@ -71,10 +71,8 @@ COSTS = {"seconds": "seconds", "megabytes": "memory over imports, MB"}
 _LESS_IS_BETTER = ("mse", "mae", "relative_error", *COSTS)
 
 _SIZE = (4.6, 2.9)  # inches: small, so that letters stay legible on a phone
-_MANY_DECADES = 30.0  # largest over smallest value from which a scale is logarithmic
-_ALIKE = 1.2  # largest over smallest value up to which a scale does not begin at zero
+_MANY_DECADES, _ALIKE = 30.0, 1.2  # largest over smallest, for a logarithmic scale, and for one not from zero
 _MOST_GROUPS = 10
-_RATIOS = (-2.0, 7.0)  # log₂ of the least and the largest inflation drawn
 
 
 @contextmanager
@@ -188,8 +186,8 @@ def curves(history: pd.DataFrame, names: Mapping[str, str], kept: int | None) ->
         axes.set_xlabel("iteration")
         if kept:
             axes.axvline(kept, color=colours["muted"], linewidth=1, linestyle=":", zorder=0)
-            at = {"xycoords": axes.get_xaxis_transform(), "xytext": (0, 2), "textcoords": "offset points"}
-            axes.annotate("kept", (kept, 1), ha="center", color=colours["muted"], fontsize=8, **at)
+            where = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+            axes.text(kept, 1.01, "kept", color=colours["muted"], fontsize=8, **where)
         axes.legend() if len(names) > 1 else axes.set_ylabel(next(iter(names.values())))
 
     return draw
@@ -208,18 +206,17 @@ def _scale(axes: Any, values: NDArray[np.float64]) -> None:
 
 def singular_values(values: NDArray[np.float64], weights: NDArray[np.float64]) -> Draw:
     """Return what draws the singular values, and what was kept of each if there is a weight for each."""
-    numbers = np.arange(1, len(values) + 1)
+    numbers, weighted = np.arange(1, len(values) + 1), len(weights) == len(values)
+    kept = np.where(weights > 0, values * weights, np.nan) if weighted else values
 
     def draw(axes: Any, colours: Mapping[str, str]) -> None:
-        kept, at = values, numbers
-        if len(weights) == len(values):
-            kept, at = (values * weights)[weights > 0], numbers[weights > 0]
+        if weighted:
             axes.plot(numbers, values, ".", color=colours["muted"], label="found")
-            axes.vlines(numbers, values * weights, values, color=colours["line"], linewidth=1, zorder=0)
-        axes.plot(at, kept, ".", color=colours["accent"], label="kept, by its weight")
-        _scale(axes, np.concatenate([values, kept]))
+        axes.plot(numbers, kept, ".", color=colours["accent"], label="kept, by its weight")
+        _scale(axes, values)
         axes.set(xlim=(0, len(values) + 1), xlabel="number", ylabel="singular value")
-        if kept is not values:
+        if weighted:
+            axes.set_ylim(bottom=values.min() / 2)  # what is kept of the last ones may be next to nothing
             axes.legend()
 
     return draw
@@ -239,14 +236,15 @@ def inflation(ratios: NDArray[np.float64]) -> Draw:
     from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     def draw(axes: Any, colours: Mapping[str, str]) -> None:
-        drawn = np.clip(np.log2(np.maximum(ratios, 2.0 ** _RATIOS[0])), *_RATIOS)
-        axes.hist(drawn, bins=np.linspace(*_RATIOS, 46), color=colours["accent"], rwidth=0.86)
+        drawn = np.log2(np.clip(ratios, 1 / 4, 128))
+        low, high = min(-1, np.floor(drawn.min())), max(1, np.ceil(drawn.max()))
+        axes.hist(drawn, bins=np.linspace(low, high, 46), color=colours["accent"], rwidth=0.86)
         axes.axvline(0, color=colours["muted"], linewidth=1, linestyle=":", zorder=0)
         axes.axvline(np.median(drawn), color=colours["second"], linewidth=1.6)
-        axes.xaxis.set_major_locator(MultipleLocator(2))
+        axes.xaxis.set_major_locator(MultipleLocator(1 if high - low < 6 else 2))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{2**x:g}×" if x >= 0 else f"1/{2**-x:g}×"))
         axes.grid(axis="y")
-        axes.set(xlim=_RATIOS, xlabel="mean imputed ÷ mean observed", ylabel="genes")
+        axes.set(xlim=(low, high), xlabel="mean imputed ÷ mean observed", ylabel="genes")
 
     return draw
 
@@ -334,7 +332,7 @@ def dots(scores: pd.DataFrame, panels: Mapping[str, str], title: str = "") -> Fi
     figure, (row,) = new_figure(1, len(panels), 2.3 * len(panels) + 1.4, 0.3 * len(names) + 1.3, title, sharey=True)
     for (column, words), axes in zip(panels.items(), row, strict=True):
         values = scores[column]
-        axes.locator_params(axis="x", nbins=4)
+        axes.locator_params(axis="x", nbins=3)
         if column in (*_LESS_IS_BETTER, "mean_ratio") and _is_spread(values):
             _logarithmic(axes.xaxis)
             values = values.where(values > 0)
@@ -362,7 +360,7 @@ def _one_method(axes: Any, rows: pd.DataFrame, y: int, *, told: bool) -> None:
         colour, mean = _colour_of(rows["method"].iloc[0]), values.mean()
         fill = "none" if status == "quoted" else colour
         axes.scatter(values, np.full(len(values), y), s=28, facecolors=fill, edgecolors=colour, linewidths=1, zorder=3)
-        words = f"{mean:,.0f}" if mean >= 1000 else f"{mean:#.3g}".rstrip(".")
+        words = f"{mean:,.0f}" if mean >= 1000 else f"{mean:.3f}" if mean < 1 else f"{mean:#.3g}".rstrip(".")
     axes.annotate(words, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
 
 

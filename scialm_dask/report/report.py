@@ -20,7 +20,7 @@ from scialm_dask.data.store import atomic_output, check_output
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, silent
 from scialm_dask.imputation import LONG, Imputation
-from scialm_dask.progress import duration, printable
+from scialm_dask.progress import duration, in_words, label, printable
 from scialm_dask.report import plotting
 from scialm_dask.report.comparison import GENES_OF_PLANE, Comparison, compare
 from scialm_dask.report.diagnostics import warnings_of
@@ -168,7 +168,7 @@ def _tiles(result: Imputation) -> Iterator[tuple[str, str, str]]:
         yield "Imputed ÷ observed", f"{ratio:.2f}×", f"ratio of the means{', of X' if known.get('X') else ''}"
     if "seconds" in known:
         memory = known.get("peak_memory_bytes")
-        yield "Time", duration(known["seconds"]), f"peak memory {_value(memory, 'bytes')}" if memory else ""
+        yield "Time", duration(known["seconds"]), f"peak memory {in_words(memory, 'bytes')}" if memory else ""
 
 
 def _figures(result: Imputation, compared: Comparison | None) -> Iterator[tuple[Picture, str]]:
@@ -202,7 +202,7 @@ def _figures(result: Imputation, compared: Comparison | None) -> Iterator[tuple[
             )
             words += f"half of the genes lie between {low:.3g} and {high:.3g}."
             yield (
-                Picture.of("Inflation, gene by gene", words, plotting.inflation(ratios)),
+                Picture.of("Levels, gene by gene", words, plotting.inflation(ratios)),
                 _about_levels(result, compared),
             )
 
@@ -295,7 +295,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"code": _with_code, "value": _value, "label": _label}
+    environment.filters |= {"code": _with_code, "value": in_words, "label": label}
     return environment.get_template("template.html")
 
 
@@ -304,22 +304,3 @@ def _with_code(words: str) -> Any:
     from markupsafe import Markup, escape
 
     return Markup(re.sub(r"`([^`]+)`|(--[a-z-]+)", lambda m: f"<code>{m[1] or m[2]}</code>", escape(printable(words))))
-
-
-def _value(value: Any, key: str = "") -> str:
-    """Put a value of the summary in words."""
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "yes", False: "no"}[value]
-    if "bytes" in key:
-        from dask.utils import format_bytes
-
-        return str(format_bytes(int(value)))
-    if isinstance(value, int | float):
-        return duration(value) if key == "seconds" else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{_label(name)} {_value(each, name)}" for name, each in value.items())
-    return ", ".join(map(_value, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _label(key: str) -> str:
-    return "time" if key == "seconds" else key.removeprefix("n_").removesuffix("_bytes").replace("_", " ")

@@ -17,10 +17,12 @@ import dask
 from scialm_dask.config import Settings
 from scialm_dask.data.annotated import storable_annotation
 from scialm_dask.data.checkpoint import Checkpoint, Checkpoints
+from scialm_dask.data.leftovers import tell_leftovers
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.scratch import new_scratch
 from scialm_dask.data.store import check_apart
+from scialm_dask.data.temporary import current_client, is_seen
 from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
 from scialm_dask.events import Listener, Note, Pass, Stage, silent
 from scialm_dask.imputation import Imputation
@@ -28,7 +30,7 @@ from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.tasks import Observations, Store
 from scialm_dask.run.checkpointing import Checkpointing, Job, as_written, ended, job_of
 from scialm_dask.run.cluster import ask_everyone, workers_here
-from scialm_dask.run.cluster_errors import cluster_is_back, loss_of_cluster
+from scialm_dask.run.cluster_errors import cluster_is_back, loss_of_cluster, while_workers
 from scialm_dask.run.placement import Placement
 from scialm_dask.run.placing import place_scratch
 from scialm_dask.run.plan import Forecast
@@ -204,13 +206,23 @@ def fit(known: RunState, listen: Listener) -> Imputation:
     )
     if place.refusal:
         raise DoesNotFitError(place.refusal)
-    in_memory = place.scratch == "memory"
-    with dask.annotate(retries=_RETRIES):
+    in_memory, folder = place.scratch == "memory", place.scratch.removeprefix("zarr:")
+    if job.scratch.startswith("zarr:"):  # else it lies beside the result, of which that is told already
+        tell_leftovers(folder, listen)
+    with (
+        dask.annotate(retries=_RETRIES),
+        while_workers(current_client()),
+        new_scratch(None if in_memory else folder, matrix.rows) as store,
+    ):
+        if store.path is not None and not is_seen(store.path):
+            raise InputError(
+                f"{folder}: workers do not see the scratch in it; give --scratch zarr:FOLDER on a disk that all share, "
+                "or --scratch memory"
+            )
         listen(Stage("surveying"))
         found = survey(matrix)
-        with new_scratch(None if in_memory else place.scratch.removeprefix("zarr:"), matrix.rows) as store:
-            known.surveyed(found, store.path)
-            result = _completed(replace(job, matrix=matrix), known, found, store, place.forecast, listen)
+        known.surveyed(found, store.path)
+        result = _completed(replace(job, matrix=matrix), known, found, store, place.forecast, listen)
     peaks = ask_everyone(peak_memory)
     result.summary |= {
         "date": datetime.now(UTC).isoformat(" ", "minutes").replace("+00:00", " UTC"),
@@ -234,7 +246,7 @@ class _Fitting(NamedTuple):
 
 
 def _completed(job: Job, known: RunState, found: Survey, store: Store, need: Forecast, listen: Listener) -> Imputation:
-    placement, passes = Placement(), count(2)  # the survey is one
+    placement, passes = Placement(store), count(2)  # the survey is one
 
     def operator_of(
         blocks: PreparedBlocks, check: Callable[[Observations], None] = lambda _: None

@@ -230,6 +230,11 @@ class PreparedBlocks:
         """First cell of each block, and the number of cells."""
         return self.matrix.blocks.bounds
 
+    @property
+    def weights(self) -> list[int]:
+        """Observed entries of each block."""
+        return self.block_gene_counts.sum(axis=1, dtype=np.int64).tolist()  # type: ignore[no-any-return]
+
     def load(self, block: int) -> Block:
         """Read and scale a block."""
         csr = self.matrix.read_block(block)
