@@ -239,7 +239,7 @@ def fit(known: RunState, listen: Listener) -> Imputation:
 
 
 def _completed(job: Job, known: RunState, found: Survey, store: Store, need: Forecast, listen: Listener) -> Imputation:
-    placement = Placement()
+    placement = Placement(store)
     matrix, settings, confidence, stop, choice = job.matrix, job.settings, job.confidence, None, None
 
     def operator_of(
