@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked, short_repr
-from scialm_dask.data.annotation import Annotation, AnnotationHere, StoredAnnotation, read_annotation
+from scialm_dask.data.annotation import Annotation, AnnotationHere, read_annotation
 from scialm_dask.data.fingerprint import Stamp
 from scialm_dask.data.formats import locate
 from scialm_dask.data.layout import RowBlocks
@@ -342,7 +342,6 @@ class ExpressionMatrix:
         combine
             Called with two results of neighbouring blocks.
         """
-
         matrix = self.for_workers()
 
         def task(block: int) -> T:
