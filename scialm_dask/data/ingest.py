@@ -110,8 +110,8 @@ def convert(
     """
     source = os.fspath(source)
     check_output(destination, overwrite=overwrite, sources=(source,))
-    before = Stamp.of(lasting(source))
     with readable(source):
+        before = Stamp.of(lasting(source))
         found = _open(source, layer, genome, missing_chunks_are_zeros)
     advance = begin(listen, "converting")
     with atomic_store(destination, overwrite=overwrite, sources=(source,)) as partial:
