@@ -12,8 +12,7 @@ from PIL import Image
 from selenium import webdriver
 
 import scialm_dask
-from scialm_dask.compare.tables import save_figure
-from scialm_dask.report.figures import convergence
+from scialm_dask.report.plotting import convergence, save
 from scialm_dask.run.demo import demo
 
 FIGURES = Path(__file__).resolve().parent / "figures"
@@ -24,7 +23,7 @@ def draw_convergence() -> None:
     """Draw the iterations of the default preset on PBMC, a tenth of whose non-zeros are masked."""
     masked = Path(os.environ["SCIALM_DATA"], "reference", "pbmc_donor_a_mask10.h5ad")
     with tempfile.TemporaryDirectory() as folder:  # without the PNG
-        save_figure(convergence(scialm_dask.impute(masked)), Path(folder, "convergence"))
+        save(convergence(scialm_dask.impute(masked)), Path(folder, "convergence"))
         shutil.move(Path(folder, "convergence.svg"), FIGURES / "convergence.svg")
 
 

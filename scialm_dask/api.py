@@ -96,8 +96,8 @@ def impute(
     ClusterError, StoppedError
         If the cluster was lost: the latter if there are checkpoints, from which `resume` goes on.
     """
-    from scialm_dask.run.checkpointing import Checkpointing
-    from scialm_dask.run.job import complete_matrix
+    from scialm_dask.run.checkpointing import Checkpointing, Job
+    from scialm_dask.run.job import run
 
     checkpoint = validated("checkpoint", checkpoint, str | os.PathLike | Checkpointing | None)
     if isinstance(checkpoint, str | os.PathLike):
@@ -117,16 +117,15 @@ def impute(
             f"{source.name}: has {source.shape[1]} genes, the AnnData {n_genes}; give adata.raw.to_adata(), or "
             "key_added=None"
         )
-    result = complete_matrix(
+    job = Job(
         source,
         chosen,
-        scratch=configured("scratch", scratch),
-        memory_limit=parse_limit(configured("memory-limit", memory_limit)),
-        scratch_folder=scratch_folder,
-        confidence=confidence,
-        checkpoint=checkpoint,
-        listen=listen,
+        configured("scratch", scratch),
+        parse_limit(configured("memory-limit", memory_limit)),
+        None if scratch_folder is None else os.fspath(scratch_folder),
+        confidence,
     )
+    result = run(job, checkpoint, listen)
     if key_added is not None and is_anndata(matrix):
         result.add_to(matrix, key_added)
     return result
@@ -176,11 +175,11 @@ def resume(
     StoppedError
         If the run was asked to stop, or the cluster was lost and did not come back.
     """
-    from scialm_dask.run.job import resume_matrix
+    from scialm_dask.run.job import resume_run
 
     source = None if matrix is None else as_matrix(matrix)
     limit = parse_limit(memory_limit)
-    return resume_matrix(folder, source, scratch=scratch, memory_limit=limit, stop=stop, listen=listen)
+    return resume_run(folder, source, scratch=scratch, memory_limit=limit, stop=stop, listen=listen)
 
 
 def parse_limit(limit: float | str | None) -> int | None:

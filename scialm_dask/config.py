@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from scialm_dask.arguments import Count, Interval, Ratio, Share, check_fields, validated
 from scialm_dask.errors import InputError
 
-__all__ = ["Preset", "Settings", "bytes_of", "configured", "preset"]
+__all__ = ["Preset", "Settings", "bytes_of", "configured", "preset", "seconds_of"]
 
 RankPolicy = Literal["paper", "adaptive"]
 Stop = Literal["residual", "held-out", "count-split"]
@@ -187,6 +187,17 @@ def bytes_of(name: str, limit: float | str | None) -> int | None:
         meant = f"{limit}GB" if re.fullmatch(r"[1-9]\d{0,3}", str(limit)) else "8GB"
         raise InputError(f"{name} is {limit!r}, {found} bytes; give 1 MB at least: {meant}?")
     return found
+
+
+def seconds_of(name: str) -> float:
+    """Return a time of Dask's configuration, namespace ``scialm``, in seconds."""
+    from dask.utils import parse_timedelta
+
+    words = configured(name)
+    try:
+        return float(parse_timedelta(words))
+    except (TypeError, ValueError, KeyError):
+        raise InputError(f"{name} is {words!r}; give a time with a unit, such as 30s") from None
 
 
 @functools.cache

@@ -89,6 +89,8 @@ class Imputation:
         where zeros are unknown.
     ``n_blocks``, ``scratch``
         Row blocks, and where the working state was: ``"memory"`` or ``"zarr"``.
+    ``date``, ``command``
+        When it ended, as text, and of a result of the command line what was typed.
     ``seconds``
         Wall time.
     ``peak_memory_bytes``, ``forecast_memory_bytes``

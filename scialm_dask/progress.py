@@ -16,7 +16,7 @@ from typing import Any, Self, TextIO
 
 from scialm_dask.events import Advanced, Event, Iteration, Note, Pass, Scored, Stage, Sweep
 
-__all__ = ["Display", "duration", "printable", "show_progress"]
+__all__ = ["Display", "duration", "in_words", "label", "printable", "show_progress"]
 
 _SILENCE = 10.0  # seconds after which plain lines give a sign of life
 _LAST = 3  # iterations whose mean time the next ones are expected to take
@@ -200,6 +200,26 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def label(key: str) -> str:
+    """Return what people call a key of a summary."""
+    return "time" if key == "seconds" else key.removeprefix("n_").replace("_bytes", "").replace("_", " ")
+
+
+def in_words(value: Any, key: str = "") -> str:
+    """Return a value of a summary as people read it; its key tells bytes and seconds from numbers."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    if isinstance(value, int | float):
+        if "bytes" in key:
+            from dask.utils import format_bytes
+
+            return str(format_bytes(int(value)))
+        return duration(value) if key == "seconds" else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{label(name)} {in_words(each, name)}" for name, each in value.items())
+    return (", ".join(map(in_words, value)) or "none") if isinstance(value, list | tuple) else str(value)
 
 
 def _finite(value: Any) -> Any:

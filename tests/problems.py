@@ -8,6 +8,7 @@ import scipy.sparse as sp
 from scialm_dask.data.scratch import MemoryScratch
 from scialm_dask.linalg.kernels import Block
 from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.solve.ialm import complete, iterations
 
 
 class InMemory:
@@ -53,3 +54,9 @@ def operator_of(matrix, n_blocks=1, *, hidden=None, store=None):
 def product_of(lefts, right):
     """U Vᵀ from what `LowRankPlusSparse.factors` gives."""
     return np.vstack([left.compute() for left in lefts]).astype(np.float64) @ right.T
+
+
+def completed(operator, settings, listen=lambda _: None, stop=None):
+    """Run the loop to its end; the operator holds the factors."""
+    *_, last = iterations(operator, settings, listen, stop)
+    return complete(operator, last, settings)

@@ -76,9 +76,9 @@ def test_the_measure_sees_a_dense_allocation(wide, monkeypatch):
 
     honest = kernels.visit
 
-    def wasteful(block, state, view):
+    def wasteful(block, state, view, total):
         np.ones((M, N), np.bool_)
-        return honest(block, state, view)
+        return honest(block, state, view, total)
 
     monkeypatch.setattr(kernels, "visit", wasteful)
     assert peak_of(lambda: impute(wide, **SMALL, **PRESETS["auto"])) > DENSE

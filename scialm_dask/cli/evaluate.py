@@ -1,4 +1,4 @@
-"""The commands that look at results: `score`, `report`, `evaluate` and `publication`."""
+"""The commands that look at results: `score`, `report` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def score(result: str, masked: str, listen: Listener) -> dict[str, Any]:
 @click.argument("result", metavar="RESULT.zarr")
 @click.option("-o", "--output", "path", required=True, metavar="FILE.html", help="What to write.")
 @click.option("--source", default=None, metavar="SRC", help="What was imputed.  [default: where it was then]")
-@click.option("--color", default=None, metavar="COLUMN", help="Column of obs to colour cells by.")
+@click.option("--color", default=None, metavar="NAME", help="Column of obs, or gene, to colour cells by.")
 @overwrite_option
 @reports
 @shows_progress
@@ -104,51 +104,6 @@ def evaluate(
         about = {"source": src, "layer": layer, "reference": reference, "methods": methods, "mask": hidden}
         write_evaluation(found, partial, {**about, "seeds": seeds, **options})
     return {"destination": folder, **_scores_of(summary_table(found))}
-
-
-@main.command()
-@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
-@click.option("-o", "--output", "folder", default="scialm-publication", metavar="FOLDER")
-@click.option("--methods", default="all", help="As in evaluate.")
-@click.option("--mask", "shares", default="0.1,0.2,0.3,0.4,0.5", help="Shares to hide; Figures 4 to 6 use the first.")
-@click.option("--seeds", type=click.IntRange(min=1), default=3, help="How often, each time with another seed.")
-@click.option("--increments", default="10,50,100,…,400", help="R of Figure 4; empty for no Figure 4.")
-@click.option("--labels", default=None, metavar="COLUMN", help="Known types in obs, for Figure 6.")
-@click.option("--truth", "truths", type=(str, str), multiple=True, metavar="CELLS TRUTH", help="Sequenced deeper.")
-@click.option("--sizes", default="1000,3000,10000", help="Simulated cells for time and memory; empty for none.")
-@click.option("--memory-limit", default=None, help="What each method may hold, such as 8GB.  [default: no limit]")
-@click.option("--time-limit", type=float, default=None, metavar="SECONDS", help="What each method may take.")
-@overwrite_option
-@reports
-@shows_progress
-def publication(
-    sources: tuple[str, ...],
-    folder: str,
-    methods: str,
-    shares: str,
-    seeds: int,
-    sizes: str,
-    overwrite: bool,
-    listen: Listener,
-    **options: Any,
-) -> dict[str, Any]:
-    """Make the publication's tables and figures, and some it lacks, from matrices of raw counts.
-
-    If it fails on the way, what was made is kept beside FOLDER, under a name that ends with .unfinished.
-    """
-    from scialm_dask.compare.publication import Programme, publication
-    from scialm_dask.data.store import kept_output
-
-    programme = Programme(
-        methods=_words_of(methods),
-        shares=_numbers_of("--mask", shares),
-        seeds=list(range(seeds)),
-        sizes=[int(size) for size in _numbers_of("--sizes", sizes)],
-        **options,
-    )
-    read = (*sources, *(path for pair in programme.truths for path in pair))
-    with kept_output(folder, overwrite=overwrite, sources=read, listen=listen) as partial:
-        return {"destination": folder, **publication(sources, partial, programme, listen)}
 
 
 def _words_of(listed: str) -> list[str]:

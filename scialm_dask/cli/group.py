@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ import click
 from scialm_dask import __version__
 from scialm_dask.errors import OutputError, ScialmError
 from scialm_dask.events import Listener, Note, silent
-from scialm_dask.progress import printable
+from scialm_dask.progress import in_words, label, printable
 from scialm_dask.run.signals import Terminated, on_sigterm
 
 _INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal
@@ -25,6 +26,10 @@ _INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal
 
 class _Commands(click.Group):
     """Turns the package's errors, Ctrl-C and SIGTERM into one line on standard error and an exit code."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["command"] = shlex.join(["scialm-dask", *args])  # for results, which keep how they were made
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # else a file would take the place of a closed stream
@@ -70,7 +75,7 @@ def reports(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapper(*args: Any, as_json: bool, **kwargs: Any) -> None:
         result = command(*args, **kwargs)
-        lines = [f"{key.replace('_', ' '):<22} {_readable(value)}" for key, value in result.items()]
+        lines = [f"{label(key):<22} {in_words(value, key)}" for key, value in result.items()]
         _tell(
             [json.dumps(result, default=float)] if as_json else lines, written=command.__name__ not in ("plan", "score")
         )
@@ -93,18 +98,6 @@ def _tell(lines: list[str], *, written: bool) -> None:
             raise OutputError(f"standard output cannot be written ({reason}); send it elsewhere") from error
         with contextlib.suppress(OSError, ValueError):
             click.echo(f"scialm-dask: note: the result is written, its summary cannot be shown ({reason})", err=True)
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_readable(each)}" for key, each in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return str(value)
 
 
 def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -178,18 +171,23 @@ def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @main.command()
-@click.argument("src", metavar="SRC")
+@click.argument("src", metavar="SRC...", nargs=-1, required=True)
 @click.argument("dst", metavar="DST.zarr")
-@click.option("--layer", default=None, help="Take this layer alone, as X.")
+@click.option("--sample-key", default="sample", help="Column of obs for the names of several SRC.")
+@click.option("--join", type=click.Choice(["inner", "outer"]), default="inner", help="Genes that all SRC have, or any.")
+@click.option("--layer", default=None, help="Take this layer alone, as X; raw for .raw.X.")
 @click.option("--genome", default=None, help="Take this genome of a 10x .h5 file that holds several.")
+@click.option("--prefix", default=None, help="How the names of the files in an MEX folder begin, such as GSM123_.")
+@click.option("--rows", type=click.Choice(["cells", "genes"]), default=None, help="What the rows of a text file are.")
 @missing_chunks_option
 @overwrite_option
 @reports
 @shows_progress
-def convert(src: str, dst: str, **options: Any) -> dict[str, Any]:
-    """Turn .h5ad, 10x .h5, a 10x MEX folder or Zarr into chunked AnnData Zarr.
+def convert(src: tuple[str, ...], dst: str, **options: Any) -> dict[str, Any]:
+    """Turn .h5ad, 10x .h5, MEX or STARsolo folders, loom, .mtx, .csv, .tsv or Zarr into chunked AnnData Zarr.
 
-    Memory does not grow with the size of the matrix. X and all layers are taken, with obs and var.
+    Memory does not grow with the size of the matrix. X, all layers and .raw are taken, with obs and var. Of several
+    SRC, the cells are put one after the other, genes matched by name.
     """
     from scialm_dask.data.ingest import convert
 

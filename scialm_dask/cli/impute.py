@@ -108,6 +108,7 @@ def impute(
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.data.store import check_output, lasting, scratch_folder_for
     from scialm_dask.run.checkpointing import Checkpointing
+    from scialm_dask.run.job import checkpoints_of
 
     if checkpoint_every is not None and checkpoint is None:
         raise click.UsageError("--checkpoint-every goes with --checkpoint")
@@ -128,7 +129,8 @@ def impute(
         "overwrite": overwrite,
         "run": uuid.uuid4().hex,
     }
-    with connected(listen):
+    kept = contextlib.nullcontext() if checkpoint is None else checkpoints_of(checkpoint, new_for=matrix)
+    with kept as checkpoints, connected(listen):
         with _resumable(checkpoint) as stop:
             result = impute(
                 matrix,
@@ -136,12 +138,12 @@ def impute(
                 scratch=scratch,
                 memory_limit=memory_limit,
                 scratch_folder=scratch_folder_for(dst),
-                checkpoint=Checkpointing(checkpoint, result=asked, stop=stop) if checkpoint else None,
+                checkpoint=Checkpointing(checkpoints, result=asked, stop=stop) if checkpoints else None,
                 checkpoint_every=checkpoint_every,
                 listen=listen,
                 **settings,
             )
-        return _write(result, matrix, asked, src, checkpoint, listen)
+        return _write(result, matrix, asked, src, checkpoints, listen)
 
 
 @main.command()
@@ -149,6 +151,7 @@ def impute(
 @click.argument("dst", metavar="[DST.zarr]", required=False)
 @click.option("--scratch", default=None, help="Instead of what the run was begun with.")
 @click.option("--memory-limit", default=None, help="Instead of what the run was begun with.")
+@overwrite_option
 @cluster_options
 @reports
 @shows_progress
@@ -157,43 +160,65 @@ def resume(
     dst: str | None,
     scratch: str | None,
     memory_limit: str | None,
+    overwrite: bool,
     connected: Callable[[Listener], Any],
     listen: Listener,
 ) -> dict[str, Any]:
     """Go on with `impute --checkpoint DIR` from its last whole checkpoint.
 
-    The result is written where it was to be, or to DST.zarr. Checkpoints are written to DIR again.
+    The result is written where it was to be, or to DST.zarr, which must be given where that does not lie beside DIR.
+    Checkpoints are written to DIR again.
     """
-    from scialm_dask.api import resume
-    from scialm_dask.data.store import check_output, lasting
-    from scialm_dask.run.checkpointing import ended, source_of
-    from scialm_dask.run.job import notes_of
+    from scialm_dask.api import parse_limit
+    from scialm_dask.arguments import validated
+    from scialm_dask.data.store import check_output
+    from scialm_dask.run.checkpointing import as_written, ended, source_of
+    from scialm_dask.run.job import checkpoints_of, resume_run
 
-    notes = notes_of(folder)
-    if words := ended(folder, notes) or _ended_now(folder, notes["result"]):
-        listen(Note(words))
-        return {"destination": notes["finished"] or notes["result"]["destination"]}
-    asked = notes["result"] | ({"destination": lasting(dst)} if dst else {})
-    if "destination" not in asked:
+    limit = parse_limit(memory_limit)
+    with checkpoints_of(folder) as checkpoints:
+        notes = checkpoints.notes()
+        with as_written(folder):
+            asked, finished = dict(notes["result"]), notes["finished"]
+            validated("destination", asked.get("destination"), str | None)
+        if words := ended(folder, notes) or _ended_now(checkpoints, asked):
+            listen(Note(words))
+            return {"destination": finished or asked["destination"]}
+        asked |= {"destination": _destination(folder, dst, asked), "overwrite": overwrite}
+        matrix = source_of(notes)
+        source = notes["run"]["source"]["path"]
+        check_output(asked["destination"], overwrite=overwrite, sources=(source, folder))
+        with connected(listen):
+            with _resumable(folder) as stop:
+                result = resume_run(checkpoints, matrix, scratch=scratch, memory_limit=limit, stop=stop, listen=listen)
+            return _write(result, matrix, asked, source, checkpoints, listen)
+
+
+def _destination(folder: str, dst: str | None, asked: dict[str, Any]) -> str:
+    """Return where to write. A checkpoint may be somebody else's: where it leads to is confirmed."""
+    from scialm_dask.data.store import lasting
+
+    if dst is not None:
+        return lasting(dst)
+    if (destination := asked.get("destination")) is None:
         raise InputError(f"{folder}: the run was begun from Python; say where to write its result: resume DIR DST.zarr")
-    matrix = source_of(notes)
-    source = notes["run"]["source"]["path"]
-    check_output(asked["destination"], overwrite=asked.get("overwrite", False), sources=(source, folder))
-    with connected(listen):
-        with _resumable(folder) as stop:
-            result = resume(folder, matrix, scratch=scratch, memory_limit=memory_limit, stop=stop, listen=listen)
-        return _write(result, matrix, asked, source, folder, listen)
+    if os.path.dirname(destination) != os.path.dirname(lasting(folder).rstrip("/")):
+        raise InputError(
+            f"{folder}: its result was to be written to {destination}, which does not lie beside it; confirm that by "
+            f"`scialm-dask resume {folder} {destination}`"
+        )
+    return str(destination)
 
 
-def _ended_now(folder: str, asked: dict[str, Any]) -> str:
+def _ended_now(checkpoints: Any, asked: dict[str, Any]) -> str:
     """Be done with a run that was killed between its last two steps; say so, if that is the case."""
     from scialm_dask.imputation import Imputation
-    from scialm_dask.run.job import finish
+    from scialm_dask.run.checkpointing import finish
 
     with contextlib.suppress(InputError):
         if "run" in asked and Imputation.open(asked["destination"]).summary.get("run") == asked["run"]:
-            finish(folder, asked["destination"])
-            return f"{folder}: the result of that run was written already"
+            finish(checkpoints, asked["destination"])
+            return f"{checkpoints.folder}: the result of that run was written already"
     return ""
 
 
@@ -213,16 +238,17 @@ def _resumable(checkpoint: str | None, *, deferred: bool = True) -> Iterator[Cal
 
 
 def _write(
-    result: Any, matrix: Any, asked: dict[str, Any], src: str, checkpoint: str | None, listen: Listener
+    result: Any, matrix: Any, asked: dict[str, Any], src: str, checkpoints: Any, listen: Listener
 ) -> dict[str, Any]:
     """Write the result as it was asked for, and be done with the checkpoints."""
     from scialm_dask.imputation import LONG
-    from scialm_dask.run.job import finish
+    from scialm_dask.run.checkpointing import finish
 
     if "run" in asked:
         result.summary["run"] = asked["run"]
+    result.summary["command"] = click.get_current_context().meta["command"]
     dst, preserve_zeros = asked["destination"], asked.get("preserve_zeros", False)
-    with _resumable(checkpoint, deferred=False):
+    with _resumable(checkpoints and checkpoints.folder, deferred=False):
         summary = result.to_zarr(
             dst,
             dense=asked.get("write") == "dense",
@@ -232,8 +258,8 @@ def _write(
             sources=(src,),
             listen=listen,
         )
-        if checkpoint is not None:
-            finish(checkpoint, dst)
+        if checkpoints is not None:
+            finish(checkpoints, dst)
     return {"destination": dst} | {key: value for key, value in summary.items() if key not in LONG}
 
 

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import dask
 import numpy as np
 from numpy.typing import NDArray
 
 from scialm_dask.api import parse_limit
-from scialm_dask.arguments import checked
+from scialm_dask.arguments import Interval, Share, checked
 from scialm_dask.compare import clustering
 from scialm_dask.compare.experiments import (
     Experiment,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
-__all__ = ["KEY", "Evaluation", "checked_contestants", "evaluate_imputation", "fresh_folder", "run_contestant"]
+__all__ = ["KEY", "WHOLE", "Evaluation", "evaluate_imputation"]
 
 KEY = ("dataset", "experiment", "share", "method", "setting")
 WHOLE = ("relative_error", "gene_correlation", "cell_correlation", "zeros_pearson", "mean_ratio")
@@ -102,15 +102,15 @@ def evaluate_imputation(
     source: Any,
     *,
     methods: Sequence[str] = ("denoise", "complete"),
-    shares: Sequence[float] = (0.1,),
-    seeds: Sequence[int] = (0,),
+    shares: Sequence[Share] = (0.1,),
+    seeds: Sequence[Annotated[int, Interval(0)]] = (0,),
     split: bool | None = None,
     reference: Any = None,
     labels: str | None = None,
     sweeps: Sequence[str] = (),
     layer: str | None = None,
     memory_limit: float | str | None = None,
-    method_timeout: float | None = None,
+    method_timeout: Annotated[float, Interval(0, open=True)] | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
     listen: Listener = silent,
 ) -> Evaluation:
@@ -162,46 +162,30 @@ def evaluate_imputation(
     InputError
         If the source, the reference, the labels, a method or a setting cannot be used.
     """
-    listed = checked_contestants(methods, sweeps, shares, seeds, labels)
-    limit = parse_limit(memory_limit)
-    if method_timeout is not None and not method_timeout > 0:
-        raise InputError(f"method timeout is {method_timeout}; give seconds, more than 0")
+    listed, limit = contestants(dict.fromkeys([*methods, "gene-mean"]), sweeps), parse_limit(memory_limit)
+    if not seeds:
+        raise InputError("no seed is given; give one or more")
+    if labels is not None:
+        clustering.check_libraries()
     with watched_folder(scratch_folder) as work:
         opened = open_source(source, work, layer=layer)
         known = None if labels is None else clustering.labels_of(opened.matrix.obs, labels, opened.name)
         if split and opened.counts is None:
             count_split(opened, 0, work)  # says what is missing
         split = opened.counts is not None if split is None else split
-        truth = None if reference is None else _truth(reference, opened)
+        truth = None if reference is None else as_matrix(reference, observed="nonzero")
+        if truth is not None:
+            refuse_logarithms(truth, reference, None)
+            truth = check_truth(truth, opened.matrix)
         experiments = list(_experiments(opened, shares, seeds, split, truth, known is not None))
         bench = _Bench(opened, listed, limit, method_timeout, known, listen, len(experiments))
         bench.forecast()
         for number, make in enumerate(experiments):
-            with fresh_folder(work / f"experiment{number}") as place, dask.config.set(scheduler="threads"):
+            with _fresh_folder(work / f"experiment{number}") as place, dask.config.set(scheduler="threads"):
                 bench.run(make(place), place, first=number == 0)
         for quoted in (row for name in expanded(methods) for row in _quoted_rows(name)):
             bench.add(quoted)
         return bench.evaluation()
-
-
-def checked_contestants(
-    methods: Sequence[str], sweeps: Sequence[str], shares: Sequence[float], seeds: Sequence[int], labels: str | None
-) -> list[Contestant]:
-    """List what is compared; see `evaluate_imputation`. Raises `InputError` for what cannot be used."""
-    for share in shares:
-        if not 0 < share < 1:
-            raise InputError(f"share to hide is {share}; give a number between 0 and 1, such as 0.1")
-    if not seeds or min(seeds) < 0:
-        raise InputError(f"seeds are {list(seeds)}; give one or more numbers that are not negative")
-    if labels is not None:
-        clustering.check_libraries()
-    return contestants(dict.fromkeys([*methods, "gene-mean"]), sweeps)
-
-
-def _truth(reference: Any, source: Source) -> ExpressionMatrix:
-    truth = as_matrix(reference, observed="nonzero")
-    refuse_logarithms(truth, reference, None)
-    return check_truth(truth, source.matrix)
 
 
 def _experiments(
@@ -225,7 +209,7 @@ def _experiments(
 
 
 @contextmanager
-def fresh_folder(path: Path) -> Iterator[Path]:
+def _fresh_folder(path: Path) -> Iterator[Path]:
     """Make a folder, and remove it with all that was put there."""
     path.mkdir()
     try:
@@ -234,24 +218,17 @@ def fresh_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def run_contestant(
-    contestant: Contestant,
-    given: Source,
-    folder: Path,
-    *,
-    seed: int = 0,
-    zeros_matter: bool = False,
-    memory_limit: int | None = None,
-    timeout: float | None = None,
+def _run(
+    contestant: Contestant, experiment: Experiment, folder: Path, **limits: Any
 ) -> tuple[Outcome, da.Array | None]:
     """Run a method on the view that it takes; return also what it gives, normalised, unless it failed."""
-    takes = find_method(contestant.method).takes
+    takes, given = find_method(contestant.method).takes, experiment.given
     counts = takes == "counts" or (takes == "either" and given.counts is not None)
     path = given.counts if counts else given.normalised
     if path is None:
         return Outcome("needs counts", note="takes raw counts, which are not known"), None
-    task = Task(path, seed, zeros_matter, contestant.settings)
-    outcome = run_isolated(contestant.method, task, folder, memory_limit=memory_limit, timeout=timeout)
+    task = Task(path, experiment.seed, experiment.all_entries, contestant.settings)
+    outcome = run_isolated(contestant.method, task, folder, **limits)
     if outcome.status != "ok":
         return outcome, None
     answer = read_answer(folder, given.factors if counts else None)
@@ -309,16 +286,9 @@ class _Bench:
                 f"{self.done} of {self.experiments * len(self.listed)}, about {_time(ahead / len(self.listed))} left"
             )
             self.listen(Stage(_label(contestant), words))
-            with fresh_folder(place / f"method{number}") as folder:
-                outcome, answer = run_contestant(
-                    contestant,
-                    experiment.given,
-                    folder,
-                    seed=experiment.seed,
-                    zeros_matter=experiment.all_entries,
-                    memory_limit=self.memory_limit,
-                    timeout=self.timeout,
-                )
+            with _fresh_folder(place / f"method{number}") as folder:
+                limits = {"memory_limit": self.memory_limit, "timeout": self.timeout}
+                outcome, answer = _run(contestant, experiment, folder, **limits)
                 embedding = clustering.embedding_of(folder) if answer is not None and labels is not None else None
                 self._judge(experiment, contestant, outcome, answer, labels, embedding)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -26,19 +26,8 @@ from scialm_dask.errors import InputError
 from scialm_dask.evaluate.mask import mask
 from scialm_dask.solve.scaling import Molecules
 
-__all__ = [
-    "Experiment",
-    "Kind",
-    "Source",
-    "against_truth",
-    "as_it_is",
-    "check_truth",
-    "count_split",
-    "masked",
-    "open_source",
-]
+__all__ = ["Experiment", "Source", "against_truth", "as_it_is", "check_truth", "count_split", "masked", "open_source"]
 
-Kind = Literal["masking", "count split", "truth", "all data"]
 Doubles = NDArray[np.float64]
 TRAIN_SHARE = 0.8
 _OTHER = 0x5CA1E  # bits by which the seed of a split differs from that of methods
@@ -47,24 +36,15 @@ _WHOLE = 1e-2  # how far from whole numbers restored counts may be, by rounding 
 
 @dataclass(frozen=True)
 class Source:
-    """A matrix in both views.
+    """A matrix as AnnData stores: one of cells with the same total, and one of counts, None where they are not known.
 
-    Parameters
-    ----------
-    name
-        What to call it.
-    normalised
-        AnnData store; every cell has the same total.
-    counts
-        AnnData store, or None if the counts are not known.
-    factors
-        What each cell's counts were multiplied by, shape ``(m,)``; None like counts.
+    `factors`, shape ``(m,)``, are what the counts of each cell were multiplied by.
     """
 
     name: str
     normalised: Path
-    counts: Path | None
-    factors: Doubles | None
+    counts: Path | None = None
+    factors: Doubles | None = None
 
     @property
     def matrix(self) -> ExpressionMatrix:
@@ -79,25 +59,27 @@ class Experiment:
     Parameters
     ----------
     kind
-        How it was made.
+        How it was made: ``"masking"``, ``"count split"``, ``"truth"`` or ``"all data"``.
     share
         Of what is hidden; None where nothing is.
     seed
         Of what is hidden, and of the methods.
     given
-        What the methods get, and the factors by which answers to counts are multiplied.
+        What the methods get.
     target
-        What is to be predicted, normalised; None if nothing is scored.
-    all_entries
-        Whether all entries of it are scored, or the stored ones.
+        What is to be predicted, normalised: its stored entries by masking, else all; None if nothing is scored.
     """
 
-    kind: Kind
+    kind: str
     share: float | None
     seed: int
     given: Source
     target: ExpressionMatrix | None
-    all_entries: bool
+
+    @property
+    def all_entries(self) -> bool:
+        """Whether zeros count too."""
+        return self.kind != "masking"
 
 
 def open_source(source: Any, folder: Path, *, layer: str | None = None) -> Source:
@@ -126,7 +108,7 @@ def open_source(source: Any, folder: Path, *, layer: str | None = None) -> Sourc
     name = matrix.name if matrix.origin is None else Path(matrix.origin.path).stem
     normalised, counts = folder / "normalised.zarr", folder / "counts.zarr"
     if whole:
-        factors = _factors(sums)
+        factors = _ratio(np.median(sums[sums > 0]) if sums.any() else 1.0, sums)
         obs = matrix.obs.assign(total_counts=sums.astype(np.float32))
         _write(normalised, _scaled(matrix, factors), obs=obs, var=matrix.var)
         _write(counts, matrix.stream(), obs=matrix.obs, var=matrix.var)
@@ -136,7 +118,7 @@ def open_source(source: Any, folder: Path, *, layer: str | None = None) -> Sourc
         factors = np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0)
         if _restore(matrix, factors, counts):
             return Source(name, normalised, counts, factors)
-    return Source(name, normalised, None, None)
+    return Source(name, normalised)
 
 
 def _totals(matrix: ExpressionMatrix) -> tuple[Doubles, bool]:
@@ -148,9 +130,10 @@ def _totals(matrix: ExpressionMatrix) -> tuple[Doubles, bool]:
     return np.concatenate(sums), whole
 
 
-def _factors(totals: Doubles) -> Doubles:
-    median = float(np.median(totals[totals > 0])) if totals.any() else 1.0
-    return np.divide(median, totals, out=np.zeros_like(totals), where=totals > 0)
+def _ratio(above: Any, below: Doubles) -> Doubles:
+    """Divide, with 0 where that cannot be."""
+    ratio: Doubles = np.divide(above, below, out=np.zeros_like(below), where=below > 0)
+    return ratio
 
 
 def _write(path: Path, blocks: Iterator[sp.csr_matrix], *, obs: Any, var: Any) -> None:
@@ -179,7 +162,7 @@ def _restore(matrix: ExpressionMatrix, factors: Doubles, path: Path) -> bool:
 
 def as_it_is(source: Source, seed: int) -> Experiment:
     """All of the data, nothing hidden and nothing to score; what clustering is done on."""
-    return Experiment("all data", None, seed, source, None, all_entries=True)
+    return Experiment("all data", None, seed, source, None)
 
 
 def masked(source: Source, share: float, seed: int, folder: Path) -> Experiment:
@@ -190,7 +173,7 @@ def masked(source: Source, share: float, seed: int, folder: Path) -> Experiment:
         given = replace(given, counts=folder / "counts.zarr")
         mask(source.counts, folder / "counts.zarr", fraction=share, seed=seed)
     target = ExpressionMatrix.open(given.normalised, "held_out")
-    return Experiment("masking", share, seed, given, target, all_entries=False)
+    return Experiment("masking", share, seed, given, target)
 
 
 def count_split(source: Source, seed: int, folder: Path) -> Experiment:
@@ -218,7 +201,7 @@ def count_split(source: Source, seed: int, folder: Path) -> Experiment:
     unseen = _part(counts, test, factors / (1 - TRAIN_SHARE))
     _write(folder / "target.zarr", unseen, obs=obs, var=counts.var)
     target = ExpressionMatrix.open(folder / "target.zarr")
-    return Experiment("count split", 1 - TRAIN_SHARE, seed, given, target, all_entries=True)
+    return Experiment("count split", 1 - TRAIN_SHARE, seed, given, target)
 
 
 def _part(counts: ExpressionMatrix, which: Molecules, factors: Doubles | None = None) -> Iterator[sp.csr_matrix]:
@@ -247,11 +230,10 @@ def against_truth(source: Source, truth: ExpressionMatrix, seed: int, folder: Pa
 
     Both are scaled to the same total in every cell.
     """
-    wanted, totals = _totals(source.matrix)[0], _totals(truth)[0]
-    factors = np.divide(wanted, totals, out=np.zeros_like(totals), where=totals > 0)
+    factors = _ratio(_totals(source.matrix)[0], _totals(truth)[0])
     _write(folder / "target.zarr", _scaled(truth, factors), obs=truth.obs, var=truth.var)
     target = ExpressionMatrix.open(folder / "target.zarr")
-    return Experiment("truth", None, seed, source, target, all_entries=True)
+    return Experiment("truth", None, seed, source, target)
 
 
 def _scaled(matrix: ExpressionMatrix, factors: Doubles) -> Iterator[sp.csr_matrix]:

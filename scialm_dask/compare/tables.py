@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scialm_dask.compare import charts
 from scialm_dask.compare.benchmark import KEY, Evaluation
+from scialm_dask.compare.methods import label_of, labelled
+from scialm_dask.report import plotting
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["figures_of", "markdown", "save_figure", "summary_table", "write_evaluation"]
+__all__ = ["figures_of", "markdown", "summary_table", "write_evaluation"]
 
 _VERSIONS = (
     *("scialm-dask", "numpy", "scipy", "scikit-learn", "scanpy", "dask", "dask-ml"),
@@ -53,19 +54,10 @@ def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any]
     (folder / "evaluation.json").write_text(json.dumps(words, indent=1))
     (folder / "figures").mkdir()
     for name, figure in figures_of(evaluation):
-        save_figure(figure, folder / "figures" / name)
+        plotting.save(figure, folder / "figures" / name)
     summary = summary_table(evaluation)
     summary.to_csv(folder / "summary.csv", index=False)
     (folder / "summary.md").write_text(_sections(summary, evaluation))
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Save as `path` with .svg, letters as letters, and with .png added; the same bytes for the same picture."""
-    import matplotlib as mpl
-
-    with mpl.rc_context({"svg.hashsalt": "scialm", "svg.fonttype": "none"}):
-        figure.savefig(f"{path}.svg", metadata={"Date": None}, dpi=150)
-        figure.savefig(f"{path}.png", dpi=150)
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -110,14 +102,7 @@ def summary_table(evaluation: Evaluation) -> pd.DataFrame:
 _CLUSTER_COLUMNS = ("kmeans_ari", "kmeans_nmi", "leiden_ari", "leiden_nmi", "leiden_clusters", "silhouette")
 
 
-_HIDDEN = charts.METRICS | {"gene_pearson": "Pearson r, median gene"}
-_WHOLE = {
-    "relative_error": "relative error",
-    "gene_correlation": "r across cells, median gene",
-    "cell_correlation": "r across genes, median cell",
-    "zeros_pearson": "r at observed zeros",
-    "mean_ratio": "mean imputed / mean true",
-}
+_HIDDEN = plotting.HIDDEN | {"gene_pearson": "Pearson r, median gene"}
 _COSTS = {"seconds": "seconds", "peak_bytes": "memory, MB"}
 _SEARCHED = (
     "As many clusters as labels: Leiden's resolution is searched for each method alike, the mean of five seeds. "
@@ -140,7 +125,7 @@ def _sections(summary: pd.DataFrame, evaluation: Evaluation) -> str:
         for share, rows in known[known["experiment"] == kind].groupby("share", dropna=False):
             title = of_kind.format(dataset=rows["dataset"].iloc[0], share=share)
             if kind != "all data":
-                columns = (_HIDDEN if kind == "masking" else _WHOLE) | _COSTS
+                columns = (_HIDDEN if kind == "masking" else plotting.WHOLE) | _COSTS
                 scored = rows[rows["method"] != "as observed"] if kind == "masking" else rows
                 parts.append(f"## {title}\n\n{_section(scored, columns)}")
             if "kmeans_ari" in rows and rows["kmeans_ari"].notna().any():
@@ -153,8 +138,8 @@ def _sections(summary: pd.DataFrame, evaluation: Evaluation) -> str:
 
 
 def _quotation(row: dict[str, Any]) -> str:
-    scores = [f"{words} {row[name]:.4g}" for name, words in charts.METRICS.items() if row[name] == row[name]]
-    return f"- {charts.label_of(row['method'])} ({row['dataset']}): {', '.join([*scores, row['note']])}\n"
+    scores = [f"{words} {row[name]:.4g}" for name, words in plotting.HIDDEN.items() if row[name] == row[name]]
+    return f"- {label_of(row['method'])} ({row['dataset']}): {', '.join([*scores, row['note']])}\n"
 
 
 def _section(rows: pd.DataFrame, columns: dict[str, str], *, ascending: bool = True) -> str:
@@ -165,7 +150,7 @@ def _section(rows: pd.DataFrame, columns: dict[str, str], *, ascending: bool = T
     table[first] = table[first].where(rows["status"] == "ok", rows["status"])
     if "peak_bytes" in table:
         table["peak_bytes"] = rows["peak_bytes"] / 1e6
-    table.insert(0, "method", list(map(charts.label_of, rows["method"], rows["setting"])))
+    table.insert(0, "method", list(map(label_of, rows["method"], rows["setting"])))
     return markdown(table.rename(columns=columns))
 
 
@@ -186,24 +171,24 @@ def _cell(value: Any) -> str:
 
 def figures_of(evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
     """Draw all that the evaluation has something for, by name."""
-    scores = evaluation.scores[evaluation.scores["status"] != "quoted"]  # of other data sets
+    scores = labelled(evaluation.scores[evaluation.scores["status"] != "quoted"])  # those are of other data sets
     swept, dataset = _swept(scores), scores["dataset"].iloc[0]
     for (kind, share), rows in scores.groupby(["experiment", "share"], dropna=False, sort=False):
         title = _TITLES[str(kind)].format(dataset=dataset, share=share)
         name = f"{str(kind).replace(' ', '-')}" + (f"-{round(100 * share)}" if share == share else "")
         if kind == "masking":
-            yield f"{name}-scores", charts.method_scores(rows, title)
-            yield f"{name}-effort", charts.effort(rows, title)
+            yield f"{name}-scores", plotting.dots(rows, plotting.HIDDEN, title)
+            yield f"{name}-effort", plotting.effort(rows, title)
         elif kind != "all data":
-            yield f"{name}-scores", charts.whole_scores(rows, title)
+            yield f"{name}-scores", plotting.dots(rows, plotting.WHOLE, title)
     hidden = scores[(scores["experiment"] == "masking") & (scores["status"] == "ok")]
     if hidden["share"].nunique() > 1 and not swept:
         percent = hidden.assign(share=100 * hidden["share"])
-        yield "over-share", charts.scores_over(percent, "share", "% of the non-zeros hidden", dataset)
+        yield "over-share", plotting.lines(percent, "share", "% of the non-zeros hidden", title=dataset)
     for field in swept:
         values = hidden["setting"].str.extract(rf"(?:^| ){field}=([\d.e+-]+)")[0].astype(float)
         known = hidden.assign(value=values).dropna(subset=["value"])
-        yield f"over-{field}", charts.scores_over(known, "value", field, dataset)
+        yield f"over-{field}", plotting.lines(known, "value", field, title=dataset)
     yield from _cluster_figures(evaluation)
 
 
@@ -217,7 +202,7 @@ def _cluster_figures(evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
     for kind, rows in evaluation.clusters.groupby("experiment", sort=False) if len(evaluation.clusters) else ():
         title = _TITLES[str(kind)].format(dataset=rows["dataset"].iloc[0], share=rows["share"].iloc[0])
         name = str(kind).replace(" ", "-")
-        yield f"{name}-clusters", charts.cluster_scores(rows, title)
-        pictures = {charts.label_of(method): xy for (each, method), xy in evaluation.umap.items() if each == kind}
+        yield f"{name}-clusters", plotting.dots(labelled(rows.assign(status="ok")), plotting.CLUSTERS, title)
+        pictures = {label_of(method): xy for (each, method), xy in evaluation.umap.items() if each == kind}
         assert evaluation.labels is not None
-        yield f"{name}-cells", charts.cell_pictures(pictures, evaluation.labels, title)
+        yield f"{name}-cells", plotting.cell_pictures(pictures, evaluation.labels, title)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scialm_dask.data.annotation import Annotation
+from scialm_dask.data.annotation import Annotation, swapped_axes
 from scialm_dask.data.logarithms import evidence_of_logarithms, some_cells
 from scialm_dask.data.matrix import ExpressionMatrix, Observed, check_array, held_array
 from scialm_dask.data.rows import layers_of, reordered
@@ -97,9 +97,15 @@ def named(matrix: ExpressionMatrix, given: Any) -> ExpressionMatrix:
 
 def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -> ExpressionMatrix:
     """Take X or a layer with the annotation; X of a backed AnnData is read from its file, block by block."""
+    if not hasattr(adata, "isbacked"):  # an AnnCollection
+        raise InputError(
+            f"a {type(adata).__name__} has no matrix of its own; give anndata.concat(…), or join files by `scialm-dask "
+            "convert A B DST.zarr`"
+        )
+    layers = ", ".join(filter(None, adata.layers))  # AnnData 0.13 counts X among them, as None
     raw = layer == "raw" and layer not in adata.layers and getattr(adata, "raw", None) is not None
     if layer is not None and layer not in adata.layers and not raw:
-        raise InputError(f"AnnData: has no layer {layer!r}; its layers are: {', '.join(adata.layers) or 'none'}")
+        raise InputError(f"AnnData: has no layer {layer!r}; its layers are: {layers or 'none'}")
     annotation = Annotation(*(_in_memory(frame) for frame in (adata.obs, adata.raw.var if raw else adata.var)))
     if adata.isbacked and (layer is None or raw):
         if adata.is_view:
@@ -113,7 +119,7 @@ def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -
     else:
         values, name = (adata.X, "AnnData:X") if layer is None else (adata.layers[layer], f"AnnData:layers/{layer}")
     if values is None:
-        raise InputError(f"AnnData: has no X; name one of its layers: {', '.join(adata.layers) or 'there are none'}")
+        raise InputError(f"AnnData: has no X; name one of its layers: {layers or 'there are none'}")
     return ExpressionMatrix.of(values, observed=observed, name=name).annotated(annotation)
 
 
@@ -267,7 +273,7 @@ def _marked(matrix: ExpressionMatrix, given: Any) -> bool:
 def _layers(matrix: ExpressionMatrix, given: Any) -> list[str]:
     """Names by which other matrices of an AnnData or a store can be asked for."""
     if is_anndata(given):
-        return [*given.layers, *(["raw"] if getattr(given, "raw", None) is not None else [])]
+        return [*filter(None, given.layers), *(["raw"] if getattr(given, "raw", None) is not None else [])]
     return [] if matrix.origin is None else layers_of(open_store(matrix.origin.path))
 
 
@@ -282,7 +288,7 @@ def storable_annotation(matrix: ExpressionMatrix, listen: Listener) -> Expressio
     if matrix.annotation is None:
         return matrix
     (obs, of_obs), (var, of_var) = storable(matrix.obs, "obs"), storable(matrix.var, "var")
-    for note in of_obs + of_var:
+    for note in of_obs + of_var + swapped_axes(obs, var):
         listen(Note(f"{matrix.name}: {note}"))
     return matrix.annotated(Annotation(obs, var))
 

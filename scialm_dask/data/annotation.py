@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from scialm_dask.data.arrays import check_whole
 from scialm_dask.data.storable import as_text, first_line
@@ -14,8 +14,20 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-__all__ = ["Annotation", "StoredAnnotation", "read_annotation", "symbols", "total_counts"]
+__all__ = [
+    "Annotation",
+    "StoredAnnotation",
+    "looks_like",
+    "read_annotation",
+    "swapped_axes",
+    "symbols",
+    "total_counts",
+    "unique_names",
+]
 
+_BARCODE = r"(?:^|[^A-Z])[ACGTN]{8,}(?:[^A-Z]|$)"
+_GENE_ID = r"^(?:ENS[A-Z]*G|FBGN|WBGENE)\d{6,}"
+_COMMON_GENES = frozenset("ACTB GAPDH B2M MALAT1 EEF1A1 TPT1 RPLP0 RPS6 UBC HSPA8 MT-CO1 PPIA TMSB4X FTL".split())
 _SYMBOLS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name")  # of CELLxGENE, scanpy and loom
 
 
@@ -112,3 +124,39 @@ def total_counts(obs: pd.DataFrame, name: str) -> NDArray[np.float64] | None:
         raise InputError(
             f"{name}: obs['total_counts'] holds no numbers ({first_line(error)}); give raw totals or drop the column"
         ) from error
+
+
+def looks_like(names: pd.Index) -> Literal["cells", "genes"] | None:
+    """Tell barcodes from names or IDs of genes; None if they look like neither."""
+    import pandas as pd
+
+    text = pd.Index([str(name).upper() for name in names], dtype=object)  # pandas 3 has no str for half a surrogate
+    if text.str.contains(_BARCODE).mean() > 0.5:
+        return "cells"
+    few = len(_COMMON_GENES.intersection(text)) < 3
+    return None if few and text.str.contains(_GENE_ID).mean() < 0.5 else "genes"
+
+
+def unique_names(frame: pd.DataFrame, what: str) -> tuple[pd.DataFrame, list[str]]:
+    """Make the names of cells or genes unique as scanpy does; say so in a note, if any name has changed."""
+    import warnings
+
+    from anndata.utils import make_index_unique
+
+    n_repeated = int(frame.index.duplicated().sum())
+    if not n_repeated:
+        return frame, []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a suffix may look like part of a name
+        frame = frame.set_axis(make_index_unique(frame.index), axis=0)
+    return frame, [f"{n_repeated} repeated {what} names were made unique with -1, -2, …"]
+
+
+def swapped_axes(obs: pd.DataFrame, var: pd.DataFrame) -> list[str]:
+    """Say in a note that a matrix may be genes × cells, if its names look like that."""
+    of_obs, of_var = looks_like(obs.index), looks_like(var.index)
+    if of_obs != "genes" and of_var != "cells":
+        return []
+    return [
+        f"cells are called {obs.index[0]}, … and genes {var.index[0]}, …: if this is genes × cells, give its transpose"
+    ]

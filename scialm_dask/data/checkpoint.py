@@ -1,7 +1,7 @@
-"""Checkpoints on disk: for each a numbered folder of plain arrays and a manifest. Knows nothing of what they mean.
+"""Checkpoints, in a folder or behind a URL alike: for each a numbered group of Zarr arrays, and a manifest.
 
-One is written aside, synced, and renamed when it is whole. The manifest, which is written last, tells the size and the
-SHA-256 of every array and of itself, and nothing is used before it was compared. The last two are kept.
+The manifest, small and written last, makes one whole; it tells its own SHA-256, and every chunk has a checksum. Nothing
+is used that is not as it was written. The last two are kept. Knows nothing of what they mean.
 """
 
 from __future__ import annotations
@@ -15,129 +15,218 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any, NamedTuple, Self
 
-from scialm_dask.data.array_files import ArrayFile, ArrayFolder, folder_at, sync_file
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.errors import ContainsArrayError
+from zarr.storage import LocalStore
+
+from scialm_dask.arguments import short_repr
+from scialm_dask.data.arrays import missing_chunks
+from scialm_dask.data.lease import lease
+from scialm_dask.data.remote import RemoteStore, all_of, is_url
 from scialm_dask.data.store import output_error
 from scialm_dask.errors import CheckpointError, InputError, OutputError
 
-__all__ = ["Arrays", "Checkpoint", "Checkpoints", "manifest_of", "read_checkpoint", "read_manifest"]
+__all__ = ["ArrayFolder", "Checkpoint", "Checkpoints", "Piece"]
 
-FORMAT = 1
+FORMAT = 2
 _KIND = "scialm-dask checkpoint"
-KEPT = 2
-MANIFEST = "manifest.json"
-_LOCK = ".lock"
-_OWNED = ".scratch"
-_PARTIAL = ".partial"
-NUMBERED = re.compile(r"\d{6,}")
-_ARRAY_NAME = re.compile(r"[a-z_]+\.\d+\.npy")  # so that none leads out of the folder
+_KEPT = 2
+_MANIFEST = "manifest.json"
+_LOCK, _OWNED = ".lock", ".scratch"
+_CHUNK = 32 << 20  # bytes, so that few of them are in memory beside the array itself
+_NUMBERED = re.compile(r"\d{6,}")
+_ARRAY_NAME = re.compile(r"[a-z_]+\.\d+")  # so that none leads out of the folder
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # some network disks have none
+_BYTES = default_buffer_prototype()
 
 
-Arrays = Mapping[str, Sequence[ArrayFile]]
+class Piece(NamedTuple):
+    """An array of a checkpoint: its name, shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+Arrays = Mapping[str, Sequence[Piece]]
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """One that is whole.
+class ArrayFolder:
+    """Writes and reads the arrays of one checkpoint, in whichever process; small, to be sent to workers.
 
     Parameters
     ----------
     path
-        Its folder.
-    notes
-        Plain values.
-    arrays
-        Files of arrays, one for each block or just one, by what they hold.
+        A folder on a disk that all workers see, or a URL that they reach.
     """
 
     path: str
+
+    def put(self, name: str, block: int, array: NDArray[Any]) -> Piece:
+        """Write an array. The same call again, even at once, does no harm."""
+        piece = Piece(f"{name}.{block}", array.shape, array.dtype.str)
+        rows = max(1, _CHUNK // max(1, array[:1].nbytes))
+        store = _store_at(self.path)
+        try:
+            written = zarr.create_array(
+                store,
+                name=piece.name,
+                shape=array.shape,
+                dtype=array.dtype,
+                chunks=tuple(max(1, n) for n in (min(rows, array.shape[0]), *array.shape[1:])),
+                compressors=Crc32cCodec(),
+                zarr_format=3,
+                config={"write_empty_chunks": True},
+            )
+        except ContainsArrayError:  # its chunks are replaced, each at once, by what they are
+            written = zarr.open_array(store, path=piece.name, mode="r+")
+        written[...] = np.ascontiguousarray(array)
+        return piece
+
+    def get(self, piece: Piece) -> NDArray[Any]:
+        """Read what `put` wrote; raises `CheckpointError` if that is no longer what is there."""
+        with self._found(piece) as array:
+            return np.asarray(array[...])
+
+    def verify(self, piece: Piece) -> None:
+        """Raise `CheckpointError` if an array is not as it was written. Takes next to no memory."""
+        with self._found(piece) as array:
+            for start in range(0, array.shape[0] if array.size else 0, array.chunks[0]):
+                array[start : start + array.chunks[0]]
+
+    @contextlib.contextmanager
+    def _found(self, piece: Piece) -> Iterator[zarr.Array[Any]]:
+        try:
+            array = zarr.open_array(_store_at(self.path), path=piece.name, mode="r")
+            if (array.shape, array.dtype.str) != piece[1:] or missing_chunks(array):
+                raise CheckpointError(f"{self.path}: {piece.name} is not whole, or not what was written")
+            yield array
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.path}: {piece.name} is missing") from None
+        except (InputError, PermissionError):
+            raise
+        except Exception as error:  # whatever codecs and parsers raise
+            raise CheckpointError(f"{self.path}: {piece.name} is damaged ({short_repr(error)})") from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that is whole: plain values, and arrays by what they hold, one for each block or just one."""
+
+    path: str
     notes: dict[str, Any]
-    arrays: dict[str, tuple[ArrayFile, ...]]
+    arrays: dict[str, tuple[Piece, ...]]
 
     @property
     def files(self) -> ArrayFolder:
-        """What reads them."""
-        return folder_at(self.path)
+        """What reads the arrays."""
+        return ArrayFolder(self.path)
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder of their own that is locked while this is open.
+    """The checkpoints of one run, locked while this is open.
 
     Parameters
     ----------
     folder
-        On a disk that all workers see. Made if it is not there, but not its parent.
+        Of this run alone: a folder that all workers see, made if it is not there, but not its parent; or a URL.
 
     Raises
     ------
     OutputError
-        If the folder cannot be made or written, or another run uses it.
+        If it cannot be made or written, or another run uses it.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = os.path.abspath(folder)
-        if not os.path.isdir(os.path.dirname(self.folder)):
-            raise OutputError(f"{os.path.dirname(self.folder)}: no such folder; create it first")
+        folder = os.fspath(folder)
+        self.folder = folder.rstrip("/") if is_url(folder) else os.path.abspath(folder)
+        self._store, self._refused, self._open = _store_at(self.folder), set[str](), ExitStack()
         try:
-            os.makedirs(self.folder, exist_ok=True)
-            self._lock = _locked(self.folder)
+            if isinstance(self._store, LocalStore):
+                self._make_folder()
+            self._lease = self._open.enter_context(lease(self._store, self.folder))
         except OSError as error:
+            self._open.close()
             if isinstance(error, OutputError):
                 raise
             raise OutputError(f"{self.folder}: not writable ({error.strerror}); choose another folder") from error
-        self._refused: set[str] = set()
-        for name in os.listdir(self.folder):
-            if name.endswith(_PARTIAL):
-                shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
+        for name in set(self._numbered()) - set(self.names()):  # never completed
+            self._delete(name)
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._lock.close()
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def _make_folder(self) -> None:
+        if not os.path.isdir(os.path.dirname(self.folder)):
+            raise OutputError(f"{os.path.dirname(self.folder)}: no such folder; create it first")
+        self._cleared = not os.path.exists(self.folder)
+        os.makedirs(self.folder, exist_ok=True)
+        self._open.enter_context(_locked(self.folder))
+        self._open.callback(self._tidy)
+
+    def _tidy(self) -> None:
+        """Remove a folder in which nothing is left of us."""
+        with contextlib.suppress(OSError):
+            if self._cleared and not set(os.listdir(self.folder)) - {_LOCK}:
+                shutil.rmtree(self.folder)
 
     def names(self) -> list[str]:
         """Names of all that were completed, newest first; those refused are left out."""
-        there = (name for name in os.listdir(self.folder) if NUMBERED.fullmatch(name))
-        return sorted((name for name in there if name not in self._refused), key=int, reverse=True)
+        whole = (name for name in self._numbered() if sync(self._store.exists(f"{name}/{_MANIFEST}")))
+        return sorted((name for name in whole if name not in self._refused), key=int, reverse=True)
 
     def read(self, name: str) -> Checkpoint:
-        """Read the manifest of one, and see that all its arrays are as they were written.
+        """Read one, and see that all its arrays are as they were written.
 
         Raises
         ------
         CheckpointError
-            If it is torn, truncated, edited, or of a newer version of this program.
+            If it is torn, truncated, edited, or of another version of this program.
         """
-        return read_checkpoint(os.path.join(self.folder, name))
+        found = self._manifest(name)
+        every = [piece for group in found.arrays.values() for piece in group]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            list(pool.map(found.files.verify, every))
+        return found
 
     def notes(self) -> dict[str, Any]:
-        """Give the notes of the last one that can be read; see `read` for what that does not check."""
+        """Return the notes of the last one whose manifest can be read."""
+        refusal = ""
         for name in self.names():
-            with contextlib.suppress(CheckpointError):
-                return read_manifest(os.path.join(self.folder, name)).notes
-        raise InputError(f"{self.folder}: holds no checkpoint that can be read; check the path")
+            try:
+                return self._manifest(name).notes
+            except CheckpointError as error:
+                refusal = refusal or f" ({error})"
+        raise InputError(f"{self.folder}: holds no checkpoint that can be read{refusal}; check the path")
 
     def refuse(self, name: str) -> None:
         """Leave one out from now on. It is not deleted."""
         self._refused.add(name)
 
     def begin(self) -> ArrayFolder:
-        """Make a folder for the arrays of a new one."""
-        path = os.path.join(self.folder, f".{uuid.uuid4().hex[:8]}{_PARTIAL}")
-        os.mkdir(path)
-        return ArrayFolder(path)
+        """Choose a place for the arrays of a new one."""
+        newest = max(map(int, self._numbered()), default=0)
+        return ArrayFolder(f"{self.folder}/{newest + 1:06d}")
 
     def abandon(self, files: ArrayFolder) -> None:
         """Remove one that was begun and cannot be completed."""
-        shutil.rmtree(files.path, ignore_errors=True)
+        self._delete(os.path.basename(files.path))
 
     def commit(self, files: ArrayFolder, notes: Mapping[str, Any], arrays: Arrays) -> Checkpoint:
         """Complete what was begun, and drop all older ones but one.
@@ -145,31 +234,30 @@ class Checkpoints:
         Raises
         ------
         OutputError
-            If it cannot be written, or workers wrote where this process does not see it.
+            If it cannot be written, workers wrote where this process does not see it, or another run has taken over.
         """
-        for file in (file for group in arrays.values() for file in group):
-            if not os.path.exists(os.path.join(files.path, file.name)):
+        name = os.path.basename(files.path)
+        for piece in (piece for group in arrays.values() for piece in group):
+            if not sync(self._store.exists(f"{name}/{piece.name}/zarr.json")):
                 raise OutputError(
-                    f"{self.folder}: {file.name}, which a worker has written, is not there; choose a folder on a disk "
-                    "that all workers share"
+                    f"{self.folder}: {piece.name}, which a worker has written, is not there; choose a folder on a disk "
+                    "that all workers share, or give all the same configuration of fsspec"
                 )
-        with open(os.path.join(files.path, MANIFEST), "w") as manifest:
-            manifest.write(manifest_of(notes, arrays))
-            sync_file(manifest)
-        _sync_folder(files.path)
-        newest = max((int(name) for name in os.listdir(self.folder) if NUMBERED.fullmatch(name)), default=0)
-        final = os.path.join(self.folder, f"{newest + 1:06d}")
-        os.rename(files.path, final)
-        _sync_folder(self.folder)
-        for name in self.names()[KEPT:]:
-            self.remove(name)
-        return Checkpoint(final, dict(notes), {name: tuple(group) for name, group in arrays.items()})
+        self._lease.check()
+        content = _BYTES.buffer.from_bytes(_manifest_of(notes, arrays).encode())
+        sync(self._store.set(f"{name}/{_MANIFEST}", content))
+        for older in self.names()[_KEPT:]:
+            self.remove(older)
+        return Checkpoint(files.path, dict(notes), {name: tuple(group) for name, group in arrays.items()})
 
     def own(self, folder: str | None) -> None:
         """Take charge of a folder of temporary files, and remove the one before, which a run that was killed left.
 
-        Both sides hold the same token: a folder that merely was named here by somebody is not removed.
+        Both sides hold the same token: a folder that merely was named here by somebody is not removed, and none because
+        of what is behind a URL.
         """
+        if is_url(self.folder):
+            return
         path = Path(self.folder, _OWNED)
         if path.exists():
             token, _, before = path.read_text().partition(" ")
@@ -183,63 +271,68 @@ class Checkpoints:
             path.write_text(f"{token} {folder}")
 
     def clear(self) -> None:
-        """Remove all checkpoints, and the folder if nothing else is there."""
+        """Remove all checkpoints; the folder goes when this is closed, if nothing else is there."""
+        self._cleared = True
+        self.own(None)
         for name in self.names():
             self.remove(name)
-        if not set(os.listdir(self.folder)) - {_LOCK, _OWNED}:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def remove(self, name: str) -> None:
-        """Remove one: first its name, so that it never looks torn."""
-        aside = os.path.join(self.folder, f".{name}{_PARTIAL}")
-        os.rename(os.path.join(self.folder, name), aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        """Remove one: first its manifest, so that it never looks torn."""
+        sync(self._store.delete(f"{name}/{_MANIFEST}"))
+        self._delete(name)
 
     def error(self, error: OSError) -> OSError:
         """Say what went wrong in writing one, where that is known."""
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError | PermissionError):
             return OutputError(
-                f"{self.folder}: a worker does not see this folder; choose one on a disk that all workers share"
+                f"{self.folder}: a worker cannot write to this folder; choose one on a disk that all workers share"
             )
         return output_error(self.folder, error)
 
+    def _numbered(self) -> list[str]:
+        return [name for name in sync(all_of(self._store.list_dir(""))) if _NUMBERED.fullmatch(name)]
 
-def read_checkpoint(path: str) -> Checkpoint:
-    """Read one from its folder; see `Checkpoints.read`."""
-    checkpoint = read_manifest(path)
-    every = [file for group in checkpoint.arrays.values() for file in group]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
-        list(pool.map(checkpoint.files.verify, every))
-    return checkpoint
+    def _delete(self, name: str) -> None:
+        with contextlib.suppress(Exception):  # what is not whole is not used, and tried again the next time
+            sync(self._store.delete_dir(name))
+
+    def _manifest(self, name: str) -> Checkpoint:
+        """Read one without a look at its arrays."""
+        path, written = f"{self.folder}/{name}", sync(self._store.get(f"{name}/{_MANIFEST}", _BYTES))
+        if written is None:
+            raise CheckpointError(f"{path}: has no {_MANIFEST}; it is torn")
+        try:
+            content = json.loads(written.to_bytes())
+            kind, version = content["kind"], int(content["format"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: {_MANIFEST} is damaged ({short_repr(error)})") from error
+        if kind != _KIND or version != FORMAT:
+            raise CheckpointError(
+                f"{path}: of format {version}, and this program reads format {FORMAT}; go on with the scialm-dask that "
+                "wrote it, or begin anew"
+            )
+        if content.pop("sha256", None) != _digest(content):
+            raise CheckpointError(f"{path}: {_MANIFEST} is not what was written; it is damaged or edited")
+        try:
+            arrays = {
+                name: tuple(Piece(str(piece), tuple(map(int, shape)), str(dtype)) for piece, shape, dtype in group)
+                for name, group in content["arrays"].items()
+            }
+            notes = dict(content["notes"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: {_MANIFEST} is not what a run writes ({short_repr(error)})") from error
+        for piece in (piece.name for group in arrays.values() for piece in group):
+            if not _ARRAY_NAME.fullmatch(piece):
+                raise CheckpointError(f"{path}: names a file {piece!r}, which is no array of a checkpoint")
+        return Checkpoint(path, notes, arrays)
 
 
-def read_manifest(path: str) -> Checkpoint:
-    """Read one without a look at its arrays."""
-    try:
-        manifest = folder_at(path).read(MANIFEST)
-    except CheckpointError:
-        raise CheckpointError(f"{path}: has no {MANIFEST}; it is torn") from None
-    try:
-        content = json.loads(manifest)
-        kind, version = content["kind"], int(content["format"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: {MANIFEST} is damaged ({error})") from error
-    if kind != _KIND or version > FORMAT:
-        raise CheckpointError(
-            f"{path}: of format {version}, and this program reads format {FORMAT} at most; use the newer scialm-dask "
-            "that wrote it"
-        )
-    if content.pop("sha256", None) != _digest(content):
-        raise CheckpointError(f"{path}: {MANIFEST} is not what was written; it is damaged or edited")
-    arrays = {name: tuple(ArrayFile(*file) for file in group) for name, group in content["arrays"].items()}
-    for name in (file.name for group in arrays.values() for file in group):
-        if not _ARRAY_NAME.fullmatch(name):
-            raise CheckpointError(f"{path}: names a file {name!r}, which is no array of a checkpoint")
-    return Checkpoint(path, content["notes"], arrays)
+def _store_at(path: str) -> Any:
+    return RemoteStore.at(path, read_only=False) if is_url(path) else LocalStore(path)
 
 
-def manifest_of(notes: Mapping[str, Any], arrays: Arrays) -> str:
-    """Write a manifest, JSON."""
+def _manifest_of(notes: Mapping[str, Any], arrays: Arrays) -> str:
     content = {"kind": _KIND, "format": FORMAT, "notes": notes, "arrays": arrays}
     return json.dumps(content | {"sha256": _digest(content)}, indent=1)
 
@@ -248,28 +341,17 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _locked(folder: str) -> IO[str]:
-    """Lock a folder until the file that is returned is closed, or this process ends however it does."""
-    lock = open(os.path.join(folder, _LOCK), "a")  # noqa: SIM115  held open
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise OutputError(
-            f"{folder}: another run writes its checkpoints there; let it end, or choose another folder"
-        ) from None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            lock.close()
-            raise
-    return lock
-
-
-def _sync_folder(path: str) -> None:
-    """Make names in a folder last, where the system can."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Lock a folder, until this process ends however it does; where its disk has locks they reach all machines."""
+    with open(os.path.join(folder, _LOCK), "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{folder}: another run writes its checkpoints there; let it end, or choose another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
 import zarr
-from numpy.typing import NDArray
 
-from scialm_dask.data.annotation import StoredAnnotation, read_annotation
+from scialm_dask.data.annotation import read_annotation, swapped_axes, unique_names
 from scialm_dask.data.arrays import set_encoding
 from scialm_dask.data.fingerprint import Stamp
+from scialm_dask.data.formats import genes_among, locate
+from scialm_dask.data.joining import Matrix, Source, joined, sample_names, with_genes
 from scialm_dask.data.matrix import check_values
-from scialm_dask.data.rows import StoredRows, blocks_of, check_chunks, describe, numeric, sum_duplicates
+from scialm_dask.data.remote import is_url
+from scialm_dask.data.rows import StoredRows, blocks_of, check_chunks, numeric, sum_duplicates
 from scialm_dask.data.storable import storable
-from scialm_dask.data.store import atomic_store, check_output, lasting, new_anndata, open_store, readable
+from scialm_dask.data.store import (
+    MARKERS,
+    atomic_store,
+    check_output,
+    lasting,
+    new_anndata,
+    open_store,
+    readable,
+)
 from scialm_dask.data.stream import in_order
-from scialm_dask.data.tenx import MatrixMarket, h5_annotation, h5_group, h5_rows, is_10x_h5
+from scialm_dask.data.text import Axis, TextMatrix, open_text
 from scialm_dask.data.transpose import Entries, columns_of, csr_of, rows_in_order
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
@@ -28,45 +38,23 @@ from scialm_dask.events import Advance, Listener, Note, begin, silent
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["convert", "unique_names"]
-
-_GENES = "Gene Expression"
-
-
-Blocks = Callable[[Advance], Iterator[sp.csr_matrix]]
-
-
-class _Matrix(NamedTuple):
-    """A matrix to write: its columns and type, and what makes its rows, block after block, in order.
-
-    `blocks` may raise `_OutOfOrderError`; then `sorted_blocks` makes the same rows, by sorting the entries on disk.
-    """
-
-    n_columns: int
-    dtype: np.dtype[Any]
-    blocks: Blocks
-    sorted_blocks: Blocks | None = None
+__all__ = ["convert"]
 
 
 class _OutOfOrderError(Exception):
     pass
 
 
-class _Source(NamedTuple):
-    matrices: dict[str, _Matrix]
-    obs: pd.DataFrame
-    var: pd.DataFrame
-    notes: list[str]
-    logarithms: bool = False  # whether X is marked as such
-    raw_var: pd.DataFrame | None = None  # genes of .raw.X
-
-
 def convert(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     destination: str | os.PathLike[str],
     *,
     layer: str | None = None,
     genome: str | None = None,
+    prefix: str | None = None,
+    rows: Axis | None = None,
+    sample_key: str = "sample",
+    join: Literal["inner", "outer"] = "inner",
     missing_chunks_are_zeros: bool = False,
     overwrite: bool = False,
     listen: Listener = silent,
@@ -81,14 +69,24 @@ def convert(
     ----------
     source
         AnnData .h5ad or .zarr (X and all layers; CSR, CSC or dense), a bare 2-D Zarr array, a 10x .h5 file (of any
-        version), or a 10x folder with matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, plain or gzip. Of 10x
-        data with other features too, only ``Gene Expression`` is taken.
+        version), loom, a folder with matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, as Cell Ranger and
+        STARsolo write it, one .mtx file, or a table in .csv, .tsv or .txt with names in its first line and column;
+        text may be gzip. Of 10x data with other features too, only ``Gene Expression`` is taken. Of several sources
+        the cells are put one after the other, genes matched by name.
     destination
         The store to write.
     layer
         Take this layer alone, as X, for instance counts beside an X that has been scaled.
     genome
         Which genome of a 10x file to take, where it holds several.
+    prefix
+        How the names of the files in a folder with matrix.mtx begin, such as ``GSM123_``.
+    rows
+        What the rows of a table or of one .mtx file are; told by the names if None.
+    sample_key
+        Column of ``obs`` for the names of several sources.
+    join
+        Genes of several sources: those that all have, or ``"outer"``: those that any has.
     missing_chunks_are_zeros
         Read the absent chunks of a dense Zarr array as zeros instead of refusing them.
     overwrite
@@ -108,22 +106,29 @@ def convert(
     OutputError
         If the destination cannot be written.
     """
-    source = os.fspath(source)
-    check_output(destination, overwrite=overwrite, sources=(source,))
-    with readable(source):
-        before = Stamp.of(lasting(source))
-        found = _open(source, layer, genome, missing_chunks_are_zeros)
+    given = [source] if isinstance(source, str | os.PathLike) else list(source)
+    sources = tuple(os.fspath(path) for path in given)
+    if not sources:
+        raise InputError("no source is given; give one at least")
+    check_output(destination, overwrite=overwrite, sources=sources)
+    before, parts = [], []
+    for path in sources:
+        with readable(path):
+            before.append(Stamp.of(lasting(path)))
+            parts.append(_open(path, layer, genome, prefix, rows, missing_chunks_are_zeros))
+    found = parts[0] if len(parts) == 1 else joined(parts, sample_names(sources), sample_key, join)
     advance = begin(listen, "converting")
-    with atomic_store(destination, overwrite=overwrite, sources=(source,)) as partial:
+    with atomic_store(destination, overwrite=overwrite, sources=sources) as partial:
         root = new_anndata(partial, obs=found.obs, var=found.var, raw_var=found.raw_var)
         n_stored = {
-            name: _write(root, name, matrix, source, lambda share: advance(share / len(found.matrices)))
+            name: _write(root, name, matrix, lambda share: advance(share / len(found.matrices)))
             for name, matrix in found.matrices.items()
         }
         if found.logarithms:
             set_encoding(root.create_group("uns/log1p"), "dict", "0.1.0")
         zarr.consolidate_metadata(root.store)
-        before.check()
+        for stamp in before:
+            stamp.check()
     for note in found.notes:
         listen(Note(note))
     return {
@@ -136,72 +141,62 @@ def convert(
     }
 
 
-def unique_names(frame: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """Make the index unique as scanpy does; tell how many names were changed."""
-    import warnings
-
-    from anndata.utils import make_index_unique
-
-    n_repeated = int(frame.index.duplicated().sum())
-    if n_repeated:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a suffix may look like part of a name
-            frame = frame.set_axis(make_index_unique(frame.index), axis=0)
-    return frame, n_repeated
-
-
-def _write(root: zarr.Group, name: str, matrix: _Matrix, source: str, advance: Advance) -> int:
+def _write(root: zarr.Group, name: str, matrix: Matrix, advance: Advance) -> int:
     """Write one matrix and return its number of non-zeros."""
     try:
-        return _write_blocks(root, name, matrix, matrix.blocks(advance), source)
+        return _write_blocks(root, name, matrix, matrix.blocks(advance))
     except _OutOfOrderError:
         assert matrix.sorted_blocks is not None
         del root[name]
-        return _write_blocks(root, name, matrix, matrix.sorted_blocks(advance), source)
+        return _write_blocks(root, name, matrix, matrix.sorted_blocks(advance))
 
 
-def _write_blocks(root: zarr.Group, name: str, matrix: _Matrix, blocks: Iterator[sp.csr_matrix], source: str) -> int:
+def _write_blocks(root: zarr.Group, name: str, matrix: Matrix, blocks: Iterator[sp.csr_matrix]) -> int:
     n_rows = n_stored = 0
     with CSRWriter(root, name, n_columns=matrix.n_columns, dtype=matrix.dtype) as writer:
         for block in blocks:
             if name == "X":
-                check_values(block, source, n_rows)
+                check_values(block, matrix.name, n_rows)
             block.eliminate_zeros()
             writer.append(block)
             n_rows, n_stored = n_rows + block.shape[0], n_stored + block.nnz
     return n_stored
 
 
-def _open(source: str, layer: str | None, genome: str | None, missing_chunks_are_zeros: bool) -> _Source:
-    if os.path.isdir(source) and not any(
-        os.path.exists(os.path.join(source, name)) for name in (".zgroup", ".zarray", "zarr.json")
-    ):
-        return _open_folder(source, layer)
-    store = open_store(source)
-    if not isinstance(store, zarr.Group | zarr.Array) and is_10x_h5(store):
-        return _open_10x_h5(source, layer, genome)
-    return _open_anndata(source, store, layer, missing_chunks_are_zeros)
+def _open(
+    path: str,
+    layer: str | None,
+    genome: str | None,
+    prefix: str | None,
+    rows: Axis | None,
+    missing_chunks_are_zeros: bool,
+) -> Source:
+    is_store = is_url(path) or any(os.path.exists(os.path.join(path, name)) for name in MARKERS)
+    if not is_store and (text := open_text(path, prefix, rows)) is not None:
+        if layer is not None:
+            raise InputError(f"{path}: text and 10x data have no layer {layer!r}; leave the layer out")
+        return _of_text(text)
+    return _of_store(path, open_store(path), layer, genome, missing_chunks_are_zeros)
 
 
-def _open_anndata(source: str, store: Any, layer: str | None, missing_chunks_are_zeros: bool) -> _Source:
+def _of_store(path: str, store: Any, layer: str | None, genome: str | None, missing_chunks_are_zeros: bool) -> Source:
     bare = isinstance(store, zarr.Array)
     more = sorted(store["layers"]) if layer is None and not bare and "layers" in store else []
     wanted = {"X": layer, **{f"layers/{name}": name for name in more}}
     if layer is None and not bare and "raw/X" in store and "layers/raw" not in store:
         wanted["raw/X"] = "raw"
-    found = {name: describe(source, store, which) for name, which in wanted.items()}
-    n_cells, n_genes = found["X"][0].shape
-    for rows, element in found.values():
+    found = {name: locate(path, store, which, genome) for name, which in wanted.items()}
+    n_cells, n_genes = found["X"].rows.shape
+    for rows, element, *_ in found.values():
         if rows.shape != (n_cells, rows.shape[1] if rows.element == "raw/X" else n_genes):
             raise InputError(f"{rows.name}: shape {rows.shape}, X has {(n_cells, n_genes)}; write the store again")
         check_chunks(rows, element, missing_chunks_are_zeros)
-    place = None if bare else StoredAnnotation(source, var="raw/var" if found["X"][0].element == "raw/X" else "var")
-    obs, var = (read_annotation(place, axis, length) for axis, length in (("obs", n_cells), ("var", n_genes)))
+    obs, var = (read_annotation(found["X"].annotation, axis, n) for axis, n in (("obs", n_cells), ("var", n_genes)))
     raw_var = None
     if "raw/X" in found:
-        raw_var = read_annotation(StoredAnnotation(source, var="raw/var"), "var", found["raw/X"][0].shape[1])
-    notes = [] if bare else _left_behind(store, "raw/X" in found or layer == "raw")
-    matrices = {name: _stored(*element) for name, element in found.items()}
+        raw_var = read_annotation(found["raw/X"].annotation, "var", found["raw/X"].rows.shape[1])
+    notes = found["X"].notes + ([] if bare else _left_behind(store, "raw/X" in found or layer == "raw"))
+    matrices = {name: _stored(located.rows, located.element) for name, located in found.items()}
     marked = layer is None and not bare and "uns/log1p" in store
     return _source(matrices, obs, var, notes)._replace(logarithms=marked, raw_var=raw_var)
 
@@ -212,86 +207,42 @@ def _left_behind(store: Any, raw_is_kept: bool) -> list[str]:
     return [f"not carried over: {', '.join(names)}"] if names else []
 
 
-def _open_10x_h5(source: str, layer: str | None, genome: str | None) -> _Source:
-    _refuse_layer(source, layer)
-    group = h5_group(source, genome)
-    rows = h5_rows(source, group)
-    obs, var = h5_annotation(rows)
-    matrix = _stored(rows, open_store(source)[group])
-    keep = np.ones(len(var), bool)
-    if genome is not None and "genome" in var:
-        keep = (var["genome"] == genome).to_numpy()
-        if not keep.any():
-            known = ", ".join(sorted(set(var["genome"])))
-            raise InputError(f"{source}: has no genome {genome}; it holds {known}")
-    return _genes_only({"X": matrix}, obs, var, keep)
+def _of_text(text: TextMatrix) -> Source:
+    obs, var = text.annotation()
+    keep, notes = genes_among(var)
 
+    def sorted_blocks(advance: Advance) -> Iterator[sp.csr_matrix]:
+        read = text.entries(lambda share: advance(share / 2))
+        return _sorted(read, text.shape, text.dtype, text.n_entries, text.name, advance)
 
-def _refuse_layer(source: str, layer: str | None) -> None:
-    if layer is not None:
-        raise InputError(f"{source}: 10x data have no layer {layer!r}; leave the layer out")
-
-
-def _open_folder(source: str, layer: str | None) -> _Source:
-    _refuse_layer(source, layer)
-    market = MatrixMarket.open(source)
-    obs, var = market.annotation()
-    matrix = _Matrix(
-        market.shape[1],
-        market.dtype,
-        lambda advance: _as_they_come(market, advance),
-        lambda advance: _sorted(
-            market.entries(), market.shape, market.dtype, market.n_entries, str(market.matrix), advance
-        ),
+    everything = Matrix(
+        text.name, text.shape[1], text.dtype, lambda advance: _as_they_come(text, advance), sorted_blocks
     )
-    return _genes_only({"X": matrix}, obs, var, np.ones(len(var), bool))
+    matrix = everything if keep.all() else with_genes(everything, np.where(keep, np.cumsum(keep) - 1, -1))
+    return _source({"X": matrix}, obs, var[keep], notes)
 
 
-def _genes_only(matrices: dict[str, _Matrix], obs: pd.DataFrame, var: pd.DataFrame, keep: NDArray[np.bool_]) -> _Source:
-    """Leave out antibodies and other features, unless there is nothing else."""
-    notes = []
-    if "feature_types" in var and 0 < (var["feature_types"] == _GENES).sum() < len(var):
-        others = (var["feature_types"] != _GENES).to_numpy()
-        notes.append(f"left out {np.sum(keep & others)} features that are not {_GENES}")
-        keep = keep & ~others
-    if keep.all():
-        return _source(matrices, obs, var, notes)
-    columns = np.flatnonzero(keep)
-
-    def chosen(blocks: Blocks) -> Blocks:
-        return lambda advance: (block[:, columns] for block in blocks(advance))
-
-    kept = {
-        name: matrix._replace(
-            n_columns=len(columns),
-            blocks=chosen(matrix.blocks),
-            sorted_blocks=matrix.sorted_blocks and chosen(matrix.sorted_blocks),
-        )
-        for name, matrix in matrices.items()
-    }
-    return _source(kept, obs, var[keep], notes)
-
-
-def _source(matrices: dict[str, _Matrix], obs: pd.DataFrame, var: pd.DataFrame, notes: list[str]) -> _Source:
+def _source(matrices: dict[str, Matrix], obs: pd.DataFrame, var: pd.DataFrame, notes: list[str]) -> Source:
     (obs, of_obs), (var, of_var) = storable(obs, "obs"), storable(var, "var")
-    (obs, n_cells), (var, n_genes) = unique_names(obs), unique_names(var)
-    repeated = [
-        f"{n} repeated {what} names were made unique with -1, -2, …"
-        for n, what in ((n_cells, "cell"), (n_genes, "gene"))
-        if n
-    ]
-    return _Source(matrices, obs, var, notes + of_obs + of_var + repeated)
+    (obs, of_cells), (var, of_genes) = unique_names(obs, "cell"), unique_names(var, "gene")
+    swapped = swapped_axes(obs, var)
+    return Source(matrices, obs, var, [*notes, *of_obs, *of_var, *of_cells, *of_genes, *swapped])
 
 
-def _stored(rows: StoredRows, element: Any) -> _Matrix:
+def _stored(rows: StoredRows, element: Any) -> Matrix:
     """Take a matrix that is stored by cells, by genes or dense."""
     if rows.encoding == "csc_matrix":
         dtype, n_stored = numeric(element["data"].dtype), int(element["data"].shape[0])
 
         def transposed(advance: Advance) -> Iterator[sp.csr_matrix]:
-            return _sorted(columns_of(rows), rows.shape, dtype, n_stored, rows.name, advance)
+            def read() -> Iterator[Entries]:
+                for piece in columns_of(rows):
+                    yield piece
+                    advance(len(piece.rows) / n_stored / 2)
 
-        return _Matrix(rows.shape[1], dtype, transposed)
+            return _sorted(read(), rows.shape, dtype, n_stored, rows.name, advance)
+
+        return Matrix(rows.name, rows.shape[1], dtype, transposed)
     cuts = blocks_of(rows, element)
 
     def read(span: tuple[int, int]) -> sp.csr_matrix:
@@ -304,7 +255,8 @@ def _stored(rows: StoredRows, element: Any) -> _Matrix:
             yield block
             advance(1 / len(cuts))
 
-    return _Matrix(rows.shape[1], numeric((element if rows.encoding == "array" else element["data"]).dtype), straight)
+    dtype = numeric((element if rows.encoding == "array" else element["data"]).dtype)
+    return Matrix(rows.name, rows.shape[1], dtype, straight)
 
 
 def _sorted(
@@ -315,22 +267,16 @@ def _sorted(
     name: str,
     advance: Advance,
 ) -> Iterator[sp.csr_matrix]:
-    """Sort entries on disk; half of the work is reading them, half is writing them."""
-
-    def counted() -> Iterator[Entries]:
-        for piece in pieces:
-            yield piece
-            advance(len(piece.rows) / n_expected / 2)
-
-    for block in rows_in_order(counted(), shape, dtype, n_expected, name):
+    """Sort entries on disk; the second half of the work is writing them."""
+    for block in rows_in_order(pieces, shape, dtype, n_expected, name):
         yield block
         advance(block.shape[0] / shape[0] / 2)
 
 
-def _as_they_come(market: MatrixMarket, advance: Advance) -> Iterator[sp.csr_matrix]:
-    """Rows of a Matrix Market file without sorting, which its cells must not fall for."""
-    next_row, waiting = 0, Entries(*(np.empty(0, kind) for kind in (np.int64, np.int32, market.dtype)))
-    for piece in market.entries():
+def _as_they_come(text: TextMatrix, advance: Advance) -> Iterator[sp.csr_matrix]:
+    """Rows of text without sorting, for which its cells must be in order."""
+    next_row, waiting = 0, Entries(*(np.empty(0, kind) for kind in (np.int64, np.int32, text.dtype)))
+    for piece in text.entries(advance):
         entries = Entries(*(np.concatenate(parts) for parts in zip(waiting, piece, strict=True)))
         if entries.rows[0] < next_row or np.any(np.diff(entries.rows) < 0):
             raise _OutOfOrderError
@@ -338,7 +284,6 @@ def _as_they_come(market: MatrixMarket, advance: Advance) -> Iterator[sp.csr_mat
         n_done = int(np.searchsorted(entries.rows, last))
         done, waiting = Entries(*(part[:n_done] for part in entries)), Entries(*(part[n_done:] for part in entries))
         if last > next_row:
-            yield csr_of(done, (next_row, last), market.shape[1], market.dtype, str(market.matrix))
+            yield csr_of(done, (next_row, last), text.shape[1], text.dtype, text.name)
             next_row = last
-        advance(len(piece.rows) / market.n_entries)
-    yield csr_of(waiting, (next_row, market.shape[0]), market.shape[1], market.dtype, str(market.matrix))
+    yield csr_of(waiting, (next_row, text.shape[0]), text.shape[1], text.dtype, text.name)

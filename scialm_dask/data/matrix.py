@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import dask
 import numpy as np
 import scipy.sparse as sp
-import zarr
 
 from scialm_dask.arguments import checked, short_repr
 from scialm_dask.data.annotation import Annotation, StoredAnnotation, read_annotation
 from scialm_dask.data.fingerprint import Stamp
+from scialm_dask.data.formats import locate
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, describe, sum_duplicates
+from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, sum_duplicates
 from scialm_dask.data.store import lasting, open_store, readable
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.temporary import check_seen, current_client, temporary_csr
-from scialm_dask.data.transpose import spill_to_csr
+from scialm_dask.data.transpose import Entries, rows_in_order, spill_to_csr
 from scialm_dask.errors import InputError
+from scialm_dask.reduction import tree_reduce
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -36,11 +37,12 @@ __all__ = [
     "check_observed",
     "check_values",
     "held_array",
-    "tree_reduce",
 ]
 
 Observed = Literal["nonzero", "finite"]
 T = TypeVar("T")
+
+_LARGEST = 1e15  # value; of larger ones, and of smaller than its inverse, products leave what float32 holds
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ class ExpressionMatrix:
         observed: Observed = "nonzero",
         missing_chunks_are_zeros: bool = False,
     ) -> ExpressionMatrix:
-        """Open X, or a layer, of an AnnData store (.zarr, format 2 or 3, or .h5ad), or a bare 2-D Zarr array.
+        """Open X, or a layer, of an AnnData store (.zarr, format 2 or 3, or .h5ad), or whatever else holds one matrix.
+
+        That is a bare 2-D Zarr array, a 10x .h5, of which features other than genes are left out, or a loom file.
 
         Parameters
         ----------
@@ -127,17 +131,15 @@ class ExpressionMatrix:
         store = open_store(path)
         path = lasting(path)
         with readable(path):
-            rows, element = describe(path, store, layer)
+            rows, element, annotation, _ = locate(path, store, layer)
             stamp = Stamp.of(path, *((rows.element, "obs", "var", "raw/var") if rows.element else ()))
             check_chunks(rows, element, missing_chunks_are_zeros)
-        var = "raw/var" if rows.element == "raw/X" else "var"
         if rows.encoding == "csc_matrix":
             rows = spill_to_csr(rows)
             element = open_store(rows.path)[rows.element]
         with readable(rows.name):
             cuts = blocks_of(rows, element, blocks)
         origin = Origin(path, layer, missing_chunks_are_zeros)
-        annotation = None if isinstance(store, zarr.Array) else StoredAnnotation(path, var=var)
         return cls(rows, cuts, observed, annotation, origin, stamp)
 
     @classmethod
@@ -152,7 +154,8 @@ class ExpressionMatrix:
         Parameters
         ----------
         matrix
-            Cells × genes; a list of lists or a data frame will do as well.
+            Cells × genes; a list of lists or a data frame, dense or sparse, will do as well. Masked entries are
+            unknown: zeros, or NaN where zeros are observed.
         blocks
             Number of row blocks; chosen by the number of stored values if None.
         observed
@@ -174,9 +177,9 @@ class ExpressionMatrix:
             If the disk of the temporary store is full.
         """
         if dask.is_dask_collection(matrix):
-            rows = _computed(matrix, name)
+            rows = _computed(matrix, name, observed)
             return cls(rows, blocks_of(rows, open_store(rows.path)["X"], blocks), observed)
-        csr = sp.csr_matrix(held_array(matrix, name))
+        csr = sp.csr_matrix(held_array(_unmasked(matrix, observed), name))
         cuts = RowBlocks.even(csr.shape[0], blocks) if blocks else RowBlocks.by_nonzeros(csr.indptr)
         return cls(MemoryRows(csr, name), cuts, observed)
 
@@ -261,20 +264,29 @@ class ExpressionMatrix:
         Raises
         ------
         InputError
-            If a value is negative, NaN (under ``"nonzero"``) or infinite, or is not a number.
+            If a value is negative, NaN (under ``"nonzero"``) or infinite, or is not a number; or if the values are so
+            large or small, beyond 1e15 or 1e-15, that they cannot be computed with.
         """
         start, stop = self.blocks[block]
         csr = self.rows.read(start, stop)
         if csr.dtype.kind not in "buif":
             raise InputError(f"{self.name}: values are of type {csr.dtype}, not numbers; convert them first")
         dtype = csr.dtype if as_stored else np.float32
-        csr = sp.csr_matrix((csr.data.astype(dtype), csr.indices, csr.indptr), shape=csr.shape)
+        with np.errstate(over="ignore"):  # to infinity, which is refused below
+            csr = sp.csr_matrix((csr.data.astype(dtype), csr.indices, csr.indptr), shape=csr.shape)
         sum_duplicates(csr, self.name)
         if self.observed == "finite":
-            return _finite_entries(csr, self.name)
-        check_values(csr, self.name, start)
-        if not csr.data.all():
-            csr.eliminate_zeros()
+            csr = _finite_entries(csr, self.name)
+        else:
+            check_values(csr, self.name, start)
+            if not csr.data.all():
+                csr.eliminate_zeros()
+        largest = np.abs(csr.data).max(initial=0)
+        if largest and not as_stored and not 1 / _LARGEST <= largest <= _LARGEST:
+            raise InputError(
+                f"{self.name}: cells {start} to {stop - 1} have values up to {largest:g}, whose squares are beyond "
+                f"float32; multiply the matrix so that they lie between {1 / _LARGEST:g} and {_LARGEST:g}"
+            )
         return csr
 
     def to_dask(self) -> da.Array:
@@ -312,7 +324,16 @@ class ExpressionMatrix:
 
 
 def held_array(matrix: Any, name: str) -> Any:
-    """Take what is in memory, SciPy sparse or anything that NumPy takes; raises `InputError` as `check_array`."""
+    """Take what is in memory, SciPy sparse or anything that NumPy takes; raises `InputError` as `check_array`.
+
+    A sparse data frame stays sparse, and the bytes of numbers are put into the order of this machine.
+    """
+    if np.ma.is_masked(matrix):
+        raise InputError(f"{name}: has masked entries; fill them, with zeros or NaN, whatever stands for the unknown")
+    if hasattr(matrix, "columns") and all(
+        hasattr(kind, "fill_value") and kind.fill_value == 0 for kind in matrix.dtypes
+    ):
+        matrix = matrix.sparse.to_coo().tocsr()
     try:
         held = matrix if sp.issparse(matrix) else np.asarray(matrix)
     except (TypeError, ValueError) as error:
@@ -320,7 +341,18 @@ def held_array(matrix: Any, name: str) -> Any:
     if held.ndim == 0:
         raise InputError(f"{name} is {short_repr(matrix)}; give a matrix of numbers")
     check_array(held, name)
-    return held
+    return held.astype(held.dtype.newbyteorder("="), copy=False)
+
+
+def _unmasked(matrix: Any, observed: Observed) -> Any:
+    """Put what stands for the unknown where a masked array is masked."""
+    if not isinstance(matrix, np.ma.MaskedArray):
+        return matrix
+    if observed == "nonzero":
+        return matrix.filled(0)
+    filled = matrix.filled(0).astype(np.float64)
+    filled[np.ma.getmaskarray(matrix)] = np.nan
+    return filled
 
 
 def check_array(array: Any, name: str) -> None:
@@ -335,20 +367,27 @@ def check_array(array: Any, name: str) -> None:
         )
 
 
-def _computed(array: da.Array, name: str) -> StoredRows:
+def _computed(array: Any, name: str, observed: Observed) -> StoredRows:
+    if hasattr(array, "to_dask_array"):
+        raise InputError(f"{name}: a Dask data frame, of unknown length; give frame.to_dask_array(lengths=True)")
     check_array(array, name)
-    array = array.rechunk({1: -1})
-    blocks = (sp.csr_matrix(array.blocks[i].compute()) for i in range(array.numblocks[0]))
-    return temporary_csr(blocks, array.shape[1], array.dtype, name)
 
+    def chunk(*place: int) -> sp.csr_matrix:
+        return sp.csr_matrix(_unmasked(array.blocks[place].compute(), observed))
 
-def tree_reduce(parts: list[Any], combine: Callable[[T, T], T]) -> Any:
-    """Combine delayed parts pairwise, neighbours first: a fixed order, and few parts alive at a time."""
-    merge = dask.delayed(combine)
-    while len(parts) > 1:
-        pairs = [merge(*parts[i : i + 2]) for i in range(0, len(parts) - 1, 2)]
-        parts = pairs + parts[2 * len(pairs) :]
-    return parts[0]
+    dtype = np.dtype(np.float64) if observed == "finite" else array.dtype.newbyteorder("=")
+    if array.numblocks[0] > 1 or array.numblocks[1] == 1:
+        array = array.rechunk({1: -1})
+        return temporary_csr((chunk(i) for i in range(array.numblocks[0])), array.shape[1], dtype, name)
+    starts = np.cumsum([0, *array.chunks[1]])  # stored by genes, as CSC is
+
+    def pieces() -> Iterator[Entries]:
+        for number, start in enumerate(starts[:-1]):
+            entries = chunk(0, number).tocoo()
+            yield Entries(entries.row, (entries.col + start).astype(np.int32), entries.data)
+
+    n_values = array.shape[0] * array.shape[1] // 10  # nobody knows before they are read
+    return temporary_csr(rows_in_order(pieces(), array.shape, dtype, n_values, name), array.shape[1], dtype, name)
 
 
 def check_values(csr: sp.csr_matrix, name: str, first_row: int) -> None:

@@ -74,6 +74,10 @@ class StoredRows:
         Cells × genes.
     label
         Of a temporary copy alone: what it is a copy of, to call it by.
+    features
+        Of a 10x file that has other features too: one byte for each, 1 for genes, which alone are read.
+    transposed
+        Whether a dense element is stored as genes × cells.
     """
 
     path: str
@@ -81,6 +85,8 @@ class StoredRows:
     encoding: str
     shape: tuple[int, int]
     label: str | None = None
+    features: bytes | None = None
+    transposed: bool = False
 
     @property
     def name(self) -> str:
@@ -102,7 +108,7 @@ class StoredRows:
             store = open_store(self.path)
             element = store[self.element] if self.element else store
             if self.encoding == "array":
-                dense = np.asarray(element[start:stop])
+                dense = np.asarray(element[:, start:stop].T if self.transposed else element[start:stop])
                 return sp.csr_matrix(dense.astype(numeric(dense.dtype), copy=False))
             indptr = np.asarray(element["indptr"][start : stop + 1], dtype=np.int64)
             _check_rising(self.name, indptr, element["data"].shape[0])
@@ -195,11 +201,13 @@ def _assemble(
 ) -> sp.csr_matrix:
     if len(indptr) < 2 or not len(data) == len(indices) == indptr[-1]:
         raise InputError(f"{rows.name}: indptr does not fit data and indices from row {start}; write the store again")
-    if len(indices) and (indices.min() < 0 or indices.max() >= rows.shape[1]):
-        bad = indices[(indices < 0) | (indices >= rows.shape[1])][0]
-        raise InputError(f"{rows.name}: gene index {bad} is outside 0 to {rows.shape[1] - 1}; write the store again")
+    width = rows.shape[1] if rows.features is None else len(rows.features)
+    if len(indices) and (indices.min() < 0 or indices.max() >= width):
+        bad = indices[(indices < 0) | (indices >= width)][0]
+        raise InputError(f"{rows.name}: gene index {bad} is outside 0 to {width - 1}; write the store again")
     data, indices = data.astype(numeric(data.dtype), copy=False), indices.astype(np.int32, copy=False)
-    return sp.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, rows.shape[1]))
+    csr = sp.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, width))
+    return csr if rows.features is None else csr[:, np.flatnonzero(np.frombuffer(rows.features, bool))]
 
 
 def _check_rising(name: str, indptr: NDArray[np.int64], n_stored: int) -> None:
@@ -211,7 +219,8 @@ def _check_rising(name: str, indptr: NDArray[np.int64], n_stored: int) -> None:
 
 def numeric(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Type that holds the values of `dtype` and that SciPy can compute with."""
-    return np.dtype({"b": np.uint8, "e": np.float32}.get(dtype.char if dtype.kind == "f" else dtype.kind, dtype))
+    kind = {"b": np.uint8, "e": np.float32}.get(dtype.char if dtype.kind == "f" else dtype.kind, dtype)
+    return np.dtype(kind).newbyteorder("=")
 
 
 def describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]:
@@ -231,6 +240,8 @@ def describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]
             raise InputError(f"{path}: has no {name}; its layers are: {', '.join(layers_of(store)) or 'none'}")
         element = store[name]
     encoding = str(element.attrs.get("encoding-type", "array")).replace("-", "_")
+    if before_0_7 := element.attrs.get("h5sparse_format"):  # of AnnData
+        encoding = f"{before_0_7}_matrix"
     if encoding in ("csr_matrix", "csc_matrix"):
         shape, dtype = _described_sparse(f"{path}:{name}", element)
     elif encoding == "array" and hasattr(element, "shape"):
@@ -280,13 +291,14 @@ def _described_sparse(name: str, element: Any) -> tuple[tuple[int, ...], np.dtyp
     """Shape and type of a CSR or CSC element of which all parts are there."""
     parts = set(element) if hasattr(element, "keys") else set()
     absent = [part for part in ("data", "indices", "indptr") if part not in parts]
-    absent += [] if "shape" in element.attrs else ["shape"]
+    shape = element.attrs.get("shape", element.attrs.get("h5sparse_shape"))
+    absent += ["shape"] if shape is None else []
     if absent:
         raise InputError(f"{name}: has no {', '.join(absent)}; the store is damaged, write it again")
     for part in ("indices", "indptr"):
         if element[part].dtype.kind not in "iu" or element[part].ndim != 1:
             raise InputError(f"{name}: {part} are {element[part].dtype}; the store is damaged, write it again")
-    return tuple(int(n) for n in np.ravel(element.attrs["shape"])), element["data"].dtype
+    return tuple(int(n) for n in np.ravel(shape)), element["data"].dtype
 
 
 def blocks_of(rows: StoredRows, element: Any, blocks: int | None = None) -> RowBlocks:
@@ -294,7 +306,8 @@ def blocks_of(rows: StoredRows, element: Any, blocks: int | None = None) -> RowB
     n_cells, n_genes = rows.shape
     if rows.encoding == "array":
         chunks = element.chunks or (1, 1)
-        return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_width(n_cells, n_genes, chunks[0])
+        rows_in_chunk = chunks[1 if rows.transposed else 0]
+        return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_width(n_cells, n_genes, rows_in_chunk)
     indptr = read_indptr(rows, element)
     return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_nonzeros(indptr)
 

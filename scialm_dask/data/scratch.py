@@ -12,10 +12,10 @@ import tempfile
 import threading
 import uuid
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -28,34 +28,43 @@ from scialm_dask.errors import InputError, OutputError
 __all__ = ["MemoryScratch", "ZarrScratch", "new_scratch"]
 
 Array = NDArray[Any]
+R = TypeVar("R")  # a dataclass, of which some fields are arrays
+_NOTHING = np.zeros((0, 0), np.float32)
 
 
 @dataclass(frozen=True)
 class MemoryScratch:
-    """The arrays themselves travel between tasks, and stay with the worker that made them."""
+    """Records themselves are what tasks give one another, and stay with the worker that made them."""
 
     durable = False
     path = None
 
-    def put(self, name: str, version: int, block: int, array: Array) -> Any:
-        """Keep `array`."""
-        return array
+    def put(self, record: R, block: int, version: int, old: R | None = None, kept: R | None = None) -> R:
+        """Keep a record of arrays."""
+        return record
 
-    def get(self, reference: Any) -> Array:
-        """Give back what `put` kept."""
-        return reference  # type: ignore[no-any-return]
+    def get(self, kept: R, without: Collection[str] = ()) -> R:
+        """Return what `put` kept."""
+        return kept
 
     def drop(self, name: str, version: int) -> None:
         """Do nothing: arrays that nobody refers to are gone."""
 
 
-class _OnDisk(NamedTuple):
-    """The one chunk of an array, and what its metadata say."""
+class _OnDisk:
+    """The one chunk of an array, and what its metadata say. Dask does not look into it, as it does into dataclasses."""
 
-    chunk: str
-    shape: tuple[int, ...]
-    dtype: str
-    crc32c: int
+    def __init__(self, chunk: str, shape: tuple[int, ...], dtype: str, crc32c: int) -> None:
+        self.chunk, self.shape, self.dtype, self.crc32c = chunk, shape, dtype, crc32c
+
+    def read(self) -> Array:
+        """Read the array; raises `OutputError` if that is no longer what is there."""
+        array = np.fromfile(self.chunk, self.dtype)
+        if array.size != math.prod(self.shape) or google_crc32c.value(array) != self.crc32c:
+            raise OutputError(
+                f"{self.chunk}: is not what was written there; check that disk, or put the scratch on another"
+            )
+        return array.reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,18 @@ class ZarrScratch:
     path: str
     durable = True
 
-    def put(self, name: str, version: int, block: int, array: Array) -> _OnDisk:
-        """Write `array`, under a name that no other call gives: one that is under way is never read or replaced."""
+    def put(self, record: R, block: int, version: int, old: R | None = None, kept: R | None = None) -> R:
+        """Write the arrays of a record; those that it shares with `old` stay where `kept` has them."""
+        places: dict[str, Any] = {}
+        for name, value in vars(record).items():
+            if old is not None and value is getattr(old, name):
+                places[name] = getattr(kept, name)
+            elif isinstance(value, np.ndarray):
+                places[name] = self._write(name, version, block, value)
+        return replace(record, **places)  # type: ignore[type-var]
+
+    def _write(self, name: str, version: int, block: int, array: Array) -> _OnDisk:
+        """Write an array, under a name that no other call gives: one that is under way is never read or replaced."""
         folder = os.path.join(self.path, f"{name}.{version}", f"{block}-{uuid.uuid4().hex[:12]}")
         os.makedirs(folder)
         metadata = {
@@ -96,13 +115,11 @@ class ZarrScratch:
             file.write(array.data.cast("B") if array.size else b"")
         return _OnDisk(chunk, array.shape, array.dtype.str, google_crc32c.value(array))
 
-    def get(self, reference: Any) -> Array:
-        """Read what `put` wrote; raises `OutputError` if that is no longer what is there."""
-        chunk, shape, dtype, crc32c = reference
-        array = np.fromfile(chunk, dtype)
-        if array.size != math.prod(shape) or google_crc32c.value(array) != crc32c:
-            raise OutputError(f"{chunk}: is not what was written there; check that disk, or put the scratch on another")
-        return array.reshape(shape)
+    def get(self, kept: R, without: Collection[str] = ()) -> R:
+        """Read what `put` wrote, but for the arrays named in `without`; raises `OutputError` if it is not there."""
+        places = {name: value for name, value in vars(kept).items() if isinstance(value, _OnDisk)}
+        arrays = {name: _NOTHING if name in without else value.read() for name, value in places.items()}
+        return replace(kept, **arrays)  # type: ignore[type-var]
 
     def drop(self, name: str, version: int) -> None:
         """Delete a version from disk: out of the way at once, gone a little later."""

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import uuid
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import dask
 import zarr
+from zarr.storage import ZipStore
 
 from scialm_dask.data.arrays import ZARR_FORMAT, await_writes, set_encoding, write_element
 from scialm_dask.data.remote import RemoteStore, is_url
@@ -25,6 +27,7 @@ from scialm_dask.errors import InputError, OutputError, ScialmError
 from scialm_dask.events import Listener, Note
 
 __all__ = [
+    "MARKERS",
     "atomic_output",
     "atomic_store",
     "check_apart",
@@ -38,7 +41,7 @@ __all__ = [
     "scratch_folder_for",
 ]
 
-_MARKERS = (".zgroup", ".zarray", "zarr.json")  # of a Zarr group or array
+MARKERS = (".zgroup", ".zarray", "zarr.json")  # of a Zarr group or array
 _DEEPEST = 100  # groups in groups of an HDF5 file
 
 
@@ -59,11 +62,13 @@ def open_store(path: str | os.PathLike[str]) -> Any:
         return _open_url(path)
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder; {_cut_short(Path(path)) or 'check the path'}")
-    if os.path.isfile(path):
+    if os.path.isfile(path) and not zipfile.is_zipfile(path):
         return _open_hdf5(path)
     with readable(path):
+        if os.path.isfile(path):
+            return zarr.open(ZipStore(path, mode="r"), mode="r", use_consolidated=False)
         os.scandir(path).close()  # says so if we may not look
-        if not any(os.path.exists(os.path.join(path, name)) for name in _MARKERS):
+        if not any(os.path.exists(os.path.join(path, name)) for name in MARKERS):
             raise InputError(f"{path}: not a Zarr store; convert other formats with `scialm-dask convert`")
         return zarr.open(path, mode="r", use_consolidated=False)  # which may be stale, and spares nothing here
 

@@ -26,7 +26,7 @@ from scialm_dask.errors import InputError
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["check_seen", "current_client", "temporary_csr", "temporary_folder"]
+__all__ = ["check_seen", "current_client", "is_seen", "temporary_csr", "temporary_folder"]
 
 
 @contextmanager
@@ -108,9 +108,14 @@ def check_seen(rows: Rows) -> None:
         _check_seen(Path(rows.path).parent, rows.name)
 
 
-def _check_seen(folder: Path, name: str) -> None:
+def is_seen(folder: str | os.PathLike[str]) -> bool:
+    """Tell whether all workers of the Dask cluster, if there is one, see a folder."""
     client = current_client()
-    if client is not None and not all(client.run(os.path.isdir, folder).values()):
+    return client is None or all(client.run(os.path.isdir, os.fspath(folder)).values())
+
+
+def _check_seen(folder: Path, name: str) -> None:
+    if not is_seen(folder):
         raise InputError(
             f"{name}: a temporary copy of it for the workers is put in {folder.parent}, which they do not see; set "
             "Dask's temporary-directory to a folder that all see, or write the matrix there and pass its path"

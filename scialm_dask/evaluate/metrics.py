@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,16 +14,26 @@ from numpy.typing import NDArray
 from scialm_dask.data.annotated import aligned, as_dask, axes_of, match_names
 from scialm_dask.data.csr import row_of
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
+from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, silent
 from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.kernels import Block, sampled_product
+from scialm_dask.reduction import tree_reduce
 
 if TYPE_CHECKING:
     import dask.array as da
 
-__all__ = ["METRICS", "Comparison", "Scores", "compare", "gene_means", "gene_scores", "score_held_out"]
+__all__ = [
+    "METRICS",
+    "Comparison",
+    "Scores",
+    "compare",
+    "compare_stored",
+    "gene_means",
+    "gene_scores",
+    "score_held_out",
+]
 
 METRICS = ("mse", "mae", "pearson", "cosine")
 _ROUNDING = 1e-12  # what sums may leave of the variance of a constant, relative to its square
@@ -36,9 +47,9 @@ class Scores:
     Parameters
     ----------
     moments
-        Float64, shape ``(7, n)``, for each of n groups: number of entries, mean of x and of y, sums of squares of
-        their deviations from it and of the product of these, and the sum of ``|x - y|``. Scores of other entries of
-        the same groups can be added.
+        Float64, shape ``(8, n)``, for each of n groups: number of entries, mean of x and of y, sums of squares of
+        their deviations from it and of the product of these, and the sums of ``|x - y|`` and of its square. Scores of
+        other entries of the same groups can be added.
 
     Notes
     -----
@@ -58,19 +69,17 @@ class Scores:
         x, y, count = x.astype(np.float64), y.astype(np.float64), sums()
         means = np.stack([sums(x), sums(y)]) / np.maximum(count, 1)
         dx, dy = x - means[0][groups], y - means[1][groups]
-        return cls(np.stack([count, *means, sums(dx * dx), sums(dy * dy), sums(dx * dy), sums(np.abs(x - y))]))
+        terms = (dx * dx, dy * dy, dx * dy, np.abs(x - y), (x - y) ** 2)
+        return cls(np.stack([count, *means, *map(sums, terms)]))
 
     @classmethod
     def of_columns(cls, X: Any, Y: Any) -> Scores:
         """Score whole columns."""
         X, Y = X.astype(np.float64), Y.astype(np.float64)
-        count, x, y = np.full(X.shape[1], float(len(X))), X.mean(axis=0), Y.mean(axis=0)
-        absolute = np.abs(X - Y).sum(axis=0)
-        X -= x
-        Y -= y
-        return cls(
-            np.stack([count, x, y, *(np.einsum("ij,ij->j", a, b) for a, b in ((X, X), (Y, Y), (X, Y))), absolute])
-        )
+        count, x, y, apart = np.full(X.shape[1], float(len(X))), X.mean(axis=0), Y.mean(axis=0), X - Y
+        products = ((X - x, X - x), (Y - y, Y - y), (X - x, Y - y))
+        xx, yy, xy = (np.einsum("ij,ij->j", *pair) for pair in products)
+        return cls(np.stack([count, x, y, xx, yy, xy, np.abs(apart).sum(axis=0), (apart**2).sum(axis=0)]))
 
     def __add__(self, other: Scores) -> Scores:
         return Scores(_pooled(np.stack([self.moments, other.moments])))
@@ -88,7 +97,7 @@ class Scores:
     @property
     def mse(self) -> Doubles:
         """Mean squared error, equation 9."""
-        return self._over(self._squares(), self.n)
+        return self._over(self.moments[7], self.n)
 
     @property
     def mae(self) -> Doubles:
@@ -98,21 +107,21 @@ class Scores:
     @property
     def pearson(self) -> Doubles:
         """Correlation, equation 11."""
-        n, x, y, xx, yy, xy, _ = self.moments
+        n, x, y, xx, yy, xy, *_ = self.moments
         varies = (xx > _ROUNDING * n * x**2) & (yy > _ROUNDING * n * y**2)
         return self._over(xy, np.sqrt(xx * yy) * varies)
 
     @property
     def cosine(self) -> Doubles:
         """Cosine similarity, equation 12."""
-        n, x, y, xx, yy, xy, _ = self.moments
+        n, x, y, xx, yy, xy, *_ = self.moments
         return self._over(xy + n * x * y, np.sqrt((xx + n * x**2) * (yy + n * y**2)))
 
     @property
     def relative_error(self) -> float:
         """‖X − Y‖_F / ‖Y‖_F over all entries."""
-        n, _, y, _, yy, _, _ = self.moments
-        return float(np.sqrt(self._over(self._squares().sum(), (yy + n * y**2).sum())))
+        n, _, y, _, yy, *_ = self.moments
+        return float(np.sqrt(self._over(self.moments[7].sum(), (yy + n * y**2).sum())))
 
     @property
     def mean_ratio(self) -> float:
@@ -123,18 +132,13 @@ class Scores:
     @property
     def correlation(self) -> Doubles:
         """`pearson`, with 0 where x is constant and y is not."""
-        n, _, y, _, yy, _, _ = self.moments
+        n, _, y, _, yy, *_ = self.moments
         return np.where(yy > _ROUNDING * n * y**2, np.nan_to_num(self.pearson), np.nan)
 
     def as_dict(self) -> dict[str, float]:
         """Return ``n`` and the four scores over all entries."""
         whole = self.overall
         return {"n": int(whole.n[0]), **{name: float(getattr(whole, name)[0]) for name in METRICS}}
-
-    def _squares(self) -> Doubles:
-        n, x, y, xx, yy, xy, _ = self.moments
-        squares: Doubles = np.maximum(xx + yy - 2 * xy, 0) + n * (x - y) ** 2
-        return squares
 
     @staticmethod
     def _over(above: Any, below: Any) -> Doubles:
@@ -143,7 +147,7 @@ class Scores:
 
 
 def _pooled(parts: Doubles) -> Doubles:
-    """Pool moments, shape ``(parts, 7, n)``, over the parts (Chan, Golub and LeVeque 1983)."""
+    """Pool moments, shape ``(parts, 8, n)``, over the parts (Chan, Golub and LeVeque 1983)."""
     n, means = parts[:, :1], parts[:, 1:3]
     total = n.sum(axis=0)
     centre = (n * means).sum(axis=0) / np.maximum(total, 1)
@@ -243,9 +247,7 @@ def compare(recovered: da.Array, target: ExpressionMatrix, given: ExpressionMatr
     def combine(one: Any, other: Any) -> Any:
         return one[0] + other[0], one[1] + other[1], np.concatenate([one[2], other[2]]), one[3] + other[3]
 
-    pieces = enumerate(recovered.to_delayed()[:, 0])
-    parts = [dask.delayed(visit, traverse=False)(piece, block) for block, piece in pieces]
-    genes, zeros, cells, counts = tree_reduce(parts, combine).compute()
+    genes, zeros, cells, counts = _reduced(recovered, visit, combine)
     return Comparison(genes, zeros, np.where(counts > 0, genes.correlation, np.nan), cells)
 
 
@@ -257,10 +259,14 @@ def compare_stored(recovered: da.Array, target: ExpressionMatrix) -> Scores:
         csr = target.read_block(block)
         return Scores.of_entries(X[row_of(csr), csr.indices], csr.data, csr.indices, csr.shape[1])
 
-    pieces = enumerate(recovered.to_delayed()[:, 0])
-    parts = [dask.delayed(visit, traverse=False)(piece, block) for block, piece in pieces]
-    scores: Scores = tree_reduce(parts, Scores.__add__).compute()
+    scores: Scores = _reduced(recovered, visit, Scores.__add__)
     return scores
+
+
+def _reduced(array: da.Array, visit: Callable[[Any, int], Any], combine: Callable[[Any, Any], Any]) -> Any:
+    """Visit chunks of whole rows, each with its number, and combine what comes of neighbours."""
+    parts = [dask.delayed(visit, traverse=False)(rows, block) for block, rows in enumerate(array.to_delayed()[:, 0])]
+    return tree_reduce(parts, combine).compute()
 
 
 def _blocks_of(array: da.Array) -> RowBlocks:

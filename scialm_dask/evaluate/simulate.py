@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from scialm_dask.data.stream import in_order
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin, silent
+from scialm_dask.linalg.compiled import compiled
 from scialm_dask.linalg.random import mixed
 
 __all__ = ["Programs", "draw_cells", "simulate"]
@@ -181,7 +181,7 @@ def _write(path: Any, programs: Programs, n_cells: int, density: float, seed: in
     types, n_observed = np.empty(n_cells, np.int16), 0
     genes = pd.DataFrame(index=pd.Index([f"gene{j}" for j in range(n_genes)]))
     root = new_anndata(path, obs=pd.DataFrame(), var=genes)
-    write_element(root, "varm/true_right", programs.expression)
+    write_element(root["varm"], "true_right", programs.expression)
     left = new_array(root, "obsm/true_left", (n_cells, rank), (step, rank), np.float32)
     with CSRWriter(root, "X", n_columns=n_genes, dtype=np.int32) as writer:
         drawn = in_order(lambda span: draw_cells(programs, tables, span, seed), blocks)
@@ -218,7 +218,7 @@ def draw_cells(programs: Programs, tables: NDArray[np.uint32], span: tuple[int, 
     )
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _spread(
     n_molecules: NDArray[np.int64],
     tables: NDArray[np.uint32],
@@ -264,7 +264,7 @@ def _alias_tables(expression: NDArray[np.float32]) -> NDArray[np.uint32]:
     return tables
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _alias(share: NDArray[np.float64]) -> NDArray[np.uint32]:
     rank, n = share.shape
     tables: NDArray[np.uint32] = np.empty((rank, n, 2), np.uint32)

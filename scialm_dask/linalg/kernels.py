@@ -7,15 +7,14 @@ marks an entry that is held out: it is scored, and otherwise treated as unknown.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from scialm_dask.linalg.compiled import compiled
 from scialm_dask.linalg.sparse_products import sddmm, spmm, spmm_t
 
 __all__ = [
@@ -25,7 +24,9 @@ __all__ = [
     "ReleaseHeldOut",
     "Sums",
     "Update",
-    "add_sums",
+    "add_product",
+    "gram",
+    "product",
     "quadratic",
     "sampled_product",
     "visit",
@@ -35,10 +36,11 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 # Everything that lets loops be vectorised but "no NaN": NaN is what marks the held-out entries.
-_jit = numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
+_jit = compiled(boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
 
 _DENSE_FROM = 0.5  # density from which BLAS on dense panels beats the sparse loops, with 128 columns and more clearly
 PANEL_VALUES = 4_000_000  # of a dense panel: 16 MB
+_TALL_ROWS = 1024  # of a panel of a tall matrix
 _TERM_VALUES = 1 << 18  # of a panel of products: 2 MB in float64, of which a few are in use
 
 
@@ -166,7 +168,7 @@ class PassInputs:
 
 
 class Sums(NamedTuple):
-    """What blocks give back, to be added up.
+    """What the blocks of a group give back, added up.
 
     ``sparse_cross`` is Sᵀ W Q (n × l), ``left_cross`` Lᵀ W Q, ``gram`` (W Q)ᵀ W Q (l × l); then sums over the
     entries, after the step: (d − a)² over the observed ones, (d − a)² over the held-out ones.
@@ -179,15 +181,11 @@ class Sums(NamedTuple):
     held_out: float
 
 
-def add_sums(one: Sums, other: Sums) -> Sums:
-    """Add what two blocks gave back."""
-    return Sums(*map(operator.add, one, other))
-
-
-def visit(block: Block, state: BlockState, view: PassInputs) -> tuple[BlockState, Sums]:
+def visit(block: Block, state: BlockState, view: PassInputs, total: Sums | None = None) -> tuple[BlockState, Sums]:
     """Do all that a pass asks of one block: take the step, then multiply W = L Rᵀ + S with the basis.
 
-    Returns the new state and the sums. Neither argument is changed, so that a task can be run again.
+    Returns the new state and the sums, added to those of the blocks before in `total`, whose arrays are used for it.
+    The block and its state are not changed, so that a task can be run again.
     """
     misfit = held_out = 0.0
     if view.step is not None:
@@ -202,19 +200,28 @@ def visit(block: Block, state: BlockState, view: PassInputs) -> tuple[BlockState
         state = replace(state, estimate=estimate)
     else:
         _sparse_part(state.estimate, trust, sparse)
+    total = total or _no_sums(view)
+    total = total._replace(misfit=total.misfit + misfit, held_out=total.held_out + held_out)
     if view.basis is None or view.overlap is None:
-        return state, Sums(np.zeros((0, 0), np.float32), np.zeros((0, 0)), np.zeros((0, 0)), misfit, held_out)
+        return state, total
     left = _spread_left(block, state.left, view)
     sketch = left @ view.overlap
-    cross = np.zeros_like(view.basis)
     if block.is_dense:
-        _dense_products(block, sparse, view.basis, sketch, cross)
+        _dense_products(block, sparse, view.basis, sketch, total.sparse_cross)
     else:
         spmm(block.indptr, block.indices, sparse, view.basis, sketch)
-        spmm_t(block.indptr, block.indices, sparse, sketch, cross)
+        spmm_t(block.indptr, block.indices, sparse, sketch, total.sparse_cross)
     wide = sketch.astype(np.float64)
-    sums = Sums(cross, left.T.astype(np.float64) @ wide, wide.T @ wide, misfit, held_out)
-    return replace(state, sketch=sketch), sums
+    np.add(total.left_cross, left.T.astype(np.float64) @ wide, out=total.left_cross)
+    np.add(total.gram, wide.T @ wide, out=total.gram)
+    return replace(state, sketch=sketch), total
+
+
+def _no_sums(view: PassInputs) -> Sums:
+    width = 0 if view.basis is None else view.basis.shape[1]
+    n = view.spread.shape[0] if width else 0
+    cross, left_cross = np.zeros((n, width), np.float32), np.zeros((view.spread.shape[1] if width else 0, width))
+    return Sums(cross, left_cross, np.zeros((width, width)), 0.0, 0.0)
 
 
 def sampled_product(block: Block, left: Floats, right: Floats) -> Floats:
@@ -333,6 +340,33 @@ def quadratic(block: Block, left: Floats, view: PassInputs) -> tuple[Doubles, Do
         square += terms.T @ (trust[part, None] * terms)
     weighted = left if block.confidence is None else block.confidence[:, None] * left
     return linear, square, left.T.astype(np.float64) @ weighted, squares
+
+
+def gram(tall: Floats) -> Doubles:
+    """Return TᵀT, float64, of T with shape ``(n, l)``; by panels, as the next two, to make no float64 copy of T."""
+    total = np.zeros((tall.shape[1],) * 2)
+    for rows in _tall_panels(tall):
+        panel = tall[rows].astype(np.float64)
+        total += panel.T @ panel
+    return total
+
+
+def add_product(total: Doubles | Floats, tall: Floats, wide: Doubles) -> None:
+    """Add T M to `total`, shape ``(n, k)``, in place."""
+    for rows in _tall_panels(tall):
+        total[rows] += tall[rows].astype(np.float64) @ wide
+
+
+def product(tall: Doubles, small: Doubles) -> Floats:
+    """Return T M in float32."""
+    result = np.empty((len(tall), small.shape[1]), np.float32)
+    for rows in _tall_panels(tall):
+        result[rows] = tall[rows] @ small
+    return result
+
+
+def _tall_panels(tall: Doubles | Floats) -> Iterator[slice]:
+    return (slice(start, start + _TALL_ROWS) for start in range(0, len(tall), _TALL_ROWS))
 
 
 def _dense_panel(block: Block, sparse: Floats, rows: slice, entries: slice) -> Floats:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
+
+from scialm_dask.linalg.compiled import compiled
 
 __all__ = ["nnls_gram"]
 
@@ -49,7 +50,7 @@ def nnls_gram(gram: Float, linear: Float) -> Float:
     return solution
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def _cholesky_solve(gram: Float, index: NDArray[np.int64], p: int, lower: Float, x: Float) -> None:
     """Solve G[F, F] x = x in place, F = index[:p]."""
     for i in range(p):
@@ -69,7 +70,7 @@ def _cholesky_solve(gram: Float, index: NDArray[np.int64], p: int, lower: Float,
             x[k] -= lower[i, k] * x[i]
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def _pivot_rows(gram: Float, linear: Float, rows: NDArray[np.int64], solution: Float) -> None:
     r = len(gram)
     lower, x, slope = np.empty((r, r)), np.empty(r), np.empty(r)

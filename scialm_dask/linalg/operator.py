@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,27 +13,15 @@ import dask
 import numpy as np
 from dask.base import get_scheduler
 from dask.delayed import Delayed
+from dask.system import CPU_COUNT
 from threadpoolctl import threadpool_limits
 
-from scialm_dask.linalg import tall, tasks
-from scialm_dask.linalg.kernels import Doubles, Floats, PassInputs, ReleaseHeldOut, Sums, Update, add_sums
-from scialm_dask.linalg.tasks import BlockSource, Files, Store
+from scialm_dask.linalg import kernels, tasks
+from scialm_dask.linalg.kernels import Doubles, Floats, PassInputs, ReleaseHeldOut, Sums, Update
+from scialm_dask.linalg.tasks import BlockSource, Files, Group, Observations, Records, Store
+from scialm_dask.reduction import at, tree_reduce
 
-__all__ = ["LowRankPlusSparse", "Observations", "Product"]
-
-
-class Observations(NamedTuple):
-    """What is known of the observed entries before the first iteration.
-
-    Number of entries in Ω and of those that are held out of it; ‖D‖² over either; number of rows that had observed
-    entries and of which all are held out.
-    """
-
-    n_observed: int
-    n_held_out: int
-    sum_squares: float
-    held_out_squares: float
-    n_emptied: int
+__all__ = ["LowRankPlusSparse", "Product", "stretches"]
 
 
 class Product(NamedTuple):
@@ -49,33 +36,56 @@ class Product(NamedTuple):
 class _Kept(NamedTuple):
     """State without the sketch, V, and the versions of what the state refers to."""
 
-    state: tuple[Any, ...]
+    states: list[Any]
     right: Floats
     versions: dict[str, int]
 
 
 PANEL_COLUMNS = 256  # of left vectors that are projected at once
-_UNUSED = 1  # a version that no pass makes
+_UNUSED = -1  # a version that no pass makes
+_SERVED = 8  # workers to which the scheduler sends the inputs of a pass itself
+_BUNCH = 16  # workers that otherwise get them from the first of them
+
+
+def stretches(weights: Sequence[float], homes: Sequence[str | None]) -> tuple[Group, ...]:
+    """Cut blocks into consecutive groups of about the same weight, one for each of `homes`, or each block."""
+    ends = np.cumsum(weights)
+    middles = (ends - np.asarray(weights) / 2) * len(homes) / max(ends[-1], 1)
+    at_home = np.minimum(middles.astype(int), len(homes) - 1)
+    groups = ((home, np.flatnonzero(at_home == slot).tolist()) for slot, home in enumerate(homes))
+    return tuple(Group(home, tuple(blocks)) for home, blocks in groups if blocks)
+
+
+def threads_anywhere(weights: Sequence[float]) -> tuple[Group, ...]:
+    """Make a group for each thread of the scheduler in force, wherever that is."""
+    get = get_scheduler()
+    workers: Mapping[str, int] = getattr(getattr(get, "__self__", None), "nthreads", dict)()
+    threads = sum(workers.values()) or int(dask.config.get("num_workers", None) or CPU_COUNT)
+    return stretches(weights, [None] * (1 if get is dask.get else threads))
 
 
 class LowRankPlusSparse:
     """The matrix whose SVD each iteration takes, never formed: A = U Vᵀ plus what A misses on the observed entries.
 
-    Every method that reads the blocks makes one *pass*: one task for each block, and a tree that adds up what they
-    give back. Works with whatever scheduler Dask has: threads in this process, or a `distributed.Client`.
+    Every method that visits the blocks makes one *pass*: one task for each thread of each worker, which visits its
+    blocks in turn and adds up what they give, and a tree over workers. The first pass reads the blocks. Works with
+    whatever scheduler Dask has: threads in this process, or a `distributed.Client`.
 
     Parameters
     ----------
     source
-        Hands out the blocks.
+        Hands out the blocks. If it has ``weights``, a number for each block in proportion to its entries, work is
+        shared out by those, else by rows.
     store
         Keeps the blocks, as they were read once, and their working state.
     on_pass
         Called after each pass with their number so far.
     before_pass
         Called before each pass but the first. If it raises, all is as after the pass before.
-    homes
-        Tells for each block the worker that is to visit it, None for any; asked before each pass.
+    on_read
+        Called with the `observations` when a pass has read the blocks.
+    placement
+        Shares blocks of given weights out among workers; asked before each pass.
 
     Attributes
     ----------
@@ -83,8 +93,6 @@ class LowRankPlusSparse:
         Rows × columns.
     bounds : tuple of int
         First row of each block, and the number of rows.
-    observations : Observations
-        Of the observed entries.
     passes : int
         How many times the blocks were visited so far.
     """
@@ -96,28 +104,33 @@ class LowRankPlusSparse:
         *,
         on_pass: Callable[[int], None] = lambda _: None,
         before_pass: Callable[[], None] = lambda: None,
-        homes: Callable[[int], Sequence[str | None]] = lambda n_blocks: (None,) * n_blocks,
+        on_read: Callable[[Observations], None] = lambda _: None,
+        placement: Callable[[Sequence[float]], tuple[Group, ...]] = threads_anywhere,
     ) -> None:
         self.shape = source.shape
         self.bounds = source.bounds
-        self.passes, self._on_pass, self._before_pass = 0, on_pass, before_pass
-        self._homes = homes
-        self._home = homes(self.n_blocks)
-        self._id = uuid.uuid4().hex[:12]
+        self.passes, self._on_pass, self._before_pass, self._on_read = 0, on_pass, before_pass, on_read
+        self._placement = placement
+        self._weights: Sequence[float] = getattr(source, "weights", np.diff(source.bounds).tolist())
+        self._groups = placement(self._weights)
         self._store = store
         self._confidence = source.column_confidence
         self._row_confidence = source.has_row_confidence
         self._right = np.zeros((self.shape[1], 0), np.float32)
         self._versions: dict[str, int] = dict.fromkeys(("estimate", "left", "sketch"), 0)
         self._best: _Kept | None = None
-        source_task = dask.delayed(source, name=f"source-{self._id}", traverse=False)
-        hold, begin = dask.delayed(tasks.hold, pure=False), dask.delayed(tasks.begin, pure=False, nout=2)
-        self._blocks = self._hold(self._at_home(lambda b: hold(self._store, source_task, b)))
-        parts = self._at_home(lambda b: tuple(begin(self._store, source_task, b, self._blocks[b])))
-        total = self._sum([counted for _, counted in parts], tasks.add)
-        self._state, counted = self._settle([refs for refs, _ in parts], total)
-        self.observations = Observations(*counted)
-        self._count_pass()
+        self._source: Delayed | None = _shipped(source)  # until it has been read
+        self._blocks: list[Any] = [Records() for _ in self._groups]
+        self._states: list[Any] = [Records() for _ in self._groups]
+        self._observations: Observations | None = None
+
+    @property
+    def observations(self) -> Observations:
+        """Of the observed entries, as they were before the first iteration; takes a pass if there was none yet."""
+        if self._observations is None:
+            self.reduce(tasks.nothing)
+            assert self._observations is not None
+        return self._observations
 
     @property
     def size(self) -> float:
@@ -157,72 +170,72 @@ class LowRankPlusSparse:
         give_back
             Make held-out entries observed ones.
         """
-        changed = {"sketch"} if basis is not None else set()
-        if step is not None:
-            changed |= {"estimate", "left"}
-        if give_back is not None:
-            changed |= {"estimate"}
         view = self._view(right)
         overlap = None if basis is None else view.spread.T @ basis
         view = replace(view, basis=basis, overlap=overlap, step=step, give_back=give_back)
-        return self._pass(view, changed)
+        changes = {"sketch"} if basis is not None else set()
+        changes |= {"estimate", "left"} if step is not None else set()
+        changes |= {"estimate"} if give_back is not None else set()
+        # A step makes a new left factor of the sketch; without one the old left factor is in force.
+        unneeded = ("left",) if step is not None else ("sketch",)
+        sums: Sums = self._pass(tasks.visit, view, changes=changes, without=unneeded)
+        self._right = view.right
+        cross = sums.sparse_cross.astype(np.float64)
+        if cross.size:
+            kernels.add_product(cross, view.spread, sums.left_cross)
+        return Product(cross, sums.gram, sums.misfit, sums.held_out)
+
+    def reduce(self, kernel: Callable[..., Any], *arguments: Any) -> Any:
+        """Add up what ``kernel(number, block, state, *arguments)`` returns of each block. One pass.
+
+        Parameters
+        ----------
+        kernel
+            A function of a module. Gets the number of the block, a `Block` and a `BlockState`, and returns numbers and
+            new arrays, which are added up, dicts, which are joined, or a tuple of these.
+        arguments
+            Sent to each worker once.
+        """
+        return self._pass(tasks.reduce, kernel, *arguments)
 
     def project(self, vectors: Floats) -> Floats:
         """Compute Wᵀ times left vectors, shape ``(m, l)``, which become the sketch: float32, ``(n, l)``. One pass.
 
         A few vectors at a time, so that what the blocks give back is never all there at once.
         """
-        view, number = self._view(), self.passes + 1
-        carried = self._carry(view)
-        rows = [vectors[a:b] for a, b in pairwise(self.bounds)]
-        prepare = dask.delayed(tasks.take_sketch, pure=False, nout=2)
-        begun = self._at_home(
-            lambda b: tuple(prepare(self._store, b, self._blocks[b], self._state[b], carried, number, rows[b]))
-        )
-        held = _run([part for pair in begun for part in pair])
-        self._state, parts = self._hold(list(held[::2])), held[1::2]
+        view = self._view()
+        parts = self._pass(tasks.take_sketch, view, rows=vectors, changes={"sketch"}, together=False)
         cross = np.empty((self.shape[1], vectors.shape[1]), np.float32)
         for start in range(0, vectors.shape[1], PANEL_COLUMNS):
             some = slice(start, start + PANEL_COLUMNS)
-            cross[:, some], left_cross = self._project_some(parts, vectors[:, some])
-            tall.add_product(cross[:, some], view.spread, left_cross)
-        self._count_pass()
-        self._renew({"sketch"}, number)
+            project, rows = dask.delayed(tasks.project), self._rows(vectors[:, some])
+            sums = self._at_home(lambda g: project(self._store, self._blocks[g], parts[g], *rows[g]))  # noqa: B023
+            (total,) = _run([self._sum(sums)], dask.compute)
+            cross[:, some] = total[0]
+            kernels.add_product(cross[:, some], view.spread, total[1])
         return cross
-
-    def _project_some(self, parts: Sequence[Delayed], vectors: Floats) -> tuple[Floats, Doubles]:
-        project = dask.delayed(tasks.project)
-        rows = [vectors[a:b] for a, b in pairwise(self.bounds)]
-        sums = self._at_home(lambda b: project(self._store, self._blocks[b], parts[b], rows[b]))
-        (total,) = _run([self._sum(sums, tasks.add)])
-        return total.compute()  # type: ignore[no-any-return]
 
     def column_gram(self) -> Doubles:
         """WᵀW, shape ``(n, n)``, when columns are the short side. One pass."""
         view = self._view()
-        carried, visit = self._carry(view), dask.delayed(tasks.column_gram)
-        parts = self._at_home(lambda b: visit(self._store, self._blocks[b], self._state[b], carried))
-        (total,) = _run([self._sum(parts, tasks.add)])
-        self._count_pass()
-        left_gram, cross, sparse_gram = total.compute()
+        left_gram, cross, sparse_gram = self.reduce(tasks.column_gram, view)
         right = view.spread.astype(np.float64)
         gram = right @ cross
         gram += gram.T
         gram += sparse_gram
-        tall.add_product(gram, view.spread, left_gram @ right.T)
+        kernels.add_product(gram, view.spread, left_gram @ right.T)
         return gram  # type: ignore[no-any-return]
 
     def row_gram(self) -> Doubles:
-        """WWᵀ, shape ``(m, m)``, when rows are the short side: a task for each pair of blocks. One pass."""
+        """WWᵀ, shape ``(m, m)``, when rows are the short side: a task for each pair of groups. One pass."""
         view = self._view()
-        carried, core = self._carry(view), dask.delayed(tall.gram(view.spread), traverse=False)
-        prepare, pair = dask.delayed(tasks.row_half), dask.delayed(tasks.row_gram)
-        halves = self._at_home(lambda b: prepare(self._store, self._blocks[b], self._state[b], carried, core))
-        corners = [(i, j) for i in self._each() for j in range(i, self.n_blocks)]
-        tiles = _run([pair(self._store, self._blocks[i], self._blocks[j], halves[i], halves[j]) for i, j in corners])
-        self._count_pass()
+        halves = self._pass(tasks.reduce, tasks.row_half, view, kernels.gram(view.spread), together=False)
+        pair, groups = dask.delayed(tasks.row_gram), range(len(self._groups))
+        pairs = [(g, h) for g in groups for h in groups[g:]]
+        blocks = self._blocks
+        tiles = [pair(self._store, (blocks[g], blocks[h]), (halves[g], halves[h])) for g, h in pairs]
         gram = np.empty((self.shape[0], self.shape[0]))
-        for (i, j), tile in zip(corners, dask.compute(*tiles), strict=True):
+        for (i, j), tile in tasks.join(*_run(tiles, dask.compute)).items():
             rows, columns = slice(*self.bounds[i : i + 2]), slice(*self.bounds[j : j + 2])
             gram[rows, columns] = tile
             gram[columns, rows] = tile.T
@@ -242,26 +255,20 @@ class LowRankPlusSparse:
         columns
             Multiply the columns of A by these numbers first, shape ``(n,)``.
         """
-        right, source = self._right, None
-        if columns is not None:
-            right = columns[:, None] * right
-        view = replace(self._view(), right=right)
-        if other is not None:
-            source = dask.delayed(other, name=f"source-{uuid.uuid4().hex[:12]}", traverse=False)
-            view = replace(view, confidence=other.column_confidence)
-        carried, visit = self._carry(view), dask.delayed(tasks.quadratic)
-        parts = self._at_home(lambda b: visit(self._store, source, b, self._blocks[b], self._state[b], carried))
-        (total,) = _run([self._sum(parts, tasks.add)])
-        self._count_pass()
-        linear, square, rows, squares = total.compute()
-        if view.confidence is not None:
-            square = square + rows * (right.T.astype(np.float64) @ (view.confidence[:, None] * right))
+        right = self._right if columns is None else columns[:, None] * self._right
+        confidence = self._confidence if other is None else other.column_confidence
+        view = replace(self._view(), right=right, confidence=confidence)
+        source = None if other is None else _shipped(other)
+        linear, square, rows, squares = self.reduce(tasks.quadratic, source, view)
+        if confidence is not None:
+            square = square + rows * (right.T.astype(np.float64) @ (confidence[:, None] * right))
         return linear, square, squares
 
     def keep(self) -> None:
         """Remember the A in force, and W, as the best so far; `factors` gives that A back."""
         versions = {name: self._versions[name] for name in ("estimate", "left")}
-        forgotten, self._best = self._best, _Kept(self._pick(tasks.without_sketch, self._state), self._right, versions)
+        states = self._hold(map(self._where_held(tasks.without_sketch), self._states))
+        forgotten, self._best = self._best, _Kept(states, self._right, versions)
         if forgotten is not None:
             for name, version in forgotten.versions.items():
                 if version != versions[name]:
@@ -270,7 +277,7 @@ class LowRankPlusSparse:
     def restore(self) -> None:
         """Put the A last kept in force again, and W with it."""
         if self._best is not None:
-            self._state = self._pick(tasks.with_kept, self._state, self._best.state)
+            self._states = self._hold(map(self._where_held(tasks.with_kept), self._states, self._best.states))
             self._right = self._best.right
             for name, version in self._best.versions.items():
                 if version != self._versions[name]:
@@ -285,8 +292,11 @@ class LowRankPlusSparse:
         if self._best is None:
             self.keep()
         assert self._best is not None
-        get = dask.delayed(tasks.get_left)
-        return [get(self._store, kept) for kept in self._best.state], self._best.right
+        get, lefts = dask.delayed(tasks.get_left), {}
+        for group, states in zip(self._groups, self._best.states, strict=True):
+            for b in group.blocks:
+                lefts[b] = get(self._store, tasks.pick(states, (b,)) if self._store.durable else states, b)
+        return [lefts[b] for b in range(self.n_blocks)], self._best.right
 
     def release(self) -> None:
         """Forget the blocks and all that is known of them."""
@@ -311,17 +321,24 @@ class LowRankPlusSparse:
         """
         names = ("estimate", "left", "sketch") if sketch else ("estimate", "left")
         apart = self._best if self._best is not None and self._best.versions["left"] != self._versions["left"] else None
-        best = (None,) * self.n_blocks if apart is None else apart.state
+        best = [None] * len(self._groups) if apart is None else apart.states
         save = dask.delayed(tasks.save, pure=False)
-        parts = _run(self._at_home(lambda b: save(self._store, files, b, self._state[b], names, best[b])), dask.compute)
-        saved = {name: [part[name] for part in parts] for name in parts[0]}
+        parts = self._at_home(lambda g: save(self._store, files, self._states[g], names, best[g]))
+        written = tasks.join(*_run(parts, dask.compute))
+        saved = {name: [written[b][name] for b in range(self.n_blocks)] for name in written[0]}
         saved["right"] = [files.put("right", 0, self._right)]
         if apart is not None:
             saved["best_right"] = [files.put("best_right", 0, apart.right)]
         return saved
 
-    def load(self, files: Files, saved: Mapping[str, Sequence[Any]], passes: int) -> None:
-        """Put back what `save` wrote, of this operator or of one over the same blocks.
+    def load(
+        self,
+        files: Files,
+        saved: Mapping[str, Sequence[Any]],
+        passes: int,
+        observations: Observations | None = None,
+    ) -> None:
+        """Put back what `save` wrote, of this operator or of one over the same blocks, which the next pass will read.
 
         Parameters
         ----------
@@ -331,73 +348,100 @@ class LowRankPlusSparse:
             What `save` returned.
         passes
             Their number then.
+        observations
+            As they were known then.
         """
         of_all = {name: saved[name][0] for name in ("right", "best_right") if name in saved}
+        of_blocks = {name: group for name, group in saved.items() if name not in of_all}
         apart = "best_right" in of_all
         restore = dask.delayed(tasks.restore, pure=False, nout=2)
-        parts = []
-        for b in self._each():
-            of_block = {name: group[b] for name, group in saved.items() if name not in of_all}
-            parts.append(restore(self._store, files, b, of_block, passes, _UNUSED))
-        held = self._hold([part for pair in parts for part in pair])
+
+        def restored(g: int) -> tuple[Delayed, ...]:
+            written = Records(
+                (b, {name: group[b] for name, group in of_blocks.items()}) for b in self._groups[g].blocks
+            )
+            return tuple(restore(self._store, files, written, passes, _UNUSED))
+
+        parts = self._at_home(restored)
+        held = _run([part for pair in parts for part in pair], dask.compute if self._store.durable else dask.persist)
         for name, version in self._versions.items():
             self._store.drop(name, version)
-        self._state, self._right, self.passes = held[::2], files.get(of_all["right"]), passes
+        self._states, self._right, self.passes = list(held[::2]), files.get(of_all["right"]), passes
         self._versions = dict.fromkeys(self._versions, passes)
+        self._observations = observations or self._observations
         best_right = files.get(of_all["best_right"]) if apart else self._right
-        self._best = _Kept(held[1::2], best_right, dict.fromkeys(("estimate", "left"), _UNUSED if apart else passes))
+        versions = dict.fromkeys(("estimate", "left"), _UNUSED if apart else passes)
+        self._best = _Kept(list(held[1::2]), best_right, versions)
 
     @property
     def depends_on_workers(self) -> bool:
         """Whether a block that a worker loses is made again by all the passes since the state was last put back."""
         return not self._store.durable and _on_cluster()
 
-    def _pass(self, view: PassInputs, changed: set[str]) -> Product:
-        """Visit each block once and add up the sums that it gives beside its new state."""
-        number = self.passes + 1
-        carried = self._carry(view)
-        visit = dask.delayed(tasks.visit, pure=False, nout=2)
-        parts = self._at_home(lambda b: tuple(visit(self._store, b, self._blocks[b], self._state[b], carried, number)))
-        total = self._sum([sums for _, sums in parts], add_sums)
-        sums: Sums
-        state, sums = self._settle([state for state, _ in parts], total)
-        self._state, self._right = state, view.right
-        self._count_pass()
-        self._renew(changed, number)
-        cross = sums.sparse_cross.astype(np.float64)
-        if cross.size:
-            tall.add_product(cross, view.spread, sums.left_cross)
-        return Product(cross, sums.gram, sums.misfit, sums.held_out)
+    def _pass(
+        self,
+        kernel: Callable[..., Any],
+        *arguments: Any,
+        changes: Collection[str] = (),
+        without: Collection[str] = (),
+        rows: Floats | None = None,
+        together: bool = True,
+    ) -> Any:
+        """Visit each block once: a task for each group, and a tree over them that adds up what they give.
 
-    def _renew(self, changed: set[str], number: int) -> None:
+        Parameters
+        ----------
+        kernel, arguments, without
+            See `tasks.run`.
+        changes
+            Arrays of the state that the kernel makes anew.
+        rows
+            The last argument, of which a group gets the rows of its blocks.
+        together
+            Add up; else what each group gives stays where it is.
+        """
+        if self.passes:
+            self._before_pass()
+        self._follow(self._placement(self._weights))
+        number, source, run = self.passes + 1, self._source, dask.delayed(tasks.run, pure=False, nout=4)
+        shared, own = self._spread(arguments), self._rows(rows)
+
+        def visit(g: int) -> Delayed:
+            held, numbers = (self._blocks[g], self._states[g]), self._groups[g].blocks
+            return run(self._store, source, numbers, held, number, without, kernel, shared[g], *own[g])
+
+        parts = self._at_home(visit)
+        if self._store.durable and together:
+            # References to a disk come here: a scheduler that held them would make a lost one again from versions that
+            # are gone. Else blocks and states stay with the workers.
+            ((read, states, total, observed),) = _run([self._sum(parts)], dask.compute)
+            blocks, states = (self._shares(records) for records in (read, states))
+        else:
+            read, states, totals, seen = (list(column) for column in zip(*map(tuple, parts), strict=True))
+            fresh, kept = source is not None, source is not None or bool(changes)
+            wanted = read if fresh else [], states if kept else [], [self._sum(totals)] if together else totals
+            blocks, states, total, seen = _run([*wanted, [self._sum(seen)] if fresh else []])
+            if self._store.durable:
+                blocks, states = dask.compute(blocks, states)
+            total, observed = total[0].compute() if together else total, seen[0].compute() if fresh else None
+        if source is not None:
+            self._blocks, self._source = blocks, None
+        if source is not None or changes:
+            self._states = states
+        self.passes = number
+        self._renew(changes, number)
+        self._on_pass(number)
+        if source is not None:
+            self._observations = observed
+            self._on_read(observed)
+        return total
+
+    def _renew(self, changed: Collection[str], number: int) -> None:
         """Forget what a pass has made anew, unless it is kept."""
         for name in changed:
             if self._best is None or self._best.versions.get(name) != self._versions[name]:
                 self._store.drop(name, self._versions[name])
             self._versions[name] = number
-
-    def _count_pass(self) -> None:
-        self.passes += 1
-        self._on_pass(self.passes)
-
-    def _settle(self, states: list[Delayed], total: Delayed) -> tuple[tuple[Any, ...], Any]:
-        """Compute the new states of the blocks and what they add up to.
-
-        Where states are but references to a disk they come here: a scheduler that held them would make a lost one
-        again from versions that are gone. Else they stay with the workers.
-        """
-        *settled, total = self._hold([*states, total])
-        return tuple(settled), total if self._store.durable else total.compute()
-
-    def _hold(self, values: list[Delayed]) -> tuple[Any, ...]:
-        return _run(values, dask.compute if self._store.durable else dask.persist)
-
-    def _pick(self, function: Callable[..., Any], *columns: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Apply a function that moves no data to what is held of each block."""
-        if self._store.durable:
-            return tuple(map(function, *columns))
-        pick = dask.delayed(function)
-        return _run([pick(*parts) for parts in zip(*columns, strict=True)])
 
     def _view(self, right: Floats | None = None) -> PassInputs:
         """Make what a pass carries, without a basis; `right` is that of a new A."""
@@ -408,62 +452,93 @@ class LowRankPlusSparse:
             return PassInputs(right, np.hstack([right, -beta[:, None] * right]), beta)
         return PassInputs(right, (1 - beta)[:, None] * right, beta)
 
-    def _carry(self, view: PassInputs) -> Delayed:
-        """Begin a pass: wrap what every task of it needs as one task, which is sent to each worker once."""
-        self._before_pass()
-        self._home = self._homes(self.n_blocks)
-        return dask.delayed(view, name=f"view-{self._id}-{uuid.uuid4().hex[:8]}", traverse=False)
+    def _spread(self, arguments: tuple[Any, ...]) -> list[Any]:
+        """Give what all tasks of a pass need, for each group: with its task, or by way of one worker of each bunch."""
+        homes = list(dict.fromkeys(group.home for group in self._groups))
+        if homes == [None] or len(homes) == len(self._groups) <= _SERVED:
+            return [arguments] * len(self._groups)
+        sent: dict[str | None, Delayed] = {}
+        relay = dask.delayed(tasks.relay, pure=False)
+        for start in range(0, len(homes), _BUNCH):
+            with at(homes[start]):
+                sent |= dict.fromkeys(homes[start : start + _BUNCH], relay(arguments))
+        return [sent[group.home] for group in self._groups]
+
+    def _rows(self, rows: Floats | None) -> list[tuple[Records, ...]]:
+        """Give the rows of the blocks of each group, by block."""
+        if rows is None:
+            return [()] * len(self._groups)
+        spans = list(pairwise(self.bounds))
+        return [(Records((b, rows[slice(*spans[b])]) for b in group.blocks),) for group in self._groups]
 
     def _at_home(self, make: Callable[[int], Any]) -> list[Any]:
-        """Make a task for each block, to run where the block is at home."""
+        """Make a task for each group, to run where the group is at home."""
         made = []
-        for block, home in enumerate(self._home):
-            with _at(home):
-                made.append(make(block))
+        for g, group in enumerate(self._groups):
+            with at(group.home):
+                made.append(make(g))
         return made
 
-    def _sum(self, parts: list[Delayed], add: Callable[..., Any]) -> Delayed:
-        """Add up what blocks give: at each home what is there, then what homes have."""
-        of_homes: dict[str | None, list[Delayed]] = {}
-        for home, part in zip(self._home, parts, strict=True):
-            of_homes.setdefault(home, []).append(part)
-        sums = []
-        for home, group in of_homes.items():
-            with _at(home):
-                sums.append(_tree(group, dask.delayed(add)))
-        return _tree(sums, dask.delayed(add))
+    def _sum(self, parts: Sequence[Any]) -> Delayed:
+        """Add up what groups give: at each home what is there, then what homes have."""
+        of_homes: dict[str | None, list[Any]] = {}
+        for group, part in zip(self._groups, parts, strict=True):
+            of_homes.setdefault(group.home, []).append(part)
+        sums = [tree_reduce(group, tasks.add, [home] * len(group)) for home, group in of_homes.items()]
+        return tree_reduce(sums, tasks.add, list(of_homes))
 
-    def _each(self) -> range:
-        return range(self.n_blocks)
+    def _follow(self, groups: tuple[Group, ...]) -> None:
+        """Take on a new placement: what is held of blocks that move goes with them."""
+        if groups == self._groups:
+            return
+        before, self._groups = self._groups, groups
+        self._blocks, self._states = (self._moved(held, before) for held in (self._blocks, self._states))
+        if self._best is not None:
+            self._best = self._best._replace(states=self._moved(self._best.states, before))
+
+    def _moved(self, held: list[Any], before: tuple[Group, ...]) -> list[Any]:
+        if self._store.durable:
+            return self._shares(tasks.join(*held))
+        whole = {group.blocks: part for group, part in zip(before, held, strict=True)}
+        pick, join = dask.delayed(tasks.pick), dask.delayed(tasks.join)
+
+        def collected(g: int) -> Any:
+            blocks = set(self._groups[g].blocks)
+            if self._groups[g].blocks in whole:
+                return whole[self._groups[g].blocks]
+            pieces = []
+            for group, part in zip(before, held, strict=True):
+                if common := blocks.intersection(group.blocks):
+                    with at(group.home):
+                        pieces.append(pick(part, common))
+            return join(*pieces)
+
+        return self._hold(self._at_home(collected))
+
+    def _shares(self, records: Records) -> list[Records]:
+        return [tasks.pick(records, group.blocks) for group in self._groups]
+
+    def _where_held(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Make a function that moves no data work on what is held of a group."""
+        return function if self._store.durable else dask.delayed(function)
+
+    def _hold(self, values: Iterable[Any]) -> list[Any]:
+        return list(_run(list(values)))
+
+
+def _shipped(source: BlockSource) -> Delayed:
+    return dask.delayed(source, name=f"source-{uuid.uuid4().hex[:12]}", traverse=False)
 
 
 def _run(values: list[Any], how: Callable[..., Any] = dask.persist) -> tuple[Any, ...]:
     """Compute and hold on the scheduler in force, where threads of this process leave BLAS one thread each."""
-    # A view of some megabytes goes to the workers with every pass: that is meant, and no cause for a warning. Without
+    # Inputs of some megabytes go to the workers with every pass: that is meant, and no cause for a warning. Without
     # distributed there are none; were it imported while its configuration is changed, its defaults would go with that.
     large = {"distributed.admin.large-graph-warning-threshold": "1GB"} if "distributed" in sys.modules else {}
     with threadpool_limits(1, user_api="blas"), dask.config.set(large):
         return how(*values)  # type: ignore[no-any-return]
 
 
-@contextmanager
-def _at(home: str | None) -> Iterator[None]:
-    """Tasks made meanwhile go to this worker, or elsewhere if it is no more."""
-    if home is None:
-        yield
-    else:
-        with dask.annotate(workers=[home], allow_other_workers=True):
-            yield
-
-
 def _on_cluster() -> bool:
     """Whether tasks run in other processes, which may die."""
     return hasattr(getattr(get_scheduler(), "__self__", None), "persist")
-
-
-def _tree(parts: list[Delayed], add: Any) -> Delayed:
-    """Add up, neighbours first, in a fixed order."""
-    while len(parts) > 1:
-        pairs = [add(*parts[i : i + 2]) for i in range(0, len(parts) - 1, 2)]
-        parts = pairs + parts[2 * len(pairs) :]
-    return parts[0]

@@ -6,10 +6,11 @@ import math
 from functools import lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr
+
+from scialm_dask.linalg.compiled import compiled
 
 __all__ = ["hidden_entries", "mixed", "n_to_hide", "thinned"]
 
@@ -27,7 +28,7 @@ _S31, _S32, _S56 = np.uint64(31), np.uint64(32), np.uint64(56)
 _ZERO, _ONE = np.uint64(0), np.uint64(1)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def mixed(x: np.uint64) -> np.uint64:
     """Scramble 64 bits one to one (the output function of SplitMix64)."""
     x = (x ^ (x >> _S30)) * _MIX_1
@@ -35,7 +36,7 @@ def mixed(x: np.uint64) -> np.uint64:
     return x ^ (x >> _S31)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _permuted(x: np.uint64, n: np.uint64, n_left: np.uint64, n_right: np.uint64, key: np.uint64) -> np.uint64:
     """Where a pseudo-random permutation of 0 … n - 1 sends `x`.
 
@@ -56,7 +57,7 @@ def _permuted(x: np.uint64, n: np.uint64, n_left: np.uint64, n_right: np.uint64,
             return x
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _hide(
     indices: NDArray[np.int32],
     seen: NDArray[np.int64],
@@ -135,13 +136,13 @@ def n_to_hide(counts: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
     return np.where(counts > _NEVER_HIDDEN, hidden, 0)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _uniform(x: np.uint64) -> float:
     """Give a number between 0 and 1, never either: the upper 52 bits of `x`, and a half."""
     return (np.float64(x >> _S12) + 0.5) * 2.0**-52
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _stirling(x: float) -> float:
     """Give what Stirling's formula for log x! leaves out."""
     y = x + 1
@@ -150,7 +151,7 @@ def _stirling(x: float) -> float:
     return (1 / 12 - (1 / 360 - 1 / 1260 / (y * y)) / (y * y)) / y
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _inverted(n: float, p: float, u: float) -> float:
     """Draw from Binomial(n, p) by adding up its probabilities: steps as the mean, so for small ones."""
     k, last, odds = 0.0, min(n, n * p + 10 * math.sqrt(n * p + 1)), p / (1 - p)
@@ -162,7 +163,7 @@ def _inverted(n: float, p: float, u: float) -> float:
     return k
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _rejected(n: float, p: float, key: np.uint64) -> Any:
     """Draw from Binomial(n, p), mean at least 10 and p at most a half, in constant time (BTRS of Hörmann 1993)."""
     sd, mode, odds = math.sqrt(n * p * (1 - p)), np.floor((n + 1) * p), p / (1 - p)
@@ -194,7 +195,7 @@ def _small_binomials(p: float) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     return below, np.sum(below[:, None] <= np.arange(256)[:, None] / 256, axis=2, dtype=np.uint8)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _thin(
     indptr: Any, indices: Any, counts: Any, first_row: np.uint64, share: float, seed: np.uint64,
     below: Any, guide: Any, kept: Any

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from scialm_dask.linalg.compiled import compiled
 from scialm_dask.linalg.kernels import Doubles, Floats
 
 __all__ = ["RightFactor", "RowProblems", "column_minima", "cross_validation", "leave_one_out", "solve_rows"]
 
-_jit = numba.njit(nogil=True, cache=True, boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
+_jit = compiled(boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
 
 _PANEL_VALUES = 4_000_000  # 16 MB
 

@@ -19,6 +19,8 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 from numpy.typing import NDArray
 
+from scialm_dask.linalg.compiled import compiled
+
 __all__ = ["are_compiled", "sddmm", "spmm", "spmm_t"]
 
 Floats = NDArray[np.float32]
@@ -29,7 +31,7 @@ _ROW_ENTRIES = 256  # that a tile meets in a row on average, at least: each row 
 _GATHER, _SCATTER, _SAMPLED = range(3)
 _FAST = ("reassoc", "contract", "nsz")
 
-_jit = numba.njit(nogil=True, cache=True, boundscheck=False)
+_jit = compiled(boundscheck=False)
 
 
 def spmm(indptr: Pattern, indices: Pattern, values: Floats, columns: Floats, rows: Floats) -> None:
@@ -202,4 +204,5 @@ def _unpack(tile, target, start, left):  # type: ignore[no-untyped-def]
 
 def are_compiled() -> bool:
     """Whether an earlier process has left these products in numba's cache, so that this one need not compile them."""
-    return any(Path(_product.stats.cache_path).glob("tiles._product-*.nbi"))
+    kept = _product.stats.cache_path
+    return kept is not None and any(Path(kept).glob("sparse_products._product-*.nbi"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import eigh
 
-from scialm_dask.linalg import tall
+from scialm_dask.linalg import kernels
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
 
@@ -55,7 +55,7 @@ def rayleigh_ritz(product: Product) -> PartialSVD:
     order = np.argsort(squares)[::-1]
     order = order[squares[order] > np.finfo(np.float64).eps * max(squares[order[0]], 0.0)]
     values, rotation = np.sqrt(squares[order]), rotation[:, order]
-    right = tall.product(projected, rotation / values)
+    right = kernels.product(projected, rotation / values)
     return _with_signs(values, right, whiten @ rotation)
 
 

@@ -1,9 +1,11 @@
-"""What the workers run: each task loads what it needs of a block, calls a kernel, and stores what has changed."""
+"""What the workers run: one task visits the blocks of a group in turn, and adds up what a kernel makes of each."""
+# ruff: noqa: ARG001 (kernels get more than some of them need)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields, replace
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +13,10 @@ from numpy.typing import NDArray
 from scialm_dask.linalg import kernels
 from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, PassInputs, RowHalf, Sums
 
-__all__ = ["BlockSource", "Files", "References", "Store"]
+__all__ = ["BlockSource", "Files", "Group", "Observations", "Store"]
+
+R = TypeVar("R")
+_ADDED_IN_PLACE = 16  # blocks whose float32 sums are made in one array; then that is added to the others
 
 
 class BlockSource(Protocol):
@@ -47,26 +52,27 @@ class BlockSource(Protocol):
 
 
 class Store(Protocol):
-    """Keeps arrays by name, version and block between passes; see `scialm_dask.data.scratch`."""
+    """Keeps a `Block` or `BlockState` of each block between passes; see `scialm_dask.data.scratch`."""
 
     @property
     def durable(self) -> bool:
         """Whether what `put` returns is small and outlives the process that made it."""
         ...
 
-    def put(self, name: str, version: int, block: int, array: NDArray[Any]) -> Any:
-        """Keep an array; what is returned is all that travels between tasks.
+    def put(self, record: R, block: int, version: int, old: R | None = None, kept: R | None = None) -> R:
+        """Keep the arrays of a record; returns the record with what refers to them in their place.
 
-        The same call again does no harm, so that a task can be run twice, even at once.
+        The arrays that it shares with `old` stay where `kept`, which `put` returned for that, has them. The same call
+        again does no harm, so that a task can be run twice, even at once.
         """
         ...
 
-    def get(self, reference: Any) -> NDArray[Any]:
-        """Give back what `put` kept."""
+    def get(self, kept: R, without: Collection[str] = ()) -> R:
+        """Return the record that `put` kept; arrays named in `without` may be empty."""
         ...
 
     def drop(self, name: str, version: int) -> None:
-        """Forget a version in all blocks."""
+        """Forget a version of an array in all blocks."""
         ...
 
 
@@ -82,155 +88,242 @@ class Files(Protocol):
         ...
 
 
-ARRAYS = ("estimate", "left", "sketch")
+class Group(NamedTuple):
+    """Blocks that one task visits, and the address of the worker that is to run it; None for any."""
+
+    home: str | None
+    blocks: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class References:
-    """Where the arrays of a `BlockState` are."""
+class Observations(NamedTuple):
+    """What is known of the observed entries before the first iteration.
 
-    estimate: Any
-    left: Any
-    sketch: Any
+    Number of entries in Ω and of those that are held out of it; ‖D‖² over either; number of rows that had observed
+    entries and of which all are held out.
+    """
 
-
-@dataclass(frozen=True)
-class HeldBlock:
-    """Where the arrays of a `Block` are."""
-
-    indptr: Any
-    indices: Any
-    observed: Any
-    confidence: Any
-    n_columns: int
+    n_observed: int
+    n_held_out: int
+    sum_squares: float
+    held_out_squares: float
+    n_emptied: int
 
 
-BLOCK_ARRAYS = ("indptr", "indices", "observed", "confidence")
+BLOCK_ARRAYS = tuple(field.name for field in fields(Block) if field.name != "n_columns")
+_NOTHING = np.zeros((0, 0), np.float32)
 
 
-def hold(store: Store, source: BlockSource, block: int) -> HeldBlock:
-    data = source.load(block)
-    arrays = {name: getattr(data, name) for name in BLOCK_ARRAYS}
-    held = {name: None if array is None else store.put(name, 0, block, array) for name, array in arrays.items()}
-    return HeldBlock(**held, n_columns=data.n_columns)
+class Records(dict[Any, Any]):
+    """What the store keeps of the blocks of a group, by their numbers. Dask does not look into it, as into dicts."""
 
 
-def _block(store: Store, held: HeldBlock) -> Block:
-    confidence = None if held.confidence is None else store.get(held.confidence)
-    return Block(store.get(held.indptr), store.get(held.indices), store.get(held.observed), held.n_columns, confidence)
+def run(
+    store: Store,
+    source: BlockSource | None,
+    numbers: tuple[int, ...],
+    held: tuple[Records, Records],
+    version: int,
+    without: Collection[str],
+    kernel: Callable[..., tuple[BlockState, Any]],
+    arguments: tuple[Any, ...],
+    *own: Any,
+) -> tuple[Records, Records, Any, Observations | None]:
+    """Visit the blocks of a group by ``kernel(number, block, state, total, *arguments)``, which adds to the total.
+
+    Parameters
+    ----------
+    source
+        Reads the blocks in their first visit; None afterwards.
+    held
+        What the store keeps of the blocks, empty in their first visit, and of their states.
+    version
+        Of the arrays that change.
+    without
+        Arrays of the state that the kernel does not need.
+    kernel, arguments, own
+        What to do; `own` are arguments of this group alone.
+
+    Returns
+    -------
+    tuple
+        Blocks that were read, all states, the total, and what is known of the entries of blocks that were read.
+    """
+    blocks, states = held
+    read, changed, observed, total, recent = Records(), Records(states), None, None, None
+    for turn, number in enumerate(numbers, start=1):
+        state = None
+        if source is None:
+            block = store.get(blocks[number])
+        else:
+            block = source.load(number)
+            read[number] = store.put(block, number, 0)
+            first, seen = begin(block, source.held_out(number, block))
+            observed = add(observed, seen)
+            if number in states and len(store.get(states[number], without).estimate) != block.indptr[-1]:
+                raise ValueError(f"block {number} is not the one whose state was saved")
+            if number not in states:
+                state, changed[number] = first, store.put(first, number, 0)
+        at = changed[number]
+        state = state or store.get(at, without)
+        new, recent = kernel(number, block, state, recent, *arguments, *own)
+        if new is not state:
+            changed[number] = store.put(new, number, version, state, at)
+        if turn % _ADDED_IN_PLACE == 0 or turn == len(numbers):
+            total, recent = add(total, recent, in_place=True), None
+    return read, changed, total, observed
 
 
-def begin(store: Store, source: BlockSource, block: int, held: HeldBlock) -> tuple[References, tuple[float, ...]]:
-    data = _block(store, held)
-    hidden = source.held_out(block, data)
-    estimate, n_hidden, held_out_squares, n_emptied = data.observed, 0, 0.0, 0
+def begin(block: Block, hidden: NDArray[np.bool_] | None) -> tuple[BlockState, Observations]:
+    """W = D on the observed entries, A = 0, and what is known of the entries."""
+    estimate, n_hidden, held_out_squares, n_emptied = block.observed, 0, 0.0, 0
     if hidden is not None:
-        estimate = np.where(hidden, np.float32(np.nan), data.observed)
-        n_hidden, held_out_squares = int(hidden.sum()), _squares(data.observed[hidden])
-        n_left = np.diff(np.concatenate([[0], np.cumsum(~hidden)])[data.indptr])
-        n_emptied = int(np.count_nonzero((n_left == 0) & (np.diff(data.indptr) > 0)))
-    empty = np.zeros((data.n_rows, 0), np.float32)
-    refs = References(*(store.put(n, 0, block, a) for n, a in zip(ARRAYS, (estimate, empty, empty), strict=True)))
-    squares = _squares(data.observed) - held_out_squares
-    return refs, (len(data.observed) - n_hidden, n_hidden, squares, held_out_squares, n_emptied)
+        estimate = np.where(hidden, np.float32(np.nan), block.observed)
+        n_hidden, held_out_squares = int(hidden.sum()), _squares(block.observed[hidden])
+        n_left = np.diff(np.concatenate([[0], np.cumsum(~hidden)])[block.indptr])
+        n_emptied = int(np.count_nonzero((n_left == 0) & (np.diff(block.indptr) > 0)))
+    empty = np.zeros((block.n_rows, 0), np.float32)
+    squares = _squares(block.observed) - held_out_squares
+    seen = Observations(len(block.observed) - n_hidden, n_hidden, squares, held_out_squares, n_emptied)
+    return BlockState(estimate, empty, empty), seen
 
 
 def _squares(values: Floats) -> float:
     return float(np.square(values, dtype=np.float64).sum())
 
 
+def add(one: Any, other: Any, *, in_place: bool = False) -> Any:
+    """Add numbers and arrays, one by one in tuples; join dicts; None is nothing.
+
+    Parameters
+    ----------
+    one, other
+        Of the same structure.
+    in_place
+        Add to the arrays of `one`.
+    """
+    if one is None or other is None:
+        return other if one is None else one
+    if isinstance(one, dict):
+        return type(one)({**one, **other})
+    if isinstance(one, tuple):
+        sums = [add(*pair, in_place=in_place) for pair in zip(one, other, strict=True)]
+        return type(one)(*sums) if hasattr(one, "_fields") else tuple(sums)
+    if in_place and isinstance(one, np.ndarray):
+        one += other
+        return one
+    return one + other
+
+
 def visit(
-    store: Store,
-    block: int,
-    held: HeldBlock,
-    at: References,
-    view: PassInputs,
-    number: int,
-) -> tuple[References, Sums]:
-    # A step makes a new left factor of the sketch; without one the old left factor is in force and the sketch is not.
-    unneeded = np.zeros((0, 0), np.float32)
-    left, sketch = (unneeded, store.get(at.sketch)) if view.step else (store.get(at.left), unneeded)
-    state = BlockState(store.get(at.estimate), left, sketch)
-    new, sums = kernels.visit(_block(store, held), state, view)
-    return _put_changes(store, block, number, at, state, new), sums
+    number: int, block: Block, state: BlockState, total: Sums | None, view: PassInputs
+) -> tuple[BlockState, Sums]:
+    return kernels.visit(block, state, view, total)
 
 
-def take_sketch(
-    store: Store, block: int, held: HeldBlock, at: References, view: PassInputs, number: int, vectors: Floats
-) -> tuple[References, tuple[Floats, Floats]]:
-    state = BlockState(store.get(at.estimate), store.get(at.left), vectors)
-    parts = kernels.left_and_sparse(_block(store, held), state, view)
-    return replace(at, sketch=store.put("sketch", number, block, vectors)), parts
+def reduce(
+    number: int, block: Block, state: BlockState, total: Any, kernel: Callable[..., Any], *arguments: Any
+) -> tuple[BlockState, Any]:
+    return state, add(total, kernel(number, block, state, *arguments), in_place=True)
 
 
-def project(store: Store, held: HeldBlock, parts: tuple[Floats, Floats], vectors: Floats) -> tuple[Floats, Doubles]:
-    return kernels.project(_block(store, held), *parts, vectors)
+def column_gram(number: int, block: Block, state: BlockState, view: PassInputs) -> tuple[Doubles, Doubles, Doubles]:
+    return kernels.column_gram(block, state, view)
 
 
-def column_gram(store: Store, held: HeldBlock, at: References, view: PassInputs) -> tuple[Doubles, Doubles, Doubles]:
-    state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
-    return kernels.column_gram(_block(store, held), state, view)
+def row_half(number: int, block: Block, state: BlockState, view: PassInputs, core: Doubles) -> dict[int, RowHalf]:
+    return {number: kernels.row_half(block, state, view, core)}
 
 
-def row_half(store: Store, held: HeldBlock, at: References, view: PassInputs, core: Doubles) -> RowHalf:
-    state = BlockState(store.get(at.estimate), store.get(at.left), np.zeros((0, 0), np.float32))
-    return kernels.row_half(_block(store, held), state, view, core)
-
-
-def row_gram(store: Store, one: HeldBlock, other: HeldBlock, half: RowHalf, other_half: RowHalf) -> Doubles:
-    return kernels.row_gram((_block(store, one), _block(store, other)), (half, other_half))
+def row_gram(
+    store: Store, blocks: tuple[Records, Records], halves: tuple[dict[int, RowHalf], dict[int, RowHalf]]
+) -> dict[tuple[int, int], Doubles]:
+    """W₁W₂ᵀ of each pair of blocks of two groups; of a group with itself, of each pair once."""
+    tiles = {}
+    same = halves[0].keys() == halves[1].keys()
+    for i, one in halves[0].items():
+        block = store.get(blocks[0][i])
+        for j, other in halves[1].items():
+            if not same or i <= j:
+                tiles[i, j] = kernels.row_gram((block, store.get(blocks[1][j])), (one, other))
+    return tiles
 
 
 def quadratic(
-    store: Store, other: BlockSource | None, block: int, held: HeldBlock, at: References, view: PassInputs
+    number: int, block: Block, state: BlockState, other: BlockSource | None, view: PassInputs
 ) -> tuple[Doubles, Doubles, Doubles, float]:
-    data = _block(store, held) if other is None else other.load(block)
-    return kernels.quadratic(data, store.get(at.left), view)
+    return kernels.quadratic(block if other is None else other.load(number), state.left, view)
 
 
-def _put_changes(store: Store, block: int, number: int, at: References, old: BlockState, new: BlockState) -> References:
-    changed = {name: getattr(new, name) for name in ARRAYS if getattr(new, name) is not getattr(old, name)}
-    return replace(at, **{name: store.put(name, number, block, array) for name, array in changed.items()})
+def take_sketch(
+    number: int, block: Block, state: BlockState, total: Any, view: PassInputs, vectors: Mapping[int, Floats]
+) -> tuple[BlockState, dict[int, tuple[Floats, Floats]]]:
+    parts = {number: kernels.left_and_sparse(block, state, view)}
+    return replace(state, sketch=vectors[number]), add(total, parts)
+
+
+def project(store: Store, blocks: Records, parts: Mapping[int, Any], vectors: Mapping[int, Floats]) -> Any:
+    total = None
+    for number, (left, sparse) in parts.items():
+        part = kernels.project(store.get(blocks[number]), left, sparse, vectors[number])
+        total = add(total, part, in_place=True)
+    return total
+
+
+def nothing(number: int, block: Block, state: BlockState) -> None:
+    return None
+
+
+def relay(shared: Any) -> Any:
+    return shared
+
+
+def pick(held: Records, numbers: Collection[int]) -> Records:
+    return Records((number, held[number]) for number in numbers if number in held)
+
+
+def join(*parts: Mapping[Any, Any]) -> Records:
+    return Records(item for part in parts for item in part.items())
+
+
+def without_sketch(states: Records) -> Records:
+    return Records((number, replace(state, sketch=_NOTHING)) for number, state in states.items())
+
+
+def with_kept(states: Records, kept: Records) -> Records:
+    return Records((number, replace(kept[number], sketch=state.sketch)) for number, state in states.items())
+
+
+def get_left(store: Store, states: Records, number: int) -> Floats:
+    state: BlockState = store.get(states[number], ("estimate", "sketch"))
+    return state.left
 
 
 def save(
-    store: Store, files: Files, block: int, at: References, names: tuple[str, ...], best: References | None
-) -> dict[str, Any]:
-    kept = {name: getattr(at, name) for name in names}
-    if best is not None:
-        kept |= {"best_estimate": best.estimate, "best_left": best.left}
-    return {name: files.put(name, block, store.get(reference)) for name, reference in kept.items()}
+    store: Store, files: Files, states: Records, names: tuple[str, ...], best: Records | None
+) -> dict[int, dict[str, Any]]:
+    """Write arrays of the states; returns what to refer to them by, for each block by what they hold."""
+    saved = {}
+    for number, at in states.items():
+        state = store.get(at)
+        arrays = {name: getattr(state, name) for name in names}
+        if best is not None:
+            kept = store.get(best[number], ("sketch",))
+            arrays |= {"best_estimate": kept.estimate, "best_left": kept.left}
+        saved[number] = {name: files.put(name, number, array) for name, array in arrays.items()}
+    return saved
 
 
 def restore(
-    store: Store, files: Files, block: int, saved: dict[str, Any], version: int, of_best: int
-) -> tuple[References, References]:
-    def keep(name: str, file: str, version: int) -> Any:
-        return store.put(name, version, block, files.get(saved[file]))
-
-    left = files.get(saved["left"])
-    sketch = files.get(saved["sketch"]) if "sketch" in saved else np.zeros((len(left), 0), np.float32)
-    at = References(
-        keep("estimate", "estimate", version),
-        store.put("left", version, block, left),
-        store.put("sketch", version, block, sketch),
-    )
-    if "best_left" not in saved:
-        return at, without_sketch(at)
-    return at, References(keep("estimate", "best_estimate", of_best), keep("left", "best_left", of_best), None)
-
-
-def without_sketch(at: References) -> References:
-    return replace(at, sketch=None)
-
-
-def with_kept(at: References, kept: References) -> References:
-    return replace(kept, sketch=at.sketch)
-
-
-def get_left(store: Store, at: References) -> Floats:
-    return store.get(at.left)
-
-
-def add(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a + b for a, b in zip(one, other, strict=True))
+    store: Store, files: Files, saved: Mapping[int, Mapping[str, Any]], version: int, of_best: int
+) -> tuple[Records, Records]:
+    """Put back what `save` wrote: the states, and what was kept as the best."""
+    states, best = Records(), Records()
+    for number, written in saved.items():
+        left = files.get(written["left"])
+        sketch = files.get(written["sketch"]) if "sketch" in written else np.zeros((len(left), 0), np.float32)
+        states[number] = store.put(BlockState(files.get(written["estimate"]), left, sketch), number, version)
+        best[number] = replace(states[number], sketch=_NOTHING)
+        if "best_left" in written:
+            kept = BlockState(files.get(written["best_estimate"]), files.get(written["best_left"]), _NOTHING)
+            best[number] = store.put(kept, number, of_best)
+    return states, best

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import as_dask
-from scialm_dask.data.matrix import tree_reduce
 from scialm_dask.errors import InputError
+from scialm_dask.reduction import tree_reduce
 
 if TYPE_CHECKING:
     import dask.array as da

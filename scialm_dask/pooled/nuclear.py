@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from scialm_dask.arguments import checked, validated
-from scialm_dask.data.matrix import tree_reduce
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, Sweep, silent
 from scialm_dask.pooled.admm import (
@@ -28,6 +27,7 @@ from scialm_dask.pooled.admm import (
 )
 from scialm_dask.pooled.base import Float, Measurements, PooledResult, Sums, add_sums, batches, dense_block
 from scialm_dask.pooled.design import check_pools
+from scialm_dask.reduction import tree_reduce
 
 __all__ = ["PooledNuclearNorm"]
 

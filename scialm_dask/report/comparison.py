@@ -48,6 +48,8 @@ class Comparison:
         First two principal components of the cells, float64, shape ``(k, 2)``.
     shares
         Of the variance, on the axes of `before` and of `after`.
+    gene_before, gene_after
+        Values of the gene that was asked for, float64, shape ``(k,)``; None if none was.
     """
 
     cells: NDArray[np.intp]
@@ -57,12 +59,15 @@ class Comparison:
     before: Doubles
     after: Doubles
     shares: tuple[tuple[float, float], tuple[float, float]]
+    gene_before: Doubles | None = None
+    gene_after: Doubles | None = None
 
 
 def compare(
     result: Imputation,
     source: ExpressionMatrix,
     *,
+    gene: int | None = None,
     most_cells: int = MOST_CELLS,
     listen: Listener = silent,
 ) -> Comparison:
@@ -74,6 +79,8 @@ def compare(
         Completed from `source`; its X is compared where it was written with one.
     source
         Cells × genes.
+    gene
+        Number of a gene whose values are wanted.
     most_cells
         Size of the sample. Which cells are in it depends on their numbers alone.
     listen
@@ -93,12 +100,14 @@ def compare(
     cells = sample(result.shape[0], most_cells)
     observed = _rows_of(source, cells, begin(listen, "comparing"))
     plane = _variable_genes(observed)
-    genes, filled, imputed = _by_gene(result, cells, observed, plane)
+    wanted = plane if gene is None else np.append(plane, gene)
+    genes, filled, totals, imputed = _by_gene(result, cells, observed, wanted)
     before, first = _components(_evened(observed[:, plane].toarray(), _totals(observed)))
-    after, second = _components(_evened(imputed[:, :-1], imputed[:, -1]))
+    after, second = _components(_evened(imputed[:, : len(plane)], totals))
     turn = np.where((before * after).sum(axis=0) < 0, -1.0, 1.0)  # the same way round as before
+    of_gene = () if gene is None else (observed[:, gene].toarray().ravel().astype(np.float64), imputed[:, -1])
     seen = np.diff(observed.indptr).astype(np.intp)
-    return Comparison(cells, seen, genes, filled, before, after * turn, (first, second))
+    return Comparison(cells, seen, genes, filled, before, after * turn, (first, second), *of_gene)
 
 
 def sample(n_cells: int, most: int) -> NDArray[np.intp]:
@@ -143,22 +152,22 @@ def _variable_genes(observed: sp.csr_matrix) -> NDArray[np.intp]:
 
 
 def _by_gene(
-    result: Imputation, cells: NDArray[np.intp], observed: sp.csr_matrix, plane: NDArray[np.intp]
-) -> tuple[pd.DataFrame, float, Doubles]:
-    """Sum over the cells, some at a time; give also the imputed values of `plane`, and of each cell their total."""
+    result: Imputation, cells: NDArray[np.intp], observed: sp.csr_matrix, wanted: NDArray[np.intp]
+) -> tuple[pd.DataFrame, float, Doubles, Doubles]:
+    """Sum over the cells, some at a time; return also the total of each cell and the `wanted` genes, imputed."""
     import pandas as pd
 
     n_cells, n_genes = observed.shape
     counts = np.bincount(observed.indices, minlength=n_genes)
     sums = np.bincount(observed.indices, weights=observed.data, minlength=n_genes)
     typical = np.divide(sums, counts, out=np.full(n_genes, np.inf), where=counts > 0)
-    imputed, squares, filled = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes)
-    kept = np.empty((n_cells, len(plane) + 1))
+    imputed, squares, filled = np.zeros((3, n_genes))
+    totals, kept = np.empty(n_cells), np.empty((n_cells, len(wanted)))
     for start, stop in RowBlocks.panels(n_cells, n_genes, _PANEL_BYTES):
         rows = slice(start, stop)
         before = observed[rows].toarray()
         after = result.rows(cells[rows]) if result.X is None else _rows_of(result.X, cells[rows]).toarray()
-        kept[rows, :-1], kept[rows, -1] = after[:, plane], after.sum(axis=1, dtype=np.float64)
+        kept[rows], totals[rows] = after[:, wanted], after.sum(axis=1, dtype=np.float64)
         imputed += after.sum(axis=0, dtype=np.float64)
         squares += np.square(after - before).sum(axis=0, dtype=np.float64)
         filled += ((before == 0) & (after >= typical)).sum(axis=0)
@@ -170,21 +179,17 @@ def _by_gene(
         "change": np.sqrt(squares / n_cells),
         "filled": np.divide(filled, zeros, out=np.zeros(n_genes), where=zeros > 0),
     }
-    return pd.DataFrame(table, index=result.var.index), float(filled.sum() / max(1, zeros.sum())), kept
+    return pd.DataFrame(table, index=result.var.index), float(filled.sum() / max(1, zeros.sum())), totals, kept
 
 
 def _components(values: Doubles) -> tuple[Doubles, tuple[float, float]]:
-    """First two principal components, and the shares of the variance on them; signs fixed by the skewness."""
+    """Return the first two principal components, signs fixed by the skewness, and their shares of the variance."""
     from scipy.linalg import eigh
 
     centred = values - values.mean(axis=0)
-    wide = centred.shape[0] < centred.shape[1]
-    gram = centred @ centred.T if wide else centred.T @ centred
-    last = len(gram) - 1
-    squares, vectors = eigh(gram, subset_by_index=[max(0, last - 1), last])
-    scores = vectors * np.sqrt(np.maximum(squares, 0)) if wide else centred @ vectors
-    scores = np.pad(scores[:, ::-1], ((0, 0), (0, 2 - scores.shape[1])))
+    squares, axes = eigh(centred.T @ centred)
+    scores = centred @ axes[:, :-3:-1]
+    scores = np.pad(scores, ((0, 0), (0, 2 - scores.shape[1])))
     scores *= np.where((scores**3).sum(axis=0) < 0, -1.0, 1.0)
-    total = max(float(np.trace(gram)), np.finfo(np.float64).tiny)
-    one, two = np.square(scores).sum(axis=0) / total
+    one, two = np.square(scores).sum(axis=0) / max(squares.sum(), np.finfo(np.float64).tiny)
     return scores, (float(one), float(two))

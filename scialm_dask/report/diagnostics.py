@@ -7,7 +7,7 @@ from typing import Any
 
 from scialm_dask.imputation import Imputation
 from scialm_dask.report.comparison import Comparison
-from scialm_dask.report.panels import held_out_known
+from scialm_dask.report.plotting import known_curves
 
 __all__ = ["warnings_of"]
 
@@ -28,32 +28,50 @@ def warnings_of(result: Imputation, compared: Comparison | None = None) -> list[
     compared
         Some of its cells beside the matrix it was made from.
     """
-    return [*_of_the_end(result), *_of_rank(result), *_of_inflation(result, compared), *_of_input(result.summary)]
+    return [
+        *_of_the_end(result),
+        *_of_unseen(result.summary.get("unseen") or {}),
+        *_of_rank(result),
+        *_of_inflation(result, compared),
+        *_of_input(result.summary),
+    ]
 
 
 def _of_the_end(result: Imputation) -> Warnings:
     summary, history = result.summary, result.history
-    known = held_out_known(history)
+    known = "held_out" in known_curves(history)[0]
     if summary.get("converged") is False:
         falling = known and bool(history["held_out"].idxmin() == history.index[-1])
         so = ", and the held-out error was still falling" if falling else ""
         yield "It did not converge.", f"The most iterations allowed were made{so}: raise --max-iterations."
-    if not known and summary.get("settings", {}).get("stop") == "residual":
+    if not known and "unseen" not in summary and summary.get("settings", {}).get("stop") == "residual":
         yield (
             "Nothing was held out.",
             "The fit went on until observed entries were met, noise included, and no error tells whether that was too "
-            "far. Preset auto stops before.",
+            "far. Preset complete stops before.",
+        )
+
+
+def _of_unseen(errors: dict[str, float]) -> Warnings:
+    if errors and errors["imputed"] >= min(errors["observed"], errors["gene_mean"]):
+        simple = "the counts as they are" if errors["observed"] < errors["gene_mean"] else "gene means"
+        yield (
+            f"Unseen molecules are predicted no better than by {simple}.",
+            "Imputation adds nothing here: compare with what was counted before you rely on it.",
         )
 
 
 def _of_rank(result: Imputation) -> Warnings:
     most = result.summary.get("settings", {}).get("max_rank")
     if result.rank == 0:
-        yield "The rank is 0, so that all is imputed as zero.", "It ended too early: raise --max-iterations."
+        remedy = "It ended too early: raise --max-iterations."
+        if "unseen" in result.summary:
+            remedy = "No component recurs in unseen molecules: take the counts as they are."
+        yield "The rank is 0, so that all is imputed as zero.", remedy
     elif result.rank == 1:
         yield (
             "The rank is 1, so that all cells are imputed alike but for their depth.",
-            "Types of cells are lost: lower --zeros, or take preset auto.",
+            "Types of cells are lost: lower --zeros, or take preset complete.",
         )
     elif most is not None and result.rank >= most:
         yield (

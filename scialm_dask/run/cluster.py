@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from scialm_dask.arguments import Count, checked, validated
-from scialm_dask.config import bytes_of, configured
+from scialm_dask.config import bytes_of, configured, seconds_of
 from scialm_dask.data.temporary import current_client
 from scialm_dask.errors import ClusterError, InputError
-from scialm_dask.run.cluster_errors import loss_of_cluster
+from scialm_dask.run import signals
+from scialm_dask.run.cluster_errors import count_workers, losses_explained, quiet_end, while_workers
 
 if TYPE_CHECKING:
     from distributed import Client, Security
@@ -29,8 +30,8 @@ __all__ = ["CLUSTERS", "Workers", "ask_everyone", "connect", "current_client", "
 _JOBQUEUE = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "sge": "SGECluster", "lsf": "LSFCluster"}
 CLUSTERS = ("local", *_JOBQUEUE)
 _RETRIES = 10  # of a lost connection; a network that fails for a minute must not end a run of hours
-# A worker that died is started again, which may take a while on a busy machine; work waits, but not for ever.
-_RESTARTS = {"distributed.deploy.lost-worker-timeout": "5m", "distributed.scheduler.no-workers-timeout": "10m"}
+# A worker that died is started again, which may take a while on a busy machine.
+_RESTARTS = {"distributed.deploy.lost-worker-timeout": "5m"}
 _ANSWER = 30  # seconds to wait for one, of workers that may be busy
 _SAME_EVERYWHERE = ("python", "dask", "distributed", "scialm_dask")
 
@@ -136,7 +137,7 @@ def connect(
             client, wanted = start(stack, cluster, workers, threads, worker_memory, _temporary(tls))
         _wait(client, wanted, notify)
         _same_versions(client)
-        with _losses_explained():
+        with losses_explained(), quiet_end(client, ours=cluster is not None), while_workers(client):
             yield client
 
 
@@ -212,21 +213,11 @@ def _check_values(workers: Any, threads: Any, memory: Any) -> None:
     bytes_of("worker memory", memory)
 
 
-def _seconds(name: str) -> float:
-    from dask.utils import parse_timedelta
-
-    words = configured(name)
-    try:
-        return float(parse_timedelta(words))
-    except (TypeError, ValueError, KeyError):
-        raise InputError(f"{name} is {words!r}; give a time with a unit, such as 30s") from None
-
-
 def _standing(scheduler: str | None, scheduler_file: Any, tls: bool) -> Client:
     """Connect to a scheduler that somebody else has started."""
     from distributed import Client
 
-    timeout = _seconds("connect-timeout")
+    timeout = seconds_of("connect-timeout")
     address = scheduler or _address_in(scheduler_file, timeout)
     if tls and "://" not in address:
         address = f"tls://{address}"
@@ -301,17 +292,19 @@ def _local(
     import dask
     from distributed import Client, LocalCluster
 
-    stack.enter_context(dask.config.set(_RESTARTS))
-    started = stack.enter_context(
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=threads,
-            memory_limit=memory or "auto",
-            host="127.0.0.1",
-            dashboard_address=configured("dashboard-address"),
-            security=security,
+    preload = [*(dask.config.get("distributed.worker.preload") or ()), signals.__name__]
+    stack.enter_context(dask.config.set({**_RESTARTS, "distributed.worker.preload": preload}))
+    with signals.ignored_by_children():
+        started = stack.enter_context(
+            LocalCluster(
+                n_workers=workers,
+                threads_per_worker=threads,
+                memory_limit=memory or "auto",
+                host="127.0.0.1",
+                dashboard_address=configured("dashboard-address"),
+                security=security,
+            )
         )
-    )
     return stack.enter_context(Client(started)), len(started.workers)
 
 
@@ -394,24 +387,20 @@ def _jobqueue_options(name: str) -> dict[str, Any]:
 
 def _wait(client: Client, wanted: int, notify: Callable[[str], None]) -> None:
     """Wait for all workers, or, once the time is over, go on with those that came."""
-    if _count(client) >= wanted:
+    if count_workers(client) >= wanted:
         return
-    timeout = _seconds("worker-timeout")
+    timeout = seconds_of("worker-timeout")
     notify(f"waiting for {wanted} worker{'s' * (wanted > 1)}, {timeout:g} s at most")
     try:
         client.wait_for_workers(wanted, timeout=timeout)
     except TimeoutError:
-        here = _count(client)
+        here = count_workers(client)
         if here == 0:
             raise ClusterError(
                 f"{client.scheduler.address}: no worker came within {timeout:g} s; look at the queue and the logs of "
                 "the jobs, or raise scialm.worker-timeout in Dask's configuration"
             ) from None
         notify(f"going on with {here} of {wanted} workers")
-
-
-def _count(client: Client) -> int:
-    return len(client.scheduler_info(n_workers=-1)["workers"])
 
 
 def _same_versions(client: Client) -> None:
@@ -430,14 +419,3 @@ def _same_versions(client: Client) -> None:
 
 def _short(package: str, version: str | None) -> str | None:
     return ".".join(version.split(".")[:2]) if package == "python" and version else version
-
-
-@contextmanager
-def _losses_explained() -> Iterator[None]:
-    """Say in one line that workers, or the scheduler, were lost."""
-    try:
-        yield
-    except Exception as error:
-        if (loss := loss_of_cluster(error)) is None:
-            raise
-        raise ClusterError(loss) from error

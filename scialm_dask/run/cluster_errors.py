@@ -1,11 +1,25 @@
-"""Which errors mean that workers or the scheduler were lost, and whether there is a cluster again."""
+"""How work on a cluster ends when workers or the scheduler are lost, or it is interrupted."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-__all__ = ["cluster_is_back", "loss_of_cluster"]
+from scialm_dask.config import seconds_of
+from scialm_dask.errors import ClusterError
 
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["cluster_is_back", "count_workers", "loss_of_cluster", "losses_explained", "quiet_end", "while_workers"]
+
+_LOOK = 5.0  # seconds from one look at whether there are workers to the next
 _PATIENCE = 60  # seconds for a lost connection or lost workers to come back
 
 
@@ -26,7 +40,7 @@ def loss_of_cluster(error: BaseException) -> str | None:
     if isinstance(error, NoWorkerError):
         return f"no worker is left, and none came for {error.timeout:g} s; look at their logs"
     if isinstance(error, CommClosedError | FutureCancelledError | FuturesCancelledError):
-        return "lost the scheduler, or all workers with their data; look at their logs"
+        return "lost the scheduler, or all workers for longer than scialm.no-workers-timeout; look at their logs"
     return None
 
 
@@ -42,7 +56,76 @@ def cluster_is_back() -> bool:
     from distributed import get_client
 
     try:
-        get_client().wait_for_workers(1, timeout=_PATIENCE)
+        get_client().wait_for_workers(1, timeout=min(_PATIENCE, seconds_of("no-workers-timeout")))
     except Exception:  # whatever it is, there is none
         return False
     return True
+
+
+def count_workers(client: Client) -> int:
+    """Return the number of workers just now."""
+    return len(client.scheduler_info(n_workers=-1)["workers"])
+
+
+@contextmanager
+def losses_explained() -> Iterator[None]:
+    """Say in one line that workers, or the scheduler, were lost."""
+    try:
+        yield
+    except Exception as error:
+        if (loss := loss_of_cluster(error)) is None:
+            raise
+        raise ClusterError(loss) from error
+
+
+@contextmanager
+def quiet_end(client: Client, *, ours: bool) -> Iterator[None]:
+    """When work is interrupted, let no process say more of it than this one does."""
+    level = logging.getLogger("distributed").level
+    try:
+        yield
+    except KeyboardInterrupt:
+        _hush()
+        logging.getLogger("asyncio").addFilter(lambda record: "AllExit" not in record.getMessage())
+        if ours:
+            with contextlib.suppress(Exception):
+                client.run(_hush, on_error="ignore", callback_timeout=2)
+        raise
+    finally:
+        logging.getLogger("distributed").setLevel(level)
+
+
+def _hush() -> None:
+    for name in (
+        "distributed",
+        "tornado.application",
+        *(name for name in logging.root.manager.loggerDict if name.startswith("distributed.")),
+    ):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def while_workers(client: Client | None) -> Iterator[None]:
+    """End what waits for results within the block once there has been no worker for ``scialm.no-workers-timeout``."""
+    if client is None:
+        yield
+        return
+    limit, ended = seconds_of("no-workers-timeout"), threading.Event()
+    watcher = threading.Thread(target=_watch, args=(client, limit, ended), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _watch(client: Client, limit: float, ended: threading.Event) -> None:
+    from distributed import Future
+
+    last = time.monotonic()
+    while not ended.wait(min(_LOOK, limit / 4)):
+        with contextlib.suppress(Exception):  # a scheduler that is gone is told of elsewhere
+            if client.scheduler_info(n_workers=1)["workers"] or not client.futures:
+                last = time.monotonic()
+            elif time.monotonic() - last > limit:
+                client.cancel([Future(key, client) for key in list(client.futures)], force=True)

@@ -57,7 +57,7 @@ def plan(
     Parameters
     ----------
     matrix, settings, scratch, memory_limit, scratch_folder
-        See `scialm_dask.run.job.complete_matrix`.
+        See `scialm_dask.run.checkpointing.Job`.
     preserve_zeros
         Whether biological zeros are looked for too, by another SVD.
 
@@ -65,13 +65,16 @@ def plan(
     -------
     dict
         Memory is that of each process, in bytes, but for ``memory_bytes_in_all``; ``refusal``, in words, is there
-        only if the run does not fit.
+        only if the run does not fit, and then no time.
     """
     here = workers_here()
     place = place_scratch(scratch, matrix, settings, here, folder=scratch_folder, memory_limit=memory_limit)
     need = place.forecast
     passes = need.passes + (BIOLOGICAL_ZEROS_PASSES if preserve_zeros else 0)
-    seconds = time_of_pass(matrix, need.basis_width, here.threads * here.workers)
+    times = {}
+    if not place.refusal:  # timing a block takes the memory that there is not
+        seconds = time_of_pass(matrix, need.basis_width, here.threads * here.workers)
+        times = {"seconds_per_pass": seconds, "seconds": seconds * passes}
     return {
         "n_cells": matrix.shape[0],
         "n_genes": matrix.shape[1],
@@ -92,6 +95,5 @@ def plan(
         "passes": passes,
         "tasks_per_iteration": need.tasks_per_pass * need.passes_per_iteration,
         "bytes_read_per_pass": need.bytes_per_pass,
-        "seconds_per_pass": seconds,
-        "seconds": seconds * passes,
+        **times,
     }

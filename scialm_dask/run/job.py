@@ -6,73 +6,53 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from datetime import UTC, datetime
 
 import dask
 import numpy as np
 
 from scialm_dask.config import Settings
 from scialm_dask.data.annotated import storable_annotation
-from scialm_dask.data.checkpoint import Checkpoints
+from scialm_dask.data.checkpoint import Checkpoint, Checkpoints
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
-from scialm_dask.data.remote_checkpoint import checkpoints_at
 from scialm_dask.data.scratch import new_scratch
 from scialm_dask.data.store import check_apart
+from scialm_dask.data.temporary import current_client, is_seen
 from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
 from scialm_dask.events import Listener, Note, Pass, Stage, silent
 from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.kernels import Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
-from scialm_dask.linalg.tasks import Store
-from scialm_dask.run.checkpointing import Checkpointing, Job, Keeper, Saved, ended, under_way
+from scialm_dask.linalg.tasks import Observations, Store
+from scialm_dask.run.checkpointing import Checkpointing, Job, as_written, ended, job_of
 from scialm_dask.run.cluster import ask_everyone, workers_here
-from scialm_dask.run.cluster_errors import cluster_is_back, loss_of_cluster
+from scialm_dask.run.cluster_errors import cluster_is_back, loss_of_cluster, while_workers
 from scialm_dask.run.placement import Placement
 from scialm_dask.run.placing import place_scratch
 from scialm_dask.run.plan import Forecast
 from scialm_dask.run.result import make_result, peak_memory
-from scialm_dask.solve.ialm import complete
+from scialm_dask.run.state import RunState
+from scialm_dask.solve.ialm import LoopState, complete, iterations
 from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepare, survey
 from scialm_dask.solve.stopping import ThresholdStop
 from scialm_dask.solve.zeros import account, choose_zeros, refit
 
-__all__ = ["complete_matrix", "finish", "notes_of", "resume_matrix"]
+__all__ = ["checkpoints_of", "resume_run", "run"]
 
 _RETRIES = 2  # of a task that raises
 _MOST_LOSSES = 2  # of the cluster, without a checkpoint between
 
 
-def complete_matrix(
-    matrix: ExpressionMatrix,
-    settings: Settings,
-    *,
-    scratch: str = "auto",
-    memory_limit: int | None = None,
-    scratch_folder: str | os.PathLike[str] | None = None,
-    confidence: Confidence | None = None,
-    checkpoint: Checkpointing | None = None,
-    listen: Listener = silent,
-) -> Imputation:
+def run(job: Job, checkpoint: Checkpointing | None = None, listen: Listener = silent) -> Imputation:
     """Complete a matrix, on whatever scheduler Dask has.
 
     Parameters
     ----------
-    matrix
-        Cells × genes.
-    settings
-        How.
-    scratch
-        ``"memory"``: the working state, and the matrix, are held by the workers. ``"zarr:PATH"``: the state is kept
-        in a new folder under PATH, on a disk that all workers see, and the matrix is read anew in every pass.
-        ``"auto"``: in memory if the forecast fits `memory_limit`, else in Zarr under `scratch_folder`.
-    memory_limit
-        Bytes that each process may take in all; what is free by default.
-    scratch_folder
-        Dask's ``temporary-directory`` by default, else the system's.
-    confidence
-        In zeros, where it is not the same for all; see `Confidence`.
+    job
+        What, and how.
     checkpoint
         Where and when to write checkpoints; None for none.
     listen
@@ -81,7 +61,7 @@ def complete_matrix(
     Raises
     ------
     InputError
-        If the matrix or the settings cannot be used, or the store changes meanwhile.
+        If the matrix or the settings cannot be used, or the store changes while it is read.
     DoesNotFitError
         If the forecast does not fit memory or disk.
     OutputError
@@ -91,37 +71,29 @@ def complete_matrix(
     StoppedError
         If it was lost and there are, or the run was asked to stop.
     """
-    if confidence is not None:
-        confidence.check(matrix)
-    folder = None if scratch_folder is None else os.fspath(scratch_folder)
-    job = Job(matrix, settings, scratch, memory_limit, folder, confidence)
+    if job.confidence is not None:
+        job.confidence.check(job.matrix)
     if checkpoint is None:
         try:
-            return _attempt(job, Keeper(job), listen)
+            return fit(RunState(job), listen)
         except Exception as error:
             if (loss := loss_of_cluster(error)) is None:
                 raise
             raise ClusterError(f"{loss}; with --checkpoint DIR a run can go on after that") from error
-    if matrix.origin is not None:
-        check_apart(checkpoint.folder, (matrix.origin.path,))
-    with checkpoints_at(checkpoint.folder) as checkpoints:
-        if checkpoints.names():
-            raise OutputError(
-                f"{checkpoint.folder}: holds checkpoints already; go on from them by `scialm-dask resume "
-                f"{checkpoint.folder}`, or choose another folder"
-            )
-        Keeper(job, checkpoints, checkpoint).write()
+    with checkpoints_of(checkpoint.folder, new_for=job.matrix) as checkpoints:
+        RunState(job, checkpoints, checkpoint).save()
         try:
             return _persevere(checkpoints, checkpoint.stop, lambda _: job, listen)
         except (InputError, DoesNotFitError):
             with contextlib.suppress(InputError):
-                if not under_way(checkpoints.notes()):  # so it cannot be done
+                notes = checkpoints.notes()
+                if not notes["tried"] and notes["state"] is None:  # so it cannot be done
                     checkpoints.clear()
             raise
 
 
-def resume_matrix(
-    folder: str | os.PathLike[str],
+def resume_run(
+    folder: str | os.PathLike[str] | Checkpoints,
     matrix: ExpressionMatrix | None = None,
     *,
     scratch: str | None = None,
@@ -142,48 +114,54 @@ def resume_matrix(
     stop
         See `Checkpointing`.
     listen
-        See `complete_matrix`.
+        See `run`.
 
     Raises
     ------
     InputError
         If there is no checkpoint that can be used.
     DoesNotFitError, OutputError, StoppedError
-        See `complete_matrix`.
+        See `run`.
     """
-    notes_of(folder)
     changes = {"scratch": scratch, "memory_limit": memory_limit}
-    with checkpoints_at(folder) as checkpoints:
-        return _persevere(checkpoints, stop, lambda saved: saved.job(matrix, changes), listen)
+    with checkpoints_of(folder) as checkpoints:
+        checkpoints.notes()
+        return _persevere(checkpoints, stop, lambda saved: job_of(saved, matrix, changes), listen)
 
 
-def notes_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Give what the last checkpoint that can be read says of its run.
+def checkpoints_of(
+    folder: str | os.PathLike[str] | Checkpoints, *, new_for: ExpressionMatrix | None = None
+) -> AbstractContextManager[Checkpoints]:
+    """Open the checkpoints of a run, unless they are open already: those that are there, or none yet, of a new run.
 
     Raises
     ------
     InputError
-        If there is none.
+        If there is no such folder.
+    OutputError
+        If another run uses it, or, for a new run, there are checkpoints already.
     """
-    if not is_url(folder) and not os.path.isdir(folder):
-        raise InputError(f"{os.fspath(folder)}: no such folder of checkpoints; check the path")
-    with checkpoints_at(folder) as checkpoints:
-        return checkpoints.notes()
-
-
-def finish(folder: str | os.PathLike[str], destination: str) -> None:
-    """Note that a run is finished and its result written, and remove its checkpoints."""
-    with checkpoints_at(folder) as checkpoints:
-        older = checkpoints.names()
-        notes = checkpoints.notes() | {"finished": destination}
-        checkpoints.commit(checkpoints.begin(), notes, {})
-        checkpoints.own(None)
-        for name in set(older) & set(checkpoints.names()):
-            checkpoints.remove(name)
+    if not isinstance(folder, Checkpoints):
+        if new_for is None and not is_url(folder) and not os.path.isdir(folder):
+            raise InputError(f"{os.fspath(folder)}: no such folder of checkpoints; check the path")
+        if new_for is not None and new_for.origin is not None:
+            check_apart(folder, (new_for.origin.path,))
+        opened: AbstractContextManager[Checkpoints] = Checkpoints(folder)
+    else:
+        opened = contextlib.nullcontext(folder)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(opened)
+        if new_for is not None and checkpoints.names():
+            raise OutputError(
+                f"{checkpoints.folder}: holds checkpoints already; go on from them by `scialm-dask resume "
+                f"{checkpoints.folder}`, or choose another folder"
+            )
+        stack.pop_all()
+    return opened
 
 
 def _persevere(
-    checkpoints: Checkpoints, stop: Callable[[], bool], job_of: Callable[[Saved], Job], listen: Listener
+    checkpoints: Checkpoints, stop: Callable[[], bool], job_from: Callable[[Checkpoint], Job], listen: Listener
 ) -> Imputation:
     """Go on from the last checkpoint that can be used; when the cluster is lost and back, again."""
     refusals: list[str] = []
@@ -193,13 +171,12 @@ def _persevere(
             why = "; ".join(refusals) or "there is none"
             raise InputError(f"{checkpoints.folder}: no checkpoint can be used ({why}); begin anew in another folder")
         try:
-            saved = Saved(checkpoints.read(names[0]))
-            notes = saved.checkpoint.notes
-            if words := ended(checkpoints.folder, notes):
+            saved = checkpoints.read(names[0])
+            if words := ended(checkpoints.folder, saved.notes):
                 raise InputError(words)
-            asked = Checkpointing(checkpoints.folder, notes["every"], notes["result"], stop)
-            job = job_of(saved)
-            return _attempt(job, Keeper(job, checkpoints, asked, saved), listen)
+            with as_written(saved.path):
+                asked = Checkpointing(checkpoints, saved.notes["every"], dict(saved.notes["result"]), stop)
+            return fit(RunState(job_from(saved), checkpoints, asked, saved), listen)
         except CheckpointError as error:
             refusals.append(str(error))
             checkpoints.refuse(names[0])
@@ -216,10 +193,10 @@ def _persevere(
             listen(Note(f"{loss}; going on from checkpoint {names[0]}"))
 
 
-def _attempt(job: Job, keeper: Keeper, listen: Listener) -> Imputation:
-    """Make the run once."""
-    began = time.perf_counter()
-    matrix, here = storable_annotation(job.matrix, listen).for_workers(), workers_here()
+def fit(known: RunState, listen: Listener) -> Imputation:
+    """Make the run once, from what is known of it."""
+    began, job, here = time.perf_counter(), known.job, workers_here()
+    matrix = storable_annotation(job.matrix, listen).for_workers()
     place = place_scratch(
         job.scratch,
         matrix,
@@ -231,60 +208,86 @@ def _attempt(job: Job, keeper: Keeper, listen: Listener) -> Imputation:
     )
     if place.refusal:
         raise DoesNotFitError(place.refusal)
-    in_memory = place.scratch == "memory"
-    job = replace(job, matrix=matrix)
-    with dask.annotate(retries=_RETRIES):
+    in_memory, folder = place.scratch == "memory", place.scratch.removeprefix("zarr:")
+    with (
+        dask.annotate(retries=_RETRIES),
+        while_workers(current_client()),
+        new_scratch(None if in_memory else folder, matrix.rows) as store,
+    ):
+        if store.path is not None and not is_seen(store.path):
+            raise InputError(
+                f"{folder}: workers do not see the scratch in it; give --scratch zarr:FOLDER on a disk that all share, "
+                "or --scratch memory"
+            )
         listen(Stage("surveying"))
         found = survey(matrix)
-        with new_scratch(None if in_memory else place.scratch.removeprefix("zarr:"), matrix.rows) as store:
-            keeper.surveyed(found, store.path)
-            result = _complete(job, keeper, found, store, place.forecast, listen)
-    result.summary["seconds"] = time.perf_counter() - began
+        known.surveyed(found, store.path)
+        result = _completed(replace(job, matrix=matrix), known, found, store, place.forecast, listen)
     peaks = ask_everyone(peak_memory)
-    result.summary["peak_memory_bytes"] = max(peaks)
-    result.summary["peak_memory_bytes_in_all"] = sum(peaks)
-    result.summary["forecast_memory_bytes"] = place.need.memory
-    result.summary["scratch"] = "memory" if in_memory else "zarr"
+    result.summary |= {
+        "date": datetime.now(UTC).isoformat(" ", "minutes").replace("+00:00", " UTC"),
+        "seconds": time.perf_counter() - began,
+        "peak_memory_bytes": max(peaks),
+        "peak_memory_bytes_in_all": sum(peaks),
+        "forecast_memory_bytes": place.need.memory,
+        "scratch": "memory" if in_memory else "zarr",
+    }
     return result
 
 
-def _complete(job: Job, keeper: Keeper, found: Survey, store: Store, need: Forecast, listen: Listener) -> Imputation:
-    homes = Placement()
+def _completed(job: Job, known: RunState, found: Survey, store: Store, need: Forecast, listen: Listener) -> Imputation:
+    placement = Placement()
+    matrix, settings, confidence, stop, choice = job.matrix, job.settings, job.confidence, None, None
 
-    def operator_of(blocks: PreparedBlocks) -> LowRankPlusSparse:
-        operator = LowRankPlusSparse(
+    def operator_of(
+        blocks: PreparedBlocks, check: Callable[[Observations], None] = lambda _: None
+    ) -> LowRankPlusSparse:
+        def on_read(seen: Observations) -> None:
+            _check_observed(seen, blocks)
+            check(seen)
+            known.check_source(listen, read_once=False)
+
+        return LowRankPlusSparse(
             blocks,
             store,
             on_pass=lambda number: listen(Pass(number)),
-            before_pass=keeper.before_pass,
-            homes=homes,
+            before_pass=known.stop_if_asked,
+            on_read=on_read,
+            placement=placement,
         )
-        _check_observed(operator, blocks)
-        return operator
 
-    matrix, settings, confidence, stop, choice = job.matrix, job.settings, job.confidence, None, None
+    def check(seen: Observations) -> None:
+        _check_validation(seen, settings)
+        known.check_observations(seen)
+
     if settings.stop == "count-split" or settings.zeros == "auto":
-        choice = choose_zeros(matrix, found, settings, operator_of, listen, keeper.tried, keeper.write)
+        choice = choose_zeros(matrix, found, settings, operator_of, listen, known.tried, known.save)
         settings = replace(settings, zeros=choice.omega, scaling=(choice.gene_exponent, settings.exponents[1]))
         stop = ThresholdStop(choice.threshold) if settings.stop == "count-split" else None
     if confidence is None:
         confidence = Confidence.uniform(float(settings.zeros), matrix.shape[1])
     listen(Stage("reading"))
     blocks = prepare(matrix, found, settings, confidence=confidence)
-    operator = operator_of(blocks)
-    _check_validation(operator, settings)
-    state = keeper.watch(operator)
+    operator = operator_of(blocks, check)
+    state = before = known.load(LoopState, operator)
     listen(Stage("iterating", iterations=need.iterations))
-    completion = complete(operator, settings, listen, stop, state=state, after=keeper.after_iteration)
-    keeper.check_source()
-    keeper.let_go()
+    try:
+        for state in iterations(operator, settings, listen, stop, before):
+            known.save(state, operator)
+        assert state is not None
+        completion = complete(operator, state, settings)
+    except StoppedError:
+        if state is not None:
+            known.save(state, operator, now=True)
+        raise
+    known.check_source(listen, read_once=choice is None and not operator.depends_on_workers)
     factors = None if confidence is None else refit_kept(operator)
     result = make_result(found, blocks, operator, completion, settings, factors)
     if choice is not None:
-        result.summary["passes"] += sum(fit.passes for fit in keeper.tried.values())
-        result.summary["count_splitting"] = account(choice, keeper.tried.values(), settings)
-    if state is not None:
-        result.summary["resumed_after_iteration"] = len(state.history)
+        result.summary["passes"] += sum(fit.passes for fit in known.tried.values())
+        result.summary["count_splitting"] = account(choice, known.tried.values(), settings)
+    if before is not None:
+        result.summary["resumed_after_iteration"] = before.steps
     return result
 
 
@@ -294,16 +297,15 @@ def refit_kept(operator: LowRankPlusSparse) -> Floats:
     return refit(operator).astype(np.float32)
 
 
-def _check_observed(operator: LowRankPlusSparse, blocks: PreparedBlocks) -> None:
-    if operator.observations.sum_squares + operator.observations.held_out_squares == 0:
+def _check_observed(seen: Observations, blocks: PreparedBlocks) -> None:
+    if seen.sum_squares + seen.held_out_squares == 0:
         where = "" if blocks.molecules is None else " in the share of the molecules that is fitted"
         raise InputError(f"{blocks.matrix.name}: every observed entry is zero{where}; there is nothing to complete")
 
 
-def _check_validation(operator: LowRankPlusSparse, settings: Settings) -> None:
+def _check_validation(seen: Observations, settings: Settings) -> None:
     if settings.stop != "held-out":
         return
-    seen = operator.observations
     if seen.n_held_out == 0:
         raise InputError(
             f"validation is {settings.validation}, which hides none of {seen.n_observed} observed entries, gene by "

@@ -1,9 +1,12 @@
-"""Which worker each row block is at home with."""
+"""Assign row blocks to workers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from scialm_dask.linalg.operator import stretches, threads_anywhere
+from scialm_dask.linalg.tasks import Group
 from scialm_dask.run.cluster import current_client
 
 if TYPE_CHECKING:
@@ -13,48 +16,66 @@ __all__ = ["Placement"]
 
 
 class Placement:
-    """Assigns blocks to workers: neighbours together, and for as long as their worker lives.
+    """Assigns blocks to the threads of workers, about the same weight to each, for as long as their worker lives.
 
-    What neighbours give to a sum is then added up before it travels. Blocks move only when a worker is lost, to those
-    with the fewest blocks for each thread, or when one comes that has none.
+    Blocks move only when a worker is lost, to those with the least to do, or when one comes that has none, from those
+    with the most.
     """
 
     def __init__(self) -> None:
-        self._known: tuple[str, ...] = ()
+        self._known: tuple[Group, ...] = ()
         self._client: Client | None = None
 
-    def __call__(self, n_blocks: int) -> tuple[str | None, ...]:
-        """Give the address of a worker for each block; None where there are but threads of this process."""
+    def __call__(self, weights: Sequence[float]) -> tuple[Group, ...]:
+        """Return the groups of blocks, one for each thread.
+
+        Parameters
+        ----------
+        weights
+            Of the blocks.
+        """
         client = current_client()
         workers = {} if client is None else client.scheduler_info(n_workers=-1)["workers"]
         if client is None or not workers:
-            return (None,) * n_blocks
+            return threads_anywhere(weights)
         if client is not self._client:
             _rehouse(client)
             self._client = client
         threads = {address: int(workers[address]["nthreads"]) for address in sorted(workers)}
-        if len(self._known) == n_blocks and threads.keys() <= set(self._known):
-            self._known = _without_the_lost(self._known, threads)
+        if sum(len(group.blocks) for group in self._known) != len(weights):
+            self._known = stretches(weights, [home for home, count in threads.items() for _ in range(count)])
         else:
-            self._known = _shares(n_blocks, threads)
+            self._known = balanced(self._known, weights, threads)
         return self._known
 
 
-def _shares(n_blocks: int, threads: dict[str, int]) -> tuple[str, ...]:
-    """Cut the blocks into stretches, as long as workers have threads."""
-    slots = [address for address, count in threads.items() for _ in range(count)]
-    return tuple(slots[block * len(slots) // n_blocks] for block in range(n_blocks))
+def balanced(known: Sequence[Group], weights: Sequence[float], threads: Mapping[str, int]) -> tuple[Group, ...]:
+    """Keep groups whose worker is there; share out the blocks of the others, and give some to workers without any."""
+    mine = [group for group in known if group.home in threads]
+    homes, blocks = [str(group.home) for group in mine], [list(group.blocks) for group in mine]
+    idle = [home for home, count in threads.items() for _ in range(count - homes.count(home))]
+    if len(mine) == len(known) and (not idle or len(known) == len(weights)):
+        return tuple(known)
+    homes, blocks = homes + idle, blocks + [[] for _ in idle]
+    load = [sum(weights[b] for b in own) for own in blocks]
 
+    def give(block: int) -> None:
+        to = load.index(min(load))
+        blocks[to].append(block)
+        load[to] += weights[block]
 
-def _without_the_lost(known: tuple[str, ...], threads: dict[str, int]) -> tuple[str, ...]:
-    load = {address: known.count(address) / count for address, count in threads.items()}
-    homes = []
-    for address in known:
-        if address not in threads:
-            address = min(load, key=load.__getitem__)
-            load[address] += 1 / threads[address]
-        homes.append(address)
-    return tuple(homes)
+    for group in known:
+        if group.home not in threads:
+            for block in group.blocks:
+                give(block)
+    while True:
+        most = load.index(max(load))
+        block = blocks[most][-1]
+        if load[most] - min(load) <= weights[block]:
+            break
+        load[most] -= weights[blocks[most].pop()]
+        give(block)
+    return tuple(Group(home, tuple(sorted(own))) for home, own in zip(homes, blocks, strict=True) if own)
 
 
 def _rehouse(client: Client) -> None:

@@ -21,7 +21,7 @@ from dask.delayed import Delayed
 from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked
-from scialm_dask.data.matrix import ExpressionMatrix, tree_reduce
+from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.scratch import new_scratch
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Pass, Stage, silent
@@ -29,6 +29,7 @@ from scialm_dask.linalg.kernels import Block, Doubles, Floats, Update
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.ridge import column_minima
 from scialm_dask.linalg.svd import extended_basis, leading_triplets
+from scialm_dask.reduction import tree_reduce
 
 __all__ = ["BiologicalZeros", "biological_zeros", "spectral_gap_rank"]
 

@@ -14,15 +14,17 @@ where the update of w takes place in the first pass of the next SVD.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from scialm_dask.arguments import Count, check_fields, validated
 from scialm_dask.config import Settings
 from scialm_dask.errors import InputError
 from scialm_dask.events import Iteration, Listener, silent
-from scialm_dask.linalg.kernels import Floats, ReleaseHeldOut, Update
+from scialm_dask.linalg.kernels import Doubles, Floats, ReleaseHeldOut, Update
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
 from scialm_dask.linalg.svd import PartialSVD, extended_basis, leading_triplets, short_side_svd
 from scialm_dask.solve.rank import RankRule, basis_width, prefers_short_side, rank_rule
@@ -31,7 +33,7 @@ from scialm_dask.solve.stopping import StopRule, stop_rule
 _FIRST_PASSES = 20
 _FIRST_TOLERANCE = 1e-6  # σ₁ sets every threshold that follows
 
-__all__ = ["Completion", "LoopState", "Penalty", "complete"]
+__all__ = ["Completion", "LoopState", "Penalty", "complete", "iterations"]
 
 
 @dataclass(frozen=True)
@@ -122,26 +124,62 @@ class LoopState:
     growth: float = 1.0
     reason: str = ""
 
+    @property
+    def steps(self) -> int:
+        """How many iterations were made."""
+        return len(self.history)
+
     def is_last(self, settings: Settings) -> bool:
         """Whether no iteration is to follow."""
-        return bool(self.reason) or len(self.history) >= settings.max_iterations
+        return bool(self.reason) or self.steps >= settings.max_iterations
+
+    def plain(self) -> tuple[dict[str, Any], dict[str, Doubles]]:
+        """Return plain values, for JSON, and small arrays, of which `of_plain` makes it again; W has grown by then."""
+        notes = {
+            "history": [astuple(line) for line in self.history],
+            "penalty": astuple(self.penalty),
+            "chosen": self.chosen,
+            "values": self.values,
+            "reason": self.reason,
+        }
+        product = self.product
+        return notes, {} if product is None else {"cross": product.cross, "gram": product.gram}
+
+    @classmethod
+    def of_plain(cls, notes: Mapping[str, Any], arrays: Mapping[str, Doubles]) -> LoopState:
+        """Make it again; raises a `ValueError` for what no loop can have left."""
+        history = tuple(Iteration(*line) for line in notes["history"])
+        penalty, chosen = Penalty(*notes["penalty"]), validated("chosen", notes["chosen"], Count)
+        for each in (*history, penalty):
+            check_fields(each)
+        values = validated("values", notes["values"], Sequence[float])
+        if [line.iteration for line in history] != list(range(1, len(history) + 1)) or len(history) < chosen:
+            raise ValueError(f"history has {len(history)} iterations, and number {chosen} is chosen")
+        if len(values) != history[chosen - 1].rank or not penalty.mu > 0 or not penalty.rho > 1:
+            raise ValueError(f"values are {len(values)}, mu is {penalty.mu}, rho is {penalty.rho}")
+        product = None
+        if arrays:
+            cross, gram = arrays["cross"], arrays["gram"]
+            if cross.ndim != 2 or gram.shape != (cross.shape[1],) * 2:
+                raise ValueError(f"cross has shape {cross.shape}, gram {gram.shape}")
+            product = Product(cross, gram, 0.0, 0.0)
+        reason = validated("reason", notes["reason"], str)
+        return cls(history, penalty, chosen, values, product, reason=reason)
 
 
-def complete(
+def iterations(
     operator: LowRankPlusSparse,
     settings: Settings,
     listen: Listener = silent,
     stop: StopRule | None = None,
-    *,
     state: LoopState | None = None,
-    after: Callable[[LoopState], None] = lambda _: None,
-) -> Completion:
-    """Run Algorithm 3 until the stop rule ends it, then give back what was held out.
+) -> Iterator[LoopState]:
+    """Yield the state after each iteration of Algorithm 3, until the stop rule ends it; then `complete` follows.
 
     Parameters
     ----------
     operator
-        Starts at W = D, and ends holding the factors of the result.
+        Starts at W = D.
     settings
         What to do.
     listen
@@ -150,8 +188,6 @@ def complete(
         Instead of the rule that the settings name.
     state
         Go on from here, where the operator is as it was then.
-    after
-        Called with the state after each iteration.
 
     Raises
     ------
@@ -161,17 +197,31 @@ def complete(
     rank, stop = rank_rule(settings, min(operator.shape)), stop or stop_rule(settings)
     svd: PartialSVD | None = None
     if state is None:
-        state, svd = first_state(operator, settings, listen)
+        state, svd = first_state(operator, settings, listen)  # lines 1 to 3
     for iteration in state.history:
         rank.update(iteration.rank)
         if iteration.rank:  # else A is zero, and nobody asks
             stop.judge(iteration)
     while not state.is_last(settings):
         if svd is None:
-            svd = next_svd(operator, state.product, rank.limit, state.penalty.threshold, settings)
-        state = iterate(operator, svd, state, rank, stop, settings, listen)
-        after(state)
+            svd = next_svd(operator, state.product, rank.limit, state.penalty.threshold, settings)  # line 5
+        state = iterate(operator, svd, state, rank, stop, settings, listen)  # lines 6 to 10
+        yield state
         svd = None
+
+
+def complete(operator: LowRankPlusSparse, state: LoopState, settings: Settings) -> Completion:
+    """Return how the loop ended, after giving back what was held out; the operator holds the factors.
+
+    Parameters
+    ----------
+    operator
+        As the loop has left it.
+    state
+        The last one.
+    settings
+        Of the loop.
+    """
     reason = state.reason or f"{settings.max_iterations} iterations made, the most allowed"
     best = state.history[state.chosen - 1]
     completion = Completion(state.history, state.chosen, best, state.values, bool(state.reason), reason)
@@ -179,7 +229,7 @@ def complete(
 
 
 def first_state(operator: LowRankPlusSparse, settings: Settings, listen: Listener) -> tuple[LoopState, PartialSVD]:
-    """Give the state after the iterations whose A is zero, and the first SVD after them."""
+    """Return the state after the iterations whose A is zero, and the first SVD after them."""
     svd = first_svd(operator, settings)
     largest = float(svd.values[0])
     penalty = first_penalty(largest, operator.observations.n_observed / operator.size)

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.data.annotation import total_counts
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import ExpressionMatrix, Observed, tree_reduce
+from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, silent
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.ridge import RightFactor, RowProblems, cross_validation, leave_one_out, solve_rows
+from scialm_dask.reduction import tree_reduce
 from scialm_dask.solve.cell_model import CellModel
 from scialm_dask.solve.scaling import PreparedBlocks
 

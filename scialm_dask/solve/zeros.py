@@ -20,7 +20,7 @@ from scialm_dask.errors import InputError
 from scialm_dask.events import Iteration, Listener, Stage
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
-from scialm_dask.solve.ialm import complete
+from scialm_dask.solve.ialm import iterations
 from scialm_dask.solve.scaling import Confidence, Molecules, PreparedBlocks, Survey, prepare
 from scialm_dask.solve.stopping import Verdict
 
@@ -125,7 +125,7 @@ def choose_zeros(
         )
         operator = operator_of(train)
         stop = _SplitStop(operator, reference, _ratio(reference.scales.gene, train.scales.gene), settings)
-        history = complete(operator, scaled, listen, stop).history
+        *_, last = iterations(operator, scaled, listen, stop)
         operator.release()
         choice = Choice(
             omega,
@@ -134,8 +134,8 @@ def choose_zeros(
             stop.lowest,
             operator.passes,
             stop.iteration,
-            ranks=[made.rank for made in history],
-            errors=[stop.errors.get(made.iteration, 1.0) for made in history],
+            ranks=[made.rank for made in last.history],
+            errors=[stop.errors.get(made.iteration, 1.0) for made in last.history],
         )
         tried[omega, gene_exponent] = choice
         after()

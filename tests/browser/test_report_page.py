@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+from base64 import b64decode
 
 import anndata
 import numpy as np
@@ -12,6 +14,7 @@ from problems import low_rank_counts
 
 from scialm_dask import impute, write_report
 
+FIGURES = 6
 FLAGS = [
     "--headless=new",
     "--no-sandbox",
@@ -87,10 +90,10 @@ def test_it_renders_and_nothing_is_fetched(opened, page):
     assert console == []
     assert browser.execute_script("return document.scripts.length") == 0
     sizes = browser.execute_script(
-        "return [...document.querySelectorAll('svg')].map(s => [s.getBBox().width, s.clientWidth, s.clientHeight])"
+        "return [...document.querySelectorAll('img')].map(i => [i.complete, i.naturalWidth, i.clientWidth, i.clientHeight])"
     )
-    assert len(sizes) == 7
-    assert all(drawn > 100 and width > 200 and height > 100 for drawn, width, height in sizes)
+    assert len(sizes) == FIGURES
+    assert all(complete and drawn > 100 and width > 200 and height > 100 for complete, drawn, width, height in sizes)
 
 
 def test_every_figure_has_a_name_and_a_description(opened):
@@ -98,16 +101,16 @@ def test_every_figure_has_a_name_and_a_description(opened):
     nodes = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     images = [node for node in nodes if node.get("role", {}).get("value") in ("image", "img")]
     names = [node["name"]["value"] for node in images]
-    assert len(names) == 7
-    assert len(set(names)) == 7
+    assert len(names) == FIGURES
+    assert len(set(names)) == FIGURES
     assert all(len(name.split()) > 10 for name in names)  # what it shows, not only what it is
 
 
 def test_nothing_runs_over_the_edge(opened):
     browser, width, *_ = opened  # the width itself: a phone widens its window for a page that is too wide
     wide = browser.execute_script(
-        "return [...document.querySelectorAll('body *')].filter(e => !e.closest('svg *'))"
-        ".filter(e => e.getBoundingClientRect().right > arguments[0] + 0.5).map(e => e.outerHTML.slice(0, 80))",
+        "return [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > arguments[0] + 0.5)"
+        ".map(e => e.outerHTML.slice(0, 80))",
         width,
     )
     assert wide == []
@@ -123,10 +126,9 @@ const part = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2
 const light = c => 0.2126 * part(c[0]) + 0.7152 * part(c[1]) + 0.0722 * part(c[2]);
 const found = [];
 for (const e of document.querySelectorAll('body *')) {
-  if (!e.matches('svg text') && ![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
-  if (e.matches('svg title, svg desc') || !e.getClientRects().length) continue;
+  if (![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || !e.getClientRects().length) continue;
   const style = getComputedStyle(e);
-  const ink = rgb(e.matches('svg text') ? style.fill : style.color);
+  const ink = rgb(style.color);
   const levels = [ground(e), ...(e.matches('.share') ? [rgb(style.getPropertyValue('--bar'))] : [])].map(light);
   for (const level of levels) {
     const [low, high] = [light(ink), level].sort((a, b) => a - b);
@@ -142,6 +144,36 @@ def test_all_letters_stand_out(opened):
     contrasts = opened[0].execute_script(CONTRASTS)
     assert len(contrasts) > 150
     assert [(round(ratio, 2), text) for ratio, text in contrasts if ratio < 4.5] == []
+
+
+def test_letters_in_figures_stand_out_too(opened):
+    browser, *_ = opened
+    card = browser.execute_script("return getComputedStyle(document.querySelector('figure')).backgroundColor")
+    ground = luminance([int(part) for part in re.findall(r"\d+", card)[:3]])
+    for picture in browser.execute_script("return [...document.querySelectorAll('img')].map(i => i.currentSrc)"):
+        svg = b64decode(picture.partition(",")[2]).decode()
+        inks = set(re.findall(r"<text[^>]*fill: #([0-9a-f]{6})", svg))
+        assert inks
+        for ink in inks:
+            low, high = sorted([ground, luminance(list(bytes.fromhex(ink)))])
+            assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def luminance(colour):
+    """Relative, of red, green and blue up to 255, as WCAG defines it."""
+    parts = [v / 255 / 12.92 if v <= 10 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in colour]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def test_no_row_is_half_empty(opened):
+    """Cards reach the right edge, also the last one where their number is odd."""
+    ends = opened[0].execute_script("""
+        document.querySelector('.panels figure').remove();  // five are left, three of them in this row
+        return [...document.querySelectorAll('.panels, .tiles')].map(row => [
+            row.getBoundingClientRect().right, ...[...row.children].map(e => e.getBoundingClientRect()).filter(
+                (box, n, all) => n + 1 === all.length || all[n + 1].top > box.top + 5).map(box => box.right)])""")
+    assert len(ends) == 3
+    assert all(abs(right - edge) < 1 for edge, *rights in ends for right in rights)
 
 
 def test_light_and_dark_differ(browser, page):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,9 +20,9 @@ from problems import low_rank_counts
 
 import scialm_dask
 from scialm_dask import ExpressionMatrix, Imputation, connect
-from scialm_dask.config import configured
+from scialm_dask.config import configured, seconds_of
 from scialm_dask.errors import ClusterError, InputError
-from scialm_dask.run.cluster import Workers, _seconds, current_client, workers_here
+from scialm_dask.run.cluster import Workers, current_client, workers_here
 
 SHORT = ("--preset", "paper", "--max-iterations", "6", "--quiet")
 
@@ -75,6 +76,24 @@ def in_a_new_process(*words, **environment):
         [sys.executable, *map(str, words)], capture_output=True, text=True, check=False, env=os.environ | environment
     )
     return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_ends_a_run_on_a_local_cluster_in_one_line(source, tmp_path, name):
+    """That of a terminal reaches the workers too."""
+    command = [sys.executable, "-m", "scialm_dask", "impute", source, tmp_path / "r.zarr", "--cluster", "local"]
+    words = ["--workers", "1", "--threads", "1", "--preset", "paper", "--max-iterations", "900", "--max-rank", "40"]
+    words += ["--rank-policy", "adaptive", "--scratch", f"zarr:{tmp_path}"]
+    with subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+        for line in run.stderr:
+            if line.startswith("iteration 3:"):
+                break
+        os.killpg(run.pid, getattr(signal, name))
+        left = [line for line in run.stderr if not line.startswith("iteration ")]
+    what = "interrupted" if name == "SIGINT" else "terminated"
+    assert left == [f"scialm-dask: {what}; nothing was written\n"]
+    assert run.returncode == (130 if name == "SIGINT" else 143)
+    assert os.listdir(tmp_path) == ["source.zarr"]
 
 
 def factors(path):
@@ -442,7 +461,7 @@ def test_every_setting_has_a_line_that_says_what_it_is():
     assert [line for line in settings if "# " not in line] == []
     with connect() as nobody:  # and all of them can be read
         assert nobody is None
-    assert (_seconds("connect-timeout"), _seconds("worker-timeout")) == (30, 600)
+    assert (seconds_of("connect-timeout"), seconds_of("worker-timeout")) == (30, 600)
 
 
 def test_connections_are_retried_unless_the_site_says_otherwise(standing):

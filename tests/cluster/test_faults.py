@@ -1,5 +1,7 @@
 """Faults on a cluster of real processes, by count: the right answer, or a clear error and a checkpoint that resumes."""
 
+import genericpath
+import importlib
 import os
 import signal
 
@@ -11,7 +13,7 @@ from dask.distributed import Client, LocalCluster
 from problems import low_rank_counts
 
 from scialm_dask import ExpressionMatrix, connect, impute, resume
-from scialm_dask.errors import ClusterError, OutputError, StoppedError
+from scialm_dask.errors import ClusterError, InputError, OutputError, StoppedError
 from scialm_dask.evaluate.metrics import score_held_out
 from scialm_dask.events import Iteration, Note
 
@@ -193,6 +195,37 @@ def test_a_lost_connection_without_checkpoints(client, matrix):
 
     with pytest.raises(ClusterError, match=r"lost the scheduler.*with --checkpoint DIR a run can go on after that"):
         impute(matrix, listen=at_iteration(8, cut), **RUN)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_all_workers_gone_for_good(matrix, tmp_path, checkpointed):
+    """After a time that can be set the run ends as when the scheduler is gone."""
+    words = {"checkpoint": tmp_path / "c", "checkpoint_every": 1} if checkpointed else {}
+    with (
+        dask.config.set({"scialm.no-workers-timeout": "2s"}),
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs="CRITICAL") as cluster,
+        Client(cluster),
+        pytest.raises(
+            StoppedError if checkpointed else ClusterError,
+            match=r"all workers for longer than scialm\.no-workers-timeout.*(go on by `scialm-dask resume|a run can go on)",
+        ),
+    ):
+        impute(matrix, listen=at_iteration(8, lambda: cluster.scale(0)), **words, **RUN)
+    if checkpointed:
+        with dask.config.set(scheduler="synchronous"):
+            assert resume(tmp_path / "c").summary["resumed_after_iteration"] >= 2
+
+
+def test_workers_that_see_another_disk_are_found_before_the_first_pass(client, matrix, tmp_path):
+    begun = []
+    client.run(lambda: setattr(genericpath, "isdir", lambda _: False))
+    try:
+        with pytest.raises(InputError, match=r"workers do not see the scratch in it; give --scratch zarr:FOLDER"):
+            impute(matrix, scratch=f"zarr:{tmp_path}", listen=begun.append, **RUN)
+    finally:
+        client.run(lambda: importlib.reload(genericpath) and None)
+    assert begun == []
+    assert os.listdir(tmp_path) == ["source.zarr"]
 
 
 def test_a_worker_over_its_memory_limit_once(faulty, matrix, tmp_path, expected):

@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from problems import completed
 
 from scialm_dask import ExpressionMatrix, Settings
 from scialm_dask.data.scratch import MemoryScratch
 from scialm_dask.linalg.operator import LowRankPlusSparse
-from scialm_dask.solve.ialm import complete
 from scialm_dask.solve.scaling import prepare, survey
 from scialm_dask.solve.stopping import Verdict, stop_rule
 
@@ -71,6 +71,6 @@ def test_the_default_stops_within_5_percent_of_the_best(cells, genes, rank, dens
     blocks = prepare(matrix, survey(matrix), Settings())
     operator = LowRankPlusSparse(blocks, MemoryScratch())
     follow = Follow(operator, blocks.scales, truth)
-    complete(operator, Settings(), stop=follow)
+    completed(operator, Settings(), stop=follow)
     assert follow.chosen > 0  # something was held out
     assert follow.errors[follow.chosen - 1] <= 1.05 * min(follow.errors), follow.errors

@@ -28,7 +28,7 @@ from scialm_dask.errors import ScialmError
 from scialm_dask.imputation import Imputation
 
 N_CELLS, N_GENES = 300, 40
-LONGEST = 60  # seconds for one trial
+LONGEST = 30  # seconds for one trial
 
 
 def cells():
@@ -148,9 +148,8 @@ def plain(path):
     if path.suffix == ".h5":
         with h5py.File(path) as file:
             group = file["matrix"]
-            X = sp.csr_matrix(
-                [group[name][:] for name in ("data", "indices", "indptr")], shape=group["shape"][()][::-1]
-            )
+            parts = tuple(group[name][:] for name in ("data", "indices", "indptr"))
+            X = sp.csr_matrix(parts, shape=group["shape"][()][::-1])
             names = [group[name].asstr()[:] for name in ("barcodes", "features/name")]
     elif path.suffix == "":
         genes = [line.split("\t") for line in (path / "features.tsv").read_text().splitlines()]

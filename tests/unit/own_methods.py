@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 
@@ -27,6 +28,7 @@ def takes_everything(task):
 
 
 def never_ends(task):
+    Path(task.path).with_name("pid").write_text(str(os.getpid()))
     signal.pause()
 
 

@@ -2,12 +2,16 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
-from scialm_dask.data import checkpoint
+from scialm_dask.data import checkpoint, lease
 from scialm_dask.data.checkpoint import Checkpoints
 from scialm_dask.errors import CheckpointError, OutputError
 
@@ -56,7 +60,20 @@ def test_writing_the_same_array_twice_does_no_harm(checkpoints):
     files = checkpoints.begin()
     first, second = (files.put("left", 0, ARRAYS["left"][0]) for _ in range(2))
     assert first == second
-    assert os.listdir(files.path) == ["left.0.npy"]
+    assert sorted(os.listdir(files.path)) == ["left.0", "zarr.json"]
+    np.testing.assert_array_equal(files.get(first), ARRAYS["left"][0])
+
+
+def test_large_arrays_are_written_in_chunks_with_checksums(checkpoints, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_CHUNK", 64)
+    files = checkpoints.begin()
+    array = np.arange(120, dtype=np.float32).reshape(30, 4)
+    piece = files.put("left", 0, array)
+    stored = zarr.open_array(files.path, path="left.0")
+    assert stored.chunks == (4, 4)
+    assert [type(codec).__name__ for codec in stored.compressors] == ["Crc32cCodec"]
+    np.testing.assert_array_equal(files.get(piece), array)
+    np.testing.assert_array_equal(stored[...], array)
 
 
 def truncated(path):
@@ -66,7 +83,7 @@ def truncated(path):
 
 def edited(path):
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    content[-6] ^= 1
     path.write_bytes(content)
 
 
@@ -85,27 +102,47 @@ def newer(content):
     content["format"] += 1
 
 
+def older(content):
+    content["format"] -= 1
+
+
 def notes_changed(content):
     content["notes"]["pi"] = 3
 
 
-def climbing(content):
-    content["arrays"]["left"][0][0] = "../000001/left.0.npy"
-    del content["sha256"]
-    content["sha256"] = checkpoint._digest(content)
+def redone(change):
+    """Change the manifest as someone would who knows of its digest."""
+
+    def damage(path):
+        content = json.loads(path.read_text())
+        change(content)
+        del content["sha256"]
+        path.write_text(json.dumps(content | {"sha256": checkpoint._digest(content)}))
+
+    return damage
+
+
+def of_arrays(value):
+    return redone(lambda content: content["arrays"].update(left=value))
 
 
 DAMAGES = {
-    "an array is missing": ("left.0.npy", Path.unlink, "left.0.npy is missing"),
-    "an array is truncated": ("left.0.npy", truncated, "left.0.npy has 175 bytes of 176; it is truncated"),
-    "an array is edited": ("estimate.0.npy", edited, "estimate.0.npy is not what was written; it is damaged or edited"),
-    "the manifest is missing": ("manifest.json", Path.unlink, "has no manifest.json; it is torn"),
+    "an array is missing": ("left.0", shutil.rmtree, "left.0 is missing"),
+    "a chunk is missing": ("left.0/c/0/0", Path.unlink, "left.0 is not whole"),
+    "a chunk is truncated": ("left.0/c/0/0", truncated, "left.0 is damaged"),
+    "a chunk is edited": ("estimate.0/c/0", edited, "estimate.0 is damaged"),
+    "what an array is, is damaged": ("left.0/zarr.json", truncated, "left.0 is damaged"),
     "the manifest is truncated": ("manifest.json", truncated, "manifest.json is damaged"),
     "the manifest is edited": ("manifest.json", of_manifest(notes_changed), "manifest.json is not what was written"),
     "the manifest is another file": ("manifest.json", lambda path: path.write_text("[]"), "manifest.json is damaged"),
-    "a newer version": ("manifest.json", of_manifest(newer), "of format 2, and this program reads format 1 at most"),
-    "names lead out": ("manifest.json", of_manifest(climbing), "names a file '../000001/left.0.npy'"),
-}
+    "it is deep": ("manifest.json", lambda path: path.write_text("[" * 10**5), "manifest.json is damaged"),
+    "a newer version": ("manifest.json", of_manifest(newer), "of format 3, and this program reads format 2"),
+    "an older version": ("manifest.json", of_manifest(older), "of format 1, and this program reads format 2; go on with"),
+    "names lead out": ("manifest.json", of_arrays([["../000001/left.0", [2, 3], "<f8"]]), "names a file '../000001/"),
+    "arrays are text": ("manifest.json", of_arrays("all"), "manifest.json is not what a run writes"),
+    "another shape": ("manifest.json", of_arrays([["left.0", [3, 2], "<f8"]]), "left.0 is not whole, or not what was"),
+    "no notes": ("manifest.json", redone(lambda content: content.update(notes=None)), "is not what a run writes"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", list(DAMAGES))
@@ -124,8 +161,8 @@ def test_damage_is_told_by_name(checkpoints, damage):
 
 def test_an_array_that_is_damaged_later_is_not_handed_out(checkpoints):
     written = write(checkpoints)
-    edited(Path(written.path) / "left.0.npy")
-    with pytest.raises(CheckpointError, match=r"left\.0\.npy is not what was written"):
+    edited(Path(written.path) / "left.0/c/0/0")
+    with pytest.raises(CheckpointError, match=r"left\.0 is damaged"):
         written.files.get(written.arrays["left"][0])
 
 
@@ -145,7 +182,7 @@ def test_nothing_is_seen_of_what_was_not_completed(tmp_path):
         checkpoints.begin().put("left", 0, ARRAYS["left"][0])
         assert checkpoints.names() == ["000001"]
     with Checkpoints(tmp_path / "c") as checkpoints:
-        assert sorted(os.listdir(checkpoints.folder)) == [".lock", "000001"]
+        assert visible(checkpoints.folder) == ["000001"]
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
@@ -159,6 +196,43 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
         pass
 
 
+HOLD = "import sys, time; from scialm_dask.data.checkpoint import Checkpoints; c = Checkpoints(sys.argv[1]); print(); time.sleep(99)"
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A disk without locks, as some network disks are, seen from another machine."""
+    monkeypatch.setattr(lease, "BEAT", 0.2)
+    monkeypatch.setattr(lease, "_machine", lambda: "another")
+    monkeypatch.setattr(checkpoint.fcntl, "flock", lambda *_: None)
+
+
+def test_a_lock_that_a_dead_process_does_not_hold(tmp_path, monkeypatch):
+    """Without locks of the file system too."""
+    held = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "c"], stdout=subprocess.PIPE)
+    held.stdout.readline()
+    with pytest.raises(OutputError, match="another run writes its checkpoints there"):
+        Checkpoints(tmp_path / "c")
+    monkeypatch.setattr(checkpoint.fcntl, "flock", lambda *_: None)
+    with pytest.raises(OutputError, match="another run writes its checkpoints there"):
+        Checkpoints(tmp_path / "c")
+    held.kill()
+    held.communicate()
+    with Checkpoints(tmp_path / "c"):
+        assert len([key for key in os.listdir(tmp_path / "c") if key.startswith(".lease-")]) == 1
+
+
+def test_a_holder_on_another_machine(tmp_path, elsewhere, monkeypatch):
+    """One that renews its lease keeps others off; one that does not is dead."""
+    with Checkpoints(tmp_path / "c") as first, monkeypatch.context() as here:
+        here.setattr(lease, "_machine", lambda: "here")
+        with pytest.raises(OutputError, match="another run writes its checkpoints there"):
+            Checkpoints(tmp_path / "c")
+        first._lease._ended.set()  # as if it stood still
+        with Checkpoints(tmp_path / "c"), pytest.raises(OutputError, match="another run goes on"):
+            write(first)
+
+
 def test_folders_that_cannot_be(tmp_path):
     with pytest.raises(OutputError, match="no such folder; create it first"):
         Checkpoints(tmp_path / "a" / "b")
@@ -170,7 +244,7 @@ def test_folders_that_cannot_be(tmp_path):
 def test_workers_that_write_elsewhere(checkpoints):
     files = checkpoints.begin()
     written = files.put("left", 0, ARRAYS["left"][0])
-    os.remove(Path(files.path) / "left.0.npy")  # as if the worker's folder were another
+    shutil.rmtree(Path(files.path) / "left.0")  # as if the worker's folder were another
     with pytest.raises(OutputError, match="choose a folder on a disk that all workers share"):
         checkpoints.commit(files, {}, {"left": [written]})
     assert checkpoints.names() == []

@@ -62,7 +62,7 @@ def test_a_rank_without_limit(cli, counts, store_of, tmp_path):
 def test_words_for_people(cli, counts, store_of, tmp_path):
     result = cli("impute", store_of(counts), tmp_path / "r.zarr", *QUICK)
     assert result.exit_code == 0
-    assert "n cells                120" in result.stdout
+    assert "cells                  120" in result.stdout
     assert [line for line in result.stderr.splitlines() if line.startswith("iteration 6: rank")]
     assert cli("impute", store_of(counts), tmp_path / "q.zarr", *QUICK, "--quiet").stderr == ""
 
@@ -340,7 +340,7 @@ def interrupting(function, at):
 if stage == "iterating":
     kernels.visit = interrupting(kernels.visit, 20)
 else:
-    factors.Imputation.product = interrupting(factors.Imputation.product, 2)
+    factors.Imputation.rows = interrupting(factors.Imputation.rows, 1)
 main()
 """
 

@@ -263,7 +263,7 @@ def test_stale_consolidated_metadata_do_not_matter(counts, store_of, zarr_format
 
 
 @pytest.mark.parametrize("kind", damaged.KINDS)
-@pytest.mark.parametrize(("first", "stop"), [(0, 10), pytest.param(10, 210, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("first", "stop"), [(1000, 1010), pytest.param(0, 200, marks=pytest.mark.slow)])
 def test_random_damage_is_refused_or_does_no_harm(kind, first, stop):
     """Or, where a store of others has no checksums, is read as they read it."""
     done = subprocess.CompletedProcess([], 1)

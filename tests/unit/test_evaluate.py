@@ -1,8 +1,13 @@
 import json
+import os
+import subprocess
+import sys
+import time
 
 import anndata
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import zarr
 from in_process import in_process
@@ -10,9 +15,10 @@ from problems import low_rank_counts
 
 from scialm_dask import InputError, evaluate_imputation
 from scialm_dask.compare import tables as written
+from scialm_dask.compare.clustering import cluster
 from scialm_dask.compare.methods import METHODS, QUOTED, contestants, expanded
 from scialm_dask.compare.tables import write_evaluation
-from scialm_dask.events import Scored
+from scialm_dask.events import Note, Scored, Stage
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +211,7 @@ def test_the_command_writes_tables_and_figures(cli, path, tmp_path):
         (["--labels", "colour"], "no column 'colour'"),
         (["--labels", "one"], "two labels at least"),
         (["--reference", "nowhere.zarr"], "no such file"),
-        (["--method-timeout", "0"], "method timeout is 0"),
+        (["--method-timeout", "0"], "method_timeout is 0"),
         (["--memory-limit", "much"], "memory limit is 'much'"),
     ],
 )
@@ -216,6 +222,52 @@ def test_bad_input_is_one_line_and_leaves_nothing(cli, path, tmp_path, options, 
     assert words in result.stderr
     assert result.stderr.count("error") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_killed_it_leaves_neither_method_nor_folder(path, tmp_path):
+    words = ["--methods", "own_methods:never_ends", "--mask", "", "--quiet"]
+    paths = os.pathsep.join([*sys.path, os.path.dirname(__file__)])
+    command = [sys.executable, "-m", "scialm_dask", "evaluate", path, tmp_path / "out", *words]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}) as evaluation:
+        until(lambda: list(tmp_path.rglob("pid")))
+        (pid,) = tmp_path.rglob("pid")
+        method = int(pid.read_text())
+        evaluation.kill()
+    until(lambda: not list(tmp_path.iterdir()))
+    assert not psutil.pid_exists(method) or psutil.Process(method).status() == psutil.STATUS_ZOMBIE
+
+
+def until(done):
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_it_tells_beforehand_how_long_it_may_take(cells):
+    told = []
+    with in_process(), pytest.raises(StopIteration):
+
+        def listen(event):
+            told.append(event)
+            if isinstance(event, Stage):
+                raise StopIteration
+
+        evaluate_imputation(cells, methods=["scvi"], seeds=[0, 1], method_timeout=7, listen=listen)
+    (note,) = (event.words for event in told if isinstance(event, Note))
+    assert note.startswith("about 48 s for 8 runs, of which 28 s for scvi")  # 4 of 7 s and 4 of 5
+    assert told[-1].detail == "1 of 8, about 48 s left"
+
+
+@pytest.mark.parametrize("stage", ["kmeans", "leiden"])
+def test_there_are_as_many_clusters_as_labels(stage):
+    rng = np.random.default_rng(0)
+    kinds = np.repeat(np.arange(4), 60)
+    components = (rng.normal(size=(4, 6)) * 6)[kinds] + rng.normal(size=(240, 6))
+    scores, picture = cluster(components.astype(np.float32), pd.Series(kinds.astype(str)), 0)
+    assert scores["leiden_clusters"] == 4
+    assert scores[f"{stage}_ari"] == pytest.approx(1)
+    assert picture.shape == (240, 2)
 
 
 def test_absent_chunks_are_zeros_if_that_is_said(cli, tmp_path):

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from problems import low_rank_counts, operator_of, product_of
+from problems import completed, low_rank_counts, operator_of, product_of
 
 from scialm_dask.config import preset
 from scialm_dask.errors import InputError
 from scialm_dask.linalg.svd import PartialSVD
-from scialm_dask.solve.ialm import complete, first_penalty, singular_value_thresholding, zero_iterations
+from scialm_dask.solve.ialm import first_penalty, singular_value_thresholding, zero_iterations
 from scialm_dask.solve.reference import ialm_dense
 
 PROBLEMS = [(80, 60, 0.3, 0), (50, 95, 0.15, 1), (64, 64, 0.6, 2)]
@@ -16,7 +16,7 @@ EXACT = {"svd_passes": 60, "svd_tolerance": 1e-6}
 
 def run(matrix, settings, *, hidden=None, n_blocks=3):
     operator = operator_of(matrix, n_blocks, hidden=hidden)
-    completion = complete(operator, settings)
+    completion = completed(operator, settings)
     return completion, product_of(*operator.factors())
 
 
@@ -179,7 +179,7 @@ def test_blocks_do_not_change_the_answer(name):
     results = []
     for n_blocks in (1, 3, 7):
         operator = operator_of(matrix, n_blocks, hidden=hidden)
-        completion = complete(operator, settings)
+        completion = completed(operator, settings)
         lefts, right = operator.factors()
         results.append((completion, np.vstack([left.compute() for left in lefts]), right))
     for completion, left, right in results[1:]:
@@ -191,7 +191,7 @@ def test_blocks_do_not_change_the_answer(name):
 def test_each_iteration_is_told_as_it_is_made():
     told = []
     operator = operator_of(low_rank_counts(40, 30), 2)
-    completion = complete(operator, preset("paper", max_iterations=7), told.append)
+    completion = completed(operator, preset("paper", max_iterations=7), told.append)
     assert tuple(told) == completion.history
     assert [i.iteration for i in told] == list(range(1, 8))
     passes = [i.passes for i in told]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from scialm_dask.linalg import kernels
+from scialm_dask.linalg import kernels, tasks
 from scialm_dask.linalg.kernels import Block, BlockState, PassInputs, ReleaseHeldOut, Update
 
 M, N = 23, 17
@@ -158,12 +158,17 @@ def test_visit_leaves_its_arguments_alone(block):
 
 def test_sums_are_added_in_float64(block):
     rng = np.random.default_rng(5)
-    _, sums = kernels.visit(block, state_of(block, 2), view_of(rough(rng, N, 2), rough(rng, N, 5)))
+    state, view = state_of(block, 2), view_of(rough(rng, N, 2), rough(rng, N, 5))
+    _, sums = kernels.visit(block, state, view)
     assert sums.gram.dtype == sums.left_cross.dtype == np.float64
     assert sums.sparse_cross.dtype == np.float32
-    double = kernels.add_sums(sums, sums)
+    double = tasks.add(sums, sums)
     for one, two in zip(sums, double, strict=True):
         np.testing.assert_array_equal(np.asarray(two), 2 * np.asarray(one))
+    _, again = kernels.visit(block, state, view, sums)
+    assert again.sparse_cross is sums.sparse_cross  # added to in place
+    for one, two in zip(again, double, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5 * np.abs(two).max())
 
 
 def test_small_misfits_are_not_lost_beside_large_ones():

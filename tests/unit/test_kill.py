@@ -21,15 +21,14 @@ POINTS = {
     "first pass": ("linalg.kernels:visit", 1),
     "first SVD": ("linalg.kernels:visit", 8),
     "a later pass": ("linalg.kernels:visit", 21),
-    "its scratch": ("data.scratch:ZarrScratch.put", 40),
-    "the first manifest": ("data.checkpoint:sync_file", 1),
-    "an array of a checkpoint": ("data.array_files:ArrayFolder.put", 25),
-    "a checkpoint before it has its name": ("data.checkpoint:_sync_folder", 7),
-    "a checkpoint that has its name": ("data.checkpoint:_sync_folder", 8),
+    "its scratch": ("data.scratch:ZarrScratch._write", 40),
+    "the first manifest": ("data.checkpoint:_manifest_of", 1),
+    "an array of a checkpoint": ("data.checkpoint:ArrayFolder.put", 25),
+    "a checkpoint before its manifest": ("data.checkpoint:_manifest_of", 4),
     "before an old checkpoint is removed": ("data.checkpoint:Checkpoints.remove", 2),
-    "while an old checkpoint is removed": ("data.checkpoint:shutil.rmtree", 20),
-    "the result": ("data.factors:write_left", 1),
-    "after the result": ("run.job:finish", 1),
+    "while an old checkpoint is removed": ("data.checkpoint:Checkpoints._delete", 2),
+    "the result": ("imputation:write_left", 1),
+    "after the result": ("run.checkpointing:finish", 1),
 }
 
 # Each run is a fork of one process that has imported everything and has no threads.
@@ -48,7 +47,7 @@ def run(folder, target, call):
     def logged(self, files, notes, arrays):
         written = commit(self, files, notes, arrays)
         with open("log", "a") as log:
-            print(len(notes["loop"]["history"]) if notes["loop"] else 0, file=log)
+            print(len(notes["state"]["history"]) if notes["state"] else 0, file=log)
         return written
     Checkpoints.commit = logged
     faults.inject(f"scialm_dask.{target}", "calls", {call: faults.die})

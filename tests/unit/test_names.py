@@ -8,7 +8,7 @@ import pytest
 from scialm_dask import ExpressionMatrix, Imputation, InputError, biological_zeros, impute
 from scialm_dask.data.annotated import aligned, as_matrix, match_names
 from scialm_dask.evaluate.mask import mask
-from scialm_dask.evaluate.metrics import score_held_out
+from scialm_dask.evaluate.metrics import gene_scores, score_held_out
 from scialm_dask.report.comparison import compare
 
 RNG = np.random.default_rng(1)
@@ -127,3 +127,13 @@ def test_a_repeated_name_is_ambiguous_and_no_name_is_no_cell(counts):
     assert result["0", "gene2"] == result[0, 2]
     assert result[[], :].shape == (0, 40)
     assert result[:3, []].shape == (3, 0)
+
+
+def test_genes_are_scored_by_their_names(counts):
+    truth = pd.DataFrame(counts.toarray(), index=named(120, "cell"), columns=named(40, "gene"))
+    other = truth.iloc[RNG.permutation(120), RNG.permutation(40)]
+    scores = gene_scores(truth, other)
+    assert scores.relative_error == 0
+    assert scores.pearson[1:13] == pytest.approx(np.ones(12))
+    with pytest.raises(InputError, match="recovered: gene 0 is 'other' where 'gene0' is expected"):
+        gene_scores(truth, truth.rename(columns={"gene0": "other"}))

@@ -19,6 +19,7 @@ from scialm_dask.data.rows import MemoryRows
 from scialm_dask.errors import DoesNotFitError, InputError, StoppedError
 from scialm_dask.run.checkpointing import Checkpointing
 from scialm_dask.run.cluster import Workers
+from scialm_dask.run.dry_run import plan
 from scialm_dask.run.placing import limit_of, place_scratch, usable_memory
 from scialm_dask.run.plan import forecast
 
@@ -219,3 +220,11 @@ print(*before, are_compiled(), _base_memory(0))
     was, with_compiling, is_now, without = done.stdout.split()
     assert (was, is_now) == ("False", "True")
     assert int(with_compiling) - int(without) == 70 << 20
+
+
+def test_a_plan_that_does_not_fit_times_no_block(counts, monkeypatch):
+    """Timing one takes the memory that there is not."""
+    monkeypatch.setattr(ExpressionMatrix, "read_block", lambda *_, **__: pytest.fail("a block was read"))
+    told = plan(ExpressionMatrix.of(counts), preset("paper"), memory_limit=100 << 20)
+    assert not told["fits"]
+    assert "seconds" not in told

@@ -288,3 +288,20 @@ def test_a_widget_in_a_notebook(tmp_path):
     assert "application/vnd.jupyter.widget-view+json" in shown
     assert "rank" in values
     assert "iteration 4" in values
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name", "words"),
+    [
+        ("n_cells", 120000, "cells", "120,000"),
+        ("peak_memory_bytes_in_all", 3 << 20, "peak memory in all", "3.00 MiB"),
+        ("seconds", 125.2, "time", "2 min"),
+        ("X", None, "X", "none"),
+        ("converged", True, "converged", "yes"),
+        ("unseen", {"n_genes": 3, "gene_mean": 0.25}, "unseen", "genes 3, gene mean 0.25"),
+        ("warnings", [], "warnings", "none"),
+        ("sizes", [1000, None], "sizes", "1,000, none"),
+    ],
+)
+def test_summaries_in_words(key, value, name, words):
+    assert (progress.label(key), progress.in_words(value, key)) == (name, words)

@@ -1,7 +1,9 @@
 """The report: what it says, that it is self-contained, safe and the same every time; and the numbers behind it."""
 
 import re
+from base64 import b64decode
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import anndata
 import numpy as np
@@ -15,7 +17,7 @@ from scialm_dask.errors import OutputError
 from scialm_dask.pooled.design import random_pools
 from scialm_dask.report.comparison import Comparison, compare, sample
 from scialm_dask.report.diagnostics import warnings_of
-from scialm_dask.report.panels import groups_of
+from scialm_dask.report.plotting import Colouring
 
 COUNTS = low_rank_counts(90, 60, density=0.6, rank=3, dispersion=4, seed=1)
 NAMES = [
@@ -54,8 +56,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def strange():
     """Cells and genes with names that would do harm if they stood in a page as they are."""
-    obs = pd.DataFrame({"</style>": np.where(np.arange(90) % 4, "<i>a", "b&amp;")}, index=[f"c{i}" for i in range(90)])
-    return anndata.AnnData(COUNTS.astype(np.float32), obs=obs, var=pd.DataFrame(index=NAMES))
+    obs = pd.DataFrame({"<style>": np.where(np.arange(90) % 4, "<i>a", "b&amp;")}, index=[f"c{i}" for i in range(90)])
+    return anndata.AnnData(COUNTS.astype(np.float32), obs=obs, var=pd.DataFrame(index=pd.Index(NAMES, dtype=object)))
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +71,13 @@ def test_the_command(cli, store_of, tmp_path):
     done = cli("report", store, "-o", page, "--color", "batch", "--json")
     assert done.exit_code == 0, done.output
     read = Page(page)
-    headings = "Warnings Convergence Held-out Spectrum Inflation genes Cells Summary Settings".split()
+    headings = "Warnings Error Rank Singular Inflation genes Cells Summary Settings".split()
     assert [heading for heading in headings if heading not in read.text] == []
     assert "Coloured by batch" in read.text
-    assert [figure["role"] for figure in read.all("svg")] == ["img"] * 7
+    assert [len(image["alt"].split()) > 10 for image in read.all("img")] == [True] * 6
     assert str(path) in read.text
+    assert re.search(rf"Imputed on \d{{4}}-\d\d-\d\d \d\d:\d\d UTC by scialm-dask impute {path} {store}", read.text)
+    assert f"of at most {Imputation.open(store).summary['settings']['max_rank']}" in read.text
     again = cli("report", store, "-o", page)
     assert again.exit_code == 2
     assert "exists already" in again.stderr
@@ -84,28 +88,50 @@ def test_the_command(cli, store_of, tmp_path):
 
 def test_it_is_self_contained_and_safe(result, strange, tmp_path, monkeypatch):
     monkeypatch.setattr("scialm_dask.report.report._MOST_GENES", 60)
-    write_report(result, tmp_path / "r.html", source=strange, color="</style>")
+    write_report(result, tmp_path / "r.html", source=strange, color="<style>")
     page = Page(tmp_path / "r.html")
     assert page.all("script") == []
     assert page.all("b") == []
     assert len(page.all("style")) == 1
     assert page.all("link") == [{"rel": "icon", "href": "data:,"}]
     for name, attributes in page.elements:
-        assert not {"src", "srcset", "action", "data"} & attributes.keys()
+        assert not {"href", "action", "data"} & attributes.keys() or name == "link"
         assert not [key for key in attributes if key.startswith("on")]
-        assert all(v.startswith("#") for k, v in attributes.items() if k.endswith("href") and name != "link")
-    assert not re.findall(r"(?:url\(|@import)(?!#)[^)]*", page.source)
+        pictures = [attributes[key] for key in ("src", "srcset") if key in attributes]
+        assert all(picture.startswith("data:image/svg+xml;base64,") for picture in pictures)
+        for picture in pictures:
+            ElementTree.fromstring(b64decode(picture.partition(",")[2]))  # is XML, whatever genes are called
+    assert not re.findall(r"url\(|@import", page.source)
     assert "default-src 'none'" in next(m["content"] for m in page.all("meta") if "http-equiv" in m)
-    for shown in ("<script>alert(1)</script>", "$x^2$", "bell\ufffd", "half\ufffd", "</style>", "<i>a", "b&amp;"):
+    for shown in ("<script>alert(1)</script>", "$x^2$", r"bell\x07", r"half\ud800", "<style>", "<i>a", "b&amp;"):
         assert shown in page.text
-    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    known = {f"#{name}" for name in ids}
-    used = re.findall(r'(?:href="|url\()(#[^")]+)', page.source)
-    assert used
-    assert set(used) <= known
-    for svg in page.all("svg"):
-        assert {f"#{name}" for name in svg["aria-labelledby"].split()} <= known
+    assert len(page.all("img")) == len(page.all("source")) == 6
+
+
+@pytest.mark.parametrize("gene", NAMES[:5])
+def test_cells_are_coloured_by_a_gene(result, strange, tmp_path, gene, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "scialm_dask.report.plotting.cells",
+        lambda points, shares, colouring: drawn.append(colouring) or (lambda axes, colours: None),
+    )
+    write_report(result, tmp_path / "r.html", source=strange, color=gene)
+    before, after = (colouring.values for colouring in drawn)
+    number = NAMES.index(gene)
+    np.testing.assert_array_equal(before, COUNTS.toarray()[:, number])
+    np.testing.assert_allclose(after, result.to_dask().compute()[:, number], rtol=1e-5)
+
+
+def test_genes_are_shown_and_found_by_their_symbols(tmp_path):
+    ids, symbols = [f"ENSG{j:011d}" for j in range(60)], [f"gene{j}" for j in range(59)] + ["gene58"]
+    cells = anndata.AnnData(COUNTS.astype(np.float32), var=pd.DataFrame({"feature_name": symbols}, index=ids))
+    result = impute(cells, validation=0.1, max_iterations=8)
+    write_report(result, tmp_path / "r.html", source=cells, color="gene7")
+    changed = compare(result, ExpressionMatrix.of(COUNTS)).genes
+    noisiest = int((changed["change"] / changed["mean_observed"] ** 0.5).to_numpy().argmax())
+    assert f"{symbols[noisiest]} {ids[noisiest]}" in Page(tmp_path / "r.html").text
+    with pytest.raises(InputError, match=f"gene58: 2 genes are called so; name one of {ids[58]}, {ids[59]}"):
+        write_report(result, tmp_path / "r.html", source=cells, color="gene58", overwrite=True)
 
 
 def test_without_the_source_it_says_so(result, tmp_path):
@@ -113,11 +139,11 @@ def test_without_the_source_it_says_so(result, tmp_path):
     page = Page(tmp_path / "r.html")
     assert "cannot be read" in page.text
     assert "Name it with --source" in page.text
-    assert len(page.all("svg")) == 4
+    assert len(page.all("img")) == 3
 
 
 def test_what_is_refused(result, strange, store_of, tmp_path):
-    with pytest.raises(InputError, match=r"nothing: no such column of obs; its columns are: </style>"):
+    with pytest.raises(InputError, match="nothing: neither a gene nor a column of obs; its columns are: <style>"):
         write_report(result, tmp_path / "r.html", color="nothing")
     with pytest.raises(InputError, match="90 cells × 59 genes, but 90 × 60 are expected"):
         write_report(result, tmp_path / "r.html", source=strange[:, :59].copy())
@@ -136,7 +162,7 @@ def test_results_of_other_kinds(tmp_path, strange):
     general = impute(COUNTS.toarray() + 1.0, observed="finite", stop="residual", max_iterations=12)
     for kind, words in {
         fit.transform(strange[60:].copy()): "completed by a fit that was made before",
-        pooled: "Objective",
+        pooled: "What is minimised",
         general: "Zeros of this matrix are observed values",
     }.items():
         told = write_report(kind, tmp_path / "r.html", overwrite=True)
@@ -146,23 +172,37 @@ def test_results_of_other_kinds(tmp_path, strange):
         assert [fact for fact in told["warnings"] if fact not in page.text] == []
 
 
-def test_choices_by_count_splitting_are_shown(tmp_path):
-    result = impute(COUNTS, preset="denoise", max_rank=8)
-    written = result.to_zarr(tmp_path / "r.zarr")["count_splitting"]
-    assert Imputation.open(tmp_path / "r.zarr").summary["count_splitting"] == written
-    write_report(tmp_path / "r.zarr", tmp_path / "r.html")
+def test_a_denoised_result(result, strange, tmp_path):
+    """What unseen molecules tell is shown; there is no history."""
+    errors = {"observed": 0.588, "gene_mean": 0.712, "imputed": 0.53}
+    values = result.summary["singular_values"]
+    denoised = of(
+        result,
+        pd.DataFrame(),
+        unseen=errors,
+        residual_share=0.31,
+        verdict="Imputation helps <here>.",
+        held_out_error=None,
+        weights=[0.9] * len(values),
+        chosen_iteration=None,
+        command="scialm-dask impute a b",
+        **GOOD,
+    )
+    write_report(denoised, tmp_path / "r.html", source=strange)
     page = Page(tmp_path / "r.html")
-    (best,) = (fit for fit in written["tried"] if fit["chosen"])
-    assert "Held-out error" not in page.text
-    told = f"Iteration {best['chosen_iteration']}, with {best['error']:.3g}, was kept"
-    first = sum(rank == 0 for rank in written["ranks"])  # until then nothing is predicted
-    assert f"Error on unseen molecules: {written['errors'][first]:.3g} at iteration {first + 1}, " in page.text
-    assert told in page.text
-    assert f"{len(written['tried'])} confidences in zeros" in page.text
-    for fit in written["tried"]:
-        name = f"{fit['zeros']:g}{' (chosen)' if fit['chosen'] else ''}"
-        row = (name, f"{fit['gene_exponent']:g}", "0.5", fit["iterations"], fit["chosen_iteration"])
-        assert " ".join(map(str, row)) in page.text
+    for words in (
+        "0.530 0.588 as observed, 0.712 by gene means",
+        "31%",
+        "Imputation helps <here>.",
+        "unseen molecules:",
+    ):
+        assert words in page.text
+    assert "by scialm-dask impute a b" in page.text
+    assert len(page.all("img")) == 4  # singular values, inflation, cells before and after
+    assert warnings_of(denoised) == []
+    denoised.summary["unseen"] = {"observed": 0.5, "gene_mean": 0.712, "imputed": 0.53}
+    (what, _), *_ = warnings_of(denoised)
+    assert what == "Unseen molecules are predicted no better than by the counts as they are."
 
 
 # The numbers
@@ -217,21 +257,18 @@ def test_a_cell_is_drawn_by_its_number():
     assert list(sample(50, 100)) == list(range(50))
 
 
-def test_groups():
-    numbers = groups_of("depth", pd.Series(np.arange(100.0)))
-    assert len(numbers.names) == 5
-    assert np.all(np.diff(numbers.codes) >= 0)
-    assert max(abs(np.bincount(numbers.codes) - 20)) <= 1
-    words = groups_of("type", pd.Series([*"aaabbc", None], dtype="category"))
-    assert words.names == ("a", "b", "c", "unknown")
-    assert list(words.codes) == [0, 0, 0, 1, 1, 2, 3]
-    many = groups_of("type", pd.Series([f"t{n:02d}" for n in range(14) for _ in range(14 - n)]))
-    assert many.names[-1] == "5 others"
-    assert len(many.names) == len(many.colours) == 10
-    assert groups_of("flag", pd.Series([True, False, True])).names == ("True", "False")
-    holes = groups_of("depth", pd.Series([np.nan, *range(10)]))
-    assert holes.names[-1] == "unknown"
-    assert (holes.codes == len(holes.names) - 1).sum() == 1
+def test_colouring():
+    numbers = Colouring.of("depth", pd.Series([np.nan, *range(100)]))
+    assert not numbers.groups
+    np.testing.assert_array_equal(numbers.values, [np.nan, *range(100)])
+    assert not Colouring.of("depth", pd.Series([None, *range(100)], dtype="Int64")).groups
+    words = Colouring.of("type", pd.Series([*"aaabbc", None], dtype="category"))
+    assert list(words.groups) == ["a", "b", "c", "unknown"]
+    assert list(words.values) == [0, 0, 0, 1, 1, 2, 3]
+    many = Colouring.of("type", pd.Series([f"t{n:02d}" for n in range(14) for _ in range(14 - n)]))
+    assert many.groups[-1] == "5 others"
+    assert len(many.groups) == 10
+    assert list(Colouring.of("flag", pd.Series([True, False, True])).groups) == ["True", "False"]
 
 
 # The warnings
@@ -312,8 +349,8 @@ def test_it_is_out_of_core(result, monkeypatch):
     from scialm_dask.report import comparison as module
 
     monkeypatch.setattr(module, "_PANEL_BYTES", 4 * 60 * 7)
-    heights, product = [], Imputation.product
-    monkeypatch.setattr(Imputation, "product", lambda self, left: heights.append(len(left)) or product(self, left))
+    heights, rows = [], Imputation.rows
+    monkeypatch.setattr(Imputation, "rows", lambda self, cells: heights.append(len(cells)) or rows(self, cells))
     panelled = compare(result, ExpressionMatrix.of(COUNTS, blocks=3))
     assert max(heights) == 7
     monkeypatch.undo()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,14 +13,20 @@ import dask
 import faults
 import numpy as np
 import pytest
+import zarr
 from problems import low_rank_counts
-from test_checkpoint import edited, of_manifest, truncated
+from test_checkpoint import edited, of_manifest, redone, truncated
 
 from scialm_dask import Confidence, ExpressionMatrix, Imputation, InputError, impute, resume
 from scialm_dask.data.checkpoint import Checkpoints
+from scialm_dask.data.scratch import MemoryScratch
 from scialm_dask.errors import CheckpointError, OutputError, StoppedError
 from scialm_dask.events import Iteration, Note, Stage
+from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.run import job
 from scialm_dask.run.checkpointing import Checkpointing, cadence
+from scialm_dask.solve.ialm import LoopState
+from scialm_dask.solve.scaling import prepare, survey
 
 COUNTS = low_rank_counts(240, 180, density=0.3, seed=3)
 RUNS = {
@@ -98,7 +105,7 @@ def test_every_pass_is_a_place_to_stop(whole, matrix, tmp_path):
         impute(matrix, checkpoint=stopping(tmp_path / "c", 8), **RUNS["auto"])
     for passes in [2, 3, 4] * 6:  # one of them for the survey; an iteration makes two
         with Checkpoints(tmp_path / "c") as checkpoints:
-            reached.append(len(checkpoints.read(checkpoints.names()[0]).notes["loop"]["history"]))
+            reached.append(len(checkpoints.read(checkpoints.names()[0]).notes["state"]["history"]))
         with contextlib.suppress(StoppedError):
             result = resume(tmp_path / "c", stop=stopping("", passes).stop)
             break
@@ -199,9 +206,9 @@ def newest_two(folder):
 
 
 DAMAGES = {
-    "torn": ("manifest.json", Path.unlink),
-    "truncated": ("estimate.1.npy", truncated),
-    "edited": ("left.2.npy", edited),
+    "torn": ("manifest.json", truncated),
+    "truncated": ("estimate.1/c/0", truncated),
+    "edited": ("left.2/c/0/0", edited),
     "newer": ("manifest.json", of_manifest(lambda content: content.update(format=99))),
 }
 
@@ -212,7 +219,7 @@ def test_the_one_before_is_used_and_said_so(whole, stopped, damage):
     name, harm = DAMAGES[damage]
     harm(stopped / newest / name)
     with Checkpoints(stopped) as checkpoints:
-        expected = len(checkpoints.read(before).notes["loop"]["history"])
+        expected = len(checkpoints.read(before).notes["state"]["history"])
     said = []
     result = resume(stopped, listen=on(Note, said.append))
     assert len(said) == 1
@@ -224,9 +231,73 @@ def test_the_one_before_is_used_and_said_so(whole, stopped, damage):
 
 def test_none_can_be_used(stopped):
     for name in newest_two(stopped):
-        edited(stopped / name / "right.0.npy")
-    with pytest.raises(InputError, match=r"no checkpoint can be used \(.*right\.0\.npy.*right\.0\.npy.*begin anew"):
+        edited(stopped / name / "right.0/c/0/0")
+    with pytest.raises(InputError, match=r"no checkpoint can be used \(.*right\.0 is d.*right\.0 is d.*begin anew"):
         resume(stopped)
+
+
+def in_run(**changes):
+    return lambda content: content["notes"]["run"].update(changes)
+
+
+def in_state(**changes):
+    return lambda content: content["notes"]["state"].update(changes)
+
+
+def without(*path):
+    def change(content):
+        for step in path[:-1]:
+            content = content[step]
+        del content[path[-1]]
+
+    return change
+
+
+CHANGES = {
+    "no history": in_state(history=[]),
+    "a history of text": in_state(history="long"),
+    "a history of words": in_state(history=[["one", 2, 3.0, 0.5, 0.5, 4]]),
+    "a history with a gap": lambda content: content["notes"]["state"]["history"].pop(1),
+    "another choice": in_state(chosen=99),
+    "no penalty": in_state(penalty=[0.0, 1.5]),
+    "too few values": in_state(values=[1.0]),
+    "no settings": in_run(settings={}),
+    "a setting is missing": without("notes", "run", "settings", "seed"),
+    "a setting cannot be": lambda content: content["notes"]["run"]["settings"].update(epsilon=7),
+    "blocks that overlap": in_run(bounds=[0, 100, 80, 240]),
+    "no run": without("notes", "run"),
+    "no matrix": without("notes", "matrix"),
+    "a matrix of text": lambda content: content["notes"].update(matrix="mine"),
+    "no arrays": lambda content: content.update(arrays={}),
+    "a block is missing": lambda content: content["arrays"]["estimate"].pop(),
+    "blocks change places": lambda content: content["arrays"]["estimate"].reverse(),
+    "no left factors": without("arrays", "left"),
+    "passes of text": lambda content: content["notes"]["state"]["operator"].update(passes="many"),
+    "a cadence of none": lambda content: content["notes"].update(every="never"),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_values_that_no_run_has_written_are_refused_by_name(stopped, change, monkeypatch):
+    """Though they were digested anew; the one before is used."""
+    newest, before = newest_two(stopped)
+    redone(CHANGES[change])(stopped / newest / "manifest.json")
+    told = []
+
+    def used(known, _):
+        told.append(known._saved.path)
+        known.surveyed(survey(known.job.matrix), None)
+        operator = LowRankPlusSparse(prepare(known.job.matrix, known._found, known.job.settings), MemoryScratch())
+        assert known.load(LoopState, operator).steps > 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "fit", used)
+    said = []
+    with pytest.raises(KeyboardInterrupt):
+        resume(stopped, listen=on(Note, said.append))
+    assert len(said) == 1
+    assert said[0].words.startswith(f"{stopped}/{newest}: ")
+    assert told[-1] == f"{stopped}/{before}"
 
 
 def test_another_matrix(stopped, store_of):
@@ -286,21 +357,46 @@ def rewrite(path):
     chunk.write_bytes(chunk.read_bytes())  # the same bytes at another time
 
 
-@pytest.mark.parametrize("checkpointed", [True, False])
-def test_a_source_that_changes_meanwhile(matrix, tmp_path, whole, checkpointed):
-    told = []
+def another(path):
+    """Values twice as large."""
+    values = zarr.open_group(path)["X/data"]
+    values[:] = values[:] * 2
 
-    def change(iteration):
-        told.append(iteration)
-        if len(told) == 6:
-            rewrite(tmp_path / "source.zarr")
 
-    words = {"checkpoint": tmp_path / "c", "checkpoint_every": 2} if checkpointed else {}
-    with pytest.raises(InputError, match=r"source\.zarr:X: has changed since the run began; put back what was there"):
-        impute(matrix, listen=on(Iteration, change), **words, **RUNS["paper"])
-    assert len(told) == (7 if checkpointed else 12)
-    if checkpointed:  # it is the same matrix after all
+@pytest.mark.parametrize("change", [rewrite, another])
+def test_a_source_that_changes_after_it_was_read(matrix, tmp_path, whole, change):
+    """The result is of what was read, and says so."""
+    said = []
+
+    def listen(event):
+        if isinstance(event, Iteration) and event.iteration == 6:
+            change(tmp_path / "source.zarr")
+        if isinstance(event, Note):
+            said.append(event.words)
+
+    words = {"checkpoint": tmp_path / "c", "checkpoint_every": 2}
+    same(impute(matrix, listen=listen, **words, **RUNS["paper"]), whole("paper"))
+    assert said == [f"{matrix.name}: has changed since it was read; the result is of what was there before"]
+    if change is another:
+        with pytest.raises(InputError, match=r"no checkpoint can be used \(.*is of another matrix"):
+            resume(tmp_path / "c")
+    else:
         same(resume(tmp_path / "c"), whole("paper"))
+
+
+@pytest.mark.parametrize("change", [rewrite, another])
+def test_a_source_that_changes_between_two_readings(matrix, tmp_path, whole, change):
+    """Only what differs is refused."""
+
+    def listen(event):
+        if event == Stage("reading"):
+            change(tmp_path / "source.zarr")
+
+    if change is rewrite:
+        same(impute(matrix, listen=listen, **RUNS["paper"]), whole("paper"))
+    else:
+        with pytest.raises(InputError, match=r"X: has changed since the run began, while it was read; begin anew"):
+            impute(matrix, listen=listen, **RUNS["paper"])
 
 
 def test_a_first_checkpoint_that_cannot_be_read_back(matrix, tmp_path, monkeypatch):
@@ -313,9 +409,9 @@ def test_a_first_checkpoint_that_cannot_be_read_back(matrix, tmp_path, monkeypat
 
 
 FULL = {
-    "scratch": ("scialm_dask.data.scratch:ZarrScratch.put", 100),
+    "scratch": ("scialm_dask.data.scratch:ZarrScratch._write", 100),
     "an array of a checkpoint": ("scialm_dask.data.checkpoint:ArrayFolder.put", 33),
-    "the manifest": ("scialm_dask.data.checkpoint:_sync_folder", 7),
+    "the manifest": ("scialm_dask.data.checkpoint:_manifest_of", 4),
 }
 
 
@@ -349,6 +445,33 @@ def test_finished_runs_say_so(cli, matrix, tmp_path):
     assert result.exit_code == 0, result.output
     assert len(newest_two(tmp_path / "c")) == 1  # which holds no arrays
     assert os.listdir(tmp_path / "c" / newest_two(tmp_path / "c")[0]) == ["manifest.json"]
+
+
+def test_where_somebody_elses_checkpoint_leads_is_confirmed(cli, matrix, tmp_path):
+    """One that is beside it needs no word, unless something is there."""
+    there = tmp_path / "there"
+    there.mkdir()
+    with pytest.raises(StoppedError):
+        asked = {"destination": str(tmp_path / "precious"), "overwrite": True}
+        impute(matrix, checkpoint=stopping(there / "c", 17, result=asked), **RUNS["auto"])
+    (tmp_path / "precious").mkdir()
+    refused = cli("resume", there / "c", "--quiet")
+    assert refused.exit_code == 2
+    assert f"does not lie beside it; confirm that by `scialm-dask resume {there / 'c'} {tmp_path}" in refused.stderr
+    refused = cli("resume", there / "c", tmp_path / "precious", "--quiet")
+    assert "exists already; choose another path or pass --overwrite" in refused.stderr
+    shutil.move(there / "c", tmp_path / "c")
+    refused = cli("resume", tmp_path / "c", "--quiet")
+    assert "exists already; choose another path or pass --overwrite" in refused.stderr
+    assert os.listdir(tmp_path / "precious") == []
+    done = cli("resume", tmp_path / "c", "--overwrite", "--quiet")
+    assert done.exit_code == 0, done.stderr
+    assert Imputation.open(tmp_path / "precious").summary["resumed_after_iteration"] > 0
+
+
+def test_finished_runs_say_so_again(cli, matrix, tmp_path):
+    words = ("--checkpoint", tmp_path / "c", "--checkpoint-every", "5", *QUICK)
+    cli("impute", tmp_path / "source.zarr", tmp_path / "r.zarr", *words)
     again = cli("resume", tmp_path / "c", "--json")
     assert again.exit_code == 0
     assert "that run is finished; its result is" in again.stderr

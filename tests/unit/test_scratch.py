@@ -16,6 +16,7 @@ from scialm_dask import ExpressionMatrix, InputError, biological_zeros, impute
 from scialm_dask.data import transpose
 from scialm_dask.data.scratch import MemoryScratch, ZarrScratch, new_scratch
 from scialm_dask.errors import OutputError
+from scialm_dask.linalg.kernels import BlockState
 
 COUNTS = low_rank_counts(90, 40, density=0.4, seed=1)
 QUICK = {"preset": "paper", "max_iterations": 5}
@@ -96,7 +97,7 @@ def of_zeros(folder):
 @pytest.mark.parametrize("work", [of_factors, of_zeros])
 def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path, work):
     (tmp_path / "s").mkdir()
-    repair = faults.inject("scialm_dask.data.scratch:ZarrScratch.put", tmp_path / "calls", {7: faults.fill_disk})
+    repair = faults.inject("scialm_dask.data.scratch:ZarrScratch._write", tmp_path / "calls", {7: faults.fill_disk})
     try:
         with pytest.raises(OutputError, match="could not be written, the disk is full; free some space"):
             work(tmp_path / "s")
@@ -117,26 +118,26 @@ def test_a_folder_that_is_not_there(tmp_path, work):
 @pytest.mark.parametrize("array", [np.arange(6, dtype=np.int32), np.ones((2, 3), np.float32)])
 def test_what_the_disk_has_changed_is_not_handed_out(tmp_path, array, damage):
     with new_scratch(tmp_path, ExpressionMatrix.of(COUNTS).rows) as store:
-        reference = store.put("indices", 0, 0, array)
-        np.testing.assert_array_equal(store.get(reference), array)
-        path = Path(reference.chunk)
+        kept = store.put(BlockState(array, array, array), 0, 0)
+        np.testing.assert_array_equal(store.get(kept).left, array)
+        path = Path(kept.left.chunk)
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(OutputError, match=rf"{path}: is not what was written there; check that disk"):
-            store.get(reference)
+            store.get(kept)
 
 
 def test_a_bit_of_scratch_that_flips_during_a_run_ends_it(tmp_path, monkeypatch):
-    put = ZarrScratch.put
+    write = ZarrScratch._write
 
     def flipping(self, name, version, block, array):
-        reference = put(self, name, version, block, array)
+        reference = write(self, name, version, block, array)
         if array.dtype.kind == "i":  # an index too large once ended in a segmentation fault
             raw = bytearray(Path(reference.chunk).read_bytes())
             raw[-1] ^= 0x40
             Path(reference.chunk).write_bytes(raw)
         return reference
 
-    monkeypatch.setattr(ZarrScratch, "put", flipping)
+    monkeypatch.setattr(ZarrScratch, "_write", flipping)
     with pytest.raises(OutputError, match="is not what was written there"):
         impute(COUNTS, scratch=f"zarr:{tmp_path}", **QUICK)
     assert left_in(tmp_path) == []

@@ -14,7 +14,8 @@ from scialm_dask.linalg.kernels import Update
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.random import thinned
 from scialm_dask.linalg.svd import short_side_svd
-from scialm_dask.run.job import complete_matrix
+from scialm_dask.run.checkpointing import Job
+from scialm_dask.run.job import run
 from scialm_dask.solve.scaling import Confidence, Molecules, prepare, survey
 from scialm_dask.solve.zeros import choose_zeros, refit
 
@@ -90,8 +91,8 @@ def test_refit_is_weighted_least_squares(problem):
 
 @pytest.mark.parametrize("blocks", [1, 3, 7])
 def test_same_answer_for_any_blocks(counts, blocks):
-    whole = complete_matrix(ExpressionMatrix.of(counts, blocks=1), preset("denoise"))
-    cut = complete_matrix(ExpressionMatrix.of(counts, blocks=blocks), preset("denoise"))
+    whole = run(Job(ExpressionMatrix.of(counts, blocks=1), preset("denoise")))
+    cut = run(Job(ExpressionMatrix.of(counts, blocks=blocks), preset("denoise")))
     a, b = whole.to_dask().compute(), cut.to_dask().compute()
     assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)
     assert cut.summary["zeros"] == whole.summary["zeros"]

@@ -1,0 +1,152 @@
+"""Where a store has its matrix and the annotation: AnnData, a bare Zarr array, 10x .h5 of any version, loom."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import zarr
+
+from scialm_dask.data.annotation import Annotation, StoredAnnotation, unique_names
+from scialm_dask.data.rows import StoredRows, describe
+from scialm_dask.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+__all__ = ["GENES", "Located", "genes_among", "is_10x_h5", "locate"]
+
+GENES = "Gene Expression"  # what 10x calls features that are genes
+
+
+class Located(NamedTuple):
+    """A matrix in an open store: what reads its rows, its node, and its annotation; notes say what was left out."""
+
+    rows: StoredRows
+    element: Any
+    annotation: StoredAnnotation | Annotation | None
+    notes: list[str]
+
+
+def locate(path: str, store: Any, layer: str | None, genome: str | None = None) -> Located:
+    """Find X, or a layer, in an open store.
+
+    Parameters
+    ----------
+    path, store
+        The store, by its path and as `open_store` has opened it.
+    layer
+        Its name; ``"raw"`` is ``.raw.X`` if no layer is called so; None for X.
+    genome
+        Of a 10x file: take the genes of this one alone.
+
+    Raises
+    ------
+    InputError
+        If it is not there, or damaged.
+    """
+    if not isinstance(store, zarr.Array) and is_10x_h5(store):
+        return _in_10x_h5(path, store, layer, genome)
+    if not isinstance(store, zarr.Array) and "row_attrs" in store and "matrix" in store:
+        return _in_loom(path, store, layer)
+    rows, element = describe(path, store, layer)
+    place = StoredAnnotation(path, var="raw/var" if rows.element == "raw/X" else "var")
+    return Located(rows, element, None if isinstance(store, zarr.Array) else place, [])
+
+
+def is_10x_h5(store: Any) -> bool:
+    """Tell whether an open HDF5 file is 10x's rather than AnnData's."""
+    return "X" not in store and any("barcodes" in group for group in store.values() if hasattr(group, "keys"))
+
+
+def _in_10x_h5(path: str, store: Any, layer: str | None, genome: str | None) -> Located:
+    if layer is not None:
+        raise InputError(f"{path}: 10x data have no layer {layer!r}; leave the layer out")
+    group = _group(path, store, genome)
+    element = store[group]
+    absent = [name for name in ("data", "indices", "indptr", "shape") if name not in element]
+    if absent:
+        raise InputError(f"{path}: group {group} has no {', '.join(absent)}; the file is damaged, fetch it again")
+    shape = tuple(int(n) for n in np.ravel(element["shape"][()]))[::-1]
+    if len(shape) != 2 or 0 in shape:
+        raise InputError(f"{path}: shape {shape}; a matrix of at least one cell and gene is needed")
+    obs, var = _annotation_of_10x(f"{path}:{group}", element, group, shape)
+    keep, notes = genes_among(var)
+    if genome is not None and "genome" in var:
+        keep &= (var["genome"] == genome).to_numpy()
+        if not keep.any():
+            known = ", ".join(sorted(set(var["genome"])))
+            raise InputError(f"{path}: has no genome {genome}; it holds {known}")
+    var, repeated = unique_names(var[keep], "gene")
+    features = None if keep.all() else keep.tobytes()
+    rows = StoredRows(path, group, "csr_matrix", (shape[0], len(var)), features=features)
+    return Located(rows, element, Annotation(obs, var), notes + repeated)
+
+
+def _group(path: str, store: Any, genome: str | None) -> str:
+    """Name of the group that holds the matrix: ``matrix``, or in files of before 2018 that of a genome."""
+    groups = [name for name, group in store.items() if hasattr(group, "keys") and "barcodes" in group]
+    if genome is None and len(groups) > 1:
+        raise InputError(f"{path}: holds the genomes {', '.join(groups)}; choose one by `scialm-dask convert --genome`")
+    if genome is not None and "matrix" not in groups and genome not in groups:
+        raise InputError(f"{path}: has no genome {genome}; it holds {', '.join(groups)}")
+    return genome if genome is not None and genome in groups else str(groups[0])
+
+
+def _annotation_of_10x(name: str, element: Any, group: str, shape: tuple[int, ...]) -> list[pd.DataFrame]:
+    """Cells and features, features by name."""
+    import pandas as pd
+
+    def strings(part: str, length: int) -> Any:
+        if part not in element:
+            raise InputError(f"{name}: has no {part}; the file is damaged, fetch it again")
+        try:
+            found = element[part].asstr()[:]
+        except (AttributeError, TypeError, ValueError, OSError) as error:
+            raise InputError(f"{name}: {part} cannot be read ({error}); fetch the file again") from error
+        if len(found) != length:
+            raise InputError(f"{name}: {len(found)} {part}, but the matrix has {length}; fetch the file again")
+        return found
+
+    obs = pd.DataFrame(index=pd.Index(strings("barcodes", shape[0])))
+    if group == "matrix":
+        columns = {"gene_ids": "features/id", "feature_types": "features/feature_type", "genome": "features/genome"}
+        names = strings("features/name", shape[1])
+    else:
+        columns, names = {"gene_ids": "genes"}, strings("gene_names", shape[1])
+    given = {key: strings(part, shape[1]) for key, part in columns.items() if part in element}
+    return [obs, pd.DataFrame(given, index=pd.Index(names))]
+
+
+def genes_among(var: pd.DataFrame) -> tuple[NDArray[np.bool_], list[str]]:
+    """Tell genes from antibodies and other features, unless there are no genes at all; notes say what is left out."""
+    keep = np.ones(len(var), bool)
+    if "feature_types" in var and (var["feature_types"] == GENES).any():
+        keep = (var["feature_types"] == GENES).to_numpy(bool)
+    return keep, [] if keep.all() else [f"left out {np.count_nonzero(~keep)} features that are not {GENES}"]
+
+
+def _in_loom(path: str, store: Any, layer: str | None) -> Located:
+    """Find a matrix of a loom file, which is dense, genes × cells."""
+    import pandas as pd
+
+    name = f"layers/{layer}" if layer else "matrix"
+    if name not in store:
+        raise InputError(f"{path}: has no {name}; its layers are: {', '.join(store['layers']) or 'none'}")
+    element = store[name]
+    if element.ndim != 2 or 0 in element.shape or element.dtype.kind not in "buif":
+        raise InputError(f"{path}:{name}: shape {element.shape} of {element.dtype}; a matrix of numbers is needed")
+    frames = []
+    for attributes, length, wanted in (
+        (store["col_attrs"], element.shape[1], ("CellID", "cell_id", "obs_names")),
+        (store["row_attrs"], element.shape[0], ("Gene", "gene_name", "var_names", "Accession")),
+    ):
+        given = {key: part[:] for key, part in attributes.items() if part.shape == (length,)}
+        table = pd.DataFrame({k: [x.decode() for x in v] if v.dtype == object else v for k, v in given.items()})
+        key = next((key for key in wanted if key in table), None)
+        frames.append(table if key is None else table.set_index(key))
+        frames[-1].index = frames[-1].index.astype(str)
+    var, repeated = unique_names(frames[1], "gene")
+    rows = StoredRows(path, name, "array", element.shape[::-1], transposed=True)
+    return Located(rows, element, Annotation(frames[0], var), repeated)

@@ -1,0 +1,137 @@
+"""A lock on a store, in a folder or behind a URL, that a dead process does not hold."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from scialm_dask.data.remote import all_of
+from scialm_dask.errors import OutputError
+
+__all__ = ["Lease", "is_alive", "lease", "this_process"]
+
+BEAT = 10.0  # seconds after which a lease is renewed
+_DEAD = 3.5  # beats without renewal after which its holder is taken for dead
+_PREFIX = ".lease-"
+_BYTES = default_buffer_prototype()
+
+
+class Lease:
+    """A key that its holder renews; `lease` takes it."""
+
+    def __init__(self, store: Any, where: str) -> None:
+        self._store, self._where, self._key = store, where, f"{_PREFIX}{uuid.uuid4().hex[:12]}"
+        self._ended, self._holder, self._beats = threading.Event(), this_process(), 0
+
+    def write(self) -> None:
+        """Show that the holder lives."""
+        self._beats += 1
+        content = json.dumps(self._holder | {"beats": self._beats}).encode()
+        sync(self._store.set(self._key, _BYTES.buffer.from_bytes(content)))
+
+    def renew(self) -> None:
+        """Write again and again, until `end`."""
+        while not self._ended.wait(BEAT):
+            with contextlib.suppress(Exception):  # a store that fails for a while; others wait for more than one beat
+                if self._read(self._key):
+                    self.write()
+
+    def end(self) -> None:
+        """Give the lease back."""
+        self._ended.set()
+        with contextlib.suppress(Exception):
+            sync(self._store.delete(self._key))
+
+    def check(self) -> None:
+        """Raise `OutputError` if somebody has taken over, since this process stood still for too long."""
+        if not self._read(self._key):
+            raise OutputError(f"{self._where}: another run goes on from these checkpoints; this one ends")
+
+    def refuse_others(self) -> None:
+        """Raise `OutputError` if another holder lives; remove what the dead have left."""
+        seen: dict[str, tuple[float, Any]] = {}
+        while True:
+            now, dead = time.monotonic(), []
+            for key in sync(all_of(self._store.list_dir(""))):
+                if not key.startswith(_PREFIX) or key == self._key or (holder := self._read(key)) is None:
+                    continue
+                since, before = seen.setdefault(key, (now, holder))
+                alive = is_alive(holder)
+                if alive or holder != before:
+                    raise OutputError(
+                        f"{self._where}: another run writes its checkpoints there; let it end, or choose another folder"
+                    )
+                if alive is False or now - since > _DEAD * BEAT:
+                    dead.append(key)
+            for key in dead:
+                with contextlib.suppress(FileNotFoundError):
+                    sync(self._store.delete(key))
+            if not seen.keys() - set(dead):
+                return
+            seen = {key: value for key, value in seen.items() if key not in dead}
+            time.sleep(BEAT / 10)
+
+    def _read(self, key: str) -> dict[str, Any] | None:
+        content = sync(self._store.get(key, _BYTES))
+        try:
+            return None if content is None else dict(json.loads(content.to_bytes()))
+        except (ValueError, TypeError):
+            return {}
+
+
+@contextlib.contextmanager
+def lease(store: Any, where: str) -> Iterator[Lease]:
+    """Hold a store while the block runs, so that no other process does.
+
+    Of a holder on this machine it is known whether it lives. One on another machine, which a lock of the file system
+    may not reach, is dead if it does not renew its lease for half a minute.
+
+    Raises
+    ------
+    OutputError
+        If another process holds it.
+    """
+    held = Lease(store, where)
+    held.write()
+    try:
+        held.refuse_others()
+        threading.Thread(target=held.renew, daemon=True).start()
+        yield held
+    finally:
+        held.end()
+
+
+def this_process() -> dict[str, Any]:
+    """Name this process so that others can tell whether it lives; see `is_alive`."""
+    return {"machine": _machine(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def is_alive(process: dict[str, Any]) -> bool | None:
+    """Tell whether a process lives; None if it is of another machine."""
+    if process.get("machine") != _machine():
+        return None
+    try:
+        return bool(abs(psutil.Process(process["pid"]).create_time() - process["started"]) < 1)
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False
+
+
+def _machine() -> str:
+    """Name this machine as it was started last, and the container: process numbers are their own in each."""
+    names = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        with open("/proc/sys/kernel/random/boot_id") as boot:
+            names.append(boot.read().strip())
+        names.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(names)

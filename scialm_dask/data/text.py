@@ -1,0 +1,404 @@
+"""Matrices in text, plain or gzip, a few lines at a time: Matrix Market with its tables of names, CSV and TSV."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from scialm_dask.data.annotation import looks_like
+from scialm_dask.data.transpose import Entries
+from scialm_dask.errors import InputError
+from scialm_dask.events import Advance
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Axis", "TextMatrix", "open_text"]
+
+Axis = Literal["cells", "genes"]
+
+_PIECE = 1 << 20  # entries parsed at once
+_LONGEST_LINE = 1 << 20  # bytes of an entry, or of a name
+_LONGEST_ROW = 1 << 28  # and of a row of a table
+_UNREADABLE = (ValueError, OverflowError, EOFError, OSError, zlib.error)
+_TABLE = re.compile(r"\.(csv|tsv|tab|txt)(\.gz)?$")
+_MARKET = re.compile(r"\.mtx(\.gz)?$")
+
+
+class TextMatrix(Protocol):
+    """A matrix in text whose header has been read."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells × features."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the values."""
+        ...
+
+    @property
+    def n_entries(self) -> int:
+        """About how many entries there are."""
+        ...
+
+    def annotation(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Cells and features, features by name."""
+        ...
+
+    def entries(self, advance: Advance) -> Iterator[Entries]:
+        """Parse the entries, in the order of the file, some at a time."""
+        ...
+
+
+def open_text(path: str, prefix: str | None = None, rows: Axis | None = None) -> TextMatrix | None:
+    """Open a folder or a file of text; None if `path` is neither.
+
+    Parameters
+    ----------
+    path
+        A folder with matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, as Cell Ranger and STARsolo write it; one
+        .mtx file; or a table with names in its first line and column.
+    prefix
+        How the names of the files in the folder begin.
+    rows
+        What the rows of a table, or of one .mtx file, are; told by the names by default.
+    """
+    name = os.path.basename(path)
+    if os.path.isdir(path):
+        return MatrixMarket.of_folder(*_folder(path, prefix))
+    if _MARKET.search(name):
+        stem = re.sub(r"matrix\.mtx(\.gz)?$", "", name)
+        if stem != name and _found(os.path.dirname(path), stem, "barcodes.tsv"):
+            return MatrixMarket.of_folder(os.path.dirname(path), stem)
+        if rows is None:
+            raise InputError(f"{path}: has no names, so its rows may be cells or genes; say so by --rows")
+        return MatrixMarket.of_file(Path(path), rows)
+    return Table.open(Path(path), rows) if _TABLE.search(name) else None
+
+
+def _folder(path: str, prefix: str | None) -> tuple[str, str]:
+    """Find the one matrix of a folder: give the folder that it is in, and how its name begins."""
+    if _found(path, prefix or "", "matrix.mtx"):
+        return path, prefix or ""
+    ending = re.compile(rf"^{re.escape(prefix or '')}.*matrix\.mtx(\.gz)?$")
+    for where in (Path(path).glob("*"), Path(path).glob("*/*"), Path(path).glob("*/*/*")):
+        places = sorted({(str(p.parent), re.sub(r"matrix\.mtx.*", "", p.name)) for p in where if ending.search(p.name)})
+        if len(places) > 1:
+            folders = sorted({folder for folder, _ in places})
+            here = " or ".join(f"--prefix {start}" for _, start in places) if len(folders) == 1 else ", ".join(folders)
+            raise InputError(f"{path}: holds several matrices; give one of {here}")
+        if places:
+            return places[0]
+    return path, prefix or ""
+
+
+def _found(folder: str, prefix: str, *names: str) -> Path | None:
+    paths = (Path(folder, f"{prefix}{name}{end}") for name in names for end in ("", ".gz"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _needed(folder: str, prefix: str, *names: str) -> Path:
+    if (path := _found(folder, prefix, *names)) is None:
+        names = tuple(prefix + name for name in names)
+        raise InputError(f"{folder}: has no {' or '.join(names)}, plain or .gz; a 10x folder needs it")
+    return path
+
+
+class _Lines(io.RawIOBase):
+    """A stream that refuses a line of more than `longest` bytes, instead of letting it fill the memory."""
+
+    def __init__(self, path: Path, longest: int) -> None:
+        self._stream: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115
+        self._path, self._longest, self._line = path, longest, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n_read: int = self._stream.readinto(buffer)
+        end = bytes(memoryview(buffer)[:n_read]).rfind(b"\n")
+        self._line = self._line + n_read if end < 0 else n_read - end - 1
+        if self._line > self._longest:
+            raise InputError(f"{self._path}: has a line of more than {self._longest:,} bytes; fetch it again")
+        return n_read
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def _stream(path: Path, longest: int = _LONGEST_LINE) -> IO[bytes]:
+    return io.BufferedReader(_Lines(path, longest), 1 << 16)
+
+
+@dataclass(frozen=True)
+class MatrixMarket:
+    """A Matrix Market file, with the folder and prefix of its tables of names, if it has any."""
+
+    matrix: Path
+    header: tuple[str, int, int, int]
+    rows: Axis = "genes"
+    names: tuple[str, str] | None = None
+
+    @classmethod
+    def of_folder(cls, folder: str, prefix: str) -> MatrixMarket:
+        """Find the files of a folder and read the header of the matrix."""
+        matrix = _needed(folder, prefix, "matrix.mtx")
+        return cls(matrix, _header(matrix), names=(folder, prefix))
+
+    @classmethod
+    def of_file(cls, matrix: Path, rows: Axis) -> MatrixMarket:
+        """Read the header of a matrix without names."""
+        return cls(matrix, _header(matrix), rows)
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        return str(self.matrix)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells × features."""
+        _, n_rows, n_columns, _ = self.header
+        return (n_columns, n_rows) if self.rows == "genes" else (n_rows, n_columns)
+
+    @property
+    def n_entries(self) -> int:
+        """Number of entries that the header announces."""
+        return self.header[3]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the values: int32 for ``integer`` files, else float32."""
+        return np.dtype(np.int32 if self.header[0] == "integer" else np.float32)
+
+    def annotation(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Cells and features, features by name; numbered if there are no names."""
+        import pandas as pd
+
+        if self.names is None:
+            obs, var = (pd.DataFrame(index=pd.RangeIndex(n).astype(str)) for n in self.shape)
+            return obs, var
+        barcodes = _table(_needed(*self.names, "barcodes.tsv"), self.shape[0])
+        features = _table(_needed(*self.names, "features.tsv", "genes.tsv"), self.shape[1])
+        obs = pd.DataFrame(index=pd.Index(barcodes[0].to_numpy()))
+        var = pd.DataFrame(index=pd.Index(features[min(1, features.shape[1] - 1)].to_numpy()))
+        for column, name in {0: "gene_ids", 2: "feature_types"}.items():
+            if column < features.shape[1]:
+                var[name] = features[column].to_numpy()
+        return obs, var
+
+    def entries(self, advance: Advance) -> Iterator[Entries]:
+        """Parse the entries, in the order of the file, some at a time."""
+        import pandas as pd
+
+        n_read = 0
+        kind = np.int64 if self.dtype.kind == "i" else np.float32
+        types = {"row": np.int64, "column": np.int64, "value": kind}
+        how = {"sep": r"\s+", "header": None, "names": list(types), "dtype": types, "comment": "%", "chunksize": _PIECE}
+        try:
+            with _stream(self.matrix) as stream:
+                _read_header(stream)
+                with pd.read_csv(stream, **how) as parts:
+                    for part in parts:
+                        n_read += len(part)
+                        if len(part):
+                            yield self._checked(part)
+                        advance(len(part) / max(1, self.n_entries))
+        except pd.errors.EmptyDataError:
+            pass
+        except InputError:
+            raise
+        except _UNREADABLE as error:
+            raise InputError(f"{self.name}: cannot be read after entry {n_read} ({error}); fetch it again") from error
+        if n_read != self.n_entries:
+            raise InputError(f"{self.name}: {n_read} entries, {self.n_entries} announced; fetch it again")
+
+    def _checked(self, part: pd.DataFrame) -> Entries:
+        values = part["value"].to_numpy()
+        if self.dtype.kind == "i" and values.max() > np.iinfo(self.dtype).max:
+            raise InputError(f"{self.name}: count {values.max()} is too large for {self.dtype}; fetch it again")
+        places = [part["column"].to_numpy() - 1, part["row"].to_numpy() - 1]
+        cells, genes = places if self.rows == "genes" else places[::-1]
+        for what, index, size in (("cell", cells, self.shape[0]), ("gene", genes, self.shape[1])):
+            wrong = (index < 0) | (index >= size)
+            if wrong.any():
+                raise InputError(f"{self.name}: {what} {index[wrong][0] + 1} is outside 1 to {size}; fetch it again")
+        return Entries(cells, genes.astype(np.int32), values.astype(self.dtype))
+
+
+def _header(path: Path) -> tuple[str, int, int, int]:
+    """Give the kind of the values, rows, columns and entries."""
+    try:
+        with _stream(path) as stream:
+            banner, (n_rows, n_columns, n_entries) = _read_header(stream)
+    except InputError:
+        raise
+    except _UNREADABLE as error:
+        raise InputError(f"{path}: not a Matrix Market file ({error}); fetch it again") from error
+    if banner[:3] != ["%%matrixmarket", "matrix", "coordinate"] or banner[3:] not in (
+        ["integer", "general"],
+        ["real", "general"],
+    ):
+        raise InputError(
+            f"{path}: its first line is {' '.join(banner)!r}; "
+            "give '%%MatrixMarket matrix coordinate integer general', or real"
+        )
+    if 0 in (n_rows, n_columns):
+        raise InputError(f"{path}: shape {(n_rows, n_columns)}; a matrix of at least one cell and one gene is needed")
+    return banner[3], n_rows, n_columns, n_entries
+
+
+def _read_header(stream: IO[bytes]) -> tuple[list[str], list[int]]:
+    """Read up to the line of sizes; give the words of the first line, and the sizes."""
+    banner = stream.readline().decode().lower().split()
+    line = stream.readline()
+    while line.startswith(b"%") or (line and not line.strip()):
+        line = stream.readline()
+    sizes = [int(word) for word in line.split()]
+    if len(sizes) != 3:
+        raise ValueError(f"{len(sizes)} sizes")
+    return banner, sizes
+
+
+def _table(path: Path, length: int) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        with _stream(path) as stream:
+            table = pd.read_csv(stream, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
+    except InputError:
+        raise
+    except _UNREADABLE as error:
+        raise InputError(f"{path}: cannot be read ({error}); fetch it again") from error
+    if len(table) != length:
+        raise InputError(f"{path}: {len(table)} lines, but the matrix has {length}; the files do not belong together")
+    return table
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text with names in its first line and column; zeros are no entries."""
+
+    path: Path
+    rows: Axis
+    columns: list[str] = field(repr=False)
+    lines: list[str] = field(repr=False)
+    separator: bytes
+    dtype: np.dtype[Any]
+    n_entries: int
+
+    @classmethod
+    def open(cls, path: Path, rows: Axis | None) -> Table:
+        """Read the file once, for the names, the type of the values and the number that are not zero."""
+        lines: list[str] = []
+        whole, n_entries, width = True, 0, -1
+        with _table_lines(path) as stream:
+            header = stream.readline().rstrip(b"\r\n")
+            separator = max((b"\t", b",", b";", b" "), key=header.count)
+            columns = [_unquoted(word) for word in header.split(separator)]
+            for line in filter(bytes.strip, stream):
+                first, _, rest = line.rstrip(b"\r\n").partition(separator)
+                lines.append(_unquoted(first))
+                whole = whole and not re.search(rb"[.eEnN]", rest)
+                width = rest.count(separator) + 1 if width < 0 else width
+                n_entries += width - rest.count(separator + b"0")
+        columns = columns[1:] if width + 1 == len(columns) else columns  # the corner may have a name, or none
+        if width != len(columns):
+            raise InputError(f"{path}: not a table with names in its first line and column; give one, or an .h5ad")
+        kind = np.dtype(np.int32 if whole else np.float32)
+        return cls(path, rows or _told(path, lines, columns), columns, lines, separator, kind, n_entries)
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        return str(self.path)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells × genes."""
+        n_lines, n_columns = len(self.lines), len(self.columns)
+        return (n_lines, n_columns) if self.rows == "cells" else (n_columns, n_lines)
+
+    def annotation(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Cells and genes."""
+        import pandas as pd
+
+        lines, columns = pd.DataFrame(index=pd.Index(self.lines)), pd.DataFrame(index=pd.Index(self.columns))
+        return (lines, columns) if self.rows == "cells" else (columns, lines)
+
+    def entries(self, advance: Advance) -> Iterator[Entries]:
+        """Parse the lines, some at a time."""
+        step = max(1, _PIECE // len(self.columns))
+        with _table_lines(self.path) as stream:
+            stream.readline()
+            for start in range(0, len(self.lines), step):
+                stop = min(start + step, len(self.lines))
+                dense = np.stack([self._values(number, stream.readline()) for number in range(start, stop)])
+                at, across = np.nonzero(dense)
+                values = dense[at, across].astype(self.dtype)
+                cells, genes = (at + start, across) if self.rows == "cells" else (across, at + start)
+                if len(values):
+                    yield Entries(cells, genes.astype(np.int32), values)
+                advance((stop - start) / len(self.lines))
+
+    def _values(self, number: int, line: bytes) -> Any:
+        words = line.rstrip(b"\r\n").split(self.separator)[1:]
+        try:
+            values = np.array(words).astype(np.float64)
+            if len(values) != len(self.columns) or (self.dtype.kind == "i" and values.max() > np.iinfo(np.int32).max):
+                raise ValueError(f"{len(values)} values, the largest {values.max(initial=0):g}")
+        except ValueError as error:
+            raise InputError(
+                f"{self.path}: line {number + 2}, of {self.lines[number]!r}, holds no {len(self.columns)} numbers "
+                f"({error}); mend it, or fetch the file again"
+            ) from error
+        return values
+
+
+@contextmanager
+def _table_lines(path: Path) -> Iterator[IO[bytes]]:
+    """Give the lines of a table, and one line if they cannot be read."""
+    try:
+        with _stream(path, _LONGEST_ROW) as stream:
+            yield stream
+    except InputError:
+        raise
+    except _UNREADABLE as error:
+        raise InputError(f"{path}: cannot be read ({error}); fetch it again") from error
+
+
+def _unquoted(word: bytes) -> str:
+    return word.decode(errors="replace").strip().strip('"')
+
+
+def _told(path: Path, lines: list[str], columns: list[str]) -> Axis:
+    """Tell what the rows are by the names."""
+    import pandas as pd
+
+    of_lines, of_columns = looks_like(pd.Index(lines)), looks_like(pd.Index(columns))
+    if of_lines == of_columns:
+        raise InputError(
+            f"{path}: its rows may be cells or genes ({', '.join(lines[:2])} by {', '.join(columns[:2])}); say so by "
+            "--rows"
+        )
+    if of_lines is not None:
+        return of_lines
+    return "genes" if of_columns == "cells" else "cells"
