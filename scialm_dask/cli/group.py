@@ -158,6 +158,7 @@ def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--log-json", is_flag=True, help="Show progress as JSON lines on standard error.")
     @functools.wraps(command)
     def wrapper(*args: Any, quiet: bool, log_json: bool, **kwargs: Any) -> Any:
+        from scialm_dask.data.leftovers import tell_leftovers
         from scialm_dask.progress import show_progress
 
         if quiet and log_json:
@@ -165,6 +166,8 @@ def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
         if quiet:
             return command(*args, listen=silent, **kwargs)
         with show_progress(json_lines=log_json) as listen:
+            if (dst := kwargs.get("dst")) and "://" not in dst:
+                tell_leftovers(os.path.dirname(dst) or ".", listen)
             return command(*args, listen=listen, **kwargs)
 
     return wrapper
@@ -259,3 +262,13 @@ def simulate(dst: str, cells: int, genes: int, **options: Any) -> dict[str, Any]
     from scialm_dask.evaluate.simulate import simulate
 
     return simulate(dst, n_cells=cells, n_genes=genes, **options)
+
+
+@main.command()
+@click.argument("folder", metavar="PATH")
+@reports
+def clean(folder: str) -> dict[str, Any]:
+    """Remove unfinished results and scratch of killed runs from folder PATH: what no living process holds."""
+    from scialm_dask.data.leftovers import clean
+
+    return clean(folder)

@@ -57,7 +57,9 @@ def locate(path: str, store: Any, layer: str | None, genome: str | None = None) 
 
 def is_10x_h5(store: Any) -> bool:
     """Tell whether an open HDF5 file is 10x's rather than AnnData's."""
-    return "X" not in store and any("barcodes" in group for group in store.values() if hasattr(group, "keys"))
+    if isinstance(store, zarr.Group | zarr.Array) or "X" in store:
+        return False
+    return any("barcodes" in group for group in store.values() if hasattr(group, "keys"))
 
 
 def _in_10x_h5(path: str, store: Any, layer: str | None, genome: str | None) -> Located:

@@ -122,16 +122,14 @@ def is_alive(process: dict[str, Any]) -> bool | None:
     if process.get("machine") != _machine():
         return None
     try:
-        return bool(abs(psutil.Process(process["pid"]).create_time() - process["started"]) < 1)
+        return bool(abs(psutil.Process(process["pid"]).create_time() - process["started"]) < 2)
     except (psutil.Error, KeyError, TypeError, ValueError):
         return False
 
 
 def _machine() -> str:
-    """Name this machine as it was started last, and the container: process numbers are their own in each."""
+    """Name this machine and its container: process numbers are their own in each."""
     names = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        with open("/proc/sys/kernel/random/boot_id") as boot:
-            names.append(boot.read().strip())
         names.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import os
 import random
 import threading
@@ -11,9 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
-from zarr.abc.store import ByteRequest
+from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import FsspecStore
+from zarr.storage import FsspecStore, WrapperStore
 
 from scialm_dask.errors import InputError, OutputError
 
@@ -39,18 +38,26 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
-class RemoteStore(FsspecStore):
+class RemoteStore(WrapperStore[FsspecStore]):
     """A store behind a URL: tries again what may pass, and says of an error which URL it is about.
 
     How to reach it, credentials above all, is fsspec's own configuration and the environment's, never ours, so that
     a URL is all that travels to workers and into results.
     """
 
-    url: str
+    set_if_not_exists, _get_many, _set_many = (
+        Store.set_if_not_exists,
+        Store._get_many,
+        Store._set_many,
+    )  # by get and set
+
+    def __init__(self, store: FsspecStore, url: str) -> None:
+        super().__init__(store)
+        self.url = url
 
     @classmethod
     def at(cls, url: str, *, read_only: bool) -> Self:
-        """Make one; reads and writes nothing yet.
+        """Return the store at a URL; reads and writes nothing yet.
 
         Raises
         ------
@@ -62,110 +69,83 @@ class RemoteStore(FsspecStore):
         url = url.rstrip("/")
         protocol = _checked(url)
         fs, path = _reached(url, protocol)
-        store = cls(fs=fs, path=path, read_only=read_only)
-        store.url = url
         if not read_only and protocol in _WEB:
             raise OutputError(f"{url}: {protocol} is only read; write to a folder, s3:// or gs://")
-        store.supports_listing = protocol not in _WEB  # pages of links are no list of keys
-        return store
+        return cls(FsspecStore(fs=fs, path=path, read_only=read_only), url)
+
+    def _with_store(self, store: FsspecStore) -> Self:
+        return type(self)(store, self.url)
 
     @property
     def protocol(self) -> str:
         """How it is reached, such as ``"s3"``."""
         return urlsplit(self.url).scheme
 
-    def with_read_only(self, read_only: bool = False) -> Self:
-        """Give the same store, to read only or to write too."""
-        other = copy.copy(self)
-        other._read_only = read_only
-        return other
+    @property
+    def supports_listing(self) -> bool:
+        """Whether keys can be listed; pages of links are no list of keys."""
+        return self.protocol not in _WEB
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Read a key; None if there is none.
-
-        Raises
-        ------
-        InputError
-            If it cannot be read.
-        """
-        read = super().get
+        """Read a key; None if there is none. Raises `InputError` if it cannot be read."""
         try:
-            return await self._patiently(lambda: read(key, prototype, byte_range))
+            return await self._patiently(lambda: self._store.get(key, prototype, byte_range))
         except Exception as error:
             # Who may not list a bucket is refused where a key is absent, as the metadata of other formats are.
             if is_metadata(key) and (isinstance(error, PermissionError) or getattr(error, "status", 0) == 403):
                 return None
-            raise InputError(
-                f"{self.url}: {key} cannot be read ({_cause(error)}); check the connection and the permissions"
-            ) from error
+            raise InputError(self._words(f"{key} cannot be read", error)) from error
 
-    async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
-        """Write a key.
-
-        Raises
-        ------
-        OutputError
-            If it cannot be written.
-        """
-        write = super().set
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write a key. Raises `OutputError` if it cannot be written."""
         try:
-            await self._patiently(lambda: write(key, value, byte_range))
+            await self._patiently(lambda: self._store.set(key, value))
         except Exception as error:
-            raise OutputError(
-                f"{self.url}: {key} cannot be written ({_cause(error)}); check the connection and the permissions"
-            ) from error
+            raise OutputError(self._words(f"{key} cannot be written", error)) from error
 
     async def delete(self, key: str) -> None:
-        """Delete a key.
-
-        Raises
-        ------
-        OutputError
-            If it cannot be deleted.
-        """
+        """Delete a key. Raises `OutputError` if it cannot be deleted."""
         try:
-            await super().delete(key)
+            await self._store.delete(key)
         except Exception as error:
-            raise OutputError(
-                f"{self.url}: {key} cannot be deleted ({_cause(error)}); check the connection and the permissions"
-            ) from error
+            raise OutputError(self._words(f"{key} cannot be deleted", error)) from error
+
+    async def exists(self, key: str) -> bool:
+        """Tell whether there is such a key."""
+        return await self.looked(lambda: self._store.exists(key))
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         """List all keys that begin with `prefix`."""
-        for key in await self.looked(lambda: all_of(FsspecStore.list_prefix(self, prefix))):
+        for key in await self.looked(lambda: all_of(self._store.list_prefix(prefix))):
             yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         """List the names one level below `prefix`."""
-        for key in await self.looked(lambda: all_of(FsspecStore.list_dir(self, prefix))):
+        for key in await self.looked(lambda: all_of(self._store.list_dir(prefix))):
             yield key
-
-    async def all_keys(self) -> list[str]:
-        """List all keys."""
-        return await all_of(self.list_prefix(""))
 
     async def stamps(self, prefix: str) -> list[str] | None:
         """Tell name, size and version of all keys below `prefix`, in order; None if they cannot be listed."""
         if not self.supports_listing:
             return None
-        found = await self.looked(lambda: self.fs._find(f"{self.path}/{prefix}".rstrip("/"), detail=True))
+        fs, path = self._store.fs, f"{self._store.path}/{prefix}".rstrip("/")
+        found = await self.looked(lambda: fs._find(path, detail=True))
         versions = {key: next((info[name] for name in _VERSIONS if name in info), "") for key, info in found.items()}
         return [f"{key} {found[key].get('size')} {version}" for key, version in sorted(versions.items())]
 
-    async def looked(self, look: Callable[[], Awaitable[T]]) -> T:
-        """Look what is there.
+    async def is_a_key(self) -> bool:
+        """Tell whether there is one key of the URL's very name, rather than keys below."""
+        return bool((await self.looked(lambda: self._store.fs._info(self._store.path)))["type"] == "file")
 
-        Raises
-        ------
-        InputError
-            If that cannot be done.
-        """
+    async def looked(self, look: Callable[[], Awaitable[T]]) -> T:
+        """Look what is there. Raises `InputError` if that cannot be done."""
         try:
             return await self._patiently(look)
         except Exception as error:
-            raise InputError(
-                f"{self.url}: cannot be listed ({_cause(error)}); check the connection and the permissions"
-            ) from error
+            raise InputError(self._words("cannot be listed", error)) from error
+
+    def _words(self, what: str, error: Exception) -> str:
+        return f"{self.url}: {what} ({_cause(error)}); check the connection and the permissions"
 
     async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Do it, again and again with growing waits while the error may pass, unless fsspec does so itself."""

@@ -21,6 +21,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from scialm_dask.data.leftovers import held_name
 from scialm_dask.data.rows import MemoryRows, Rows
 from scialm_dask.data.store import output_error
 from scialm_dask.errors import InputError, OutputError
@@ -160,7 +161,7 @@ def new_scratch(parent: str | os.PathLike[str] | None, rows: Rows) -> Iterator[M
     if not os.path.isdir(parent):
         raise InputError(f"{os.fspath(parent)}: no such folder for scratch; create it first")
     try:
-        folder = tempfile.mkdtemp(prefix="scialm-", dir=os.path.abspath(parent))
+        folder = tempfile.mkdtemp(prefix=f"scialm-{held_name()}-", dir=os.path.abspath(parent))
     except OSError as error:
         raise OutputError(
             f"{os.fspath(parent)}: not writable ({error.strerror}); choose another folder for scratch"

@@ -8,7 +8,6 @@ import glob
 import os
 import shutil
 import tempfile
-import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import zarr
 from zarr.storage import ZipStore
 
 from scialm_dask.data.arrays import ZARR_FORMAT, await_writes, set_encoding, write_element
+from scialm_dask.data.leftovers import held_name
 from scialm_dask.data.remote import RemoteStore, is_url
 from scialm_dask.data.remote_output import NewStore, check_new, new_store
 from scialm_dask.data.storable import storable
@@ -208,7 +208,7 @@ def atomic_output(
         raise OutputError(f"{destination}: only Zarr stores are written to a URL; give a path")
     check_output(destination, overwrite=overwrite, sources=sources)
     final = _final(destination, overwrite)
-    partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = final.with_name(f".{final.name}.{held_name()}.partial")
     try:
         yield partial
         _put_in_place(partial, final, overwrite)

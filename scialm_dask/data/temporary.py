@@ -18,6 +18,7 @@ import scipy.sparse as sp
 import zarr
 
 from scialm_dask.data.arrays import ZARR_FORMAT
+from scialm_dask.data.leftovers import held_name
 from scialm_dask.data.rows import Rows, StoredRows, numeric
 from scialm_dask.data.store import output_error
 from scialm_dask.data.writer import CSRWriter
@@ -126,4 +127,4 @@ def _new_folder() -> Path:
     parent = dask.config.get("temporary-directory", None)
     if parent is not None:
         os.makedirs(parent, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="scialm-", dir=parent))
+    return Path(tempfile.mkdtemp(prefix=f"scialm-{held_name()}-", dir=parent))

@@ -67,13 +67,14 @@ def _with_signs(values: Doubles, right: Floats, to_left: Doubles) -> PartialSVD:
 
 
 def extended_basis(known: Floats, width: int, seed: int) -> Floats:
-    """Orthonormal columns, ``(n, width)``: the first of `known`, then fresh random directions.
+    """Return orthonormal columns, ``(n, width)``, n at most: the first of `known`, then fresh random directions.
 
     The random numbers belong to (seed, column, row): they depend neither on blocks nor on the number of columns.
     """
     n, have = known.shape
-    basis = np.empty((n, width), np.float32)
+    width = min(width, n)
     have = min(have, width)
+    basis = np.empty((n, width), np.float32)
     basis[:, :have] = known[:, :have]
     for column in range(have, width):
         basis[:, column] = np.random.default_rng((seed, column)).standard_normal(n, dtype=np.float32)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scialm_dask.linalg import kernels
 from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, PassInputs, RowHalf, Sums
 
-__all__ = ["BlockSource", "Files", "Group", "Observations", "Store"]
+__all__ = ["BlockSource", "Files", "Observations", "Store"]
 
 R = TypeVar("R")
 _ADDED_IN_PLACE = 16  # blocks whose float32 sums are made in one array; then that is added to the others
@@ -86,13 +86,6 @@ class Files(Protocol):
     def get(self, file: Any) -> NDArray[Any]:
         """Read an array."""
         ...
-
-
-class Group(NamedTuple):
-    """Blocks that one task visits, and the address of the worker that is to run it; None for any."""
-
-    home: str | None
-    blocks: tuple[int, ...]
 
 
 class Observations(NamedTuple):
@@ -271,10 +264,6 @@ def project(store: Store, blocks: Records, parts: Mapping[int, Any], vectors: Ma
 
 def nothing(number: int, block: Block, state: BlockState) -> None:
     return None
-
-
-def relay(shared: Any) -> Any:
-    return shared
 
 
 def pick(held: Records, numbers: Collection[int]) -> Records:

@@ -13,6 +13,7 @@ __all__ = ["warnings_of"]
 
 _INFLATED = 2.0  # mean imputed over mean observed
 _FILLED = 0.05  # share of zeros that became as large as values seen
+_MUCH = 0.5  # weight of the last component from which further ones would tell something
 _EMPTY = 0.001  # share of cells or genes without an observed entry
 
 Warnings = Iterator[tuple[str, str]]
@@ -73,7 +74,7 @@ def _of_rank(result: Imputation) -> Warnings:
             "The rank is 1, so that all cells are imputed alike but for their depth.",
             "Types of cells are lost: lower --zeros, or take preset complete.",
         )
-    elif most is not None and result.rank >= most:
+    elif most is not None and result.rank >= most and (result.summary.get("weights") or [1.0])[-1] > _MUCH:
         yield (
             f"The rank reached its limit, {most}.",
             "Structure may have been left out: raise --max-rank, if memory allows.",

@@ -73,7 +73,6 @@ _LESS_IS_BETTER = ("mse", "mae", "relative_error", *COSTS)
 _SIZE = (4.6, 2.9)  # inches: small, so that letters stay legible on a phone
 _MANY_DECADES, _ALIKE = 30.0, 1.2  # largest over smallest, for a logarithmic scale, and for one not from zero
 _MOST_GROUPS = 10
-_RATIOS = (-2.0, 7.0)  # log₂ of the least and the largest inflation drawn
 
 
 @contextmanager
@@ -237,14 +236,15 @@ def inflation(ratios: NDArray[np.float64]) -> Draw:
     from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     def draw(axes: Any, colours: Mapping[str, str]) -> None:
-        drawn = np.clip(np.log2(np.maximum(ratios, 2.0 ** _RATIOS[0])), *_RATIOS)
-        axes.hist(drawn, bins=np.linspace(*_RATIOS, 46), color=colours["accent"], rwidth=0.86)
+        drawn = np.log2(np.clip(ratios, 1 / 4, 128))
+        low, high = min(-1, np.floor(drawn.min())), max(1, np.ceil(drawn.max()))
+        axes.hist(drawn, bins=np.linspace(low, high, 46), color=colours["accent"], rwidth=0.86)
         axes.axvline(0, color=colours["muted"], linewidth=1, linestyle=":", zorder=0)
         axes.axvline(np.median(drawn), color=colours["second"], linewidth=1.6)
-        axes.xaxis.set_major_locator(MultipleLocator(2))
+        axes.xaxis.set_major_locator(MultipleLocator(1 if high - low < 6 else 2))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{2**x:g}×" if x >= 0 else f"1/{2**-x:g}×"))
         axes.grid(axis="y")
-        axes.set(xlim=_RATIOS, xlabel="mean imputed ÷ mean observed", ylabel="genes")
+        axes.set(xlim=(low, high), xlabel="mean imputed ÷ mean observed", ylabel="genes")
 
     return draw
 
@@ -332,7 +332,7 @@ def dots(scores: pd.DataFrame, panels: Mapping[str, str], title: str = "") -> Fi
     figure, (row,) = new_figure(1, len(panels), 2.3 * len(panels) + 1.4, 0.3 * len(names) + 1.3, title, sharey=True)
     for (column, words), axes in zip(panels.items(), row, strict=True):
         values = scores[column]
-        axes.locator_params(axis="x", nbins=4)
+        axes.locator_params(axis="x", nbins=3)
         if column in (*_LESS_IS_BETTER, "mean_ratio") and _is_spread(values):
             _logarithmic(axes.xaxis)
             values = values.where(values > 0)
@@ -360,7 +360,7 @@ def _one_method(axes: Any, rows: pd.DataFrame, y: int, *, told: bool) -> None:
         colour, mean = _colour_of(rows["method"].iloc[0]), values.mean()
         fill = "none" if status == "quoted" else colour
         axes.scatter(values, np.full(len(values), y), s=28, facecolors=fill, edgecolors=colour, linewidths=1, zorder=3)
-        words = f"{mean:,.0f}" if mean >= 1000 else f"{mean:#.3g}".rstrip(".")
+        words = f"{mean:,.0f}" if mean >= 1000 else f"{mean:.3f}" if mean < 1 else f"{mean:#.3g}".rstrip(".")
     axes.annotate(words, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
 
 

@@ -202,7 +202,7 @@ def _figures(result: Imputation, compared: Comparison | None) -> Iterator[tuple[
             )
             words += f"half of the genes lie between {low:.3g} and {high:.3g}."
             yield (
-                Picture.of("Inflation, gene by gene", words, plotting.inflation(ratios)),
+                Picture.of("Levels, gene by gene", words, plotting.inflation(ratios)),
                 _about_levels(result, compared),
             )
 

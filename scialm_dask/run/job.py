@@ -16,6 +16,7 @@ import numpy as np
 from scialm_dask.config import Settings
 from scialm_dask.data.annotated import storable_annotation
 from scialm_dask.data.checkpoint import Checkpoint, Checkpoints
+from scialm_dask.data.leftovers import tell_leftovers
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.scratch import new_scratch
@@ -209,6 +210,8 @@ def fit(known: RunState, listen: Listener) -> Imputation:
     if place.refusal:
         raise DoesNotFitError(place.refusal)
     in_memory, folder = place.scratch == "memory", place.scratch.removeprefix("zarr:")
+    if job.scratch.startswith("zarr:"):  # else it lies beside the result, of which that is told already
+        tell_leftovers(folder, listen)
     with (
         dask.annotate(retries=_RETRIES),
         while_workers(current_client()),
@@ -236,7 +239,7 @@ def fit(known: RunState, listen: Listener) -> Imputation:
 
 
 def _completed(job: Job, known: RunState, found: Survey, store: Store, need: Forecast, listen: Listener) -> Imputation:
-    placement = Placement()
+    placement = Placement(store)
     matrix, settings, confidence, stop, choice = job.matrix, job.settings, job.confidence, None, None
 
     def operator_of(

@@ -280,6 +280,11 @@ class PreparedBlocks:
         """Whether α are not all one."""
         return self.confidence is not None and self.confidence.cell is not None
 
+    @property
+    def weights(self) -> list[int]:
+        """Observed entries of each block."""
+        return self.block_gene_counts.sum(axis=1, dtype=np.int64).tolist()  # type: ignore[no-any-return]
+
     def load(self, block: int) -> Block:
         """Read and scale a block."""
         start, stop = self.matrix.blocks[block]

@@ -95,7 +95,7 @@ def _measured(client: Any, scratch: str, columns: int, count: int, blocks: int, 
     rotation = np.eye(WIDTH, RANK, dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder, Callback(pretask=lambda *_: made.append(1)):
         store = MemoryScratch() if scratch == "memory" else ZarrScratch(folder)
-        operator = LowRankPlusSparse(AlmostEmpty(count * blocks, columns), store, placement=Placement())
+        operator = LowRankPlusSparse(AlmostEmpty(count * blocks, columns), store, placement=Placement(store))
         operator.multiply(basis)
         measured = []
         for _ in range(passes + 1):

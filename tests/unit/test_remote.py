@@ -294,7 +294,7 @@ def test_only_stores_are_written_to_a_url():
 
 def test_what_the_user_configures_goes_before_ours(bucket, monkeypatch):
     def retries():
-        return RemoteStore.at("s3://bucket/x", read_only=True).fs.config_kwargs.get("retries")
+        return RemoteStore.at("s3://bucket/x", read_only=True)._store.fs.config_kwargs.get("retries")
 
     assert retries() == {"mode": "standard", "total_max_attempts": 6}
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")

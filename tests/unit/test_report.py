@@ -71,7 +71,7 @@ def test_the_command(cli, store_of, tmp_path):
     done = cli("report", store, "-o", page, "--color", "batch", "--json")
     assert done.exit_code == 0, done.output
     read = Page(page)
-    headings = "Warnings Error Rank Singular Inflation genes Cells Summary Settings".split()
+    headings = "Warnings Error Rank Singular Levels genes Cells Summary Settings".split()
     assert [heading for heading in headings if heading not in read.text] == []
     assert "Coloured by batch" in read.text
     assert [len(image["alt"].split()) > 10 for image in read.all("img")] == [True] * 6
@@ -198,7 +198,12 @@ def test_a_denoised_result(result, strange, tmp_path):
     ):
         assert words in page.text
     assert "by scialm-dask impute a b" in page.text
-    assert len(page.all("img")) == 4  # singular values, inflation, cells before and after
+    assert len(page.all("img")) == 4  # singular values, levels, cells before and after
+    assert warnings_of(denoised) == []
+    at_the_limit = denoised.summary["settings"] | {"max_rank": denoised.rank}
+    denoised.summary["settings"] = at_the_limit
+    assert len(warnings_of(denoised)) == 1  # even the last component is mostly structure
+    denoised.summary["weights"] = list(np.linspace(1, 0.1, len(values)))
     assert warnings_of(denoised) == []
     denoised.summary["unseen"] = {"observed": 0.5, "gene_mean": 0.712, "imputed": 0.53}
     (what, _), *_ = warnings_of(denoised)
