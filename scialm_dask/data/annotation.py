@@ -74,18 +74,19 @@ def read_annotation(place: StoredAnnotation | Annotation | None, axis: str, leng
     if element not in store:
         raise InputError(f"{path}: has no {element}; write the store again, with names of cells and genes")
     with readable(f"{path}:{element}"):
-        frame = _read_frame(path, store[element], element)
+        frame = _read_frame(path, store[element], element, length)
     if len(frame) != length:
         raise InputError(f"{path}: {element} has {len(frame)} rows, the matrix {length}; write the store again")
     frame.index = as_text(frame.index)
     return frame
 
 
-def _read_frame(path: str, stored: Any, element: str) -> pd.DataFrame:
+def _read_frame(path: str, stored: Any, element: str, length: int) -> pd.DataFrame:
     import anndata
 
     if hasattr(stored, "keys"):
         check_whole(f"{path}:{element}", stored)
+        _check_columns(f"{path}:{element}", stored, length)
         return anndata.io.read_elem(stored)
     adata = anndata.read_h5ad(path, backed="r")  # a table, as AnnData wrote before 0.7
     try:
@@ -93,6 +94,20 @@ def _read_frame(path: str, stored: Any, element: str) -> pd.DataFrame:
         return getattr(owner, axis).copy()
     finally:
         adata.file.close()
+
+
+def _check_columns(name: str, stored: Any, length: int) -> None:
+    """Refuse columns that do not say what they are, or that claim another length, before they are read."""
+    for key in stored:
+        column, values = stored[key], stored[key]
+        if key.startswith("__"):  # how AnnData once stored categories
+            continue
+        if hasattr(column, "keys"):
+            values = next((column[part] for part in ("codes", "values") if part in column), None)
+            if "encoding-type" not in column.attrs:
+                raise InputError(f"{name}/{key}: does not say what it is; the store is damaged, write it again")
+        if values is not None and values.shape[:1] != (length,):
+            raise InputError(f"{name}/{key}: has {values.shape} rows, the matrix {length}; write the store again")
 
 
 def symbols(var: pd.DataFrame) -> list[pd.Index]:

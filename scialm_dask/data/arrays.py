@@ -94,7 +94,7 @@ def missing_chunks(array: Any) -> list[tuple[int, ...]]:
     """
     if not isinstance(array, zarr.Array):
         held = array.id.get_num_chunks() if array.chunks else n_chunks(array) * (array.id.get_storage_size() > 0)
-        return [(0,) * array.ndim] * min(n_chunks(array) - held, MOST_MISSING)  # HDF5 does not say which
+        return [(0,) * array.ndim] * min(n_chunks(array) - held, MOST_MISSING)
     grid, prefix = _grid(array), f"{array.path}/" if array.path else ""
     encode = array.metadata.encode_chunk_key
     if array.store.supports_listing:
