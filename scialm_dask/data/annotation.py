@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Annotation",
+    "AnnotationHere",
     "StoredAnnotation",
     "looks_like",
     "read_annotation",
@@ -37,6 +38,13 @@ class Annotation(NamedTuple):
 
     obs: pd.DataFrame
     var: pd.DataFrame
+
+
+class AnnotationHere(Annotation):
+    """Data frames that stay in this process: None is what workers get."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 class StoredAnnotation(NamedTuple):
