@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "QUOTED", "Contestant", "Method", "contestants", "find_method", "label_of", "labelled"]
 
-OURS = ("denoise", "complete", "paper", "auto")
+OURS = ("denoise", "complete", "paper")
 _ELLIPSES = ("...", "…")
 _COMPLETE = "complete" if "complete" in get_args(Preset) else "auto"
 
