@@ -1,16 +1,111 @@
-"""Trees of Dask tasks that add up what blocks give. Below all else that builds graphs, so that there is one of them."""
+"""Graphs of block tasks: which worker visits which blocks, what it is sent, and trees that add up what blocks give."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import dask
+import numpy as np
+from dask.base import get_scheduler
+from dask.delayed import Delayed
+from dask.system import CPU_COUNT
+from threadpoolctl import threadpool_limits
 
-__all__ = ["at", "tree_reduce"]
+__all__ = [
+    "OURS",
+    "Group",
+    "at",
+    "at_home",
+    "execute",
+    "moved",
+    "on_cluster",
+    "spread",
+    "stretches",
+    "sum_of_groups",
+    "threads_anywhere",
+    "tree_reduce",
+]
 
 T = TypeVar("T")
+OURS = {"scialm": True}  # the annotation by which a scheduler knows our tasks from others
+_SERVED = 8  # workers to which the scheduler sends the inputs of a pass itself
+_BUNCH = 16  # workers that otherwise get them from the first of them
+
+
+class Group(NamedTuple):
+    """Blocks that one task visits, and the address of the worker that is to run it; None for any."""
+
+    home: str | None
+    blocks: tuple[int, ...]
+
+
+def stretches(weights: Sequence[float], homes: Sequence[str | None]) -> tuple[Group, ...]:
+    """Cut blocks into consecutive groups of about the same weight, one for each of `homes`, or each block."""
+    ends = np.cumsum(weights)
+    middles = (ends - np.asarray(weights) / 2) * len(homes) / max(ends[-1], 1)
+    slots = np.minimum(middles.astype(int), len(homes) - 1)
+    groups = ((home, np.flatnonzero(slots == slot).tolist()) for slot, home in enumerate(homes))
+    return tuple(Group(home, tuple(blocks)) for home, blocks in groups if blocks)
+
+
+def threads_anywhere(weights: Sequence[float]) -> tuple[Group, ...]:
+    """Make a group for each thread of the scheduler in force, wherever that is."""
+    get = get_scheduler()
+    workers: dict[str, int] = getattr(getattr(get, "__self__", None), "nthreads", dict)()
+    threads = sum(workers.values()) or int(dask.config.get("num_workers", None) or CPU_COUNT)
+    return stretches(weights, [None] * (1 if get is dask.get else threads))
+
+
+def on_cluster() -> bool:
+    """Whether tasks run in other processes, which may die."""
+    return hasattr(getattr(get_scheduler(), "__self__", None), "persist")
+
+
+def execute(values: Sequence[Any], how: Callable[..., Any] = dask.persist) -> tuple[Any, ...]:
+    """Persist, or compute, on the scheduler in force, where threads of this process leave BLAS one thread each."""
+    # Inputs of some megabytes go to the workers with every pass: that is meant, and no cause for a warning. Without
+    # distributed there are none; were it imported while its configuration is changed, its defaults would go with that.
+    large = {"distributed.admin.large-graph-warning-threshold": "1GB"} if "distributed" in sys.modules else {}
+    with threadpool_limits(1, user_api="blas"), dask.config.set(large):
+        return how(*values)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def at(home: str | None) -> Iterator[None]:
+    """Send tasks that are made meanwhile to this worker, or elsewhere if it is no more; see `run.placement`."""
+    if home is None:
+        yield
+    else:
+        with dask.annotate(workers=[home], allow_other_workers=True, **OURS):
+            yield
+
+
+def at_home(groups: Sequence[Group], make: Callable[[int], T]) -> list[T]:
+    """Make tasks for each group, given by its number, to run where the group is at home."""
+    made = []
+    for g, group in enumerate(groups):
+        with at(group.home):
+            made.append(make(g))
+    return made
+
+
+def spread(arguments: Any, groups: Sequence[Group]) -> list[Any]:
+    """Return what all tasks need, for the task of each group: with it, or by way of one worker of each bunch."""
+    homes = list(dict.fromkeys(group.home for group in groups))
+    if homes == [None] or len(homes) == len(groups) <= _SERVED:
+        return [arguments] * len(groups)
+    relay, sent = dask.delayed(_relayed, pure=False), {}
+    for start in range(0, len(homes), _BUNCH):
+        with at(homes[start]):
+            sent.update(dict.fromkeys(homes[start : start + _BUNCH], relay(arguments)))
+    return [sent[group.home] for group in groups]
+
+
+def _relayed(arguments: Any) -> Any:
+    return arguments
 
 
 def tree_reduce(parts: Sequence[Any], combine: Callable[[T, T], T], homes: Sequence[str | None] = ()) -> Any:
@@ -36,11 +131,44 @@ def tree_reduce(parts: Sequence[Any], combine: Callable[[T, T], T], homes: Seque
     return placed[0][0]
 
 
-@contextmanager
-def at(home: str | None) -> Iterator[None]:
-    """Send tasks that are made meanwhile to this worker, or elsewhere if it is no more."""
-    if home is None:
-        yield
-    else:
-        with dask.annotate(workers=[home], allow_other_workers=True):
-            yield
+def sum_of_groups(groups: Sequence[Group], add: Callable[[T, T], T], parts: Sequence[Any]) -> Any:
+    """Add up what groups give: at each home what is there, then what homes have."""
+    of_homes: dict[str | None, list[Any]] = {}
+    for group, part in zip(groups, parts, strict=True):
+        of_homes.setdefault(group.home, []).append(part)
+    sums = [tree_reduce(own, add, [home] * len(own)) for home, own in of_homes.items()]
+    return tree_reduce(sums, add, list(of_homes))
+
+
+def moved(
+    held: Sequence[Any],
+    before: Sequence[Group],
+    after: Sequence[Group],
+    pick: Callable[..., Any],
+    join: Callable[..., Any],
+) -> list[Delayed]:
+    """Share out anew what is held of each group.
+
+    Parameters
+    ----------
+    held
+        Delayed, for each group of `before`.
+    before, after
+        The groups.
+    pick, join
+        ``pick(part, blocks)`` takes what is held of some blocks out of a part, ``join(*parts)`` puts such together.
+    """
+    whole = {group.blocks: part for group, part in zip(before, held, strict=True)}
+    pick, join = dask.delayed(pick), dask.delayed(join)
+
+    def collected(g: int) -> Any:
+        if after[g].blocks in whole:
+            return whole[after[g].blocks]
+        pieces = []
+        for group, part in zip(before, held, strict=True):
+            if common := set(after[g].blocks).intersection(group.blocks):
+                with at(group.home):
+                    pieces.append(pick(part, common))
+        return join(*pieces)
+
+    return at_home(after, collected)

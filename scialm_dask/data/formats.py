@@ -46,7 +46,7 @@ def locate(path: str, store: Any, layer: str | None, genome: str | None = None) 
     InputError
         If it is not there, or damaged.
     """
-    if not isinstance(store, zarr.Array) and is_10x_h5(store):
+    if is_10x_h5(store):
         return _in_10x_h5(path, store, layer, genome)
     if not isinstance(store, zarr.Array) and "row_attrs" in store and "matrix" in store:
         return _in_loom(path, store, layer)
@@ -57,7 +57,9 @@ def locate(path: str, store: Any, layer: str | None, genome: str | None = None) 
 
 def is_10x_h5(store: Any) -> bool:
     """Tell whether an open HDF5 file is 10x's rather than AnnData's."""
-    return "X" not in store and any("barcodes" in group for group in store.values() if hasattr(group, "keys"))
+    if isinstance(store, zarr.Group | zarr.Array) or "X" in store:
+        return False
+    return any("barcodes" in group for group in store.values() if hasattr(group, "keys"))
 
 
 def _in_10x_h5(path: str, store: Any, layer: str | None, genome: str | None) -> Located:

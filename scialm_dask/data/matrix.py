@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import dask
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked, short_repr
 from scialm_dask.data.annotation import Annotation, StoredAnnotation, read_annotation
 from scialm_dask.data.fingerprint import Stamp
 from scialm_dask.data.formats import locate
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, sum_duplicates
+from scialm_dask.data.rows import MemoryRows, RenamedRows, Rows, StoredRows, blocks_of, check_chunks, sum_duplicates
 from scialm_dask.data.store import lasting, open_store, readable
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.temporary import check_seen, current_client, temporary_csr
@@ -226,6 +227,20 @@ class ExpressionMatrix:
         """Return the same matrix with this annotation of cells and genes."""
         return replace(self, annotation=annotation)
 
+    def of_genes(self, columns: NDArray[np.intp], n_genes: int) -> ExpressionMatrix:
+        """Return the same cells × other genes.
+
+        Parameters
+        ----------
+        columns
+            For each gene of this matrix its number among the others, or −1 if it is none of them.
+        n_genes
+            Number of the others; those that none here is are zero.
+        """
+        if np.array_equal(columns, np.arange(n_genes)):
+            return self
+        return replace(self, rows=RenamedRows(self.rows, columns, n_genes), annotation=None)
+
     def for_workers(self) -> ExpressionMatrix:
         """Return the same matrix, small enough to go into tasks.
 
@@ -267,7 +282,18 @@ class ExpressionMatrix:
             If a value is negative, NaN (under ``"nonzero"``) or infinite, or is not a number; or if the values are so
             large or small, beyond 1e15 or 1e-15, that they cannot be computed with.
         """
-        start, stop = self.blocks[block]
+        return self._read(*self.blocks[block], as_stored=as_stored)
+
+    def take(self, cells: slice | NDArray[np.intp]) -> sp.csr_matrix:
+        """Read some cells, given by a slice or by their numbers; see `read_block`."""
+        if isinstance(cells, slice):
+            cells = np.arange(self.shape[0])[cells]
+        ends = np.flatnonzero(np.diff(cells) != 1) + 1  # consecutive ones are read together
+        runs = [run for run in np.split(cells, ends) if len(run)]
+        parts = [self._read(int(run[0]), int(run[-1]) + 1) for run in runs]
+        return sp.vstack(parts, format="csr") if parts else sp.csr_matrix((0, self.shape[1]), dtype=np.float32)
+
+    def _read(self, start: int, stop: int, *, as_stored: bool = False) -> sp.csr_matrix:
         csr = self.rows.read(start, stop)
         if csr.dtype.kind not in "buif":
             raise InputError(f"{self.name}: values are of type {csr.dtype}, not numbers; convert them first")

@@ -19,6 +19,7 @@ from scialm_dask.errors import DoesNotFitError, InputError
 
 __all__ = [
     "MemoryRows",
+    "RenamedRows",
     "Rows",
     "StoredRows",
     "blocks_of",
@@ -194,6 +195,37 @@ def reordered(
         csr = rows.matrix if cells is None else rows.matrix[cells]
         return MemoryRows(csr if genes is None else csr[:, genes], rows.name)
     return _ReorderedRows(rows, blocks, cells, None if genes is None else np.argsort(genes))
+
+
+@dataclass(frozen=True)
+class RenamedRows:
+    """Rows with other columns: column j is number ``columns[j]`` of `n_columns`, or none of them if that is −1."""
+
+    rows: Rows
+    columns: NDArray[np.intp]
+    n_columns: int
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        return self.rows.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells × genes."""
+        return self.rows.shape[0], self.n_columns
+
+    @property
+    def n_stored(self) -> int:
+        """Number of stored values, the most that there can be."""
+        return self.rows.n_stored
+
+    def read(self, start: int, stop: int) -> sp.csr_matrix:
+        """Rows `start` to `stop`."""
+        coo = self.rows.read(start, stop).tocoo()
+        at = self.columns[coo.col]
+        some = at >= 0
+        return sp.csr_matrix((coo.data[some], (coo.row[some], at[some])), shape=(stop - start, self.n_columns))
 
 
 def _assemble(

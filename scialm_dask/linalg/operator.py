@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import sys
+import functools
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import dask
 import numpy as np
-from dask.base import get_scheduler
 from dask.delayed import Delayed
-from dask.system import CPU_COUNT
-from threadpoolctl import threadpool_limits
 
 from scialm_dask.linalg import kernels, tasks
 from scialm_dask.linalg.kernels import Doubles, Floats, PassInputs, ReleaseHeldOut, Sums, Update
-from scialm_dask.linalg.tasks import BlockSource, Files, Group, Observations, Records, Store
-from scialm_dask.reduction import at, tree_reduce
+from scialm_dask.linalg.tasks import BlockSource, Files, Observations, Records, Store
+from scialm_dask.reduction import Group, at_home, execute, moved, on_cluster, spread, sum_of_groups, threads_anywhere
 
-__all__ = ["LowRankPlusSparse", "Product", "stretches"]
+__all__ = ["LowRankPlusSparse", "Product"]
 
 
 class Product(NamedTuple):
@@ -43,25 +40,6 @@ class _Kept(NamedTuple):
 
 PANEL_COLUMNS = 256  # of left vectors that are projected at once
 _UNUSED = -1  # a version that no pass makes
-_SERVED = 8  # workers to which the scheduler sends the inputs of a pass itself
-_BUNCH = 16  # workers that otherwise get them from the first of them
-
-
-def stretches(weights: Sequence[float], homes: Sequence[str | None]) -> tuple[Group, ...]:
-    """Cut blocks into consecutive groups of about the same weight, one for each of `homes`, or each block."""
-    ends = np.cumsum(weights)
-    middles = (ends - np.asarray(weights) / 2) * len(homes) / max(ends[-1], 1)
-    at_home = np.minimum(middles.astype(int), len(homes) - 1)
-    groups = ((home, np.flatnonzero(at_home == slot).tolist()) for slot, home in enumerate(homes))
-    return tuple(Group(home, tuple(blocks)) for home, blocks in groups if blocks)
-
-
-def threads_anywhere(weights: Sequence[float]) -> tuple[Group, ...]:
-    """Make a group for each thread of the scheduler in force, wherever that is."""
-    get = get_scheduler()
-    workers: Mapping[str, int] = getattr(getattr(get, "__self__", None), "nthreads", dict)()
-    threads = sum(workers.values()) or int(dask.config.get("num_workers", None) or CPU_COUNT)
-    return stretches(weights, [None] * (1 if get is dask.get else threads))
 
 
 class LowRankPlusSparse:
@@ -114,8 +92,6 @@ class LowRankPlusSparse:
         self._weights: Sequence[float] = getattr(source, "weights", np.diff(source.bounds).tolist())
         self._groups = placement(self._weights)
         self._store = store
-        self._confidence = source.column_confidence
-        self._row_confidence = source.has_row_confidence
         self._right = np.zeros((self.shape[1], 0), np.float32)
         self._versions: dict[str, int] = dict.fromkeys(("estimate", "left", "sketch"), 0)
         self._best: _Kept | None = None
@@ -136,11 +112,6 @@ class LowRankPlusSparse:
     def size(self) -> float:
         """Number of entries, mn."""
         return float(self.shape[0]) * self.shape[1]
-
-    @property
-    def zeros_unknown(self) -> bool:
-        """Whether entries that are not observed are free."""
-        return self._confidence is None
 
     @property
     def right(self) -> Floats:
@@ -171,7 +142,7 @@ class LowRankPlusSparse:
             Make held-out entries observed ones.
         """
         view = self._view(right)
-        overlap = None if basis is None else view.spread.T @ basis
+        overlap = None if basis is None else view.right.T @ basis
         view = replace(view, basis=basis, overlap=overlap, step=step, give_back=give_back)
         changes = {"sketch"} if basis is not None else set()
         changes |= {"estimate", "left"} if step is not None else set()
@@ -182,7 +153,7 @@ class LowRankPlusSparse:
         self._right = view.right
         cross = sums.sparse_cross.astype(np.float64)
         if cross.size:
-            kernels.add_product(cross, view.spread, sums.left_cross)
+            kernels.add_product(cross, view.right, sums.left_cross)
         return Product(cross, sums.gram, sums.misfit, sums.held_out)
 
     def reduce(self, kernel: Callable[..., Any], *arguments: Any) -> Any:
@@ -209,65 +180,42 @@ class LowRankPlusSparse:
         for start in range(0, vectors.shape[1], PANEL_COLUMNS):
             some = slice(start, start + PANEL_COLUMNS)
             project, rows = dask.delayed(tasks.project), self._rows(vectors[:, some])
-            sums = self._at_home(lambda g: project(self._store, self._blocks[g], parts[g], *rows[g]))  # noqa: B023
-            (total,) = _run([self._sum(sums)], dask.compute)
+            sums = at_home(self._groups, lambda g: project(self._store, self._blocks[g], parts[g], *rows[g]))  # noqa: B023
+            (total,) = execute([sum_of_groups(self._groups, tasks.add, sums)], dask.compute)
             cross[:, some] = total[0]
-            kernels.add_product(cross[:, some], view.spread, total[1])
+            kernels.add_product(cross[:, some], view.right, total[1])
         return cross
 
     def column_gram(self) -> Doubles:
         """WᵀW, shape ``(n, n)``, when columns are the short side. One pass."""
         view = self._view()
         left_gram, cross, sparse_gram = self.reduce(tasks.column_gram, view)
-        right = view.spread.astype(np.float64)
+        right = view.right.astype(np.float64)
         gram = right @ cross
         gram += gram.T
         gram += sparse_gram
-        kernels.add_product(gram, view.spread, left_gram @ right.T)
+        kernels.add_product(gram, view.right, left_gram @ right.T)
         return gram  # type: ignore[no-any-return]
 
     def row_gram(self) -> Doubles:
         """WWᵀ, shape ``(m, m)``, when rows are the short side: a task for each pair of groups. One pass."""
         view = self._view()
-        halves = self._pass(tasks.reduce, tasks.row_half, view, kernels.gram(view.spread), together=False)
+        halves = self._pass(tasks.reduce, tasks.row_half, view, kernels.gram(view.right), together=False)
         pair, groups = dask.delayed(tasks.row_gram), range(len(self._groups))
         pairs = [(g, h) for g in groups for h in groups[g:]]
         blocks = self._blocks
         tiles = [pair(self._store, (blocks[g], blocks[h]), (halves[g], halves[h])) for g, h in pairs]
         gram = np.empty((self.shape[0], self.shape[0]))
-        for (i, j), tile in tasks.join(*_run(tiles, dask.compute)).items():
+        for (i, j), tile in tasks.join(*execute(tiles, dask.compute)).items():
             rows, columns = slice(*self.bounds[i : i + 2]), slice(*self.bounds[j : j + 2])
             gram[rows, columns] = tile
             gram[columns, rows] = tile.T
         return gram
 
-    def quadratic(
-        self, other: BlockSource | None = None, columns: Floats | None = None
-    ) -> tuple[Doubles, Doubles, float]:
-        """Give g and H, shapes ``(r,)`` and ``(r, r)``, and s = ‖D‖² of the fit of A diag-scaled by c.
-
-        It minimises cᵀHc − 2gᵀc + s = Σ_Ω (d − a)² + Σ_rest ω a², with A = U diag(c) Vᵀ in force. One pass.
-
-        Parameters
-        ----------
-        other
-            Take d, Ω and ω of these blocks instead, cut as these are.
-        columns
-            Multiply the columns of A by these numbers first, shape ``(n,)``.
-        """
-        right = self._right if columns is None else columns[:, None] * self._right
-        confidence = self._confidence if other is None else other.column_confidence
-        view = replace(self._view(), right=right, confidence=confidence)
-        source = None if other is None else _shipped(other)
-        linear, square, rows, squares = self.reduce(tasks.quadratic, source, view)
-        if confidence is not None:
-            square = square + rows * (right.T.astype(np.float64) @ (confidence[:, None] * right))
-        return linear, square, squares
-
     def keep(self) -> None:
         """Remember the A in force, and W, as the best so far; `factors` gives that A back."""
         versions = {name: self._versions[name] for name in ("estimate", "left")}
-        states = self._hold(map(self._where_held(tasks.without_sketch), self._states))
+        states = list(execute([self._where_held(tasks.without_sketch)(states) for states in self._states]))
         forgotten, self._best = self._best, _Kept(states, self._right, versions)
         if forgotten is not None:
             for name, version in forgotten.versions.items():
@@ -277,7 +225,8 @@ class LowRankPlusSparse:
     def restore(self) -> None:
         """Put the A last kept in force again, and W with it."""
         if self._best is not None:
-            self._states = self._hold(map(self._where_held(tasks.with_kept), self._states, self._best.states))
+            with_kept = self._where_held(tasks.with_kept)
+            self._states = list(execute([*map(with_kept, self._states, self._best.states)]))
             self._right = self._best.right
             for name, version in self._best.versions.items():
                 if version != self._versions[name]:
@@ -292,11 +241,19 @@ class LowRankPlusSparse:
         if self._best is None:
             self.keep()
         assert self._best is not None
-        get, lefts = dask.delayed(tasks.get_left), {}
-        for group, states in zip(self._groups, self._best.states, strict=True):
+        return self._by_block(tasks.get_left, self._best.states), self._best.right
+
+    def sketched(self, rotation: Doubles) -> list[Delayed]:
+        """Return the last sketch times `rotation`: for each block a delayed float32 array of its rows. No pass."""
+        return self._by_block(tasks.sketched, self._states, dask.delayed(rotation.astype(np.float32), traverse=False))
+
+    def _by_block(self, function: Callable[..., Floats], states: list[Any], *arguments: Any) -> list[Delayed]:
+        """Apply a function lazily to the state of each block."""
+        apply, made = dask.delayed(function), {}
+        for group, held in zip(self._groups, states, strict=True):
             for b in group.blocks:
-                lefts[b] = get(self._store, tasks.pick(states, (b,)) if self._store.durable else states, b)
-        return [lefts[b] for b in range(self.n_blocks)], self._best.right
+                made[b] = apply(self._store, tasks.pick(held, (b,)) if self._store.durable else held, b, *arguments)
+        return [made[b] for b in range(self.n_blocks)]
 
     def release(self) -> None:
         """Forget the blocks and all that is known of them."""
@@ -307,24 +264,15 @@ class LowRankPlusSparse:
     def save(self, files: Files, *, sketch: bool) -> dict[str, list[Any]]:
         """Write the state, each block from the worker that has it, so that `load` can put it back.
 
-        Parameters
-        ----------
-        files
-            Where to.
-        sketch
-            Write the sketch of the last pass too, from which the next step is made.
-
-        Returns
-        -------
-        dict
-            What `files` gave for each array, by what the array holds.
+        With the `sketch` of the last pass too, if the next step is made from that. Returns what `files` gave for each
+        array, by what the array holds.
         """
         names = ("estimate", "left", "sketch") if sketch else ("estimate", "left")
         apart = self._best if self._best is not None and self._best.versions["left"] != self._versions["left"] else None
         best = [None] * len(self._groups) if apart is None else apart.states
         save = dask.delayed(tasks.save, pure=False)
-        parts = self._at_home(lambda g: save(self._store, files, self._states[g], names, best[g]))
-        written = tasks.join(*_run(parts, dask.compute))
+        parts = at_home(self._groups, lambda g: save(self._store, files, self._states[g], names, best[g]))
+        written = tasks.join(*execute(parts, dask.compute))
         saved = {name: [written[b][name] for b in range(self.n_blocks)] for name in written[0]}
         saved["right"] = [files.put("right", 0, self._right)]
         if apart is not None:
@@ -338,18 +286,9 @@ class LowRankPlusSparse:
         passes: int,
         observations: Observations | None = None,
     ) -> None:
-        """Put back what `save` wrote, of this operator or of one over the same blocks, which the next pass will read.
+        """Put back what `save` wrote to `files`, of this operator or of one over the same blocks, which are read later.
 
-        Parameters
-        ----------
-        files
-            Where from.
-        saved
-            What `save` returned.
-        passes
-            Their number then.
-        observations
-            As they were known then.
+        `passes` and `observations` are as they were then.
         """
         of_all = {name: saved[name][0] for name in ("right", "best_right") if name in saved}
         of_blocks = {name: group for name, group in saved.items() if name not in of_all}
@@ -362,8 +301,8 @@ class LowRankPlusSparse:
             )
             return tuple(restore(self._store, files, written, passes, _UNUSED))
 
-        parts = self._at_home(restored)
-        held = _run([part for pair in parts for part in pair], dask.compute if self._store.durable else dask.persist)
+        parts = at_home(self._groups, restored)
+        held = execute([part for pair in parts for part in pair], dask.compute if self._store.durable else dask.persist)
         for name, version in self._versions.items():
             self._store.drop(name, version)
         self._states, self._right, self.passes = list(held[::2]), files.get(of_all["right"]), passes
@@ -376,7 +315,7 @@ class LowRankPlusSparse:
     @property
     def depends_on_workers(self) -> bool:
         """Whether a block that a worker loses is made again by all the passes since the state was last put back."""
-        return not self._store.durable and _on_cluster()
+        return not self._store.durable and on_cluster()
 
     def _pass(
         self,
@@ -404,37 +343,40 @@ class LowRankPlusSparse:
             self._before_pass()
         self._follow(self._placement(self._weights))
         number, source, run = self.passes + 1, self._source, dask.delayed(tasks.run, pure=False, nout=4)
-        shared, own = self._spread(arguments), self._rows(rows)
+        shared, own = spread(arguments, self._groups), self._rows(rows)
 
         def visit(g: int) -> Delayed:
             held, numbers = (self._blocks[g], self._states[g]), self._groups[g].blocks
             return run(self._store, source, numbers, held, number, without, kernel, shared[g], *own[g])
 
-        parts = self._at_home(visit)
-        if self._store.durable and together:
-            # References to a disk come here: a scheduler that held them would make a lost one again from versions that
-            # are gone. Else blocks and states stay with the workers.
-            ((read, states, total, observed),) = _run([self._sum(parts)], dask.compute)
-            blocks, states = (self._shares(records) for records in (read, states))
-        else:
-            read, states, totals, seen = (list(column) for column in zip(*map(tuple, parts), strict=True))
-            fresh, kept = source is not None, source is not None or bool(changes)
-            wanted = read if fresh else [], states if kept else [], [self._sum(totals)] if together else totals
-            blocks, states, total, seen = _run([*wanted, [self._sum(seen)] if fresh else []])
-            if self._store.durable:
-                blocks, states = dask.compute(blocks, states)
-            total, observed = total[0].compute() if together else total, seen[0].compute() if fresh else None
-        if source is not None:
+        parts, fresh = at_home(self._groups, visit), source is not None
+        blocks, states, total, observed = self._settled(parts, fresh, fresh or bool(changes), together)
+        if fresh:
             self._blocks, self._source = blocks, None
-        if source is not None or changes:
+        if fresh or changes:
             self._states = states
         self.passes = number
         self._renew(changes, number)
         self._on_pass(number)
-        if source is not None:
+        if observed is not None:
             self._observations = observed
             self._on_read(observed)
         return total
+
+    def _settled(self, parts: list[Delayed], fresh: bool, changed: bool, together: bool) -> tuple[Any, ...]:
+        """Compute what `tasks.run` returns: blocks and states by groups, their total, and the observations."""
+        add_up = functools.partial(sum_of_groups, self._groups, tasks.add)
+        if self._store.durable and together:
+            # References to a disk come here: a scheduler that held them would make a lost one again from versions that
+            # are gone. Else blocks and states stay with the workers.
+            ((read, states, total, observed),) = execute([add_up(parts)], dask.compute)
+            return self._shares(read), self._shares(states), total, observed
+        read, states, totals, seen = (list(column) for column in zip(*map(tuple, parts), strict=True))
+        wanted = [add_up(totals)] if together else totals, [add_up(seen)] if fresh else []
+        blocks, states, total, seen = execute([read if fresh else [], states if changed else [], *wanted])
+        if self._store.durable:
+            blocks, states = dask.compute(blocks, states)
+        return blocks, states, total[0].compute() if together else total, seen[0].compute() if fresh else None
 
     def _renew(self, changed: Collection[str], number: int) -> None:
         """Forget what a pass has made anew, unless it is kept."""
@@ -444,25 +386,8 @@ class LowRankPlusSparse:
             self._versions[name] = number
 
     def _view(self, right: Floats | None = None) -> PassInputs:
-        """Make what a pass carries, without a basis; `right` is that of a new A."""
-        right, beta = self._right if right is None else right, self._confidence
-        if beta is None:
-            return PassInputs(right, right)
-        if self._row_confidence:
-            return PassInputs(right, np.hstack([right, -beta[:, None] * right]), beta)
-        return PassInputs(right, (1 - beta)[:, None] * right, beta)
-
-    def _spread(self, arguments: tuple[Any, ...]) -> list[Any]:
-        """Give what all tasks of a pass need, for each group: with its task, or by way of one worker of each bunch."""
-        homes = list(dict.fromkeys(group.home for group in self._groups))
-        if homes == [None] or len(homes) == len(self._groups) <= _SERVED:
-            return [arguments] * len(self._groups)
-        sent: dict[str | None, Delayed] = {}
-        relay = dask.delayed(tasks.relay, pure=False)
-        for start in range(0, len(homes), _BUNCH):
-            with at(homes[start]):
-                sent |= dict.fromkeys(homes[start : start + _BUNCH], relay(arguments))
-        return [sent[group.home] for group in self._groups]
+        """Return what a pass carries, without a basis; `right` is that of a new A."""
+        return PassInputs(self._right if right is None else right)
 
     def _rows(self, rows: Floats | None) -> list[tuple[Records, ...]]:
         """Give the rows of the blocks of each group, by block."""
@@ -471,49 +396,20 @@ class LowRankPlusSparse:
         spans = list(pairwise(self.bounds))
         return [(Records((b, rows[slice(*spans[b])]) for b in group.blocks),) for group in self._groups]
 
-    def _at_home(self, make: Callable[[int], Any]) -> list[Any]:
-        """Make a task for each group, to run where the group is at home."""
-        made = []
-        for g, group in enumerate(self._groups):
-            with at(group.home):
-                made.append(make(g))
-        return made
-
-    def _sum(self, parts: Sequence[Any]) -> Delayed:
-        """Add up what groups give: at each home what is there, then what homes have."""
-        of_homes: dict[str | None, list[Any]] = {}
-        for group, part in zip(self._groups, parts, strict=True):
-            of_homes.setdefault(group.home, []).append(part)
-        sums = [tree_reduce(group, tasks.add, [home] * len(group)) for home, group in of_homes.items()]
-        return tree_reduce(sums, tasks.add, list(of_homes))
-
     def _follow(self, groups: tuple[Group, ...]) -> None:
         """Take on a new placement: what is held of blocks that move goes with them."""
         if groups == self._groups:
             return
         before, self._groups = self._groups, groups
-        self._blocks, self._states = (self._moved(held, before) for held in (self._blocks, self._states))
+
+        def follow(held: list[Any]) -> list[Any]:
+            if self._store.durable:
+                return self._shares(tasks.join(*held))
+            return list(execute(moved(held, before, groups, tasks.pick, tasks.join)))
+
+        self._blocks, self._states = follow(self._blocks), follow(self._states)
         if self._best is not None:
-            self._best = self._best._replace(states=self._moved(self._best.states, before))
-
-    def _moved(self, held: list[Any], before: tuple[Group, ...]) -> list[Any]:
-        if self._store.durable:
-            return self._shares(tasks.join(*held))
-        whole = {group.blocks: part for group, part in zip(before, held, strict=True)}
-        pick, join = dask.delayed(tasks.pick), dask.delayed(tasks.join)
-
-        def collected(g: int) -> Any:
-            blocks = set(self._groups[g].blocks)
-            if self._groups[g].blocks in whole:
-                return whole[self._groups[g].blocks]
-            pieces = []
-            for group, part in zip(before, held, strict=True):
-                if common := blocks.intersection(group.blocks):
-                    with at(group.home):
-                        pieces.append(pick(part, common))
-            return join(*pieces)
-
-        return self._hold(self._at_home(collected))
+            self._best = self._best._replace(states=follow(self._best.states))
 
     def _shares(self, records: Records) -> list[Records]:
         return [tasks.pick(records, group.blocks) for group in self._groups]
@@ -522,23 +418,6 @@ class LowRankPlusSparse:
         """Make a function that moves no data work on what is held of a group."""
         return function if self._store.durable else dask.delayed(function)
 
-    def _hold(self, values: Iterable[Any]) -> list[Any]:
-        return list(_run(list(values)))
-
 
 def _shipped(source: BlockSource) -> Delayed:
     return dask.delayed(source, name=f"source-{uuid.uuid4().hex[:12]}", traverse=False)
-
-
-def _run(values: list[Any], how: Callable[..., Any] = dask.persist) -> tuple[Any, ...]:
-    """Compute and hold on the scheduler in force, where threads of this process leave BLAS one thread each."""
-    # Inputs of some megabytes go to the workers with every pass: that is meant, and no cause for a warning. Without
-    # distributed there are none; were it imported while its configuration is changed, its defaults would go with that.
-    large = {"distributed.admin.large-graph-warning-threshold": "1GB"} if "distributed" in sys.modules else {}
-    with threadpool_limits(1, user_api="blas"), dask.config.set(large):
-        return how(*values)  # type: ignore[no-any-return]
-
-
-def _on_cluster() -> bool:
-    """Whether tasks run in other processes, which may die."""
-    return hasattr(getattr(get_scheduler(), "__self__", None), "persist")

@@ -42,8 +42,10 @@ class PartialSVD:
 
 def rayleigh_ritz(product: Product) -> PartialSVD:
     """Singular triplets of W projected on the range of WQ; columns that depend on others are left out."""
-    scale = np.sqrt(np.diag(product.gram))
+    scale = np.sqrt(np.maximum(np.diag(product.gram), 0))
     used = scale > 0
+    if not used.any():
+        return PartialSVD(np.zeros(0), np.zeros((len(product.cross), 0), np.float32), np.zeros((len(used), 0)))
     scale = scale[used]
     correlation = product.gram[np.ix_(used, used)] / np.outer(scale, scale)
     spread, vectors = np.linalg.eigh(correlation)
@@ -67,13 +69,14 @@ def _with_signs(values: Doubles, right: Floats, to_left: Doubles) -> PartialSVD:
 
 
 def extended_basis(known: Floats, width: int, seed: int) -> Floats:
-    """Orthonormal columns, ``(n, width)``: the first of `known`, then fresh random directions.
+    """Return orthonormal columns, ``(n, width)``, n at most: the first of `known`, then fresh random directions.
 
     The random numbers belong to (seed, column, row): they depend neither on blocks nor on the number of columns.
     """
     n, have = known.shape
-    basis = np.empty((n, width), np.float32)
+    width = min(width, n)
     have = min(have, width)
+    basis = np.empty((n, width), np.float32)
     basis[:, :have] = known[:, :have]
     for column in range(have, width):
         basis[:, column] = np.random.default_rng((seed, column)).standard_normal(n, dtype=np.float32)

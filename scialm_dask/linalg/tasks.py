@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scialm_dask.linalg import kernels
 from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, PassInputs, RowHalf, Sums
 
-__all__ = ["BlockSource", "Files", "Group", "Observations", "Store"]
+__all__ = ["BlockSource", "Files", "Observations", "Store"]
 
 R = TypeVar("R")
 _ADDED_IN_PLACE = 16  # blocks whose float32 sums are made in one array; then that is added to the others
@@ -34,16 +34,6 @@ class BlockSource(Protocol):
 
     def load(self, block: int) -> Block:
         """Read a block."""
-        ...
-
-    @property
-    def column_confidence(self) -> Floats | None:
-        """β, where zeros are trusted with ω = αβᵀ (α in the blocks); None where they are unknown."""
-        ...
-
-    @property
-    def has_row_confidence(self) -> bool:
-        """Whether blocks carry α, rather than ones."""
         ...
 
     def held_out(self, block: int, loaded: Block) -> NDArray[np.bool_] | None:
@@ -86,13 +76,6 @@ class Files(Protocol):
     def get(self, file: Any) -> NDArray[Any]:
         """Read an array."""
         ...
-
-
-class Group(NamedTuple):
-    """Blocks that one task visits, and the address of the worker that is to run it; None for any."""
-
-    home: str | None
-    blocks: tuple[int, ...]
 
 
 class Observations(NamedTuple):
@@ -248,16 +231,10 @@ def row_gram(
     return tiles
 
 
-def quadratic(
-    number: int, block: Block, state: BlockState, other: BlockSource | None, view: PassInputs
-) -> tuple[Doubles, Doubles, Doubles, float]:
-    return kernels.quadratic(block if other is None else other.load(number), state.left, view)
-
-
 def take_sketch(
     number: int, block: Block, state: BlockState, total: Any, view: PassInputs, vectors: Mapping[int, Floats]
 ) -> tuple[BlockState, dict[int, tuple[Floats, Floats]]]:
-    parts = {number: kernels.left_and_sparse(block, state, view)}
+    parts = {number: (state.left, kernels.sparse_part(block, state, view))}
     return replace(state, sketch=vectors[number]), add(total, parts)
 
 
@@ -271,10 +248,6 @@ def project(store: Store, blocks: Records, parts: Mapping[int, Any], vectors: Ma
 
 def nothing(number: int, block: Block, state: BlockState) -> None:
     return None
-
-
-def relay(shared: Any) -> Any:
-    return shared
 
 
 def pick(held: Records, numbers: Collection[int]) -> Records:
@@ -291,6 +264,11 @@ def without_sketch(states: Records) -> Records:
 
 def with_kept(states: Records, kept: Records) -> Records:
     return Records((number, replace(kept[number], sketch=state.sketch)) for number, state in states.items())
+
+
+def sketched(store: Store, states: Records, number: int, rotation: Floats) -> Floats:
+    state: BlockState = store.get(states[number], ("estimate", "left"))
+    return state.sketch @ rotation
 
 
 def get_left(store: Store, states: Records, number: int) -> Floats:

@@ -37,7 +37,7 @@ def _time_of_block(matrix: ExpressionMatrix, width: int) -> float:
         visit(
             Block(csr.indptr, csr.indices, csr.data, csr.shape[1]),
             state,
-            PassInputs(right, right, basis=basis, overlap=right.T @ basis),
+            PassInputs(right, basis=basis, overlap=right.T @ basis),
         )
         seconds = time.perf_counter() - began
     return seconds

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from scialm_dask.linalg.operator import stretches, threads_anywhere
-from scialm_dask.linalg.tasks import Group
+from scialm_dask.reduction import OURS, Group, stretches, threads_anywhere
 from scialm_dask.run.cluster import current_client
 
 if TYPE_CHECKING:
@@ -20,11 +22,17 @@ class Placement:
 
     Blocks move only when a worker is lost, to those with the least to do, or when one comes that has none, from those
     with the most.
+
+    Parameters
+    ----------
+    store
+        Of the state of the blocks: as long as it is there, what was lost may have to be made again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, store: object) -> None:
         self._known: tuple[Group, ...] = ()
         self._client: Client | None = None
+        self._store = weakref.ref(store)
 
     def __call__(self, weights: Sequence[float]) -> tuple[Group, ...]:
         """Return the groups of blocks, one for each thread.
@@ -39,7 +47,8 @@ class Placement:
         if client is None or not workers:
             return threads_anywhere(weights)
         if client is not self._client:
-            _rehouse(client)
+            if (store := self._store()) is not None:
+                weakref.finalize(store, _forget, client, _rehouse(client))
             self._client = client
         threads = {address: int(workers[address]["nthreads"]) for address in sorted(workers)}
         if sum(len(group.blocks) for group in self._known) != len(weights):
@@ -78,20 +87,34 @@ def balanced(known: Sequence[Group], weights: Sequence[float], threads: Mapping[
     return tuple(Group(home, tuple(sorted(own))) for home, own in zip(homes, blocks, strict=True) if own)
 
 
-def _rehouse(client: Client) -> None:
-    """Let tasks whose home is lost run on a worker that comes later.
+def _rehouse(client: Client) -> str:
+    """Let our tasks whose home is lost run on a worker that comes later; returns the name of the plugin that does so.
 
     The scheduler sends them elsewhere at once, if there is anywhere. If all workers are lost together they wait, and
     when another comes it asks only whether that is their home: they would wait for ever.
     """
     from distributed import SchedulerPlugin
 
+    ours, own = dict(OURS), f"scialm-rehouse-{uuid.uuid4().hex[:12]}"
+
     class Rehouse(SchedulerPlugin):  # type: ignore[misc]  # made here, so that it is sent as it is: the scheduler may know nothing of us
-        name, idempotent = "scialm-rehouse", True
+        name = own
 
         def add_worker(self, scheduler: Any, worker: str) -> None:
             for task in scheduler.unrunnable:
-                if task.loose_restrictions:
+                if task.loose_restrictions and ours.items() <= (task.annotations or {}).items():
                     task.worker_restrictions = None
 
     client.register_plugin(Rehouse())
+    return own
+
+
+def _forget(client: Client, plugin: str) -> None:
+    """Take a plugin off the scheduler, from whichever thread collects garbage, without waiting for it."""
+
+    async def unregister() -> None:
+        with contextlib.suppress(Exception):  # a scheduler that is gone has none
+            await client.scheduler.unregister_scheduler_plugin(name=plugin)
+
+    if client.status == "running":
+        client.loop.add_callback(unregister)

@@ -23,9 +23,6 @@ WIDTH, RANK, ROWS, VALUES = 64, 48, 4, 40
 class AlmostEmpty:
     """Row blocks of four rows and forty non-zeros each, for `LowRankPlusSparse`."""
 
-    column_confidence = None
-    has_row_confidence = False
-
     def __init__(self, n_blocks: int, n_columns: int) -> None:
         self.shape = n_blocks * ROWS, n_columns
         self.bounds = tuple(range(0, self.shape[0] + 1, ROWS))
@@ -95,7 +92,7 @@ def _measured(client: Any, scratch: str, columns: int, count: int, blocks: int, 
     rotation = np.eye(WIDTH, RANK, dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder, Callback(pretask=lambda *_: made.append(1)):
         store = MemoryScratch() if scratch == "memory" else ZarrScratch(folder)
-        operator = LowRankPlusSparse(AlmostEmpty(count * blocks, columns), store, placement=Placement())
+        operator = LowRankPlusSparse(AlmostEmpty(count * blocks, columns), store, placement=Placement(store))
         operator.multiply(basis)
         measured = []
         for _ in range(passes + 1):

@@ -79,7 +79,7 @@ def passes_of(source: str, folder: str, scratch: str, workers: int, passes: int)
         matrix = ExpressionMatrix.open(source)
         blocks = prepare(matrix, survey(matrix), preset("paper", scaling=(0.5, 0.5)))
         store = MemoryScratch() if scratch == "memory" else ZarrScratch(state)
-        operator = LowRankPlusSparse(blocks, store, placement=Placement())
+        operator = LowRankPlusSparse(blocks, store, placement=Placement(store))
         known = np.zeros((operator.shape[1], 0), np.float32)
         svd = rayleigh_ritz(operator.multiply(extended_basis(known, WIDTH, 0)))
         measured = []

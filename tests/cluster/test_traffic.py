@@ -11,9 +11,9 @@ from scialm_dask.config import preset
 from scialm_dask.data.scratch import MemoryScratch, ZarrScratch
 from scialm_dask.evaluate.simulate import simulate
 from scialm_dask.linalg.kernels import Update
-from scialm_dask.linalg.operator import LowRankPlusSparse, stretches
+from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.svd import extended_basis, rayleigh_ritz
-from scialm_dask.linalg.tasks import Group
+from scialm_dask.reduction import Group, stretches
 from scialm_dask.run.placement import Placement, balanced
 from scialm_dask.solve.scaling import prepare, survey
 
@@ -61,7 +61,7 @@ def tasks_made(client):
 @pytest.mark.parametrize(("scheduler", "groups"), [("threads", 3), ("synchronous", 1)])
 def test_without_a_cluster_there_is_a_group_for_each_thread(scheduler, groups):
     with dask.config.set(scheduler=scheduler, num_workers=3):
-        shared = Placement()([1] * 7)
+        shared = Placement(MemoryScratch())([1] * 7)
     assert [group.home for group in shared] == [None] * groups
     assert sorted(b for group in shared for b in group.blocks) == list(range(7))
 
@@ -107,7 +107,7 @@ def test_tasks_and_traffic_of_a_pass_do_not_depend_on_the_blocks(four, counts_pa
         store = MemoryScratch() if kind == "memory" else ZarrScratch(str(tmp_path))
         matrix = ExpressionMatrix.open(counts_path, blocks=n_blocks)
         blocks = prepare(matrix, survey(matrix), preset("auto"))
-        operator = LowRankPlusSparse(blocks, store, placement=Placement())
+        operator = LowRankPlusSparse(blocks, store, placement=Placement(store))
         svd = rayleigh_ritz(operator.multiply(extended_basis(np.zeros((GENES, 0), np.float32), WIDTH, 0)))
         passes = []
         for _ in range(3):
@@ -127,7 +127,8 @@ def test_tasks_and_traffic_of_a_pass_do_not_depend_on_the_blocks(four, counts_pa
 
 
 def test_groups_follow_the_workers(four):
-    placement = Placement()
+    store = MemoryScratch()
+    placement = Placement(store)
     first = placement([1] * 9)
     assert {group.home for group in first} == set(four.scheduler_info(n_workers=-1)["workers"])
     assert placement([1] * 9) == first
