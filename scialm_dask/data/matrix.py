@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import dask
@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked, short_repr
-from scialm_dask.data.annotation import Annotation, StoredAnnotation, read_annotation
+from scialm_dask.data.annotation import Annotation, AnnotationHere, read_annotation
 from scialm_dask.data.fingerprint import Stamp
 from scialm_dask.data.formats import locate
 from scialm_dask.data.layout import RowBlocks
@@ -185,9 +185,7 @@ class ExpressionMatrix:
         return cls(MemoryRows(csr, name), cuts, observed)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Annotation that has been read stays here; workers need only the rows.
-        place = self.annotation if isinstance(self.annotation, StoredAnnotation) else None
-        return type(self), (self.rows, self.blocks, self.observed, place)
+        return type(self), tuple(getattr(self, each.name) for each in fields(self))  # not what was read of obs and var
 
     @property
     def name(self) -> str:
@@ -245,7 +243,7 @@ class ExpressionMatrix:
         """Return the same matrix, small enough to go into tasks.
 
         If a `distributed.Client` is in force, what is in memory is written to a temporary store, from which workers
-        read their blocks; see `temporary_csr`.
+        read their blocks; see `temporary_csr`. Names of cells and genes that are in memory stay in this process.
 
         Raises
         ------
@@ -254,11 +252,13 @@ class ExpressionMatrix:
         """
         if current_client() is None:
             return self
+        here = AnnotationHere(*self.annotation) if isinstance(self.annotation, Annotation) else self.annotation
         if not isinstance(self.rows, MemoryRows):
             check_seen(self.rows)
-            return self
+            return replace(self, annotation=here)
         csr = self.rows.matrix
-        return replace(self, rows=temporary_csr((csr[a:b] for a, b in self.blocks), csr.shape[1], csr.dtype, self.name))
+        rows = temporary_csr((csr[a:b] for a, b in self.blocks), csr.shape[1], csr.dtype, self.name)
+        return replace(self, rows=rows, annotation=here)
 
     def read_block(self, block: int, *, as_stored: bool = False) -> sp.csr_matrix:
         """Read one block.
@@ -319,7 +319,8 @@ class ExpressionMatrix:
         """Give the matrix as a Dask array of float32 CSR chunks, one for each block."""
         import dask.array as da
 
-        matrix, read = self.for_workers(), dask.delayed(ExpressionMatrix.read_block, pure=True)
+        read = dask.delayed(ExpressionMatrix.read_block, pure=True)
+        matrix = dask.delayed(self.for_workers(), pure=True, traverse=False)  # hashed once, not for every block
         meta = sp.csr_matrix((0, 0), dtype=np.float32)
         chunks = [
             da.from_delayed(read(matrix, block), shape=(stop - start, self.shape[1]), meta=meta)
@@ -341,9 +342,10 @@ class ExpressionMatrix:
         combine
             Called with two results of neighbouring blocks.
         """
+        matrix = self.for_workers()
 
         def task(block: int) -> T:
-            return visit(self.read_block(block), self.blocks[block][0])
+            return visit(matrix.read_block(block), matrix.blocks[block][0])
 
         parts = [dask.delayed(task)(block) for block in range(len(self.blocks))]
         return tree_reduce(parts, combine).compute()  # type: ignore[no-any-return]

@@ -372,7 +372,8 @@ def check_chunks(rows: StoredRows, element: Any, missing_are_zeros: bool) -> Non
         if gone and not _zeros_by_right(element, array, gone):
             count = f"{len(gone)}{'+' * (len(gone) == MOST_MISSING)}"
             name = array.name.rpartition("/")[2]
-            what = f"{rows.name}: {count} of {n_chunks(array)} chunks of {name} are missing, first {gone[0]}"
+            first = f", first {gone[0]}" if isinstance(array, zarr.Array) else ""  # HDF5 does not say which
+            what = f"{rows.name}: {count} of {n_chunks(array)} chunks of {name} are missing{first}"
             if rows.encoding == "array":
                 raise InputError(
                     f"{what}; restore them, or if they were all zeros pass --missing-chunks-are-zeros, to `scialm-dask "
