@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.csr import row_of
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.linalg.kernels import Doubles, Floats
+from scialm_dask.linalg.kernels import Block, Doubles, Floats, sampled_product
 
 __all__ = ["Estimate"]
 
@@ -65,6 +65,24 @@ class Estimate:
             some = column >= 0
             dense[row_of(counts)[some], column[some]] += (counts.data * self.residual[counts.indices])[some]
         return np.maximum(dense, 0, out=dense) if self.clip else dense
+
+    def at(self, entries: sp.csr_matrix, left: Floats, counts: sp.csr_matrix | None) -> Floats:
+        """Return X̂ at the stored entries of some cells, in their order: float32, without a dense row.
+
+        Parameters
+        ----------
+        entries
+            Cells × genes, indices sorted.
+        left, counts
+            Of these cells; see `rows`.
+        """
+        block = Block(entries.indptr, entries.indices, entries.data, entries.shape[1])
+        values: Floats = sampled_product(block, np.ascontiguousarray(left), self.right)
+        if counts is not None and self.residual is not None and entries.nnz:
+            weight = self.residual[entries.indices]
+            known = np.asarray(counts[row_of(entries), entries.indices], np.float32).ravel()
+            values = values * (1 - weight) + known * weight
+        return np.maximum(values, 0) if self.clip else values
 
     def totals(self, left: Floats, counts: sp.csr_matrix | None) -> Doubles:
         """Return the sum over all genes of each of some cells, before clipping: float64, of shape ``(cells,)``."""

@@ -11,6 +11,7 @@ from problems import low_rank_counts
 from scipy.optimize import isotonic_regression
 
 from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
+from scialm_dask.evaluate.metrics import score_held_out
 from scialm_dask.events import Note, Pass
 from scialm_dask.linalg.random import thinned
 
@@ -225,3 +226,16 @@ def test_a_seed_fixes_the_result():
     one, again, other = (impute(COUNTS, seed=seed)[:, :] for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_entries_are_scored_as_they_are_imputed(store_of, tmp_path, dense):
+    """With their share of the counts, wherever these are."""
+    source = ExpressionMatrix.open(store_of(COUNTS))
+    result = impute(source, preset="denoise")
+    assert result.residual_weight.any()
+    result.to_zarr(tmp_path / "result.zarr", dense=dense)
+    asked = sp.random(*COUNTS.shape, density=0.3, format="csr", dtype=np.float32, random_state=1)
+    scores = score_held_out(Imputation.open(tmp_path / "result.zarr"), ExpressionMatrix.of(asked, blocks=3), source)
+    imputed = result.to_dask().compute()[asked.nonzero()]
+    assert scores["mse"] == pytest.approx(np.mean((imputed - asked.data) ** 2), rel=1e-5)
