@@ -36,35 +36,36 @@ How to read it:
 - **Hidden non-zeros** ask only for entries that are known to be no zeros, and reward methods that inflate.
 - **Clusters**: as many as there are types for every method, by k-means, and by Leiden with its resolution searched.
 """
-SETS: dict[str, tuple[str, Thresholds | None, dict[str, Any]]] = {
-    "baron": ("Pancreas, down-sampled", None, {"shares": [], "split": False, "reference": "baron_reference.h5ad"}),
-    "pbmc_facs": (
-        "Sorted blood cells",
-        Thresholds(min_genes=200, max_genes=2000, max_mito=5, min_cells=3),
-        {"labels": "cell_type"},
-    ),
-    "mouse_bladder": ("Mouse bladder", Thresholds(min_genes=200, min_cells=3), {"labels": "cell_type"}),
+SETS: dict[str, tuple[str, Thresholds | None]] = {
+    "baron": ("Pancreas, down-sampled", None),
+    "pbmc_facs": ("Sorted blood cells", Thresholds(min_genes=200, max_genes=2000, max_mito=5, min_cells=3)),
+    "mouse_bladder": ("Mouse bladder", Thresholds(min_genes=200, min_cells=3)),
 }
 
 
 def compare(name: str, data: Path, folder: Path, **options: Any) -> str:
     """Compare on one set of cells; return what the page says of it."""
-    title, thresholds, own = SETS[name]
-    source = data / ("baron_downsampled.h5ad" if name == "baron" else f"{name}.h5ad")
-    if thresholds is not None:
-        quality_control(source, folder / f"{name}.zarr", thresholds)
+    title, thresholds = SETS[name]
+    alone: dict[str, Any] = {"shares": [], "split": False}
+    if thresholds is None:
+        source = data / f"{name}_downsampled.h5ad"
+        asked = {"truth": {**alone, "reference": data / f"{name}_reference.h5ad"}}
+    else:
         source = folder / f"{name}.zarr"
-    if "reference" in own:
-        own["reference"] = data / own["reference"]
-    (folder / name).mkdir()
-    with show_progress() as listen:
-        found = evaluate_imputation(source, **own, **options, listen=listen)
-    write_evaluation(found, folder / name, {"source": source.name})
-    parts = [f"# {title}\n", (folder / name / "summary.md").read_text()]
-    for path in sorted((folder / name / "figures").glob("*")):
-        if path.suffix == (".png" if path.stem.endswith("cells") else ".svg"):
-            shutil.copy(path, HERE / f"{name}-{path.name}")
-            parts.append(f"![{title}: {path.stem.replace('-', ' ')}]({name}-{path.name})\n")
+        quality_control(data / f"{name}.h5ad", source, thresholds)
+        asked = {"scores": {}, "types": {**alone, "labels": "cell_type"}}
+    parts = [f"# {title}\n"]
+    for what, own in asked.items():
+        place = folder / f"{name}-{what}"
+        place.mkdir()
+        with show_progress() as listen:
+            found = evaluate_imputation(source, **own, **options, listen=listen)
+        write_evaluation(found, place, {"source": source.name})
+        parts.append((place / "summary.md").read_text())
+        for path in sorted((place / "figures").glob("*")):
+            if path.suffix == (".png" if path.stem.endswith("cells") else ".svg"):
+                shutil.copy(path, HERE / f"{name}-{path.name}")
+                parts.append(f"![{title}: {path.stem.replace('-', ' ')}]({name}-{path.name})\n")
     return "\n".join(parts)
 
 

@@ -93,7 +93,7 @@ class Press:
         """Follow one run of the completion: where it stops, its rank and singular values."""
         masked = work / f"{clean.stem}-masked.zarr"
         mask(clean, masked, fraction=share, seed=0)
-        result = impute(masked, stop="held-out", listen=self.listen)
+        result = impute(masked, preset="complete", listen=self.listen)
         title = f"{clean.stem}, {share:.0%} of the non-zeros hidden"
         self.save(f"stop-{clean.stem}", plotting.convergence(result, title), "Error and rank, and the stop")
 

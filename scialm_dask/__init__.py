@@ -9,7 +9,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IALM",
-    "Confidence",
     "Evaluation",
     "ExpressionMatrix",
     "Imputation",
@@ -49,10 +48,8 @@ if TYPE_CHECKING:
     from scialm_dask.report.report import write_report
     from scialm_dask.run.cluster import connect
     from scialm_dask.solve.biological_zeros import biological_zeros
-    from scialm_dask.solve.scaling import Confidence
 
 _HOME = {
-    "Confidence": "solve.scaling",
     "Evaluation": "compare.benchmark",
     "ExpressionMatrix": "data.matrix",
     "IALM": "estimator",

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 from scialm_dask.arguments import checked, validated
 from scialm_dask.config import bytes_of, configured
 from scialm_dask.config import preset as settings_of
-from scialm_dask.data.annotated import as_matrix, is_anndata, refuse_logarithms
+from scialm_dask.data.annotated import as_matrix, counts_beside, is_anndata, looks_like_counts, refuse_logarithms
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.errors import InputError
-from scialm_dask.events import Listener, silent
+from scialm_dask.events import Listener, Note, silent
 from scialm_dask.imputation import Imputation
-from scialm_dask.solve.scaling import Confidence
 
 if TYPE_CHECKING:
     from scialm_dask.run.checkpointing import Checkpointing
 
-__all__ = ["impute", "resume"]
+__all__ = ["impute", "resolve_preset", "resume"]
 
 
 @checked
@@ -34,7 +33,6 @@ def impute(
     scratch: str | None = None,
     memory_limit: float | str | None = None,
     scratch_folder: str | os.PathLike[str] | None = None,
-    confidence: Confidence | None = None,
     checkpoint: str | os.PathLike[str] | Checkpointing | None = None,
     checkpoint_every: int | str | None = None,
     listen: Listener = silent,
@@ -49,13 +47,15 @@ def impute(
         a data frame; a NumPy, SciPy sparse or Dask array; or an `ExpressionMatrix`. Cells × genes, counts or
         normalised counts, without logarithm.
     preset
-        ``"auto"`` stops before noise is fitted; ``"denoise"`` also trusts zeros, as far as count splitting finds best,
-        and needs raw counts; ``"paper"`` is the published method.
+        ``"auto"``, the default: ``"denoise"`` for raw counts, also those of layer counts where X holds none, else
+        ``"complete"``; a `Note` says which and why.
+        ``"denoise"``: expression levels, from raw counts; see `scialm_dask.solve.denoise`. ``"complete"``: entries that
+        were lost, all zeros being unknown; stops before noise is fitted. ``"paper"``: the published method.
     layer
         Layer of the store or AnnData to read instead of X; ``"raw"`` for ``.raw.X``.
     key_added
-        Of an AnnData only: what is found is put into it too, as ``obsm["X_" + key_added]`` (cells × rank),
-        ``varm[key_added]`` (genes × rank) and ``uns[key_added]``; None leaves it as it is. The matrix itself stays.
+        Of an AnnData only: what is found is put into it too, under names that begin with this; see
+        `Imputation.add_to`. None leaves it as it is. The matrix itself stays.
     observed
         ``"nonzero"``, the default: zeros are unknown, as in the paper. ``"finite"``: NaN is unknown and zeros are
         observed, for general matrices. An `ExpressionMatrix` is taken as it was opened.
@@ -67,8 +67,6 @@ def impute(
         ``scialm.memory-limit``, by default: what is free.
     scratch_folder
         Folder for Zarr scratch that ``"auto"`` chooses; Dask's ``temporary-directory`` by default.
-    confidence
-        In zeros, where it is not the same for all cells and genes; the setting ``zeros`` is for where it is.
     checkpoint
         A new folder for checkpoints, on a disk that all workers see; `resume` goes on from the last one. They stay
         when the run is complete.
@@ -106,11 +104,11 @@ def impute(
         if checkpoint is None:
             raise InputError(f"checkpoint_every is {checkpoint_every!r} without a checkpoint; give the folder for them")
         checkpoint = replace(checkpoint, every=checkpoint_every)
-    if confidence is not None and settings.get("zeros") is not None:
-        raise InputError(f"zeros is {settings['zeros']!r} beside a confidence, which goes first; give one of them")
-    chosen = settings_of(preset, **settings)
     source = as_matrix(matrix, layer, observed=observed)
-    refuse_logarithms(source, matrix, layer)
+    chosen_of, preset = resolve_preset(source, preset, matrix, listen)
+    if chosen_of is source:
+        refuse_logarithms(source, matrix, layer)
+    source, chosen = chosen_of, settings_of(preset, **settings)
     n_genes = matrix.n_vars if key_added is not None and is_anndata(matrix) else source.shape[1]  # type: ignore[union-attr]
     if source.shape[1] != n_genes:  # as .raw may have
         raise InputError(
@@ -123,12 +121,43 @@ def impute(
         configured("scratch", scratch),
         parse_limit(configured("memory-limit", memory_limit)),
         None if scratch_folder is None else os.fspath(scratch_folder),
-        confidence,
     )
     result = run(job, checkpoint, listen)
     if key_added is not None and is_anndata(matrix):
         result.add_to(matrix, key_added)
     return result
+
+
+def resolve_preset(
+    matrix: ExpressionMatrix, preset: str, given: Any = None, listen: Listener = silent
+) -> tuple[ExpressionMatrix, str]:
+    """Return what preset ``"auto"`` means for a matrix, and the matrix that it is about; say why.
+
+    Raw counts are denoised: the matrix itself, or layer counts beside an X that holds none, as `qc` leaves it. Anything
+    else is completed. Other presets are returned as they are.
+
+    Parameters
+    ----------
+    matrix
+        What is to be imputed; a few cells of it are read.
+    preset
+        Its name.
+    given
+        What the matrix was made of, if that was an AnnData.
+    listen
+        Called with a `Note` where the preset is ``"auto"``.
+    """
+    if preset != "auto":
+        return matrix, preset
+    if looks_like_counts(matrix):
+        listen(Note(f"preset denoise, as {matrix.name} holds raw counts"))
+        return matrix, "denoise"
+    counts = counts_beside(matrix, given)
+    if counts is not None and looks_like_counts(counts):
+        listen(Note(f"preset denoise, of the raw counts in {counts.name}, as {matrix.name} holds none"))
+        return counts, "denoise"
+    listen(Note(f"preset complete, as {matrix.name} holds no raw counts, which denoising needs"))
+    return matrix, "complete"
 
 
 @checked

@@ -14,23 +14,45 @@ from scialm_dask.errors import InputError
 __all__ = ["Preset", "Settings", "bytes_of", "configured", "preset", "seconds_of"]
 
 RankPolicy = Literal["paper", "adaptive"]
-Stop = Literal["residual", "held-out", "count-split"]
-Preset = Literal["auto", "paper", "denoise"]
+Method = Literal["denoise", "complete"]
+Stop = Literal["residual", "held-out"]
+Preset = Literal["auto", "denoise", "complete", "paper"]
 _LEAST_BYTES = 10**6  # less is a unit forgotten: no Python starts within it
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "denoise": {"method": "denoise", "max_rank": 64},
+    "complete": {},
+    "paper": {
+        "rank_policy": "paper",
+        "stop": "residual",
+        "scaling": (0.0, 0.0),
+        "max_rank": None,
+        "svd_passes": 30,
+        "svd_tolerance": 3e-4,
+    },
+}
+_OF_COMPLETION = (
+    *("rank_policy", "stop", "epsilon", "max_iterations", "first_rank", "increment", "validation", "patience"),
+    "svd_tolerance",
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a matrix is completed. The symbols are the paper's.
+    """How a matrix is imputed. The symbols are the paper's.
 
     Parameters
     ----------
+    method
+        ``"denoise"``: low rank plus sparse by count splitting, from raw counts; see `scialm_dask.solve.denoise`. Of the
+        other settings only `max_rank`, `scaling`, `svd_passes` and `seed` are about it. ``"complete"``: completion of
+        the zeros, Algorithm 3 of the paper.
     rank_policy
         ``"paper"``: equation 13. ``"adaptive"``: every singular value over the threshold.
     stop
         ``"residual"``: when ‖P_Ω(D − A)‖ / ‖D‖ < ε, as published. ``"held-out"``: when the error on a small
         hidden share of the observed entries has not fallen for `patience` iterations; the best iterate is returned.
-        ``"count-split"``: at the threshold that is best on a test share of the molecules, zeros included.
     epsilon
         ε, the residual to stop at.
     max_iterations
@@ -38,8 +60,8 @@ class Settings:
     first_rank, increment
         sv₀ and R of equation 13.
     max_rank
-        The most singular values to keep in any iteration, which bounds memory and time; None for no limit (``"none"``
-        where None leaves a preset's: in `impute`, `IALM` and on the command line).
+        The most singular values to compute, which bounds memory and time; None for no limit (``"none"`` where None
+        leaves a preset's: in `impute`, `IALM` and on the command line).
     validation
         Share of each gene's observed entries to hide, for the held-out stop.
     patience
@@ -48,9 +70,6 @@ class Settings:
         Exponents (g, c): each gene is scaled by (mean of its observed entries)^−g and each cell by (size factor)^−c
         before, and the factors scaled back after. (½, ½) makes counting noise even; (0, 0) is as published. None:
         (½, ½), but cells only as far as their totals are known.
-    zeros
-        Confidence ω in zeros. 0: unknown, as in the paper. 1: measured like all else. ``"auto"``: chosen by count
-        splitting, for which raw counts are needed.
     svd_passes
         The most passes over the data for one SVD.
     svd_tolerance
@@ -64,6 +83,7 @@ class Settings:
         If a value cannot be: of another type, outside its limits, or none of its choices.
     """
 
+    method: Method = "complete"
     rank_policy: RankPolicy = "adaptive"
     stop: Stop = "held-out"
     epsilon: Share = 1e-4
@@ -74,7 +94,6 @@ class Settings:
     validation: Share = 0.02
     patience: Count = 2
     scaling: tuple[Ratio, Ratio] | None = None
-    zeros: Ratio | Literal["auto"] = 0.0
     svd_passes: Count = 2
     svd_tolerance: Ratio = 0.0
     seed: Annotated[int, Interval(0)] = 0
@@ -91,13 +110,14 @@ class Settings:
     def idle(self) -> dict[str, tuple[str, str]]:
         """Settings that have no effect with these: of each, what makes it so, and what it goes with."""
         idle: dict[str, tuple[str, str]] = {}
+        if self.method == "denoise":
+            return dict.fromkeys(_OF_COMPLETION, ("method denoise", "the presets complete and paper"))
         if self.rank_policy == "adaptive":
             why = "rank_policy adaptive", "rank_policy paper, as in preset paper"
             idle |= {"first_rank": why, "increment": why}
-        if self.stop != "held-out":
-            idle["validation"] = f"stop {self.stop}", "stop held-out, as in preset auto"
-        if self.stop == "residual" and self.zeros != "auto":  # ω is chosen with patience, too
-            idle["patience"] = "stop residual", "stop held-out or count-split, as in presets auto and denoise"
+        if self.stop == "residual":
+            why = "stop residual", "stop held-out, as in preset complete"
+            idle |= {"validation": why, "patience": why}
         if self.svd_passes < 3:  # the first two are made before anything is compared
             idle["svd_tolerance"] = f"svd_passes {self.svd_passes}", "svd_passes of 3 or more, as in preset paper"
         return idle
@@ -113,8 +133,9 @@ def preset(name: str, **changes: Any) -> Settings:
     Parameters
     ----------
     name
-        ``"auto"``: stops before noise is fitted. ``"paper"``: as published (Algorithm 3, ε = 1e-4). ``"denoise"``:
-        zeros count too, as far as count splitting finds best.
+        ``"denoise"``: expression levels, from raw counts. ``"complete"``: lost entries; stops before noise is fitted.
+        ``"paper"``: as published (Algorithm 3, ε = 1e-4). What ``"auto"`` means depends on the matrix; see
+        `scialm_dask.impute`.
     **changes
         Fields of `Settings` to set otherwise; None leaves the preset's. `max_rank` may be ``"none"``, for no limit.
         `scaling` may be ``"none"``, ``"poisson"`` or two numbers with a comma between.
@@ -132,16 +153,9 @@ def preset(name: str, **changes: Any) -> Settings:
         changes["scaling"] = _exponents(changes["scaling"])
     if isinstance(changes.get("max_rank"), str):
         changes["max_rank"] = _limit("max_rank", changes["max_rank"])
-    if isinstance(changes.get("zeros"), str) and changes["zeros"] != "auto":
-        changes["zeros"] = _number("zeros", changes["zeros"])
-    if name == "paper":
-        published = {"rank_policy": "paper", "stop": "residual", "scaling": (0.0, 0.0), "max_rank": None}
-        settings = Settings(**{**published, "svd_passes": 30, "svd_tolerance": 3e-4, **changes})
-    elif name == "denoise":
-        settings = Settings(**{"stop": "count-split", "zeros": "auto", **changes})
-    else:
-        validated("preset", name, Preset)
-        settings = Settings(**changes)
+    if validated("preset", name, Preset) not in _PRESETS:
+        raise InputError(f"preset is {name!r}, which a matrix decides; choose one of {', '.join(_PRESETS)}")
+    settings = Settings(**{**_PRESETS[name], **changes})
     for field, (because, wanted) in settings.idle.items():
         if field in changes:
             raise InputError(f"{field} has no effect with preset {name} ({because}); it goes with {wanted}")
@@ -210,13 +224,6 @@ def _shipped_defaults() -> dict[str, Any]:
     dask.config.ensure_file(source=str(path))
     defaults: dict[str, Any] = yaml.safe_load(path.read_text())["scialm"]
     return defaults
-
-
-def _number(field: str, word: str) -> float:
-    try:
-        return float(word)
-    except ValueError:
-        raise InputError(f"{field} is {word!r}; give a number or auto") from None
 
 
 def _limit(field: str, word: str) -> int | None:

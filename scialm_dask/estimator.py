@@ -30,8 +30,7 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
     Parameters
     ----------
     preset
-        ``"auto"`` stops before noise is fitted; ``"paper"`` is the published method; ``"denoise"`` trusts zeros as
-        far as is best, and needs raw counts.
+        ``"auto"``: ``"denoise"`` for raw counts, else ``"complete"``; see `impute`. ``"paper"``: the published method.
     max_rank, max_iterations, scaling, validation
         As in `Settings`; None leaves the preset's. A `max_rank` of ``"none"`` is no limit.
     observed
@@ -48,7 +47,7 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
     components_ : ndarray
         Gene factors, float32, shape ``(r, n)``.
     n_iter_ : int
-        Iterations made.
+        Iterations made; 1 where counts were denoised.
     n_features_in_ : int
         Number of genes, n.
     feature_names_in_ : ndarray
@@ -157,8 +156,8 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
 
     @property
     def n_iter_(self) -> int:
-        """Iterations made."""
-        return int(self.imputation_.summary["iterations"])
+        """Iterations made; 1 where counts were denoised."""
+        return int(self.imputation_.summary.get("iterations", 1))
 
     def _matrix(self, X: Any, *, reset: bool) -> ExpressionMatrix:
         """Check X as scikit-learn does if it is an array, and take it."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import os
-from dataclasses import asdict
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -14,16 +16,19 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked, validated
-from scialm_dask.data.annotated import add_factors, aligned, match_names
+from scialm_dask.data.annotated import add_result, aligned, as_matrix, match_names
 from scialm_dask.data.annotation import StoredAnnotation, read_annotation
 from scialm_dask.data.arrays import check_whole, write_element
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
+from scialm_dask.data.provenance import follow, refer_to
 from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store, readable
 from scialm_dask.data.written import CHUNK_BYTES, ZeroRule, write_dense, write_left, write_sparse
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, begin, silent
-from scialm_dask.solve.cell_model import CellModel
+from scialm_dask.solve.cell_model import CellModel, model_of
+from scialm_dask.solve.embedding import Axes
+from scialm_dask.solve.estimate import Estimate
 from scialm_dask.solve.transform import Fit, transform
 
 if TYPE_CHECKING:
@@ -34,15 +39,17 @@ if TYPE_CHECKING:
 __all__ = ["LONG", "Imputation"]
 
 _KEY = "scialm"
-LONG = ("settings", "singular_values", "count_splitting")  # of a summary; told elsewhere, or not to everybody
+_FACTORS, _RESIDUAL = f"{_KEY}_factors", f"{_KEY}_residual"
+LONG = ("settings", "singular_values", "weights")  # of a summary; told elsewhere, or not to everybody
 
 
 class Imputation:
-    """A completed matrix, in factors.
+    """An imputed matrix, cells × genes: two factors and, where it was denoised, a share of the counts.
 
-    The imputed matrix is ``max(left @ right.T, 0)``, cells × genes, on the scale of the input. It is stored only where
-    `to_zarr` was told to, and can be another there; see `X`. Ask for entries by ``imputation[cells, genes]``, or for
-    all of it, lazily, by `to_dask`.
+    The imputed matrix is X̂ = A diag(1 − λ) + C diag(λ), with A = ``left @ right.T``, C the counts and λ the weights of
+    residuals; without these it is A. Negative entries are set to zero. It is on the scale of the input, and is stored
+    only where `to_zarr` was told to, and can be another there; see `X`. Ask for entries by
+    ``imputation[cells, genes]``, or for all of it, lazily, by `to_dask`.
 
     Parameters
     ----------
@@ -60,6 +67,12 @@ class Imputation:
         Whether negative entries are set to zero.
     model
         What `transform` needs to know of the fit; None if it cannot be done.
+    residual_weight
+        λ, float32, shape ``(n,)``; None where only A was fitted.
+    counts
+        C; None where there are none, or where they are gone. X̂ is A then.
+    axes
+        Principal axes of the log-normalised X̂; None where there are none.
     stored
         The store that it was opened from.
 
@@ -127,6 +140,9 @@ class Imputation:
         history: dict[str, list[float]],
         clip: bool = True,
         model: CellModel | None = None,
+        residual_weight: NDArray[np.float32] | None = None,
+        counts: ExpressionMatrix | None = None,
+        axes: Axes | None = None,
         stored: str | None = None,
     ) -> None:
         self.left = left
@@ -137,35 +153,41 @@ class Imputation:
         self.model = model
         self._history = history
         self.clip = clip
+        self.residual_weight = residual_weight
+        self.counts = counts
+        self.axes = axes
         self._stored = stored
 
     @classmethod
     @checked
-    def open(cls, path: str | os.PathLike[str]) -> Imputation:
+    def open(cls, path: str | os.PathLike[str], *, counts: Any = None) -> Imputation:
         """Open what `to_zarr` or ``scialm-dask impute`` has written, or an AnnData that `impute` has added to.
 
         Parameters
         ----------
         path
             Of a .zarr or .h5ad; Zarr may be at a URL.
+        counts
+            Counts of the same cells and genes, as `impute` takes them, if they are no longer where they were.
 
         Returns
         -------
         Imputation
-            Its left factor is read when it is asked for.
+            Its left factor is read when it is asked for. Where the counts of a denoised result are gone or have changed
+            it is the low-rank part alone, and a warning says so.
 
         Raises
         ------
         InputError
-            If there is no such result at `path`.
+            If there is no such result at `path`, or `counts` are of other cells or genes.
         """
         import anndata
 
         root: Any = open_store(path)
-        held = {"obsm": f"X_{_KEY}", "varm": _KEY, "uns": _KEY}
+        held = {"obsm": _FACTORS, "varm": _FACTORS, "uns": _KEY}
         with readable(path):
             if isinstance(root, zarr.Array) or any(axis not in root or k not in root[axis] for axis, k in held.items()):
-                raise InputError(f"{path}: not a result of this package; make one with `scialm-dask impute`")
+                raise InputError(f"{path}: not a result of this version; make one with `scialm-dask impute`")
             left, right, notes = (root[axis][key] for axis, key in held.items())
             for name, part in {"left factor": left, "right factor": right}.items():
                 check_whole(f"{path}: {name}", part, always=True)
@@ -174,17 +196,27 @@ class Imputation:
             summary = json.loads(str(uns["summary"]))
             if left.shape[1:] != right.shape[1:] or not isinstance(summary, dict) or not np.isfinite(right).all():
                 raise InputError(f"{path}: the factors or their summary are damaged; impute again")
-            return cls(
-                _stored_left(lasting(path), left),
+            result = cls(
+                _stored_rows(lasting(path), f"obsm/{_FACTORS}", left),
                 right,
                 obs=read_annotation(StoredAnnotation(lasting(path)), "obs", left.shape[0]),
                 var=read_annotation(StoredAnnotation(lasting(path)), "var", right.shape[0]),
                 summary=summary,
                 history={name: column.tolist() for name, column in uns["history"].items()},
                 clip=bool(uns["clip"]),
-                model=CellModel.of(uns["model"]) if "model" in uns else None,
+                model=model_of(uns["model"]) if "model" in uns else None,
+                axes=Axes(**uns["axes"]) if "axes" in uns else None,
                 stored=lasting(path),
             )
+        if _RESIDUAL in result.var:
+            result.residual_weight = result.var.pop(_RESIDUAL).to_numpy(np.float32)
+            if counts is not None:
+                result.counts = aligned(as_matrix(counts), result)
+            else:
+                result.counts, note = follow(uns.get("counts"), lasting(path), result.shape)
+                if note:
+                    warnings.warn(note, stacklevel=3)  # of who called what is checked
+        return result
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -225,25 +257,43 @@ class Imputation:
     def __repr__(self) -> str:
         return f"Imputation of {self.shape[0]} cells × {self.shape[1]} genes, rank {self.rank}"
 
+    @property
+    def estimate(self) -> Estimate:
+        """What makes imputed cells of left factors and counts."""
+        return Estimate(self.right, self.residual_weight, self.counts, self.clip)
+
+    @property
+    def embedding(self) -> da.Array | None:
+        """Principal components of the log-normalised imputed matrix: lazy, float32, of shape ``(m, k)``.
+
+        None where there are none: of matrices whose zeros are values.
+        """
+        return None if self.axes is None else self._by_rows(self.axes.place, self.left, self.axes.loadings.shape[1])
+
     def to_dask(self) -> da.Array:
-        """Give the imputed matrix as a dense Dask array, float32, computed block by block when asked for."""
+        """Return the imputed matrix as a dense Dask array, float32, computed block by block when asked for."""
+        rows = max(1, CHUNK_BYTES // (4 * self.shape[1]))
+        return self._by_rows(_rows, self.left.rechunk((rows, max(1, self.rank))), self.shape[1])
+
+    def _by_rows(self, function: Callable[..., Any], left: da.Array, columns: int) -> da.Array:
+        """Apply ``function(estimate, left, first)`` to the chunks of a left factor."""
         import dask.array as da
 
-        rows = max(1, CHUNK_BYTES // (4 * self.shape[1]))
-        left = self.left.rechunk((rows, self.rank)) if self.rank else self.left.rechunk((rows, -1))
-        return da.map_blocks(
-            _product,
-            left,
-            self.right,
-            clip=self.clip,
-            dtype=np.float32,
-            chunks=(left.chunks[0], (self.shape[1],)),
-            meta=np.empty((0, 0), "f4"),
-        )
+        estimate, apply = dask.delayed(self.estimate, traverse=False), dask.delayed(function)
+        bounds = np.cumsum([0, *left.chunks[0]]).tolist()
+        pieces = [
+            da.from_delayed(apply(estimate, piece, first), (last - first, columns), np.float32)
+            for piece, (first, last) in zip(left.to_delayed().ravel(), pairwise(bounds), strict=True)
+        ]
+        return da.concatenate(pieces, axis=0)
 
     def rows(self, cells: slice | NDArray[np.intp]) -> NDArray[np.float32]:
         """Impute some cells, given by a slice or by their numbers: float32, one row of ``n`` genes each."""
-        return _product(self.left[cells].compute(), self.right, clip=self.clip)
+        return self._some(cells, slice(None))
+
+    def _some(self, cells: Any, genes: Any) -> NDArray[np.float32]:
+        estimate = self.estimate
+        return estimate.rows(np.atleast_2d(self.left[cells].compute()), estimate.counts_of(cells), genes)
 
     def transform(self, matrix: Any, *, layer: str | None = None, listen: Listener = silent) -> Imputation:
         """Complete cells that were not in the fit, with its gene factors: one pass, a small problem for each cell.
@@ -269,14 +319,20 @@ class Imputation:
         Raises
         ------
         InputError
-            If too few genes match, names are ambiguous, one is of raw counts and the other not, or zeros were
-            trusted cell by cell in the fit.
+            If too few genes match, names are ambiguous, or one is of raw counts and the other not.
         """
         fit = Fit(self.right, self.var.index, self.model, self.observed, self.summary.get("source"))
         return self._of_cells(*transform(fit, matrix, layer=layer, listen=listen))
 
-    def _of_cells(self, left: da.Array, obs: pd.DataFrame, summary: dict[str, Any]) -> Imputation:
-        """Return the imputation of other cells, whose left factor is known, by the same right factor."""
+    def _of_cells(
+        self,
+        left: da.Array,
+        counts: ExpressionMatrix | None,
+        measured: NDArray[np.bool_],
+        obs: pd.DataFrame,
+        summary: dict[str, Any],
+    ) -> Imputation:
+        """Return the imputation of other cells, whose left factor and counts are known, by the same right factor."""
         return Imputation(
             left,
             self.right,
@@ -286,6 +342,9 @@ class Imputation:
             history={},
             clip=self.clip,
             model=self.model,
+            residual_weight=None if self.residual_weight is None else self.residual_weight * measured,
+            counts=counts,
+            axes=self.axes,
         )
 
     def __getitem__(self, key: Any) -> NDArray[np.float32]:
@@ -306,8 +365,7 @@ class Imputation:
         cells, genes = key if isinstance(key, tuple) else (key, slice(None))
         rows, one_cell = _positions(cells, self.obs.index, "cell")
         columns, one_gene = _positions(genes, self.var.index, "gene")
-        left = np.atleast_2d(self.left[rows].compute())
-        values = _product(left, self.right[columns], clip=self.clip)
+        values = self._some(rows, columns)
         return values[0 if one_cell else slice(None), 0 if one_gene else slice(None)]
 
     def to_zarr(
@@ -321,7 +379,11 @@ class Imputation:
         sources: tuple[str | os.PathLike[str], ...] = (),
         listen: Listener = silent,
     ) -> dict[str, Any]:
-        """Write an AnnData Zarr store: the factors in ``obsm["X_scialm"]`` and ``varm["scialm"]``.
+        """Write an AnnData Zarr store.
+
+        It has the factors in ``obsm["scialm_factors"]`` and ``varm["scialm_factors"]``, the weights of residuals in
+        ``var["scialm_residual"]`` and the embedding in ``obsm["X_scialm"]``. Counts stay where they are; those that are
+        in memory are written as layer counts.
 
         Parameters
         ----------
@@ -359,15 +421,18 @@ class Imputation:
         self._check_x(dense, keep_observed, preserve_zeros)
         keep_observed = None if keep_observed is None else aligned(keep_observed, self)
         advance = begin(listen, "writing")
-        parts = 2 if dense or preserve_zeros is not None else 1
+        embedding = self.embedding
+        parts = 1 + (embedding is not None) + (dense or preserve_zeros is not None)
 
         def advance_part(share: float) -> None:
             advance(share / parts)
 
         with atomic_store(path, overwrite=overwrite, sources=sources) as partial:
-            root = new_anndata(partial, obs=self.obs, var=self.var)
-            write_left(root, f"X_{_KEY}", self.left, advance_part)
-            write_element(root["varm"], _KEY, self.right)
+            root = new_anndata(partial, obs=self.obs, var=self._var(_KEY))
+            write_left(root, _FACTORS, self.left, advance_part)
+            if embedding is not None:
+                write_left(root, f"X_{_KEY}", embedding, advance_part)
+            write_element(root["varm"], _FACTORS, self.right)
             written: dict[str, Any] | None = None
             if preserve_zeros is not None:
                 total = write_sparse(root, self, preserve_zeros, keep_observed is not None, advance_part)
@@ -380,7 +445,8 @@ class Imputation:
                     "keep_observed": keep_observed is not None,
                     "mean_over_observed": self._over_observed(total),
                 }
-            write_element(root["uns"], _KEY, self._notes(written))
+            counts = {} if self.counts is None else {"counts": json.dumps(refer_to(self.counts, root, self._stored))}
+            write_element(root["uns"], _KEY, self._notes(written) | counts)
             zarr.consolidate_metadata(root.store)
             if read := preserve_zeros.matrix if preserve_zeros is not None else keep_observed:
                 read.check_unchanged()
@@ -411,10 +477,10 @@ class Imputation:
         return total / self.shape[0] / self.shape[1] / observed if observed else None
 
     def to_anndata(self) -> anndata.AnnData:
-        """Give an AnnData whose X is the imputed matrix, as a lazy dense Dask array, with the factors beside it.
+        """Return an AnnData whose X is the imputed matrix, as a lazy dense Dask array, with what `add_to` adds.
 
-        The left factor, ``obsm["X_scialm"]``, is lazy too. Take a part and ``to_memory()`` it; to write all of it to
-        a store use `to_zarr`.
+        What is added to ``obsm`` is lazy too. Take a part and ``to_memory()`` it; to write all of it to a store use
+        `to_zarr`.
         """
         import anndata
 
@@ -428,8 +494,9 @@ class Imputation:
         Parameters
         ----------
         adata
-            Gets ``obsm["X_" + key]``, ``varm[key]`` and ``uns[key]``, as a store has them that `to_zarr` writes. The
-            left factor is computed unless X is lazy. A view becomes an AnnData of its own.
+            Gets the embedding as ``obsm["X_" + key]``, the factors as ``obsm[key + "_factors"]`` and
+            ``varm[key + "_factors"]``, λ as ``var[key + "_residual"]`` and notes as ``uns[key]``. What goes to ``obsm``
+            is computed unless X is lazy. A view becomes an AnnData of its own.
         key
             Name.
 
@@ -440,39 +507,52 @@ class Imputation:
         """
         cells = match_names(self.obs.index, adata.obs_names, "cell", "result")
         genes = match_names(self.var.index, adata.var_names, "gene", "result")
-        left = self.left if cells is None else self.left[cells]
-        right = self.right if genes is None else self.right[genes]
-        add_factors(adata, key, left, right, self._notes(None))
+        by_cell = {f"{key}_factors": self.left, f"X_{key}": self.embedding}
+        by_gene = {f"{key}_factors": self.right, f"{key}_residual": self.residual_weight}
+        add_result(
+            adata,
+            obsm={name: part if cells is None else part[cells] for name, part in by_cell.items() if part is not None},
+            by_gene={
+                name: part if genes is None else part[genes] for name, part in by_gene.items() if part is not None
+            },
+            uns={key: self._notes(None)},
+        )
+
+    def _var(self, key: str) -> pd.DataFrame:
+        """Annotation of genes, with λ."""
+        return (
+            self.var if self.residual_weight is None else self.var.assign(**{f"{key}_residual": self.residual_weight})
+        )
 
     def _notes(self, written: dict[str, Any] | None) -> dict[str, Any]:
         """Make what is kept in ``uns``, beside an X that is as `written`, or not of ours."""
         summary = self.summary | {"X": written}
         notes = {"summary": json.dumps(summary), "history": self.history, "clip": self.clip}
-        return notes if self.model is None else notes | {"model": asdict(self.model)}
+        extra = {"model": self.model, "axes": self.axes}
+        return notes | {name: vars(part).copy() for name, part in extra.items() if part is not None}
 
 
-def _product(left: NDArray[np.float32], right: NDArray[np.float32], *, clip: bool) -> NDArray[np.float32]:
-    dense: NDArray[np.float32] = left @ right.T
-    return np.maximum(dense, 0, out=dense) if clip else dense
+def _rows(estimate: Estimate, left: NDArray[np.float32], first: int) -> NDArray[np.float32]:
+    return estimate.rows(left, estimate.counts_of(slice(first, first + len(left))))
 
 
-def _stored_left(path: str, stored: Any) -> da.Array:
-    """Left factor of a result as a Dask array whose tasks open the store themselves."""
+def _stored_rows(path: str, name: str, stored: Any) -> da.Array:
+    """Return an array of a result as a Dask array whose tasks open the store themselves."""
     import dask.array as da
 
-    read, (cells, rank) = dask.delayed(_rows_of_left, pure=True), stored.shape
+    read, (cells, rank) = dask.delayed(_read_rows, pure=True), stored.shape
     rows = RowBlocks.panels(cells, max(1, rank), CHUNK_BYTES)
     if stored.chunks is not None:  # an .h5ad may hold it in one piece
         rows = RowBlocks((*range(0, cells, stored.chunks[0]), cells))
-    pieces = [da.from_delayed(read(path, *span), (span[1] - span[0], rank), stored.dtype) for span in rows]
+    pieces = [da.from_delayed(read(path, name, *span), (span[1] - span[0], rank), stored.dtype) for span in rows]
     return da.concatenate(pieces, axis=0)
 
 
-def _rows_of_left(path: str, start: int, stop: int) -> NDArray[np.float32]:
-    with readable(f"{path}:obsm/X_{_KEY}"):
-        rows = np.asarray(open_store(path)[f"obsm/X_{_KEY}"][start:stop])
+def _read_rows(path: str, name: str, start: int, stop: int) -> NDArray[np.float32]:
+    with readable(f"{path}:{name}"):
+        rows = np.asarray(open_store(path)[name][start:stop])
     if not np.isfinite(rows).all():
-        raise InputError(f"{path}: the left factor of cells {start} to {stop} is not finite; impute again")
+        raise InputError(f"{path}: {name} of cells {start} to {stop} is not finite; impute again")
     return rows
 
 

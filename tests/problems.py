@@ -14,9 +14,6 @@ from scialm_dask.solve.ialm import complete, iterations
 class InMemory:
     """Row blocks of a CSR matrix, for `LowRankPlusSparse`; counts how often they are read."""
 
-    column_confidence = None
-    has_row_confidence = False
-
     def __init__(self, matrix, n_blocks=1, hidden=None):
         self.matrix = sp.csr_matrix(matrix, dtype=np.float32)
         self.hidden = hidden

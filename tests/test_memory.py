@@ -12,7 +12,7 @@ from scialm_dask.evaluate.metrics import score_held_out
 M, N = 2000, 16_000
 DENSE = M * N  # bytes of the smallest possible one, of booleans
 SMALL = {"max_rank": 5, "max_iterations": 6, "svd_passes": 3}
-PRESETS = {"auto": {"validation": 0.2}, "paper": {"preset": "paper"}}
+PRESETS = {"complete": {"preset": "complete", "validation": 0.2}, "paper": {"preset": "paper"}}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_completing_allocates_no_dense_matrix(wide, tmp_path, preset, scratch):
 
 
 def test_using_the_result_allocates_no_dense_matrix(wide, tmp_path):
-    impute(wide, **SMALL, **PRESETS["auto"]).to_zarr(tmp_path / "result.zarr")
+    impute(wide, **SMALL, **PRESETS["complete"]).to_zarr(tmp_path / "result.zarr")
 
     def work():
         result = Imputation.open(tmp_path / "result.zarr")
@@ -66,7 +66,7 @@ def test_using_the_result_allocates_no_dense_matrix(wide, tmp_path):
 
 
 def test_writing_the_dense_matrix_goes_by_rows(wide, tmp_path):
-    result = impute(wide, **SMALL, **PRESETS["auto"])
+    result = impute(wide, **SMALL, **PRESETS["complete"])
     kept = ExpressionMatrix.of(wide)
     assert peak_of(lambda: result.to_zarr(tmp_path / "r.zarr", dense=True, keep_observed=kept)) < DENSE
 
@@ -81,4 +81,4 @@ def test_the_measure_sees_a_dense_allocation(wide, monkeypatch):
         return honest(block, state, view, total)
 
     monkeypatch.setattr(kernels, "visit", wasteful)
-    assert peak_of(lambda: impute(wide, **SMALL, **PRESETS["auto"])) > DENSE
+    assert peak_of(lambda: impute(wide, **SMALL, **PRESETS["complete"])) > DENSE

@@ -27,9 +27,10 @@ from scialm_dask.run.signals import on_sigterm
 _SETTINGS = (
     click.option(
         "--preset",
-        type=click.Choice(["auto", "paper", "denoise"]),
+        type=click.Choice(["auto", "denoise", "complete", "paper"]),
         default="auto",
-        help="auto: recover dropouts. denoise: expression levels, from raw counts. paper: as published.",
+        help="auto: denoise for raw counts, else complete. denoise: expression. complete: lost entries. paper: as "
+        "published.",
     ),
     click.option(
         "--observed",
@@ -39,11 +40,10 @@ _SETTINGS = (
     ),
     click.option(
         "--stop",
-        type=click.Choice(["residual", "held-out", "count-split"]),
+        type=click.Choice(["residual", "held-out"]),
         default=None,
         help="When to stop.  [default: by preset]",
     ),
-    click.option("--zeros", default=None, help="Confidence in zeros: 0 (unknown, as published) to 1, or auto."),
     click.option("--epsilon", type=float, default=None, help="Residual to stop at.  [default: 1e-4]"),
     click.option("--validation", type=float, default=None, help="Share hidden to know when to stop.  [default: 0.02]"),
     click.option("--max-iterations", type=int, default=None, help="Most iterations.  [default: 1000]"),
@@ -52,7 +52,7 @@ _SETTINGS = (
     click.option(
         "--max-rank",
         default=None,
-        help="Most singular values to keep, or none for no limit.  [default: 128; paper: none]",
+        help="Most singular values to keep, or none for no limit.  [default: 64; complete: 128; paper: none]",
     ),
     click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5."),
     click.option("--seed", type=int, default=None, help="Of all random draws.  [default: 0]"),
@@ -102,8 +102,8 @@ def impute(
     connected: Callable[[Listener], Any],
     **settings: Any,
 ) -> dict[str, Any]:
-    """Complete the matrix SRC by low-rank matrix completion and write its factors to DST.zarr."""
-    from scialm_dask.api import impute
+    """Denoise or complete the matrix SRC and write the result, in factors, to DST.zarr."""
+    from scialm_dask.api import impute, resolve_preset
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.data.store import check_output, lasting, scratch_folder_for
@@ -116,11 +116,14 @@ def impute(
         raise click.UsageError("--keep-observed goes with --write dense or --preserve-zeros")
     if preserve_zeros and (write == "dense" or observed == "finite"):
         raise click.UsageError("--preserve-zeros writes a sparse X and goes neither with dense nor with finite")
-    settings_of(preset, **settings)
+    if preset != "auto":
+        settings_of(preset, **settings)
     check_output(dst, overwrite=overwrite, sources=(src, checkpoint) if checkpoint else (src,))
     matrix = ExpressionMatrix.open(
         src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
     )
+    matrix, preset = resolve_preset(matrix, preset, listen=listen)
+    settings_of(preset, **settings)
     asked = {
         "destination": lasting(dst),
         "write": write,
@@ -339,21 +342,22 @@ def plan(
     Reads one block, to tell the time. With --scheduler or --cluster, on those workers. DST.zarr is not written; scratch
     on disk would lie beside it.
     """
-    from scialm_dask.api import parse_limit
+    from scialm_dask.api import parse_limit, resolve_preset
     from scialm_dask.config import configured
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.data.store import scratch_folder_for
     from scialm_dask.run.dry_run import plan
 
-    chosen, limit = settings_of(preset, **settings), parse_limit(configured("memory-limit", memory_limit))
+    limit = parse_limit(configured("memory-limit", memory_limit))
     matrix = ExpressionMatrix.open(
         src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
     )
+    matrix, preset = resolve_preset(matrix, preset, listen=listen)
     with connected(listen):
         return plan(
             matrix,
-            chosen,
+            settings_of(preset, **settings),
             scratch=configured("scratch", scratch),
             memory_limit=limit,
             scratch_folder=scratch_folder_for(dst),

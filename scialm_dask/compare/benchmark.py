@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +31,6 @@ from scialm_dask.compare.isolated import Outcome, by_panels, read_answer, run_is
 from scialm_dask.compare.methods import METHODS, QUOTED, Contestant, Method, contestants, expanded, find_method
 from scialm_dask.compare.peers import Task
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
-from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.metrics import METRICS, Scores, compare, compare_stored
 from scialm_dask.events import Listener, Note, Scored, Stage, silent
@@ -52,6 +51,7 @@ _COLUMNS = (
 _LEAST_ENTRIES = 10  # of a gene whose scores on hidden entries are to count
 _GIVEN, _EMBEDDED = "as observed", "X_scialm"
 Row = dict[str, Any]
+_folder_in = partial(tempfile.TemporaryDirectory, None, None, ignore_cleanup_errors=True)
 
 
 @dataclass
@@ -177,45 +177,19 @@ def evaluate_imputation(
         if truth is not None:
             refuse_logarithms(truth, reference, None)
             truth = check_truth(truth, opened.matrix)
-        experiments = list(_experiments(opened, shares, seeds, split, truth, known is not None))
+        experiments: list[Callable[[Path], Experiment]]
+        experiments = [partial(masked, opened, share, seed) for share in shares for seed in seeds]
+        experiments += [partial(count_split, opened, seed) for seed in seeds] if split else []
+        experiments += [] if truth is None else [partial(against_truth, opened, truth, seeds[0])]
+        experiments += [] if known is None else [lambda _: as_it_is(opened, seeds[0])]
         bench = _Bench(opened, listed, limit, method_timeout, known, listen, len(experiments))
         bench.forecast()
         for number, make in enumerate(experiments):
-            with _fresh_folder(work / f"experiment{number}") as place, dask.config.set(scheduler="threads"):
-                bench.run(make(place), place, first=number == 0)
+            with _folder_in(work) as place, dask.config.set(scheduler="threads"):
+                bench.run(make(Path(place)), place, first=number == 0)
         for quoted in (row for name in expanded(methods) for row in _quoted_rows(name)):
             bench.add(quoted)
         return bench.evaluation()
-
-
-def _experiments(
-    source: Source,
-    shares: Sequence[float],
-    seeds: Sequence[int],
-    split: bool,
-    truth: ExpressionMatrix | None,
-    labelled: bool,
-) -> Iterator[Callable[[Path], Experiment]]:
-    """Give what to do, each to be made when its turn comes."""
-    for share in shares:
-        for seed in seeds:
-            yield lambda place, share=share, seed=seed: masked(source, share, seed, place)  # type: ignore[misc]
-    for seed in seeds if split else ():
-        yield lambda place, seed=seed: count_split(source, seed, place)  # type: ignore[misc]
-    if truth is not None:
-        yield lambda place: against_truth(source, truth, seeds[0], place)
-    if labelled:
-        yield lambda _: as_it_is(source, seeds[0])
-
-
-@contextmanager
-def _fresh_folder(path: Path) -> Iterator[Path]:
-    """Make a folder, and remove it with all that was put there."""
-    path.mkdir()
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _run(
@@ -270,14 +244,14 @@ class _Bench:
         begin, rate = METHODS.get(contestant.method, Method("", "either", print)).seconds
         return min(begin + rate * m * n / 1e6, self.timeout or np.inf)
 
-    def run(self, experiment: Experiment, place: Path, *, first: bool) -> None:
+    def run(self, experiment: Experiment, place: str, *, first: bool) -> None:
         """Run all, the matrix as observed first where that says something."""
         clustered = experiment.kind == "all data" or (first and experiment.kind == "masking")
         labels, given = self.labels if clustered else None, experiment.given.matrix
         if experiment.all_entries or labels is not None:
             panels = by_panels(lambda cells: given.rows.read(cells.start, cells.stop).toarray(), given.shape)
             self._judge(experiment, Contestant(_GIVEN), Outcome("ok"), panels, labels)
-        for number, contestant in enumerate(self.listed):
+        for contestant in self.listed:
             self.done += 1
             if experiment.target is None and contestant.method == "gene-mean":
                 continue  # all cells alike, nothing to cluster
@@ -286,10 +260,10 @@ class _Bench:
                 f"{self.done} of {self.experiments * len(self.listed)}, about {_time(ahead / len(self.listed))} left"
             )
             self.listen(Stage(_label(contestant), words))
-            with _fresh_folder(place / f"method{number}") as folder:
+            with _folder_in(place) as folder:
                 limits = {"memory_limit": self.memory_limit, "timeout": self.timeout}
-                outcome, answer = _run(contestant, experiment, folder, **limits)
-                embedding = clustering.embedding_of(folder) if answer is not None and labels is not None else None
+                outcome, answer = _run(contestant, experiment, Path(folder), **limits)
+                embedding = clustering.embedding_of(Path(folder)) if answer is not None and labels is not None else None
                 self._judge(experiment, contestant, outcome, answer, labels, embedding)
 
     def _judge(

@@ -78,7 +78,8 @@ def _log_normalised(rows: Floats) -> Floats:
 def embedding_of(folder: Path) -> Floats | None:
     """Return ``obsm["X_scialm"]`` of a result that was left in `folder`, where that is an embedding; else None."""
     path = folder / "result.zarr"
-    return getattr(Imputation.open(path), "embedding", None) if path.exists() else None
+    embedding = Imputation.open(path).embedding if path.exists() else None
+    return None if embedding is None else np.asarray(embedding.compute(scheduler="threads"))
 
 
 def cluster(components: Floats, labels: pd.Series, seed: int) -> tuple[dict[str, float], Floats]:

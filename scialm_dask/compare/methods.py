@@ -6,12 +6,12 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from scialm_dask.api import impute
 from scialm_dask.compare import peers
 from scialm_dask.compare.peers import Task
-from scialm_dask.config import Preset, Settings, preset
+from scialm_dask.config import Settings, preset
 from scialm_dask.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "QUOTED", "Contestant", "Method", "contestants", "find_method", "label_of", "labelled"]
 
-OURS = ("denoise", "complete", "paper", "auto")
+OURS = ("denoise", "complete", "paper")
 _ELLIPSES = ("...", "…")
-_COMPLETE = "complete" if "complete" in get_args(Preset) else "auto"
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,14 @@ def _ours(name: str) -> Callable[[Task], Any]:
 
 _RUN = ("scialm_dask.run.job",)
 METHODS = {
-    "denoise": Method("scIALM denoise", "counts", _ours("denoise"), _RUN, (5, 0.1)),
-    "complete": Method("scIALM complete", "normalised", _ours(_COMPLETE), _RUN, (5, 0.1)),
-    "paper": Method("scIALM as published", "normalised", _ours("paper"), _RUN, (5, 10)),
-    "magic": Method("MAGIC", "normalised", peers.magic, ("magic",), (8, 0.3)),
-    "scvi": Method("scVI", "counts", peers.scvi, ("anndata", "scvi"), (60, 20)),
+    "denoise": Method("scIALM denoise", "counts", _ours("denoise"), _RUN, (8, 0.1)),
+    "complete": Method("scIALM complete", "normalised", _ours("complete"), _RUN, (10, 0.5)),
+    "paper": Method("scIALM as published", "normalised", _ours("paper"), _RUN, (8, 10)),
+    "magic": Method("MAGIC", "normalised", peers.magic, ("magic",), (10, 0.4)),
+    "scvi": Method("scVI", "counts", peers.scvi, ("anndata", "scvi"), (30, 20)),
     "alra": Method("ALRA", "counts", peers.alra, ("sklearn.utils.extmath",), (5, 0.2)),
     "knn": Method("kNN smoothing", "counts", peers.knn, ("sklearn.decomposition", "sklearn.neighbors"), (5, 0.2)),
-    "softimpute": Method("softImpute", "normalised", peers.softimpute, ("scipy.sparse.linalg",), (5, 1)),
+    "softimpute": Method("softImpute", "normalised", peers.softimpute, ("scipy.sparse.linalg",), (40, 1)),
     "gene-mean": Method("gene mean", "normalised", peers.gene_mean, (), (5, 0.02)),
     "auto": Method("scIALM auto", "either", _ours("auto"), _RUN, (5, 0.1)),  # one of the first two
 }
@@ -164,7 +163,7 @@ def contestants(names: Iterable[str], sweeps: Iterable[str] = ()) -> list[Contes
         find_method(name)
         for combination in combinations if name in OURS else [{}]:
             if name in OURS:
-                preset(_COMPLETE if name == "complete" else name, **combination)
+                preset(name, **combination)
             listed.append(Contestant(name, combination))
     return listed
 

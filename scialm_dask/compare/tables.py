@@ -91,15 +91,12 @@ def summary_table(evaluation: Evaluation) -> pd.DataFrame:
     """`Evaluation.summary`, without scores that no row has, with ARI and NMI where they are known."""
     table = evaluation.summary()
     if len(evaluation.clusters):
-        found = evaluation.clusters[[*("experiment", "share", "method", "setting"), *_CLUSTER_COLUMNS]]
+        found = evaluation.clusters[[*("experiment", "share", "method", "setting"), *_CLUSTERS]]
         table = table.merge(found, on=["experiment", "share", "method", "setting"], how="outer", sort=False)
         table["dataset"] = table["dataset"].fillna(evaluation.clusters["dataset"].iloc[0])
         table["status"] = table["status"].fillna("ok")
     empty = [name for name in table.columns if name not in KEY and table[name].isna().all()]
     return table.drop(columns=empty)
-
-
-_CLUSTER_COLUMNS = ("kmeans_ari", "kmeans_nmi", "leiden_ari", "leiden_nmi", "leiden_clusters", "silhouette")
 
 
 _HIDDEN = plotting.HIDDEN | {"gene_pearson": "Pearson r, median gene"}

@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
-    "add_factors",
+    "add_result",
     "aligned",
     "as_dask",
     "as_matrix",
     "axes_of",
+    "counts_beside",
     "is_anndata",
+    "looks_like_counts",
     "match_names",
     "named",
     "refuse_logarithms",
@@ -38,6 +40,9 @@ __all__ = [
 ]
 
 _AXES = ("obs", "var")
+_LOOKED_AT = 1 << 10  # cells at the start, to see whether they are whole numbers
+_RUNS = 16  # in which those are, where any of them may have been changed
+_COUNTS = "counts"  # as `qc` calls the layer
 _IN_A_CHUNK = 1 << 22  # entries of what is cut for Dask
 
 
@@ -239,6 +244,35 @@ def as_dask(matrix: Any, name: str) -> da.Array:
     return da.from_array(held, chunks=(rows, -1), asarray=False).persist()  # goes to the workers once
 
 
+def looks_like_counts(matrix: ExpressionMatrix) -> bool:
+    """Tell whether the values of some cells, all over a matrix whose zeros are no values, are whole numbers."""
+    if matrix.observed == "finite":
+        return False
+    starts = {matrix.shape[0] * run // _RUNS for run in range(_RUNS)}
+    runs = (matrix.rows.read(start, min(start + _LOOKED_AT // _RUNS, matrix.shape[0])) for start in sorted(starts))
+    return not any(np.any(csr.data % 1) for csr in runs)
+
+
+def counts_beside(matrix: ExpressionMatrix, given: Any = None) -> ExpressionMatrix | None:
+    """Return layer counts of what a matrix is the X of, cut alike; None if there is no such layer.
+
+    Parameters
+    ----------
+    matrix
+        X of a store or an AnnData.
+    given
+        The AnnData.
+    """
+    if is_anndata(given) and matrix.origin is None:
+        beside = as_matrix(given, _COUNTS) if _COUNTS in given.layers else None
+    elif matrix.origin is not None and matrix.origin.layer is None and matrix.annotation is not None:
+        stored = f"layers/{_COUNTS}" in open_store(matrix.origin.path)
+        beside = as_matrix(matrix.origin.path, _COUNTS) if stored else None
+    else:
+        return None
+    return None if beside is None else beside.with_blocks(matrix.blocks)
+
+
 def refuse_logarithms(matrix: ExpressionMatrix, given: Any, layer: str | None) -> None:
     """Raise `InputError` if a matrix holds logarithms, by its values or by ``uns["log1p"]``, scanpy's mark of X.
 
@@ -293,23 +327,21 @@ def storable_annotation(matrix: ExpressionMatrix, listen: Listener) -> Expressio
     return matrix.annotated(Annotation(obs, var))
 
 
-def add_factors(
-    adata: anndata.AnnData, key: str, left: da.Array, right: NDArray[np.float32], notes: dict[str, Any]
+def add_result(
+    adata: anndata.AnnData, *, obsm: dict[str, da.Array], by_gene: dict[str, Any], uns: dict[str, Any]
 ) -> None:
-    """Put factors into an AnnData: ``obsm["X_" + key]``, ``varm[key]`` and ``uns[key]``.
-
-    The left factor is computed, unless the AnnData is lazy itself. A view becomes an AnnData of its own.
+    """Put a result into an AnnData. A view becomes an AnnData of its own.
 
     Parameters
     ----------
     adata
         To change.
-    key
-        Name.
-    left, right
-        Shapes ``(m, r)`` and ``(n, r)``.
-    notes
-        For ``uns``.
+    obsm
+        By name; computed, unless the AnnData is lazy itself.
+    by_gene
+        By name, for ``var`` if one-dimensional and else for ``varm``.
+    uns
+        By name.
     """
     import anndata
     import dask
@@ -317,6 +349,8 @@ def add_factors(
     lazy = not adata.isbacked and dask.is_dask_collection(adata.X)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", anndata.ImplicitModificationWarning)
-        adata.obsm[f"X_{key}"] = left if lazy else left.compute()
-        adata.varm[key] = right
-        adata.uns[key] = notes
+        for name, array in obsm.items():
+            adata.obsm[name] = array if lazy else array.compute()
+        for name, array in by_gene.items():
+            (adata.var if array.ndim == 1 else adata.varm)[name] = array
+        adata.uns.update(uns)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Annotation",
+    "AnnotationHere",
     "StoredAnnotation",
     "looks_like",
     "read_annotation",
@@ -25,6 +26,7 @@ __all__ = [
     "unique_names",
 ]
 
+_LOOKED_AT = 50_000  # names, to see what they are of
 _BARCODE = r"(?:^|[^A-Z])[ACGTN]{8,}(?:[^A-Z]|$)"
 _GENE_ID = r"^(?:ENS[A-Z]*G|FBGN|WBGENE)\d{6,}"
 _COMMON_GENES = frozenset("ACTB GAPDH B2M MALAT1 EEF1A1 TPT1 RPLP0 RPS6 UBC HSPA8 MT-CO1 PPIA TMSB4X FTL".split())
@@ -36,6 +38,13 @@ class Annotation(NamedTuple):
 
     obs: pd.DataFrame
     var: pd.DataFrame
+
+
+class AnnotationHere(Annotation):
+    """Data frames that stay in this process: None is what workers get."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 class StoredAnnotation(NamedTuple):
@@ -65,18 +74,19 @@ def read_annotation(place: StoredAnnotation | Annotation | None, axis: str, leng
     if element not in store:
         raise InputError(f"{path}: has no {element}; write the store again, with names of cells and genes")
     with readable(f"{path}:{element}"):
-        frame = _read_frame(path, store[element], element)
+        frame = _read_frame(path, store[element], element, length)
     if len(frame) != length:
         raise InputError(f"{path}: {element} has {len(frame)} rows, the matrix {length}; write the store again")
     frame.index = as_text(frame.index)
     return frame
 
 
-def _read_frame(path: str, stored: Any, element: str) -> pd.DataFrame:
+def _read_frame(path: str, stored: Any, element: str, length: int) -> pd.DataFrame:
     import anndata
 
     if hasattr(stored, "keys"):
         check_whole(f"{path}:{element}", stored)
+        _check_columns(f"{path}:{element}", stored, length)
         return anndata.io.read_elem(stored)
     adata = anndata.read_h5ad(path, backed="r")  # a table, as AnnData wrote before 0.7
     try:
@@ -84,6 +94,20 @@ def _read_frame(path: str, stored: Any, element: str) -> pd.DataFrame:
         return getattr(owner, axis).copy()
     finally:
         adata.file.close()
+
+
+def _check_columns(name: str, stored: Any, length: int) -> None:
+    """Refuse columns that do not say what they are, or that claim another length, before they are read."""
+    for key in stored:
+        column, values = stored[key], stored[key]
+        if key.startswith("__"):  # how AnnData once stored categories
+            continue
+        if hasattr(column, "keys"):
+            values = next((column[part] for part in ("codes", "values") if part in column), None)
+            if "encoding-type" not in column.attrs:
+                raise InputError(f"{name}/{key}: does not say what it is; the store is damaged, write it again")
+        if values is not None and values.shape[:1] != (length,):
+            raise InputError(f"{name}/{key}: has {values.shape} rows, the matrix {length}; write the store again")
 
 
 def symbols(var: pd.DataFrame) -> list[pd.Index]:
@@ -115,10 +139,11 @@ def looks_like(names: pd.Index) -> Literal["cells", "genes"] | None:
     """Tell barcodes from names or IDs of genes; None if they look like neither."""
     import pandas as pd
 
-    text = pd.Index([str(name).upper() for name in names], dtype=object)  # pandas 3 has no str for half a surrogate
+    upper = [str(name).upper() for name in names[:_LOOKED_AT]]
+    text = pd.Index(upper[:: max(1, len(upper) // 1000)], dtype=object)  # pandas 3 has no str for half a surrogate
     if text.str.contains(_BARCODE).mean() > 0.5:
         return "cells"
-    few = len(_COMMON_GENES.intersection(text)) < 3
+    few = len(_COMMON_GENES.intersection(upper)) < 3
     return None if few and text.str.contains(_GENE_ID).mean() < 0.5 else "genes"
 
 

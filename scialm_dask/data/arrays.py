@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
 import zarr
-from numcodecs import Zstd
+from numcodecs import Shuffle, Zstd
 from zarr.abc.store import RangeByteRequest
 from zarr.codecs import ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
@@ -41,10 +42,18 @@ _writing = threading.Lock()  # Zarr's configuration is one for all threads
 def new_array(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any) -> Any:
     """Create an array of an AnnData store, every chunk of which is written and has a checksum.
 
-    The checksum is Zstandard's own, which every program that reads Zarr compares.
+    The checksum is Zstandard's own, which every program that reads Zarr compares. In Zarr format 2 the bytes of numbers
+    are shuffled before: indices of genes are then compressed at four times the speed, and to less.
     """
+    filters: Any = [Shuffle(np.dtype(dtype).itemsize)] if group.metadata.zarr_format == 2 else "auto"
     array = group.create_array(
-        name, shape=shape, chunks=chunks, dtype=dtype, compressors=_checksummed(group), config=_EVERY_CHUNK
+        name,
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        filters=filters,
+        compressors=_checksummed(group, level=1),
+        config=_EVERY_CHUNK,
     )
     set_encoding(array, "array", "0.2.0")
     return array
@@ -85,7 +94,7 @@ def missing_chunks(array: Any) -> list[tuple[int, ...]]:
     """
     if not isinstance(array, zarr.Array):
         held = array.id.get_num_chunks() if array.chunks else n_chunks(array) * (array.id.get_storage_size() > 0)
-        return [(0,) * array.ndim] * min(n_chunks(array) - held, MOST_MISSING)  # HDF5 does not say which
+        return [(0,) * array.ndim] * min(n_chunks(array) - held, MOST_MISSING)
     grid, prefix = _grid(array), f"{array.path}/" if array.path else ""
     encode = array.metadata.encode_chunk_key
     if array.store.supports_listing:
@@ -135,8 +144,8 @@ def check_whole(name: str, node: Any, *, always: bool = False) -> None:
             )
 
 
-def _checksummed(group: zarr.Group) -> Any:
-    return (Zstd if group.metadata.zarr_format == 2 else ZstdCodec)(level=0, checksum=True)
+def _checksummed(group: zarr.Group, level: int = 0) -> Any:
+    return (Zstd if group.metadata.zarr_format == 2 else ZstdCodec)(level=level, checksum=True)
 
 
 def is_checksummed(array: zarr.Array[Any]) -> bool:

@@ -59,7 +59,7 @@ def _digest(path: str, elements: tuple[str, ...]) -> str | None:
             status = os.stat(file)
         except FileNotFoundError:
             continue  # between the listing and now: a change as well
-        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(f"{os.path.relpath(file, path)} {status.st_size} {status.st_mtime_ns}\n".encode())
         if os.path.basename(file) in _METADATA:
             with open(file, "rb") as opened:
                 digest.update(opened.read())

@@ -46,7 +46,7 @@ def locate(path: str, store: Any, layer: str | None, genome: str | None = None) 
     InputError
         If it is not there, or damaged.
     """
-    if not isinstance(store, zarr.Array) and is_10x_h5(store):
+    if is_10x_h5(store):
         return _in_10x_h5(path, store, layer, genome)
     if not isinstance(store, zarr.Array) and "row_attrs" in store and "matrix" in store:
         return _in_loom(path, store, layer)

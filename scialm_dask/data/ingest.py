@@ -111,10 +111,10 @@ def convert(
     if not sources:
         raise InputError("no source is given; give one at least")
     check_output(destination, overwrite=overwrite, sources=sources)
-    before = [Stamp.of(lasting(path)) for path in sources]
-    parts = []
+    before, parts = [], []
     for path in sources:
         with readable(path):
+            before.append(Stamp.of(lasting(path)))
             parts.append(_open(path, layer, genome, prefix, rows, missing_chunks_are_zeros))
     found = parts[0] if len(parts) == 1 else joined(parts, sample_names(sources), sample_key, join)
     advance = begin(listen, "converting")

@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import dask
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked, short_repr
-from scialm_dask.data.annotation import Annotation, StoredAnnotation, read_annotation
+from scialm_dask.data.annotation import Annotation, AnnotationHere, read_annotation
 from scialm_dask.data.fingerprint import Stamp
 from scialm_dask.data.formats import locate
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.rows import MemoryRows, Rows, StoredRows, blocks_of, check_chunks, sum_duplicates
+from scialm_dask.data.rows import MemoryRows, RenamedRows, Rows, StoredRows, blocks_of, check_chunks, sum_duplicates
 from scialm_dask.data.store import lasting, open_store, readable
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.temporary import check_seen, current_client, temporary_csr
@@ -180,13 +181,11 @@ class ExpressionMatrix:
             rows = _computed(matrix, name, observed)
             return cls(rows, blocks_of(rows, open_store(rows.path)["X"], blocks), observed)
         csr = sp.csr_matrix(held_array(_unmasked(matrix, observed), name))
-        cuts = RowBlocks.even(csr.shape[0], blocks) if blocks else RowBlocks.by_nonzeros(csr.indptr)
+        cuts = RowBlocks.by_nonzeros(csr.indptr, blocks)
         return cls(MemoryRows(csr, name), cuts, observed)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Annotation that has been read stays here; workers need only the rows.
-        place = self.annotation if isinstance(self.annotation, StoredAnnotation) else None
-        return type(self), (self.rows, self.blocks, self.observed, place)
+        return type(self), tuple(getattr(self, each.name) for each in fields(self))  # not what was read of obs and var
 
     @property
     def name(self) -> str:
@@ -226,11 +225,25 @@ class ExpressionMatrix:
         """Return the same matrix with this annotation of cells and genes."""
         return replace(self, annotation=annotation)
 
+    def of_genes(self, columns: NDArray[np.intp], n_genes: int) -> ExpressionMatrix:
+        """Return the same cells × other genes.
+
+        Parameters
+        ----------
+        columns
+            For each gene of this matrix its number among the others, or −1 if it is none of them.
+        n_genes
+            Number of the others; those that none here is are zero.
+        """
+        if np.array_equal(columns, np.arange(n_genes)):
+            return self
+        return replace(self, rows=RenamedRows(self.rows, columns, n_genes), annotation=None)
+
     def for_workers(self) -> ExpressionMatrix:
         """Return the same matrix, small enough to go into tasks.
 
         If a `distributed.Client` is in force, what is in memory is written to a temporary store, from which workers
-        read their blocks; see `temporary_csr`.
+        read their blocks; see `temporary_csr`. Names of cells and genes that are in memory stay in this process.
 
         Raises
         ------
@@ -239,11 +252,13 @@ class ExpressionMatrix:
         """
         if current_client() is None:
             return self
+        here = AnnotationHere(*self.annotation) if isinstance(self.annotation, Annotation) else self.annotation
         if not isinstance(self.rows, MemoryRows):
             check_seen(self.rows)
-            return self
+            return replace(self, annotation=here)
         csr = self.rows.matrix
-        return replace(self, rows=temporary_csr((csr[a:b] for a, b in self.blocks), csr.shape[1], csr.dtype, self.name))
+        rows = temporary_csr((csr[a:b] for a, b in self.blocks), csr.shape[1], csr.dtype, self.name)
+        return replace(self, rows=rows, annotation=here)
 
     def read_block(self, block: int, *, as_stored: bool = False) -> sp.csr_matrix:
         """Read one block.
@@ -267,7 +282,18 @@ class ExpressionMatrix:
             If a value is negative, NaN (under ``"nonzero"``) or infinite, or is not a number; or if the values are so
             large or small, beyond 1e15 or 1e-15, that they cannot be computed with.
         """
-        start, stop = self.blocks[block]
+        return self._read(*self.blocks[block], as_stored=as_stored)
+
+    def take(self, cells: slice | NDArray[np.intp]) -> sp.csr_matrix:
+        """Read some cells, given by a slice or by their numbers; see `read_block`."""
+        if isinstance(cells, slice):
+            cells = np.arange(self.shape[0])[cells]
+        ends = np.flatnonzero(np.diff(cells) != 1) + 1  # consecutive ones are read together
+        runs = [run for run in np.split(cells, ends) if len(run)]
+        parts = [self._read(int(run[0]), int(run[-1]) + 1) for run in runs]
+        return sp.vstack(parts, format="csr") if parts else sp.csr_matrix((0, self.shape[1]), dtype=np.float32)
+
+    def _read(self, start: int, stop: int, *, as_stored: bool = False) -> sp.csr_matrix:
         csr = self.rows.read(start, stop)
         if csr.dtype.kind not in "buif":
             raise InputError(f"{self.name}: values are of type {csr.dtype}, not numbers; convert them first")
@@ -293,7 +319,8 @@ class ExpressionMatrix:
         """Give the matrix as a Dask array of float32 CSR chunks, one for each block."""
         import dask.array as da
 
-        matrix, read = self.for_workers(), dask.delayed(ExpressionMatrix.read_block, pure=True)
+        read = dask.delayed(ExpressionMatrix.read_block, pure=True)
+        matrix = dask.delayed(self.for_workers(), pure=True, traverse=False)  # hashed once, not for every block
         meta = sp.csr_matrix((0, 0), dtype=np.float32)
         chunks = [
             da.from_delayed(read(matrix, block), shape=(stop - start, self.shape[1]), meta=meta)
@@ -315,9 +342,10 @@ class ExpressionMatrix:
         combine
             Called with two results of neighbouring blocks.
         """
+        matrix = self.for_workers()
 
         def task(block: int) -> T:
-            return visit(self.read_block(block), self.blocks[block][0])
+            return visit(matrix.read_block(block), matrix.blocks[block][0])
 
         parts = [dask.delayed(task)(block) for block in range(len(self.blocks))]
         return tree_reduce(parts, combine).compute()  # type: ignore[no-any-return]

@@ -19,6 +19,7 @@ from scialm_dask.errors import DoesNotFitError, InputError
 
 __all__ = [
     "MemoryRows",
+    "RenamedRows",
     "Rows",
     "StoredRows",
     "blocks_of",
@@ -196,6 +197,37 @@ def reordered(
     return _ReorderedRows(rows, blocks, cells, None if genes is None else np.argsort(genes))
 
 
+@dataclass(frozen=True)
+class RenamedRows:
+    """Rows with other columns: column j is number ``columns[j]`` of `n_columns`, or none of them if that is −1."""
+
+    rows: Rows
+    columns: NDArray[np.intp]
+    n_columns: int
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        return self.rows.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells × genes."""
+        return self.rows.shape[0], self.n_columns
+
+    @property
+    def n_stored(self) -> int:
+        """Number of stored values, the most that there can be."""
+        return self.rows.n_stored
+
+    def read(self, start: int, stop: int) -> sp.csr_matrix:
+        """Rows `start` to `stop`."""
+        coo = self.rows.read(start, stop).tocoo()
+        at = self.columns[coo.col]
+        some = at >= 0
+        return sp.csr_matrix((coo.data[some], (coo.row[some], at[some])), shape=(stop - start, self.n_columns))
+
+
 def _assemble(
     rows: StoredRows, data: NDArray[Any], indices: NDArray[Any], indptr: NDArray[np.int64], start: int
 ) -> sp.csr_matrix:
@@ -309,7 +341,7 @@ def blocks_of(rows: StoredRows, element: Any, blocks: int | None = None) -> RowB
         rows_in_chunk = chunks[1 if rows.transposed else 0]
         return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_width(n_cells, n_genes, rows_in_chunk)
     indptr = read_indptr(rows, element)
-    return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_nonzeros(indptr)
+    return RowBlocks.by_nonzeros(indptr, blocks)
 
 
 def read_indptr(rows: StoredRows, element: Any) -> NDArray[np.int64]:
@@ -340,7 +372,8 @@ def check_chunks(rows: StoredRows, element: Any, missing_are_zeros: bool) -> Non
         if gone and not _zeros_by_right(element, array, gone):
             count = f"{len(gone)}{'+' * (len(gone) == MOST_MISSING)}"
             name = array.name.rpartition("/")[2]
-            what = f"{rows.name}: {count} of {n_chunks(array)} chunks of {name} are missing, first {gone[0]}"
+            first = f", first {gone[0]}" if isinstance(array, zarr.Array) else ""  # HDF5 does not say which
+            what = f"{rows.name}: {count} of {n_chunks(array)} chunks of {name} are missing{first}"
             if rows.encoding == "array":
                 raise InputError(
                     f"{what}; restore them, or if they were all zeros pass --missing-chunks-are-zeros, to `scialm-dask "

@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 MARKERS = (".zgroup", ".zarray", "zarr.json")  # of a Zarr group or array
+_DEEPEST = 100  # groups in groups of an HDF5 file
 
 
 def open_store(path: str | os.PathLike[str]) -> Any:
@@ -102,9 +103,9 @@ def _why_unreadable(error: Exception) -> str:
         return "locked by a program that has it open for writing; close that first, or give a copy"
     if isinstance(error, MemoryError):
         return "needs more memory than there is, or its sizes are damaged; free some, or write it again"
-    if "filter" in cause and ("regist" in cause or "plugin" in cause or "directory" in cause):
+    if "required filter" in cause or "plugin" in cause:  # HDF5 looks for it in a folder of plug-ins
         return f"compressed by an HDF5 filter that is not installed ({cause}); write it again with gzip"
-    if "codec" in cause.lower():
+    if "codec" in f"{type(error).__name__} {cause}".lower() and not isinstance(error, UnicodeError):
         return f"stored by a codec that is not at hand ({cause}); write it again with a common one"
     if isinstance(error, FileNotFoundError):
         return f"{error.filename or 'a part'} is gone ({cause}); do not move or replace it meanwhile"
@@ -157,14 +158,23 @@ def _leads_out(path: str, _changed: int) -> str | None:
     """Name the first node of an HDF5 file that lies in another: by a link, as raw storage or as a virtual dataset."""
     import h5py
 
-    def look(name: str, link: Any) -> str | None:
-        if isinstance(link, h5py.ExternalLink):
-            return name
-        node = file[name] if isinstance(link, h5py.HardLink) else None
-        return name if isinstance(node, h5py.Dataset) and (node.external or node.is_virtual) else None
-
     with h5py.File(path, "r") as file:
-        return file.visititems_links(look)  # type: ignore[no-any-return]
+        waiting, seen = [("", file, 0)], set()
+        while waiting:
+            place, group, depth = waiting.pop()
+            if depth > _DEEPEST:
+                raise InputError(f"{path}:{place[:40]}…: groups in groups, more than {_DEEPEST}; take them out first")
+            for key in group:
+                name, link = f"{place}/{key}".lstrip("/"), group.get(key, getlink=True)
+                if isinstance(link, h5py.ExternalLink):
+                    return name
+                node = group[key] if isinstance(link, h5py.HardLink) else None
+                if isinstance(node, h5py.Dataset) and (node.external or node.is_virtual):
+                    return name
+                if isinstance(node, h5py.Group) and node not in seen:
+                    seen.add(node)
+                    waiting.append((name, node, depth + 1))
+    return None
 
 
 @contextmanager

@@ -82,22 +82,27 @@ class _Appender:
         self._array = new_array(group, name, (0,), (chunk,), dtype)
         self._chunk = chunk
         self._waiting: list[np.ndarray[Any, Any]] = []
-        self._n_waiting = 0
 
     def append(self, values: np.ndarray[Any, Any]) -> None:
-        self._waiting.append(np.array(values, dtype=self._array.dtype))
-        self._n_waiting += len(values)
-        if self._n_waiting >= self._chunk:
-            self._write(self._n_waiting - self._n_waiting % self._chunk)
+        values = np.asarray(values, self._array.dtype)
+        if self._waiting:
+            missing = self._chunk - sum(map(len, self._waiting))
+            self._waiting.append(values[:missing].copy())
+            values = values[missing:]
+            if len(self._waiting[-1]) == missing:
+                self.close()
+        whole = len(values) - len(values) % self._chunk
+        self._write(values[:whole])
+        if whole < len(values):
+            self._waiting.append(values[whole:].copy())
 
     def close(self) -> None:
-        self._write(self._n_waiting)
+        if self._waiting:
+            self._write(np.concatenate(self._waiting))
+            self._waiting = []
 
-    def _write(self, count: int) -> None:
-        values = np.concatenate(self._waiting) if self._waiting else np.empty(0, self._array.dtype)
-        if count:
+    def _write(self, values: np.ndarray[Any, Any]) -> None:
+        if len(values):
             start = self._array.shape[0]
-            self._array.resize((start + count,))
-            self._array[start : start + count] = values[:count]
-        self._waiting = [values[count:].copy()]
-        self._n_waiting -= count
+            self._array.resize((start + len(values),))
+            self._array[start:] = values

@@ -18,7 +18,6 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, silent
 from scialm_dask.imputation import Imputation
-from scialm_dask.linalg.kernels import Block, sampled_product
 from scialm_dask.reduction import tree_reduce
 
 if TYPE_CHECKING:
@@ -317,12 +316,13 @@ def score_held_out(
 
 
 def _pieces(result: Imputation, blocks: RowBlocks) -> list[Any]:
-    """Give the result of each block of cells: X, which is cut so, or else the factors."""
+    """Give the result of each block of cells: X, which is cut so, or else what makes it."""
     if result.X is not None:
         read, stored = dask.delayed(ExpressionMatrix.read_block), dask.delayed(result.X, traverse=False)
         return [read(stored, block) for block in range(len(blocks))]
-    right = dask.delayed(result.right)
-    return [(left, right) for left in result.left.rechunk((blocks.sizes, -1)).to_delayed().ravel()]
+    estimate = dask.delayed(result.estimate, traverse=False)
+    lefts = result.left.rechunk((blocks.sizes, -1)).to_delayed().ravel()
+    return [(estimate, left, slice(*cells)) for left, cells in zip(lefts, blocks, strict=True)]
 
 
 def _add(one: tuple[Scores, Scores], other: tuple[Scores, Scores]) -> tuple[Scores, Scores]:
@@ -334,8 +334,8 @@ def _scores_of_block(
 ) -> tuple[Scores, Scores]:
     csr = held_out.read_block(block)
     if isinstance(piece, tuple):
-        entries = Block(csr.indptr, csr.indices, csr.data, csr.shape[1])
-        imputed = np.maximum(sampled_product(entries, *map(np.ascontiguousarray, piece)), 0)
+        estimate, left, cells = piece
+        imputed = estimate.at(csr, left, estimate.counts_of(cells))
     else:
         imputed = np.asarray(piece[row_of(csr), csr.indices] if csr.nnz else (), np.float32).ravel()
     pairs = ((x, csr.data, csr.indices, csr.shape[1]) for x in (imputed, means[csr.indices]))

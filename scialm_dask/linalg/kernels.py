@@ -20,14 +20,15 @@ from scialm_dask.linalg.sparse_products import sddmm, spmm, spmm_t
 __all__ = [
     "Block",
     "BlockState",
+    "Halves",
     "PassInputs",
     "ReleaseHeldOut",
     "Sums",
     "Update",
     "add_product",
+    "compare_halves",
     "gram",
     "product",
-    "quadratic",
     "sampled_product",
     "visit",
 ]
@@ -41,7 +42,6 @@ _jit = compiled(boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz
 _DENSE_FROM = 0.5  # density from which BLAS on dense panels beats the sparse loops, with 128 columns and more clearly
 PANEL_VALUES = 4_000_000  # of a dense panel: 16 MB
 _TALL_ROWS = 1024  # of a panel of a tall matrix
-_TERM_VALUES = 1 << 18  # of a panel of products: 2 MB in float64, of which a few are in use
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,12 @@ class Block:
         Their values d, float32, shape ``(N,)``.
     n_columns
         Number of columns (n).
-    confidence
-        α of the rows, float32, shape ``(m,)``, where zeros are trusted with ω = αβᵀ; None for ones.
     """
 
     indptr: NDArray[np.integer]
     indices: NDArray[np.int32]
     observed: Floats
     n_columns: int
-    confidence: Floats | None = None
 
     @property
     def n_rows(self) -> int:
@@ -75,6 +72,30 @@ class Block:
     def is_dense(self) -> bool:
         """Whether dense panels are the faster way."""
         return len(self.indices) >= _DENSE_FROM * self.n_rows * self.n_columns
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Two independent measurements of a row block, on one CSR pattern.
+
+    Parameters
+    ----------
+    indptr, indices
+        CSR pattern, shapes ``(m + 1,)`` and ``(N,)``.
+    train, test
+        Values of either, float32, shape ``(N,)``; zeros among them.
+    size
+        h, one number for each row that both are predicted to grow with, float32, shape ``(m,)``.
+    n_columns
+        Number of columns (n).
+    """
+
+    indptr: NDArray[np.integer]
+    indices: NDArray[np.int32]
+    train: Floats
+    test: Floats
+    size: Floats
+    n_columns: int
 
 
 @dataclass(frozen=True)
@@ -119,7 +140,7 @@ class Update:
 class ReleaseHeldOut:
     """How held-out entries become observed ones: with the estimate they would have, had A always been as it is.
 
-    The multiplier update then makes w = a + (1 + t + … + tᵏ)(d − a), with t = (1 − ω)/ρ.
+    The multiplier update then makes w = a + (1 + t + … + tᵏ)(d − a), with t = 1/ρ.
 
     Parameters
     ----------
@@ -137,21 +158,14 @@ class ReleaseHeldOut:
 class PassInputs:
     """What a pass carries to every block.
 
-    Off the observed entries W is (1 − ω) A, with ω = αβᵀ the confidence in zeros: still of low rank, L Rᵀ, with
-    R = (1 − β) V if all α are one, else L = [U, αU] and R = [V, −βV]. Without confidence L = U and R = V.
-
     Parameters
     ----------
     right
         V, float32, shape ``(n, r)``, of the A that is in force in this pass (after `step`).
-    spread
-        R, float32, shape ``(n, r)`` or ``(n, 2r)``.
-    confidence
-        β of the columns, float32, shape ``(n,)``; None where zeros are not trusted.
     basis
         Q, float32, shape ``(n, l)``, or None when only the step is to be taken.
     overlap
-        RᵀQ, float32, or None.
+        VᵀQ, float32, or None.
     step
         Taken before the products, or None.
     give_back
@@ -159,8 +173,6 @@ class PassInputs:
     """
 
     right: Floats
-    spread: Floats
-    confidence: Floats | None = None
     basis: Floats | None = None
     overlap: Floats | None = None
     step: Update | None = None
@@ -170,7 +182,7 @@ class PassInputs:
 class Sums(NamedTuple):
     """What the blocks of a group give back, added up.
 
-    ``sparse_cross`` is Sᵀ W Q (n × l), ``left_cross`` Lᵀ W Q, ``gram`` (W Q)ᵀ W Q (l × l); then sums over the
+    ``sparse_cross`` is Sᵀ W Q (n × l), ``left_cross`` Uᵀ W Q, ``gram`` (W Q)ᵀ W Q (l × l); then sums over the
     entries, after the step: (d − a)² over the observed ones, (d − a)² over the held-out ones.
     """
 
@@ -182,7 +194,7 @@ class Sums(NamedTuple):
 
 
 def visit(block: Block, state: BlockState, view: PassInputs, total: Sums | None = None) -> tuple[BlockState, Sums]:
-    """Do all that a pass asks of one block: take the step, then multiply W = L Rᵀ + S with the basis.
+    """Do all that a pass asks of one block: take the step, then multiply W = U Vᵀ + S with the basis.
 
     Returns the new state and the sums, added to those of the blocks before in `total`, whose arrays are used for it.
     The block and its state are not changed, so that a task can be run again.
@@ -190,38 +202,36 @@ def visit(block: Block, state: BlockState, view: PassInputs, total: Sums | None 
     misfit = held_out = 0.0
     if view.step is not None:
         state = replace(state, left=state.sketch @ view.step.rotation)
-    sparse, trust = sampled_product(block, state.left, view.right), _trust(block, view)
+    sparse = sampled_product(block, state.left, view.right)
     if view.give_back is not None:
-        state = replace(state, estimate=_given_back(block.observed, state.estimate, trust, sparse, view.give_back))
+        state = replace(state, estimate=_given_back(block.observed, state.estimate, sparse, view.give_back))
     if view.step is not None:
         estimate = np.empty_like(state.estimate)
         growth, ratio = np.float32(view.step.growth), np.float32(view.step.ratio)
-        misfit, held_out = _advance(block.observed, state.estimate, growth, ratio, trust, sparse, estimate)
+        misfit, held_out = _advance(block.observed, state.estimate, growth, ratio, sparse, estimate)
         state = replace(state, estimate=estimate)
     else:
-        _sparse_part(state.estimate, trust, sparse)
+        _sparse_part(state.estimate, sparse)
     total = total or _no_sums(view)
     total = total._replace(misfit=total.misfit + misfit, held_out=total.held_out + held_out)
     if view.basis is None or view.overlap is None:
         return state, total
-    left = _spread_left(block, state.left, view)
-    sketch = left @ view.overlap
+    sketch = state.left @ view.overlap
     if block.is_dense:
         _dense_products(block, sparse, view.basis, sketch, total.sparse_cross)
     else:
         spmm(block.indptr, block.indices, sparse, view.basis, sketch)
         spmm_t(block.indptr, block.indices, sparse, sketch, total.sparse_cross)
     wide = sketch.astype(np.float64)
-    np.add(total.left_cross, left.T.astype(np.float64) @ wide, out=total.left_cross)
+    np.add(total.left_cross, state.left.T.astype(np.float64) @ wide, out=total.left_cross)
     np.add(total.gram, wide.T @ wide, out=total.gram)
     return replace(state, sketch=sketch), total
 
 
 def _no_sums(view: PassInputs) -> Sums:
     width = 0 if view.basis is None else view.basis.shape[1]
-    n = view.spread.shape[0] if width else 0
-    cross, left_cross = np.zeros((n, width), np.float32), np.zeros((view.spread.shape[1] if width else 0, width))
-    return Sums(cross, left_cross, np.zeros((width, width)), 0.0, 0.0)
+    n, rank = view.right.shape if width else (0, 0)
+    return Sums(np.zeros((n, width), np.float32), np.zeros((rank, width)), np.zeros((width, width)), 0.0, 0.0)
 
 
 def sampled_product(block: Block, left: Floats, right: Floats) -> Floats:
@@ -234,41 +244,24 @@ def sampled_product(block: Block, left: Floats, right: Floats) -> Floats:
     return values
 
 
-def _trust(block: Block, view: PassInputs) -> Floats:
-    """1 − ω at the observed entries: how far W may leave zero there."""
-    if view.confidence is None:
-        return np.broadcast_to(np.float32(1), block.observed.shape)
-    omega = view.confidence[block.indices]
-    if block.confidence is not None:
-        omega *= np.repeat(block.confidence, np.diff(block.indptr))
-    return np.subtract(1, omega, dtype=np.float32)
-
-
-def _spread_left(block: Block, left: Floats, view: PassInputs) -> Floats:
-    """L, of which and R the low-rank part of W is made."""
-    if view.confidence is None or block.confidence is None:
-        return left
-    return np.hstack([left, block.confidence[:, None] * left])
-
-
-def _given_back(observed: Floats, estimate: Floats, trust: Floats, a: Floats, how: ReleaseHeldOut) -> Floats:
+def _given_back(observed: Floats, estimate: Floats, a: Floats, how: ReleaseHeldOut) -> Floats:
     hidden = np.flatnonzero(np.isnan(estimate))
-    weight = sum((trust[hidden] * np.float32(how.ratio)) ** k for k in range(how.steps + 1))
+    weight = np.float32(sum(how.ratio**k for k in range(how.steps + 1)))
     estimate = estimate.copy()
     estimate[hidden] = a[hidden] + weight * (observed[hidden] - a[hidden])
     return estimate
 
 
 def project(block: Block, left: Floats, sparse: Floats, vectors: Floats) -> tuple[Floats, Doubles]:
-    """Compute SᵀY and LᵀY, of which WᵀY is made, for the block's rows Y of some vectors."""
+    """Compute SᵀY and UᵀY, of which WᵀY is made, for the block's rows Y of some vectors."""
     cross = np.zeros((block.n_columns, vectors.shape[1]), np.float32)
     spmm_t(block.indptr, block.indices, sparse, vectors, cross)
     return cross, left.T.astype(np.float64) @ vectors
 
 
 def column_gram(block: Block, state: BlockState, view: PassInputs) -> tuple[Doubles, Doubles, Doubles]:
-    """LᵀL, LᵀS and SᵀS (n × n), float64, of which WᵀW is made."""
-    left, sparse = left_and_sparse(block, state, view)
+    """Return UᵀU, UᵀS and SᵀS (n × n), float64, of which WᵀW is made."""
+    left, sparse = state.left, sparse_part(block, state, view)
     cross = np.zeros((block.n_columns, left.shape[1]), np.float32)
     spmm_t(block.indptr, block.indices, sparse, left, cross)
     gram = np.zeros((block.n_columns, block.n_columns))
@@ -279,9 +272,9 @@ def column_gram(block: Block, state: BlockState, view: PassInputs) -> tuple[Doub
 
 
 class RowHalf(NamedTuple):
-    """What a row block brings to WWᵀ = P Lᵀ + L Pᵀ + S Sᵀ, where P = S R + ½ L RᵀR.
+    """What a row block brings to WWᵀ = P Uᵀ + U Pᵀ + S Sᵀ, where P = S V + ½ U VᵀV.
 
-    L and P, float32 and float64 with m rows, and S at the observed entries, float32.
+    U and P, float32 and float64 with m rows, and S at the observed entries, float32.
     """
 
     left: Floats
@@ -290,10 +283,10 @@ class RowHalf(NamedTuple):
 
 
 def row_half(block: Block, state: BlockState, view: PassInputs, core: Doubles) -> RowHalf:
-    """Prepare a block for `row_gram`; `core` is RᵀR."""
-    left, sparse = left_and_sparse(block, state, view)
-    sparse_right = np.zeros((block.n_rows, view.spread.shape[1]), np.float32)
-    spmm(block.indptr, block.indices, sparse, view.spread, sparse_right)
+    """Prepare a block for `row_gram`; `core` is VᵀV."""
+    left, sparse = state.left, sparse_part(block, state, view)
+    sparse_right = np.zeros((block.n_rows, view.right.shape[1]), np.float32)
+    spmm(block.indptr, block.indices, sparse, view.right, sparse_right)
     mixed = left @ (core / 2)
     mixed += sparse_right
     return RowHalf(left, mixed, sparse)
@@ -314,32 +307,29 @@ def row_gram(blocks: tuple[Block, Block], halves: tuple[RowHalf, RowHalf]) -> Do
     return gram
 
 
-def left_and_sparse(block: Block, state: BlockState, view: PassInputs) -> tuple[Floats, Floats]:
-    """Give L, and S at the observed entries, of which and R the block's W = L Rᵀ + S is made."""
+def sparse_part(block: Block, state: BlockState, view: PassInputs) -> Floats:
+    """Return S at the observed entries, where this block's W = U Vᵀ + S."""
     sparse = sampled_product(block, state.left, view.right)
-    _sparse_part(state.estimate, _trust(block, view), sparse)
-    return _spread_left(block, state.left, view), sparse
+    _sparse_part(state.estimate, sparse)
+    return sparse
 
 
-def quadratic(block: Block, left: Floats, view: PassInputs) -> tuple[Doubles, Doubles, Doubles, float]:
-    """Sum up what a least-squares fit of A's singular values needs.
+def compare_halves(halves: Halves, left: Floats) -> tuple[Floats, Doubles, float]:
+    """Sum up what one half of a block tells of the other, where `left` is U, shape ``(m, l)``.
 
-    With p_i the column i of `left` times column i of V, at the observed entries: Σ d p_i; Σ (1 − ω) p_i p_j; and
-    Σ α left_i left_j over the rows, for the sum of ω p_i p_j over all entries. Last, Σ d².
+    Returns
+    -------
+    tuple
+        UᵀT, as float32 of shape ``(n, l)``; for each column Σ st, Σ s², Σ t², Σ hs and Σ ht over the rows, float64 of
+        shape ``(5, n)``, with s and t the entries of train and test; Σ h².
     """
-    trust, rank = _trust(block, view), left.shape[1]
-    linear, square, squares = np.zeros(rank), np.zeros((rank, rank)), 0.0
-    rows = np.repeat(np.arange(block.n_rows), np.diff(block.indptr))
-    step = max(1, _TERM_VALUES // max(1, rank))
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        terms = (left[rows[part]] * view.right[block.indices[part]]).astype(np.float64)
-        observed = block.observed[part].astype(np.float64)
-        squares += float(observed @ observed)
-        linear += observed @ terms
-        square += terms.T @ (trust[part, None] * terms)
-    weighted = left if block.confidence is None else block.confidence[:, None] * left
-    return linear, square, left.T.astype(np.float64) @ weighted, squares
+    cross = np.zeros((halves.n_columns, left.shape[1]), np.float32)
+    spmm_t(halves.indptr, halves.indices, halves.test, np.ascontiguousarray(left), cross)
+    s, t, h = halves.train, halves.test, np.repeat(halves.size, np.diff(halves.indptr))
+    by_column = np.zeros((5, halves.n_columns))
+    for total, (one, other) in zip(by_column, ((s, t), (s, s), (t, t), (h, s), (h, t)), strict=True):
+        total += np.bincount(halves.indices, np.multiply(one, other, dtype=np.float64), halves.n_columns)
+    return cross, by_column, float(np.square(halves.size, dtype=np.float64).sum())
 
 
 def gram(tall: Floats) -> Doubles:
@@ -391,10 +381,10 @@ def _dense_products(block: Block, sparse: Floats, basis: Floats, sketch: Floats,
 
 
 @_jit
-def _advance(observed, estimate, growth, ratio, trust, a, new):  # type: ignore[no-untyped-def]
-    """Take w ← d + (1 − ω)(w − a)/ρ; `a` becomes the sparse part of W. Returns the sums of (d − a)².
+def _advance(observed, estimate, growth, ratio, a, new):  # type: ignore[no-untyped-def]
+    """Take w ← d + (w − a)/ρ; `a` becomes the sparse part of W. Returns the sums of (d − a)².
 
-    An entry that is held out belongs to A alone, whatever zeros are trusted with.
+    An entry that is held out belongs to A alone.
     """
     misfit = held_out = 0.0
     for k in range(len(observed)):
@@ -402,21 +392,21 @@ def _advance(observed, estimate, growth, ratio, trust, a, new):  # type: ignore[
         w = growth * estimate[k]
         if w == w:
             misfit += np.float64(gap) * np.float64(gap)
-            w = observed[k] + trust[k] * (w - a[k]) * ratio
+            w = observed[k] + (w - a[k]) * ratio
             new[k] = w
-            a[k] = w - trust[k] * a[k]
+            a[k] = w - a[k]
         else:
             held_out += np.float64(gap) * np.float64(gap)
             new[k] = w
-            a[k] -= trust[k] * a[k]
+            a[k] = np.float32(0)
     return misfit, held_out
 
 
 @_jit
-def _sparse_part(estimate, trust, a):  # type: ignore[no-untyped-def]
+def _sparse_part(estimate, a):  # type: ignore[no-untyped-def]
     for k in range(len(estimate)):
         w = estimate[k]
-        a[k] = (w if w == w else a[k]) - trust[k] * a[k]
+        a[k] = w - a[k] if w == w else np.float32(0)
 
 
 @_jit

@@ -53,7 +53,7 @@ class LowRankPlusSparse:
     ----------
     source
         Hands out the blocks. If it has ``weights``, a number for each block in proportion to its entries, work is
-        shared out by those, else by rows.
+        shared out by those, else by rows; if it has ``part``, tasks get what that returns for the numbers of theirs.
     store
         Keeps the blocks, as they were read once, and their working state.
     on_pass
@@ -92,12 +92,10 @@ class LowRankPlusSparse:
         self._weights: Sequence[float] = getattr(source, "weights", np.diff(source.bounds).tolist())
         self._groups = placement(self._weights)
         self._store = store
-        self._confidence = source.column_confidence
-        self._row_confidence = source.has_row_confidence
         self._right = np.zeros((self.shape[1], 0), np.float32)
         self._versions: dict[str, int] = dict.fromkeys(("estimate", "left", "sketch"), 0)
         self._best: _Kept | None = None
-        self._source: Delayed | None = _shipped(source)  # until it has been read
+        self._source: BlockSource | None = source  # until it has been read
         self._blocks: list[Any] = [Records() for _ in self._groups]
         self._states: list[Any] = [Records() for _ in self._groups]
         self._observations: Observations | None = None
@@ -114,11 +112,6 @@ class LowRankPlusSparse:
     def size(self) -> float:
         """Number of entries, mn."""
         return float(self.shape[0]) * self.shape[1]
-
-    @property
-    def zeros_unknown(self) -> bool:
-        """Whether entries that are not observed are free."""
-        return self._confidence is None
 
     @property
     def right(self) -> Floats:
@@ -149,7 +142,7 @@ class LowRankPlusSparse:
             Make held-out entries observed ones.
         """
         view = self._view(right)
-        overlap = None if basis is None else view.spread.T @ basis
+        overlap = None if basis is None else view.right.T @ basis
         view = replace(view, basis=basis, overlap=overlap, step=step, give_back=give_back)
         changes = {"sketch"} if basis is not None else set()
         changes |= {"estimate", "left"} if step is not None else set()
@@ -160,7 +153,7 @@ class LowRankPlusSparse:
         self._right = view.right
         cross = sums.sparse_cross.astype(np.float64)
         if cross.size:
-            kernels.add_product(cross, view.spread, sums.left_cross)
+            kernels.add_product(cross, view.right, sums.left_cross)
         return Product(cross, sums.gram, sums.misfit, sums.held_out)
 
     def reduce(self, kernel: Callable[..., Any], *arguments: Any) -> Any:
@@ -190,24 +183,24 @@ class LowRankPlusSparse:
             sums = at_home(self._groups, lambda g: project(self._store, self._blocks[g], parts[g], *rows[g]))  # noqa: B023
             (total,) = execute([sum_of_groups(self._groups, tasks.add, sums)], dask.compute)
             cross[:, some] = total[0]
-            kernels.add_product(cross[:, some], view.spread, total[1])
+            kernels.add_product(cross[:, some], view.right, total[1])
         return cross
 
     def column_gram(self) -> Doubles:
         """WᵀW, shape ``(n, n)``, when columns are the short side. One pass."""
         view = self._view()
         left_gram, cross, sparse_gram = self.reduce(tasks.column_gram, view)
-        right = view.spread.astype(np.float64)
+        right = view.right.astype(np.float64)
         gram = right @ cross
         gram += gram.T
         gram += sparse_gram
-        kernels.add_product(gram, view.spread, left_gram @ right.T)
+        kernels.add_product(gram, view.right, left_gram @ right.T)
         return gram  # type: ignore[no-any-return]
 
     def row_gram(self) -> Doubles:
         """WWᵀ, shape ``(m, m)``, when rows are the short side: a task for each pair of groups. One pass."""
         view = self._view()
-        halves = self._pass(tasks.reduce, tasks.row_half, view, kernels.gram(view.spread), together=False)
+        halves = self._pass(tasks.reduce, tasks.row_half, view, kernels.gram(view.right), together=False)
         pair, groups = dask.delayed(tasks.row_gram), range(len(self._groups))
         pairs = [(g, h) for g in groups for h in groups[g:]]
         blocks = self._blocks
@@ -218,29 +211,6 @@ class LowRankPlusSparse:
             gram[rows, columns] = tile
             gram[columns, rows] = tile.T
         return gram
-
-    def quadratic(
-        self, other: BlockSource | None = None, columns: Floats | None = None
-    ) -> tuple[Doubles, Doubles, float]:
-        """Give g and H, shapes ``(r,)`` and ``(r, r)``, and s = ‖D‖² of the fit of A diag-scaled by c.
-
-        It minimises cᵀHc − 2gᵀc + s = Σ_Ω (d − a)² + Σ_rest ω a², with A = U diag(c) Vᵀ in force. One pass.
-
-        Parameters
-        ----------
-        other
-            Take d, Ω and ω of these blocks instead, cut as these are.
-        columns
-            Multiply the columns of A by these numbers first, shape ``(n,)``.
-        """
-        right = self._right if columns is None else columns[:, None] * self._right
-        confidence = self._confidence if other is None else other.column_confidence
-        view = replace(self._view(), right=right, confidence=confidence)
-        source = None if other is None else _shipped(other)
-        linear, square, rows, squares = self.reduce(tasks.quadratic, source, view)
-        if confidence is not None:
-            square = square + rows * (right.T.astype(np.float64) @ (confidence[:, None] * right))
-        return linear, square, squares
 
     def keep(self) -> None:
         """Remember the A in force, and W, as the best so far; `factors` gives that A back."""
@@ -271,11 +241,19 @@ class LowRankPlusSparse:
         if self._best is None:
             self.keep()
         assert self._best is not None
-        get, lefts = dask.delayed(tasks.get_left), {}
-        for group, states in zip(self._groups, self._best.states, strict=True):
+        return self._by_block(tasks.get_left, self._best.states), self._best.right
+
+    def sketched(self, rotation: Doubles) -> list[Delayed]:
+        """Return the last sketch times `rotation`: for each block a delayed float32 array of its rows. No pass."""
+        return self._by_block(tasks.sketched, self._states, dask.delayed(rotation.astype(np.float32), traverse=False))
+
+    def _by_block(self, function: Callable[..., Floats], states: list[Any], *arguments: Any) -> list[Delayed]:
+        """Apply a function lazily to the state of each block."""
+        apply, made = dask.delayed(function), {}
+        for group, held in zip(self._groups, states, strict=True):
             for b in group.blocks:
-                lefts[b] = get(self._store, tasks.pick(states, (b,)) if self._store.durable else states, b)
-        return [lefts[b] for b in range(self.n_blocks)], self._best.right
+                made[b] = apply(self._store, tasks.pick(held, (b,)) if self._store.durable else held, b, *arguments)
+        return [made[b] for b in range(self.n_blocks)]
 
     def release(self) -> None:
         """Forget the blocks and all that is known of them."""
@@ -369,7 +347,8 @@ class LowRankPlusSparse:
 
         def visit(g: int) -> Delayed:
             held, numbers = (self._blocks[g], self._states[g]), self._groups[g].blocks
-            return run(self._store, source, numbers, held, number, without, kernel, shared[g], *own[g])
+            part = None if source is None else _shipped(source, numbers)
+            return run(self._store, part, numbers, held, number, without, kernel, shared[g], *own[g])
 
         parts, fresh = at_home(self._groups, visit), source is not None
         blocks, states, total, observed = self._settled(parts, fresh, fresh or bool(changes), together)
@@ -408,13 +387,8 @@ class LowRankPlusSparse:
             self._versions[name] = number
 
     def _view(self, right: Floats | None = None) -> PassInputs:
-        """Make what a pass carries, without a basis; `right` is that of a new A."""
-        right, beta = self._right if right is None else right, self._confidence
-        if beta is None:
-            return PassInputs(right, right)
-        if self._row_confidence:
-            return PassInputs(right, np.hstack([right, -beta[:, None] * right]), beta)
-        return PassInputs(right, (1 - beta)[:, None] * right, beta)
+        """Return what a pass carries, without a basis; `right` is that of a new A."""
+        return PassInputs(self._right if right is None else right)
 
     def _rows(self, rows: Floats | None) -> list[tuple[Records, ...]]:
         """Give the rows of the blocks of each group, by block."""
@@ -446,5 +420,7 @@ class LowRankPlusSparse:
         return function if self._store.durable else dask.delayed(function)
 
 
-def _shipped(source: BlockSource) -> Delayed:
+def _shipped(source: BlockSource, blocks: tuple[int, ...]) -> Delayed:
+    if hasattr(source, "part"):
+        source = source.part(blocks)
     return dask.delayed(source, name=f"source-{uuid.uuid4().hex[:12]}", traverse=False)

@@ -1,10 +1,8 @@
-"""One small problem for each row: regularised least squares on its entries, with the right factor given.
+"""Regularised least squares for each row, on its entries alone, with the right factor given.
 
-A row with observed values d at columns Ω, zeros elsewhere that are trusted as far as ω says, column by column, and
-prior mean μ and precision P (r × r), has the left factor
+A row with observed values d at columns Ω, prior mean μ and precision P (r × r), has the left factor
 
-    u = argmin  Σ_Ω (d − u·v)² + Σ_rest ω (u·v)² + (u − μ)ᵀ P (u − μ)
-      = (Vᵀdiag(ω)V + Σ_Ω (1 − ω) v vᵀ + P)⁻¹ (V_Ωᵀd + Pμ)
+    u = argmin  Σ_Ω (d − u·v)² + (u − μ)ᵀ P (u − μ)  =  (V_ΩᵀV_Ω + P)⁻¹ (V_Ωᵀd + Pμ)
 
 Each row costs O(|Ω| r² + r³). Float64 throughout; the interpreter lock is released.
 """
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 from scialm_dask.linalg.compiled import compiled
 from scialm_dask.linalg.kernels import Doubles, Floats
 
-__all__ = ["RightFactor", "RowProblems", "column_minima", "cross_validation", "leave_one_out", "solve_rows"]
+__all__ = ["RowProblems", "column_minima", "leave_one_out", "solve_rows"]
 
 _jit = compiled(boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
 
@@ -34,69 +32,30 @@ class RowProblems(NamedTuple):
     values: Floats
 
 
-class RightFactor(NamedTuple):
-    """V and what follows from it and ω, the same for all rows.
-
-    V and (1 − ω) V, ``(n, r)``, and Vᵀdiag(ω)V, ``(r, r)``, float64; and the number of columns where ω is not zero.
-    """
-
-    right: Doubles
-    lighter: Doubles
-    gram: Doubles
-    n_trusted: int
-
-    @classmethod
-    def of(cls, right: Floats, confidence: Floats | None = None) -> RightFactor:
-        """Prepare V.
-
-        Parameters
-        ----------
-        right
-            V, shape ``(n, r)``.
-        confidence
-            ω of zeros, shape ``(n,)``; None where they are unknown.
-        """
-        wide = right.astype(np.float64)
-        if confidence is None:
-            return cls(wide, wide, np.zeros((right.shape[1],) * 2), 0)
-        trusted = confidence[:, None] * wide
-        return cls(wide, wide - trusted, wide.T @ trusted, int(np.count_nonzero(confidence)))
-
-
-def solve_rows(rows: RowProblems, factor: RightFactor, precision: Doubles, mean: Doubles) -> Floats:
-    """Left factors, float32, shape ``(m, r)``.
+def solve_rows(rows: RowProblems, right: Floats, precision: Doubles, mean: Doubles) -> Floats:
+    """Return left factors, float32, of shape ``(m, r)``.
 
     Parameters
     ----------
     rows
         What was observed.
-    factor
-        V and ω.
+    right
+        V, shape ``(n, r)``.
     precision, mean
         Of the prior: P, symmetric positive definite, ``(r, r)``, and μ, ``(r,)``.
     """
-    left = np.empty((len(rows.indptr) - 1, factor.right.shape[1]), np.float32)
-    _solve_rows(*rows, factor.right, factor.lighter, factor.gram + precision, precision @ mean, left)
+    left = np.empty((len(rows.indptr) - 1, right.shape[1]), np.float32)
+    _solve_rows(*rows, right.astype(np.float64), precision, precision @ mean, left)
     return left
 
 
-def cross_validation(rows: RowProblems, factor: RightFactor, precision: Doubles, mean: Doubles) -> float:
-    """Error with which rows predict entries that they have not seen, by generalised cross-validation.
-
-    Takes what `solve_rows` takes. Each row's misfit, zeros included, is divided by (1 − p/n)², with p = r − tr(A⁻¹P)
-    the parameters in use, A the matrix that is inverted, and n the number of columns where ω is not zero.
-    """
-    right, lighter, gram, n_trusted = factor
-    return float(_cross_validation(*rows, right, lighter, gram, precision, precision @ mean, n_trusted))
-
-
-def leave_one_out(rows: RowProblems, factor: RightFactor, precision: Doubles, mean: Doubles) -> float:
-    """Sum of (d − u·v)² over the observed entries, each predicted from the others of its row; zeros are unknown.
+def leave_one_out(rows: RowProblems, right: Floats, precision: Doubles, mean: Doubles) -> float:
+    """Return the sum of (d − u·v)² over the observed entries, each predicted from the others of its row.
 
     Takes what `solve_rows` takes. Leaving out entry j of a row turns its misfit e into e / (1 − h), where
     h = vᵀ (V_ΩᵀV_Ω + P)⁻¹ v.
     """
-    return float(_leave_one_out(*rows, factor.right, precision, precision @ mean))
+    return float(_leave_one_out(*rows, right.astype(np.float64), precision, precision @ mean))
 
 
 def column_minima(left: Floats, right: Floats) -> Floats:
@@ -109,8 +68,8 @@ def column_minima(left: Floats, right: Floats) -> Floats:
 
 
 @_jit
-def _normal_equations(indptr, indices, values, i, right, lighter, gram, linear):  # type: ignore[no-untyped-def]
-    """Add Σ_Ω (1 − ω) v vᵀ to the lower triangle of `gram`, and V_Ωᵀd to `linear`."""
+def _normal_equations(indptr, indices, values, i, right, gram, linear):  # type: ignore[no-untyped-def]
+    """Add V_ΩᵀV_Ω to the lower triangle of `gram`, and V_Ωᵀd to `linear`."""
     rank = right.shape[1]
     k, end = indptr[i], indptr[i + 1]
     while k + 4 <= end:  # four at a time: the triangle is loaded and stored once for all
@@ -119,7 +78,7 @@ def _normal_equations(indptr, indices, values, i, right, lighter, gram, linear):
         d0, d1, d2, d3 = values[k], values[k + 1], values[k + 2], values[k + 3]
         for s in range(rank):
             linear[s] += v0[s] * d0 + v1[s] * d1 + v2[s] * d2 + v3[s] * d3
-            x0, x1, x2, x3 = lighter[j0, s], lighter[j1, s], lighter[j2, s], lighter[j3, s]
+            x0, x1, x2, x3 = v0[s], v1[s], v2[s], v3[s]
             row = gram[s]
             for t in range(s + 1):
                 row[t] += x0 * v0[t] + x1 * v1[t] + x2 * v2[t] + x3 * v3[t]
@@ -129,7 +88,7 @@ def _normal_equations(indptr, indices, values, i, right, lighter, gram, linear):
         v0 = right[j0]
         for s in range(rank):
             linear[s] += v0[s] * values[k]
-            x0 = lighter[j0, s]
+            x0 = v0[s]
             row = gram[s]
             for t in range(s + 1):
                 row[t] += x0 * v0[t]
@@ -167,10 +126,10 @@ def _backward(lower, x):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _solve_rows(indptr, indices, values, right, lighter, common, shift, left):  # type: ignore[no-untyped-def]
+def _solve_rows(indptr, indices, values, right, precision, shift, left):  # type: ignore[no-untyped-def]
     for i in range(len(indptr) - 1):
-        gram, x = common.copy(), shift.copy()
-        _normal_equations(indptr, indices, values, i, right, lighter, gram, x)
+        gram, x = precision.copy(), shift.copy()
+        _normal_equations(indptr, indices, values, i, right, gram, x)
         _cholesky(gram)
         _forward(gram, x)
         _backward(gram, x)
@@ -182,7 +141,7 @@ def _leave_one_out(indptr, indices, values, right, precision, shift):  # type: i
     error = 0.0
     for i in range(len(indptr) - 1):
         gram, x = precision.copy(), shift.copy()
-        _normal_equations(indptr, indices, values, i, right, right, gram, x)
+        _normal_equations(indptr, indices, values, i, right, gram, x)
         _cholesky(gram)
         _forward(gram, x)
         for k in range(indptr[i], indptr[i + 1]):
@@ -194,33 +153,4 @@ def _leave_one_out(indptr, indices, values, right, precision, shift):  # type: i
                 leverage += v[t] * v[t]
             gap = (values[k] - predicted) / (1 - leverage)
             error += gap * gap
-    return error
-
-
-@_jit
-def _cross_validation(indptr, indices, values, right, lighter, zeros, precision, shift, n_columns):  # type: ignore[no-untyped-def]
-    error, rank = 0.0, right.shape[1]
-    for i in range(len(indptr) - 1):
-        gram, x = zeros + precision, shift.copy()
-        _normal_equations(indptr, indices, values, i, right, lighter, gram, x)
-        _cholesky(gram)
-        _forward(gram, x)
-        _backward(gram, x)
-        misfit = 0.0  # Σ_Ω (d − a)² + Σ_rest ω a²
-        for s in range(rank):
-            for t in range(rank):
-                misfit += x[s] * zeros[s, t] * x[t]
-        for k in range(indptr[i], indptr[i + 1]):
-            a = rest = 0.0
-            for t in range(rank):
-                a += x[t] * right[indices[k], t]
-                rest += x[t] * lighter[indices[k], t]
-            misfit += (values[k] - a) ** 2 - a * (a - rest)
-        unused = 0.0
-        for t in range(rank):
-            column = precision[t].copy()
-            _forward(gram, column)
-            _backward(gram, column)
-            unused += column[t]
-        error += misfit / (1 - (rank - unused) / n_columns) ** 2
     return error

@@ -42,8 +42,10 @@ class PartialSVD:
 
 def rayleigh_ritz(product: Product) -> PartialSVD:
     """Singular triplets of W projected on the range of WQ; columns that depend on others are left out."""
-    scale = np.sqrt(np.diag(product.gram))
+    scale = np.sqrt(np.maximum(np.diag(product.gram), 0))
     used = scale > 0
+    if not used.any():
+        return PartialSVD(np.zeros(0), np.zeros((len(product.cross), 0), np.float32), np.zeros((len(used), 0)))
     scale = scale[used]
     correlation = product.gram[np.ix_(used, used)] / np.outer(scale, scale)
     spread, vectors = np.linalg.eigh(correlation)

@@ -36,16 +36,6 @@ class BlockSource(Protocol):
         """Read a block."""
         ...
 
-    @property
-    def column_confidence(self) -> Floats | None:
-        """β, where zeros are trusted with ω = αβᵀ (α in the blocks); None where they are unknown."""
-        ...
-
-    @property
-    def has_row_confidence(self) -> bool:
-        """Whether blocks carry α, rather than ones."""
-        ...
-
     def held_out(self, block: int, loaded: Block) -> NDArray[np.bool_] | None:
         """Tell which of the block's observed entries are held out; None for none."""
         ...
@@ -241,16 +231,10 @@ def row_gram(
     return tiles
 
 
-def quadratic(
-    number: int, block: Block, state: BlockState, other: BlockSource | None, view: PassInputs
-) -> tuple[Doubles, Doubles, Doubles, float]:
-    return kernels.quadratic(block if other is None else other.load(number), state.left, view)
-
-
 def take_sketch(
     number: int, block: Block, state: BlockState, total: Any, view: PassInputs, vectors: Mapping[int, Floats]
 ) -> tuple[BlockState, dict[int, tuple[Floats, Floats]]]:
-    parts = {number: kernels.left_and_sparse(block, state, view)}
+    parts = {number: (state.left, kernels.sparse_part(block, state, view))}
     return replace(state, sketch=vectors[number]), add(total, parts)
 
 
@@ -280,6 +264,11 @@ def without_sketch(states: Records) -> Records:
 
 def with_kept(states: Records, kept: Records) -> Records:
     return Records((number, replace(kept[number], sketch=state.sketch)) for number, state in states.items())
+
+
+def sketched(store: Store, states: Records, number: int, rotation: Floats) -> Floats:
+    state: BlockState = store.get(states[number], ("estimate", "left"))
+    return state.sketch @ rotation
 
 
 def get_left(store: Store, states: Records, number: int) -> Floats:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from scialm_dask.errors import InputError
 from scialm_dask.imputation import Imputation
 from scialm_dask.progress import printable
 
@@ -139,9 +140,6 @@ def _logarithmic(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-# A result, for the report in light and dark, and for notebooks
-
-
 class Picture(NamedTuple):
     """A figure for a page: its title, what it shows in words, and SVG as data URIs for light and dark pages."""
 
@@ -225,6 +223,8 @@ def singular_values(values: NDArray[np.float64], weights: NDArray[np.float64]) -
 @style()
 def convergence(result: Imputation, title: str = "") -> Figure:
     """Draw residual, held-out error and rank over the iterations, with the iteration that was kept."""
+    if not len(result.history):
+        raise InputError("the result has no history of iterations to draw; preset complete and paper have one")
     figure, (row,) = new_figure(1, 2, 7, 3, title)
     for axes, names in zip(row, known_curves(result.history), strict=True):
         curves(result.history, names, result.summary.get("chosen_iteration"))(axes, LIGHT)

@@ -79,10 +79,10 @@ def write_report(
 
     Examples
     --------
-    >>> import numpy as np, scialm_dask
+    >>> import tempfile, numpy as np, scialm_dask
     >>> counts = np.random.default_rng(0).poisson(2, (60, 40))
-    >>> result = scialm_dask.impute(counts, max_iterations=5)
-    >>> told = scialm_dask.write_report(result, getfixture("tmp_path") / "report.html", source=counts)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     told = scialm_dask.write_report(scialm_dask.impute(counts), f"{folder}/report.html", source=counts)
     """
     given = tuple(os.fspath(each) for each in (result, source) if isinstance(each, str | os.PathLike))
     check_output(path, overwrite=overwrite, sources=given)

@@ -19,7 +19,6 @@ from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import lasting
 from scialm_dask.errors import CheckpointError, InputError
-from scialm_dask.solve.scaling import Confidence
 
 __all__ = ["Checkpointing", "Job", "array_of", "as_written", "cadence", "ended", "finish", "job_of", "source_of"]
 
@@ -42,8 +41,6 @@ class Job:
         Bytes that each process may take in all; what is free by default.
     scratch_folder
         Dask's ``temporary-directory`` by default, else the system's.
-    confidence
-        In zeros, where it is not the same for all; see `Confidence`.
     resumed
         Whether it goes on from a checkpoint that an earlier run has written, by whose blocks and settings it is bound.
     """
@@ -53,11 +50,10 @@ class Job:
     scratch: str = "auto"
     memory_limit: int | None = None
     scratch_folder: str | None = None
-    confidence: Confidence | None = None
     resumed: bool = False
 
     def notes(self) -> dict[str, Any]:
-        """Return plain values, of which `job_of` makes it again; but for the confidence."""
+        """Return plain values, of which `job_of` makes it again."""
         origin = self.matrix.origin
         source = None if origin is None else asdict(origin) | {"path": lasting(origin.path)}
         return {
@@ -153,10 +149,7 @@ def job_of(saved: Checkpoint, matrix: ExpressionMatrix | None, changes: Mapping[
             f"{saved.path}: is of a matrix of {bounds[-1]} cells, and {matrix.name} has {matrix.shape[0]}"
         )
     asked |= {name: value for name, value in changes.items() if value is not None}
-    confidence = None
-    if "gene_confidence" in saved.arrays:
-        confidence = Confidence(*(array_of(saved, f"{side}_confidence") for side in ("gene", "cell")))
-    return Job(matrix.with_blocks(RowBlocks(bounds)), settings, confidence=confidence, resumed=True, **asked)
+    return Job(matrix.with_blocks(RowBlocks(bounds)), settings, resumed=True, **asked)
 
 
 def source_of(notes: Mapping[str, Any]) -> ExpressionMatrix:

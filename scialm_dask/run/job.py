@@ -9,9 +9,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import count
+from typing import NamedTuple
 
 import dask
-import numpy as np
 
 from scialm_dask.config import Settings
 from scialm_dask.data.annotated import storable_annotation
@@ -25,7 +26,6 @@ from scialm_dask.data.temporary import current_client, is_seen
 from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
 from scialm_dask.events import Listener, Note, Pass, Stage, silent
 from scialm_dask.imputation import Imputation
-from scialm_dask.linalg.kernels import Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.tasks import Observations, Store
 from scialm_dask.run.checkpointing import Checkpointing, Job, as_written, ended, job_of
@@ -34,12 +34,11 @@ from scialm_dask.run.cluster_errors import cluster_is_back, loss_of_cluster, whi
 from scialm_dask.run.placement import Placement
 from scialm_dask.run.placing import place_scratch
 from scialm_dask.run.plan import Forecast
-from scialm_dask.run.result import make_result, peak_memory
+from scialm_dask.run.result import completed, denoised, embed, peak_memory
 from scialm_dask.run.state import RunState
+from scialm_dask.solve.denoise import Denoised, DenoiseState, denoise
 from scialm_dask.solve.ialm import LoopState, complete, iterations
-from scialm_dask.solve.scaling import Confidence, PreparedBlocks, Survey, prepare, survey
-from scialm_dask.solve.stopping import ThresholdStop
-from scialm_dask.solve.zeros import account, choose_zeros, refit
+from scialm_dask.solve.scaling import PreparedBlocks, Survey, prepare, survey
 
 __all__ = ["checkpoints_of", "resume_run", "run"]
 
@@ -72,8 +71,6 @@ def run(job: Job, checkpoint: Checkpointing | None = None, listen: Listener = si
     StoppedError
         If it was lost and there are, or the run was asked to stop.
     """
-    if job.confidence is not None:
-        job.confidence.check(job.matrix)
     if checkpoint is None:
         try:
             return fit(RunState(job), listen)
@@ -88,7 +85,7 @@ def run(job: Job, checkpoint: Checkpointing | None = None, listen: Listener = si
         except (InputError, DoesNotFitError):
             with contextlib.suppress(InputError):
                 notes = checkpoints.notes()
-                if not notes["tried"] and notes["state"] is None:  # so it cannot be done
+                if notes["state"] is None:  # so it cannot be done
                     checkpoints.clear()
             raise
 
@@ -238,9 +235,18 @@ def fit(known: RunState, listen: Listener) -> Imputation:
     return result
 
 
+class _Fitting(NamedTuple):
+    """A run under way: what is to be done, what is known, and what makes operators over its blocks."""
+
+    job: Job
+    known: RunState
+    found: Survey
+    operator_of: Callable[..., LowRankPlusSparse]
+    listen: Listener
+
+
 def _completed(job: Job, known: RunState, found: Survey, store: Store, need: Forecast, listen: Listener) -> Imputation:
-    placement = Placement(store)
-    matrix, settings, confidence, stop, choice = job.matrix, job.settings, job.confidence, None, None
+    placement, passes = Placement(store), count(2)  # the survey is one
 
     def operator_of(
         blocks: PreparedBlocks, check: Callable[[Observations], None] = lambda _: None
@@ -253,29 +259,55 @@ def _completed(job: Job, known: RunState, found: Survey, store: Store, need: For
         return LowRankPlusSparse(
             blocks,
             store,
-            on_pass=lambda number: listen(Pass(number)),
+            on_pass=lambda _: listen(Pass(next(passes))),
             before_pass=known.stop_if_asked,
             on_read=on_read,
             placement=placement,
         )
 
+    fitting = _Fitting(job, known, found, operator_of, listen)
+    result = _denoise(fitting) if job.settings.method == "denoise" else _complete(fitting, need.iterations)
+    if job.matrix.observed == "nonzero":
+        listen(Stage("embedding"))
+        embed(result, lambda: listen(Pass(next(passes))))
+    result.summary["passes"] = next(passes) - 1
+    return result
+
+
+def _denoise(fitting: _Fitting) -> Imputation:
+    job, known, found, operator_of, listen = fitting
+    listen(Stage("denoising"))
+    state = before = known.load(DenoiseState)
+    try:
+        for step in denoise(job.matrix, found, job.settings, operator_of, before):
+            if isinstance(step, Denoised):
+                result = denoised(found, prepare(job.matrix, found, job.settings), step, job.settings)
+            else:
+                state = step
+                known.save(state)
+    except StoppedError:
+        if state is not None:
+            known.save(state, now=True)
+        raise
+    known.check_source(listen, read_once=False)
+    return result
+
+
+def _complete(fitting: _Fitting, n_iterations: int) -> Imputation:
+    job, known, found, operator_of, listen = fitting
+    settings = job.settings
+
     def check(seen: Observations) -> None:
         _check_validation(seen, settings)
         known.check_observations(seen)
 
-    if settings.stop == "count-split" or settings.zeros == "auto":
-        choice = choose_zeros(matrix, found, settings, operator_of, listen, known.tried, known.save)
-        settings = replace(settings, zeros=choice.omega, scaling=(choice.gene_exponent, settings.exponents[1]))
-        stop = ThresholdStop(choice.threshold) if settings.stop == "count-split" else None
-    if confidence is None:
-        confidence = Confidence.uniform(float(settings.zeros), matrix.shape[1])
     listen(Stage("reading"))
-    blocks = prepare(matrix, found, settings, confidence=confidence)
+    blocks = prepare(job.matrix, found, settings)
     operator = operator_of(blocks, check)
     state = before = known.load(LoopState, operator)
-    listen(Stage("iterating", iterations=need.iterations))
+    listen(Stage("iterating", iterations=n_iterations))
     try:
-        for state in iterations(operator, settings, listen, stop, before):
+        for state in iterations(operator, settings, listen, state=before):
             known.save(state, operator)
         assert state is not None
         completion = complete(operator, state, settings)
@@ -283,21 +315,11 @@ def _completed(job: Job, known: RunState, found: Survey, store: Store, need: For
         if state is not None:
             known.save(state, operator, now=True)
         raise
-    known.check_source(listen, read_once=choice is None and not operator.depends_on_workers)
-    factors = None if confidence is None else refit_kept(operator)
-    result = make_result(found, blocks, operator, completion, settings, factors)
-    if choice is not None:
-        result.summary["passes"] += sum(fit.passes for fit in known.tried.values())
-        result.summary["count_splitting"] = account(choice, known.tried.values(), settings)
+    known.check_source(listen, read_once=not operator.depends_on_workers)
+    result = completed(found, blocks, operator, completion, settings)
     if before is not None:
         result.summary["resumed_after_iteration"] = before.steps
     return result
-
-
-def refit_kept(operator: LowRankPlusSparse) -> Floats:
-    """Refit the singular values of the A that was kept."""
-    operator.restore()
-    return refit(operator).astype(np.float32)
 
 
 def _check_observed(seen: Observations, blocks: PreparedBlocks) -> None:

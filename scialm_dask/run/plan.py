@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import dask
@@ -11,10 +12,12 @@ import psutil
 from dask.system import CPU_COUNT
 
 from scialm_dask.config import Settings
+from scialm_dask.data.annotation import Annotation
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.linalg.kernels import PANEL_VALUES
 from scialm_dask.linalg.operator import PANEL_COLUMNS
 from scialm_dask.linalg.sparse_products import are_compiled
+from scialm_dask.solve.embedding import PASSES as EMBEDDING_PASSES
 from scialm_dask.solve.ialm import first_penalty, zero_iterations
 from scialm_dask.solve.rank import basis_width, prefers_short_side, widest_basis
 
@@ -36,8 +39,7 @@ _IMPORTED = 250 << 20  # what a worker holds once it has imported everything
 _STOP_AT = 0.03  # threshold, relative to σ₁, at which stops that guard against noise were seen
 _FIRST_PASSES = 4  # the survey, and the first SVD, which reads the blocks
 _GIVE_BACK_PASSES = 3
-_SPLIT_PASSES = 2  # of each iteration while zeros are chosen: the refit, and the error on the test molecules
-_LIKELY_FITS = 3  # while zeros are chosen: two confidences, and the other exponent of the genes
+_READING_PASSES = 2  # of denoising: of the training part and of everything
 
 
 @dataclass(frozen=True)
@@ -114,21 +116,24 @@ def forecast(
     threads, groups = min(threads, n_blocks), min(threads * workers, n_blocks)
     rank = _likely_rank(settings, min(m, n), n_observed)
     wanted = basis_width(np.ones(rank), 0.5, rank)
-    exact = prefers_short_side(wanted, (m, n))
+    if settings.method == "denoise":
+        wanted = rank
+    exact = settings.method == "complete" and prefers_short_side(wanted, (m, n))
     width = widest_basis((m, n)) if exact else wanted
     rows = max(matrix.blocks.sizes)
     values = min(n_observed, int(1.3 * n_observed / n_blocks))  # rows differ in length
     panel, levels = n * width, math.ceil(math.log2(n_blocks) + 1)
     visit = _TASK_VALUES * values + _TASK_ROWS * rows * width + 2 * panel
     reading = _READ_VALUES * values
-    # While molecules are split, what is tested on is read beside the fit.
-    task = _FLOAT * (reading + visit if _splits(settings) else max(reading, visit))
+    task = _FLOAT * max(reading, visit)
     products = threads * task + _FLOAT * panel * levels + _DOUBLE * panel * _DRIVER_PANELS
     if exact:
         freed = _DOUBLE * panel * _FREED_PANELS
         products = max(products, freed + _short_side_memory((m, n), rows, rank, threads, levels))
-    working = _base_memory(resident) + products + _DOUBLE * n * n_blocks
-    kept = 1 if settings.stop == "held-out" else 0  # the estimate of the best iteration
+    working = _base_memory(resident) + _to_write(matrix, resident) + products + _DOUBLE * n * n_blocks
+    kept = (
+        1 if settings.method == "complete" and settings.stop == "held-out" else 0
+    )  # the estimate of the best iteration
     state = _FLOAT * ((2 + kept) * n_observed + m * (2 * wanted + 2 * rank))
     blocks = 2 * _FLOAT * n_observed
     share = math.ceil(n_blocks / workers) / n_blocks  # what one process holds
@@ -160,8 +165,10 @@ def _short_side_memory(shape: tuple[int, int], rows: int, rank: int, threads: in
 
 def _iterations(settings: Settings, density: float) -> tuple[int, int]:
     """Expect iterations whose A is zero, which cost no pass, and others."""
+    if settings.method == "denoise":
+        return 0, 0
     penalty = first_penalty(1.0, density)
-    nothing, _ = zero_iterations(1.0, penalty, 0, grow=settings.zeros == 0)
+    nothing, _ = zero_iterations(1.0, penalty, 0)
     log_rho, idle = math.log(penalty.rho), len(nothing)
     if settings.stop == "residual":
         working = round(math.log(2.5 / settings.epsilon) / log_rho) - idle
@@ -172,24 +179,29 @@ def _iterations(settings: Settings, density: float) -> tuple[int, int]:
 
 def _passes(settings: Settings, working: int, per_iteration: int) -> int:
     """Expect passes over the data in all, of so many iterations whose A is not zero."""
-    passes = _FIRST_PASSES + working * per_iteration
+    if settings.method == "denoise":
+        return 2 + 2 * settings.svd_passes + _READING_PASSES + EMBEDDING_PASSES  # the survey and that of the weights
+    passes = _FIRST_PASSES + working * per_iteration + EMBEDDING_PASSES
     if settings.stop == "held-out":
         passes += _GIVE_BACK_PASSES
-    if settings.zeros != 0:
-        passes += 1  # the refit
-    if _splits(settings):
-        fits = _LIKELY_FITS if settings.zeros == "auto" else 1
-        passes += fits * (_FIRST_PASSES - 1 + working * (per_iteration + _SPLIT_PASSES))
     return passes
-
-
-def _splits(settings: Settings) -> bool:
-    return settings.stop == "count-split" or settings.zeros == "auto"
 
 
 def _likely_rank(settings: Settings, short_side: int, n_observed: int) -> int:
     most = min(short_side, settings.max_rank or short_side)
     return most if settings.max_rank else min(most, max(1, int(_LIKELY_RANK * math.sqrt(n_observed))))
+
+
+def _to_write(matrix: ExpressionMatrix, resident: int | None) -> int:
+    """Bytes of obs and var, which are held twice while they are written, by the process that others work for."""
+    if resident is not None or not isinstance(matrix.annotation, Annotation):
+        return 0
+    n_bytes = 0
+    for frame in matrix.annotation:
+        texts = [frame.index, *(frame[name] for name in frame if frame[name].dtype.kind == "O")]
+        each = sum(np.mean([sys.getsizeof(word) for word in text[:100]] or [0]) for text in texts)
+        n_bytes += int(frame.memory_usage().sum() + len(frame) * each)
+    return n_bytes
 
 
 def _base_memory(resident: int | None) -> int:

@@ -4,108 +4,119 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import dask
 import numpy as np
+from dask.delayed import Delayed
 
 from scialm_dask.config import Settings
 from scialm_dask.events import Iteration
 from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.solve.denoise import Denoised, as_plain
+from scialm_dask.solve.embedding import find_axes
 from scialm_dask.solve.ialm import Completion
 from scialm_dask.solve.scaling import PreparedBlocks, Survey
-from scialm_dask.solve.transform import cell_model
+from scialm_dask.solve.transform import completion_model, denoising_model
 
-__all__ = ["make_result", "peak_memory"]
+__all__ = ["completed", "denoised", "embed", "peak_memory"]
 
 
-def make_result(
-    found: Survey,
-    blocks: PreparedBlocks,
-    operator: LowRankPlusSparse,
-    completion: Completion,
-    settings: Settings,
-    factors: Floats | None,
+def completed(
+    found: Survey, blocks: PreparedBlocks, operator: LowRankPlusSparse, completion: Completion, settings: Settings
 ) -> Imputation:
-    """Put the factors back on the scale of the input, lazily, and sum up what was done and found.
+    """Return the result of a completion: its factors on the scale of the input, and what was done and found."""
+    lefts, right = operator.factors()
+    model = completion_model(lefts, blocks, found, residual=completion.returned.residual)
+    last = completion.returned
+    summary = _summary(found, blocks, settings) | {
+        "n_blocks": operator.n_blocks,
+        "iterations": len(completion.history),
+        "chosen_iteration": completion.chosen,
+        "rank": last.rank,
+        "residual": last.residual,
+        "held_out_error": None if np.isnan(last.held_out) else last.held_out,
+        "converged": completion.converged,
+        "stop_reason": completion.reason,
+        "singular_values": list(completion.values),
+    }
+    history = {line.name: [getattr(i, line.name) for i in completion.history] for line in fields(Iteration)}
+    return _result(found, blocks, lefts, right, summary, history=history, model=model)
 
-    Parameters
-    ----------
-    found, blocks, operator, completion, settings
-        Of the run.
-    factors
-        What to multiply the columns of A with, ``(r,)``; None for nothing.
-    """
+
+def denoised(found: Survey, blocks: PreparedBlocks, outcome: Denoised, settings: Settings) -> Imputation:
+    """Return the result of denoising: low rank plus sparse, on the scale of the input, and what was found."""
+    svd, weights = outcome.svd, outcome.weights
+    lefts = outcome.operator.sketched(svd.to_left * (weights.component * svd.values))
+    summary = _summary(found, blocks, settings) | {"n_blocks": outcome.operator.n_blocks} | as_plain(outcome)
+    return _result(
+        found,
+        blocks,
+        lefts,
+        svd.right,
+        summary,
+        history={},
+        model=denoising_model(blocks, found, weights.component),
+        residual_weight=weights.residual,
+        counts=blocks.matrix,
+    )
+
+
+def _result(
+    found: Survey, blocks: PreparedBlocks, lefts: list[Delayed], right: Floats, summary: dict[str, Any], **parts: Any
+) -> Imputation:
+    """Put factors back on the scale of the input, lazily."""
     import dask.array as da
 
     matrix, scales = blocks.matrix, blocks.scales
-    lefts, right = operator.factors()
-    if factors is not None:
-        right = right * factors
-    unscaled, rank = dask.delayed(_unscaled), right.shape[1]
+    unscaled = dask.delayed(_unscaled)
     pieces = [
         da.from_delayed(
             unscaled(left, None if scales.cell is None else scales.cell[start:stop]),
-            shape=(stop - start, rank),
+            shape=(stop - start, right.shape[1]),
             dtype=np.float32,
         )
         for left, (start, stop) in zip(lefts, matrix.blocks, strict=True)
     ]
-    model = None
-    if not blocks.has_row_confidence:
-        model = cell_model(
-            lefts,
-            blocks,
-            residual=completion.returned.residual,
-            raw_counts=found.integer,
-            cell_exponent=settings.exponents[1],
-        )
     result = Imputation(
         da.concatenate(pieces, axis=0),
         right if scales.gene is None else right / scales.gene[:, None],
         obs=matrix.obs,
         var=matrix.var,
-        summary=_summary(found, blocks, operator, completion, settings),
-        history={line.name: [getattr(i, line.name) for i in completion.history] for line in fields(Iteration)},
+        summary=summary,
         clip=matrix.observed == "nonzero",
-        model=model,
+        **parts,
     )
     if matrix.observed == "nonzero":  # of values of either sign a ratio of means says nothing
         observed = float(found.gene_sums.sum())
-        result.summary["mean_observed"] = observed / matrix.shape[0] / matrix.shape[1]
-        result.summary["mean_imputed_over_observed"] = _sum(result) / observed
+        summary["mean_observed"] = observed / matrix.shape[0] / matrix.shape[1]
+        summary["mean_imputed_over_observed"] = _sum(result, found) / observed
     return result
 
 
-def _summary(
-    found: Survey, blocks: PreparedBlocks, operator: LowRankPlusSparse, completion: Completion, settings: Settings
-) -> dict[str, Any]:
-    matrix, last = blocks.matrix, completion.returned
+def embed(result: Imputation, on_pass: Callable[[], None]) -> None:
+    """Find the principal axes of the log-normalised result."""
+    chunks = np.cumsum([0, *result.left.chunks[0]]).tolist()
+    result.axes = find_axes(result.estimate, result.left.to_delayed().ravel().tolist(), chunks, on_pass)
+
+
+def _summary(found: Survey, blocks: PreparedBlocks, settings: Settings) -> dict[str, Any]:
+    matrix = blocks.matrix
     return {
         "n_cells": matrix.shape[0],
         "n_genes": matrix.shape[1],
         "n_observed": found.n_observed,
         "n_empty_cells": int(np.count_nonzero(found.cell_counts == 0)),
         "n_empty_genes": int(np.count_nonzero(found.gene_counts == 0)),
-        "n_blocks": operator.n_blocks,
-        "iterations": len(completion.history),
-        "chosen_iteration": completion.chosen,
-        "passes": operator.passes + 1,  # the survey is one
-        "rank": last.rank,
-        "residual": last.residual,
-        "held_out_error": None if np.isnan(last.held_out) else last.held_out,
-        "converged": completion.converged,
-        "stop_reason": completion.reason,
         "scaling": blocks.scales.note,
         "raw_counts": found.integer,
-        "zeros": settings.zeros,
         "source": matrix.name,
         "settings": settings.as_dict(),
-        "singular_values": list(completion.values),
     }
 
 
@@ -113,10 +124,13 @@ def _unscaled(left: Floats, scale: Floats | None) -> Floats:
     return left if scale is None else left / scale[:, None]
 
 
-def _sum(result: Imputation) -> float:
-    """Sum of the imputed matrix before clipping, from sums of the factors."""
+def _sum(result: Imputation, found: Survey) -> float:
+    """Sum of the imputed matrix before clipping, from sums of the factors and of the counts."""
     sums: Doubles = result.left.sum(axis=0, dtype=np.float64).compute()
-    return float(sums @ result.right.sum(axis=0, dtype=np.float64))
+    of_genes = result.right @ sums
+    if result.residual_weight is not None:
+        of_genes += result.residual_weight * (found.gene_sums - of_genes)
+    return float(of_genes.sum())
 
 
 def peak_memory() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import astuple
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -22,7 +21,6 @@ from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.tasks import Observations
 from scialm_dask.run.checkpointing import Checkpointing, Job, array_of, as_written, cadence
 from scialm_dask.solve.scaling import Survey, survey
-from scialm_dask.solve.zeros import Choice
 
 __all__ = ["RunState", "State"]
 
@@ -68,10 +66,6 @@ class RunState:
     saved
         What the run goes on from, if it does.
 
-    Attributes
-    ----------
-    tried : dict
-        What count splitting has found.
     """
 
     def __init__(
@@ -86,11 +80,6 @@ class RunState:
         self._fingerprint = fingerprint(job.matrix.rows)
         self._found: Survey | None = None
         self._before: Observations | None = None
-        self.tried: dict[tuple[float, float], Choice] = {}
-        if saved is not None:
-            with as_written(saved.path):
-                choices = [Choice(*numbers) for numbers in saved.notes["tried"]]
-                self.tried = {(choice.omega, choice.gene_exponent): choice for choice in choices}
         self._written(0)
 
     def surveyed(self, found: Survey, scratch: str | None) -> None:
@@ -247,12 +236,7 @@ class RunState:
             raise ValueError(f"{min(wanted.keys() - blocks.keys())} is not there")
 
     def _of_job(self) -> dict[str, NDArray[Any]]:
-        arrays = {} if self._found is None else {"gene_sums": self._found.gene_sums}
-        trust = self.job.confidence
-        if trust is not None:
-            both = {"gene_confidence": trust.gene, "cell_confidence": trust.cell}
-            arrays |= {name: np.asarray(array) for name, array in both.items() if array is not None}
-        return arrays
+        return {} if self._found is None else {"gene_sums": self._found.gene_sums}
 
     def _notes(self, asked: Checkpointing, state: dict[str, Any] | None) -> dict[str, Any]:
         return {
@@ -261,7 +245,6 @@ class RunState:
             "every": asked.every,
             "result": dict(asked.result),
             "matrix": None if self._found is None else _identity(self._found),
-            "tried": [astuple(choice) for choice in self.tried.values()],
             "state": state,
             "finished": None,
         }

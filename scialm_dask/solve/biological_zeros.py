@@ -99,14 +99,6 @@ class _Detected:
         csr = self.matrix.read_block(block)
         return Block(csr.indptr, csr.indices, np.ones(csr.nnz, np.float32), csr.shape[1])
 
-    @property
-    def column_confidence(self) -> None:
-        return None
-
-    @property
-    def has_row_confidence(self) -> bool:
-        return False
-
     def held_out(self, block: int, loaded: Block) -> None:
         return None
 

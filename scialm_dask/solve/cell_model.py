@@ -1,15 +1,15 @@
-"""What a fit knows of cells, by which others can be completed."""
+"""What a fit knows of cells, by which others can be imputed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CellModel"]
+__all__ = ["CellModel", "CompletionModel", "DenoisingModel", "model_of"]
 
 
 @dataclass(frozen=True)
@@ -20,40 +20,56 @@ class CellModel:
     ----------
     gene_scale
         What genes were multiplied with, float32, shape ``(n,)``.
-    mean, covariance
-        Of the rows of the left factor there, float64, shapes ``(r,)`` and ``(r, r)``.
-    residual
-        What the fit left of the observed entries, relative to their norm.
+    gene_share
+        Share of each gene in the sum of the matrix, float64, shape ``(n,)``: where genes are missing, the size of a
+        cell is its total over the others, divided by their share.
     raw_counts
         Whether it was made from raw counts.
     cell_exponent
         Cells were multiplied with (size factor / `centre`)^−cell_exponent.
     centre
         Geometric mean of the size factors.
-    confidence
-        In zeros, float32, shape ``(n,)``.
     """
 
     gene_scale: NDArray[np.float32]
-    mean: NDArray[np.float64]
-    covariance: NDArray[np.float64]
-    residual: float
+    gene_share: NDArray[np.float64]
     raw_counts: bool
     cell_exponent: float
     centre: float
-    confidence: NDArray[np.float32]
 
-    @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> CellModel:
-        """Make one from what AnnData has read; nothing said of zeros means that they were unknown."""
-        gene_scale = np.asarray(stored["gene_scale"])
-        return cls(
-            gene_scale,
-            np.asarray(stored["mean"]),
-            np.asarray(stored["covariance"]),
-            residual=float(stored["residual"]),
-            raw_counts=bool(stored["raw_counts"]),
-            cell_exponent=float(stored["cell_exponent"]),
-            centre=float(stored["centre"]),
-            confidence=np.asarray(stored.get("confidence", np.zeros_like(gene_scale))),
-        )
+
+@dataclass(frozen=True)
+class CompletionModel(CellModel):
+    """Of a completion, where zeros are unknown.
+
+    Parameters
+    ----------
+    mean, covariance
+        Of the rows of the left factor, float64, shapes ``(r,)`` and ``(r, r)``.
+    residual
+        What the fit left of the observed entries, relative to their norm.
+    """
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    residual: float
+
+
+@dataclass(frozen=True)
+class DenoisingModel(CellModel):
+    """Of a denoised matrix.
+
+    Parameters
+    ----------
+    weights
+        Of the components, float64, shape ``(r,)``.
+    """
+
+    weights: NDArray[np.float64]
+
+
+def model_of(stored: Mapping[str, Any]) -> CellModel:
+    """Return the model that AnnData has read."""
+    kind = DenoisingModel if "weights" in stored else CompletionModel
+    plain: dict[str, Any] = {"raw_counts": bool, "cell_exponent": float, "centre": float, "residual": float}
+    return kind(**{field.name: plain.get(field.name, np.asarray)(stored[field.name]) for field in fields(kind)})

@@ -233,7 +233,7 @@ def first_state(operator: LowRankPlusSparse, settings: Settings, listen: Listene
     svd = first_svd(operator, settings)
     largest = float(svd.values[0])
     penalty = first_penalty(largest, operator.observations.n_observed / operator.size)
-    made, growth = zero_iterations(largest, penalty, operator.passes, grow=operator.zeros_unknown)
+    made, growth = zero_iterations(largest, penalty, operator.passes)
     if len(made) >= settings.max_iterations:
         last = made[settings.max_iterations - 1]
         raise InputError(
@@ -331,19 +331,16 @@ def first_penalty(largest: float, density: float) -> Penalty:
     return Penalty(mu=0.3 / largest, rho=1.1 + 2.5 * density)
 
 
-def zero_iterations(
-    largest: float, penalty: Penalty, passes: int, *, grow: bool = True
-) -> tuple[list[Iteration], float]:
+def zero_iterations(largest: float, penalty: Penalty, passes: int) -> tuple[list[Iteration], float]:
     """Make the iterations whose threshold is over σ₁(W): A is zero and W only grows, by a scalar.
 
-    Returns the iterations, and the factor by which W has grown. Where zeros are trusted it does not `grow`: the
-    multiplier is not to make up for shrinkage on the observed entries alone.
+    Returns the iterations, and the factor by which W has grown.
     """
     iterations: list[Iteration] = []
     growth = 1.0
     while growth * largest <= penalty.threshold:
         iterations.append(Iteration(len(iterations) + 1, 0, penalty.threshold, 1.0, 1.0, passes))
-        growth = 1 + growth / penalty.rho if grow else 1.0
+        growth = 1 + growth / penalty.rho
         penalty = penalty.next()
     return iterations, growth
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import dask
@@ -10,15 +10,14 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import short_repr
 from scialm_dask.config import Settings
 from scialm_dask.data.annotation import total_counts
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.errors import InputError
-from scialm_dask.linalg.kernels import Block, Doubles, Floats
+from scialm_dask.linalg.kernels import Block, Doubles, Floats, Halves
 from scialm_dask.linalg.random import hidden_entries, n_to_hide, thinned
 
-__all__ = ["Confidence", "Molecules", "PreparedBlocks", "Scales", "Survey", "prepare", "survey"]
+__all__ = ["Molecules", "PreparedBlocks", "Scales", "Survey", "prepare", "survey"]
 
 
 @dataclass(frozen=True)
@@ -33,15 +32,20 @@ class Survey:
         Sums of the observed entries, float64, shapes ``(n,)`` and ``(m,)``.
     cell_counts
         Observed entries of each cell, shape ``(m,)``.
-    integer
-        Whether all values are whole numbers.
+    fraction
+        Cell, gene and value of the first entry that is no whole number; None if all are.
     """
 
     block_gene_counts: NDArray[np.int32]
     gene_sums: Doubles
     cell_sums: Doubles
     cell_counts: NDArray[np.int64]
-    integer: bool
+    fraction: tuple[int, int, float] | None
+
+    @property
+    def integer(self) -> bool:
+        """Whether all values are whole numbers."""
+        return self.fraction is None
 
     @property
     def gene_counts(self) -> NDArray[np.int64]:
@@ -59,20 +63,20 @@ class _BlockSurvey(NamedTuple):
     gene_sums: Doubles
     cell_sums: Doubles
     cell_counts: NDArray[np.int64]
-    integer: bool
+    fraction: tuple[int, int, float] | None
 
 
 def survey(matrix: ExpressionMatrix) -> Survey:
     """Read the matrix once. Raises `InputError` for values that cannot be used, and if nothing is observed."""
     shared, visit = dask.delayed(matrix, traverse=False), dask.delayed(_survey_block)
     parts = dask.compute(*(visit(shared, b) for b in range(len(matrix.blocks))))
-    counts, gene_sums, cell_sums, cell_counts, integer = zip(*parts, strict=True)
+    counts, gene_sums, cell_sums, cell_counts, fractions = zip(*parts, strict=True)
     found = Survey(
         np.stack(counts),
         np.sum(gene_sums, axis=0),
         np.concatenate(cell_sums),
         np.concatenate(cell_counts),
-        all(integer),
+        next((fraction for fraction in fractions if fraction), None),
     )
     check_observed(found.n_observed, matrix.name)
     return found
@@ -87,8 +91,16 @@ def _survey_block(matrix: ExpressionMatrix, block: int) -> _BlockSurvey:
         np.bincount(csr.indices, weights=values, minlength=n_genes).astype(np.float64),
         np.asarray(csr.sum(axis=1, dtype=np.float64)).ravel(),
         np.diff(csr.indptr).astype(np.int64),
-        not np.any(csr.data % 1),
+        _first_fraction(csr, matrix.blocks[block][0]),
     )
+
+
+def _first_fraction(csr: sp.csr_matrix, first_row: int) -> tuple[int, int, float] | None:
+    at = np.flatnonzero(csr.data % 1)[:1]
+    if not len(at):
+        return None
+    row = int(np.searchsorted(csr.indptr, at[0], side="right")) - 1
+    return first_row + row, int(csr.indices[at[0]]), float(csr.data[at[0]])
 
 
 @dataclass(frozen=True)
@@ -103,12 +115,15 @@ class Scales:
         What was done, in words.
     centre
         Geometric mean of the size factors of cells.
+    cell_exponent
+        Cells were multiplied with (size factor / `centre`)^−cell_exponent.
     """
 
     cell: Floats | None
     gene: Floats | None
     note: str
     centre: float = 1.0
+    cell_exponent: float = 0.0
 
 
 def scales_of(
@@ -144,63 +159,7 @@ def scales_of(
     used = factor > 0
     centre = float(np.exp(np.log(factor[used]).mean()))
     factor = np.where(used, factor / centre, 1.0)
-    return Scales((factor**-cell_exponent).astype(np.float32), gene.astype(np.float32), note, centre)
-
-
-@dataclass(frozen=True)
-class Confidence:
-    """How far zeros are trusted: ω = αβᵀ, between 0 (unknown) and 1 (measured as well as the rest).
-
-    Parameters
-    ----------
-    gene
-        β, float32, shape ``(n,)``.
-    cell
-        α, float32, shape ``(m,)``; None for ones.
-
-    Raises
-    ------
-    InputError
-        If they are no vectors of numbers, or one is below 0, over 1 or NaN.
-    """
-
-    gene: Floats
-    cell: Floats | None = None
-
-    def __post_init__(self) -> None:
-        for part in (self.gene,) if self.cell is None else (self.gene, self.cell):
-            if not isinstance(part, np.ndarray) or part.dtype.kind not in "buif" or part.ndim != 1:
-                raise InputError(f"confidence in zeros is {short_repr(part)}; give a one-dimensional array of numbers")
-            if not (np.all(part >= 0) and np.all(part <= 1)):
-                raise InputError(f"confidence in zeros reaches from {part.min()} to {part.max()}; give 0 to 1")
-
-    def check(self, matrix: ExpressionMatrix) -> None:
-        """Raise `InputError` if there is not one number for each gene, and for each cell.
-
-        Parameters
-        ----------
-        matrix
-            Of the zeros.
-        """
-        for part, length, what in ((self.gene, matrix.shape[1], "gene"), (self.cell, matrix.shape[0], "cell")):
-            if part is not None and part.shape != (length,):
-                raise InputError(
-                    f"confidence in zeros of {what}s has shape {part.shape}, and {matrix.name} has {length} {what}s; "
-                    f"give one number for each {what}"
-                )
-
-    @classmethod
-    def uniform(cls, omega: float, n_genes: int) -> Confidence | None:
-        """Trust all zeros alike; None for not at all.
-
-        Parameters
-        ----------
-        omega
-            Between 0 and 1.
-        n_genes
-            Length of β.
-        """
-        return cls(np.full(n_genes, omega, np.float32)) if omega else None
+    return Scales((factor**-cell_exponent).astype(np.float32), gene.astype(np.float32), note, centre, cell_exponent)
 
 
 @dataclass(frozen=True)
@@ -221,9 +180,13 @@ class Molecules:
     rest: bool
     seed: int
 
+    def kept(self, csr: sp.csr_matrix, first_row: int) -> Floats:
+        """Draw how many molecules of each entry are in the first part."""
+        return thinned(csr.indptr, csr.indices, csr.data, first_row=first_row, share=self.share, seed=self.seed)
+
     def of(self, csr: sp.csr_matrix, first_row: int) -> sp.csr_matrix:
         """Take this part of a block of rows."""
-        kept = thinned(csr.indptr, csr.indices, csr.data, first_row=first_row, share=self.share, seed=self.seed)
+        kept = self.kept(csr, first_row)
         part = csr.copy()  # what follows works in place
         part.data = csr.data - kept if self.rest else kept
         part.eliminate_zeros()
@@ -245,20 +208,20 @@ class PreparedBlocks:
     seed
         Which entries.
     block_gene_counts
-        See `Survey`.
-    confidence
-        In zeros; None where they are unknown.
+        See `Survey`; None in a part of the source.
     molecules
         Take only these; None for all.
+    entries_before
+        Of a part, which can hold out: entries of each gene in the blocks before each of its own, and in all.
     """
 
     matrix: ExpressionMatrix
     scales: Scales
     validation: float
     seed: int
-    block_gene_counts: NDArray[np.int32]
-    confidence: Confidence | None = None
+    block_gene_counts: NDArray[np.int32] | None
     molecules: Molecules | None = None
+    entries_before: tuple[dict[int, NDArray[np.int32]], NDArray[np.int64]] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -271,53 +234,64 @@ class PreparedBlocks:
         return self.matrix.blocks.bounds
 
     @property
-    def column_confidence(self) -> Floats | None:
-        """β."""
-        return None if self.confidence is None else self.confidence.gene
-
-    @property
-    def has_row_confidence(self) -> bool:
-        """Whether α are not all one."""
-        return self.confidence is not None and self.confidence.cell is not None
-
-    @property
     def weights(self) -> list[int]:
         """Observed entries of each block."""
+        assert self.block_gene_counts is not None
         return self.block_gene_counts.sum(axis=1, dtype=np.int64).tolist()  # type: ignore[no-any-return]
+
+    def part(self, blocks: tuple[int, ...]) -> PreparedBlocks:
+        """Return what reads these blocks alone: the counts of all blocks can be gigabytes."""
+        if self.validation == 0:
+            return replace(self, block_gene_counts=None)
+        assert self.block_gene_counts is not None
+        sums, before, last = np.zeros(self.shape[1], np.int64), {}, 0
+        for block in blocks:  # in ascending order
+            sums += self.block_gene_counts[last:block].sum(axis=0, dtype=np.int64)
+            before[block], last = sums.astype(np.int32), block
+        sums += self.block_gene_counts[last:].sum(axis=0, dtype=np.int64)
+        return replace(self, block_gene_counts=None, entries_before=(before, sums))
 
     def load(self, block: int) -> Block:
         """Read and scale a block."""
-        start, stop = self.matrix.blocks[block]
         csr = self.matrix.read_block(block)
         if self.molecules is not None:
-            csr = self.molecules.of(csr, start)
-        values = csr.data
-        if self.scales.gene is not None:
-            values = values * self.scales.gene[csr.indices]
+            csr = self.molecules.of(csr, self.bounds[block])
+        return Block(csr.indptr, csr.indices, csr.data * self._scale(csr, block), csr.shape[1])
+
+    def halves(self, block: int) -> Halves:
+        """Read a block, and scale the share of the molecules and, as an estimate of the same, the rest of them."""
+        assert self.molecules is not None
+        csr, share = self.matrix.read_block(block), self.molecules.share
+        kept, scale = self.molecules.kept(csr, self.bounds[block]), self._scale(csr, block)
+        test = (csr.data - kept) * np.float32(share / (1 - share))
+        rows = slice(*self.bounds[block : block + 2])
+        size = np.ones(csr.shape[0], np.float32)
         if self.scales.cell is not None:
-            values = values * np.repeat(self.scales.cell[start:stop], np.diff(csr.indptr))
-        alpha = None if self.confidence is None or self.confidence.cell is None else self.confidence.cell[start:stop]
-        return Block(csr.indptr, csr.indices, values, csr.shape[1], alpha)
+            size /= self.scales.cell[rows]
+        train, test = ((part * scale).astype(np.float32, copy=False) for part in (kept, test))
+        return Halves(csr.indptr, csr.indices, train, test, size, csr.shape[1])
+
+    def _scale(self, csr: sp.csr_matrix, block: int) -> Floats | np.float32:
+        """Return what each entry is multiplied with."""
+        gene = np.float32(1) if self.scales.gene is None else self.scales.gene[csr.indices]
+        if self.scales.cell is None:
+            return gene
+        return gene * np.repeat(self.scales.cell[slice(*self.bounds[block : block + 2])], np.diff(csr.indptr))
 
     def held_out(self, block: int, loaded: Block) -> NDArray[np.bool_] | None:
         """Tell which of its observed entries are held out."""
         if self.validation == 0:
             return None
-        counts = self.block_gene_counts.sum(axis=0, dtype=np.int64)
-        before = self.block_gene_counts[:block].sum(axis=0, dtype=np.int64)
+        every, counts = self.entries_before or self.part((block,)).entries_before  # type: ignore[misc]
+        before = every[block].astype(np.int64)
         return hidden_entries(loaded.indices, before, counts, n_to_hide(counts, self.validation), self.seed)
 
 
 def prepare(
-    matrix: ExpressionMatrix,
-    found: Survey,
-    settings: Settings,
-    *,
-    confidence: Confidence | None = None,
-    molecules: Molecules | None = None,
+    matrix: ExpressionMatrix, found: Survey, settings: Settings, molecules: Molecules | None = None
 ) -> PreparedBlocks:
     """Scale the matrix, and hold out a share of it if the stop rule needs that."""
     scales = scales_of(matrix, found, settings.exponents, totals_needed=settings.scaling is not None)
-    validation = settings.validation if settings.stop == "held-out" else 0.0
-    counts = found.block_gene_counts
-    return PreparedBlocks(matrix, scales, validation, settings.seed, counts, confidence, molecules)
+    held_out = settings.method == "complete" and settings.stop == "held-out"
+    validation = settings.validation if held_out else 0.0
+    return PreparedBlocks(matrix, scales, validation, settings.seed, found.block_gene_counts, molecules)

@@ -9,7 +9,7 @@ from typing import Protocol
 from scialm_dask.config import Settings
 from scialm_dask.events import Iteration
 
-__all__ = ["StopRule", "ThresholdStop", "Verdict", "stop_rule"]
+__all__ = ["StopRule", "Verdict", "stop_rule"]
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,6 @@ class HeldOutStop:
         if latest.iteration - self._at >= self._patience:
             return Verdict(best, f"held-out error lowest at iteration {self._at}, and not since")
         return Verdict(best, self._residual.judge(latest).reason)
-
-
-class ThresholdStop:
-    """Stop at a threshold that is known to be good, and return the last A."""
-
-    def __init__(self, threshold: float) -> None:
-        self._threshold = threshold
-
-    def judge(self, latest: Iteration) -> Verdict:
-        """Compare with the threshold."""
-        done = latest.threshold <= self._threshold
-        return Verdict(True, f"threshold {latest.threshold:.4g} is best by count splitting" if done else "")
 
 
 def stop_rule(settings: Settings) -> StopRule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dask
@@ -18,17 +18,18 @@ from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, silent
 from scialm_dask.linalg.kernels import Doubles, Floats
-from scialm_dask.linalg.ridge import RightFactor, RowProblems, cross_validation, leave_one_out, solve_rows
+from scialm_dask.linalg.ridge import RowProblems, leave_one_out, solve_rows
+from scialm_dask.linalg.sparse_products import spmm
 from scialm_dask.reduction import tree_reduce
-from scialm_dask.solve.cell_model import CellModel
-from scialm_dask.solve.scaling import PreparedBlocks
+from scialm_dask.solve.cell_model import CellModel, CompletionModel, DenoisingModel
+from scialm_dask.solve.scaling import PreparedBlocks, Survey
 
 if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
     import scipy.sparse as sp
 
-__all__ = ["Fit", "Transformed", "cell_model", "transform"]
+__all__ = ["Fit", "Transformed", "completion_model", "denoising_model", "transform"]
 
 _RUNS, _RUN_CELLS = 16, 64  # cells to learn the noise from: a thousand, all over the matrix
 _MOST_STEPS = 60  # of the search: from anywhere in float32's range
@@ -59,9 +60,15 @@ class Fit(NamedTuple):
 
 
 class Transformed(NamedTuple):
-    """Cells that were completed: their left factor, a lazy float32 array ``(cells, r)``, annotation and summary."""
+    """Cells that were imputed: left factor, a lazy float32 array ``(cells, r)``, counts, annotation and summary.
+
+    The counts, cells × genes of the fit, are None where they have no part in what is imputed. `measured` tells which of
+    these genes the cells had.
+    """
 
     left: da.Array
+    counts: ExpressionMatrix | None
+    measured: NDArray[np.bool_]
     obs: pd.DataFrame
     summary: dict[str, Any]
 
@@ -73,14 +80,16 @@ def transform(
     layer: str | None = None,
     listen: Listener = silent,
 ) -> Transformed:
-    """Complete cells that were not in the fit, with its gene factors; see `Imputation.transform`.
+    """Impute cells that were not in the fit, with its gene factors; see `Imputation.transform`.
 
-    The left factor of a cell minimises the weighted squares of what its entries miss, on the scale on which the noise
-    of genes is even, plus the distance from the cells of the fit: their mean, and their covariance over the noise.
-    Zeros have the weight that they had in the fit; genes that were not measured have none. The noise is the one at
-    which the new cells themselves predict their entries best, on a thousand of them at most: where zeros are unknown
-    each observed entry from the others (leave-one-out, in closed form), else by generalised cross-validation. The
-    residual of the fit, which the gene factors were made to lower, is only where the search begins.
+    *Completed*: the left factor of a cell minimises the squares of what its entries miss, on the scale on which the
+    noise of genes is even, plus the distance from the cells of the fit: their mean, and their covariance over the
+    noise. The noise is the one at which the new cells themselves predict each of their entries best from the others,
+    on a thousand of them at most. The residual of the fit, which the gene factors were made to lower, is only where
+    the search begins.
+
+    *Denoised*: with s the scaled counts of a cell and V orthonormal, u = (VᵀV + diag((1 − w)/w))⁻¹ Vᵀs over the genes
+    that were measured. Where all were, that is diag(w)Vᵀs, what the fit itself makes of its cells.
 
     Raises
     ------
@@ -91,10 +100,7 @@ def transform(
     refuse_logarithms(matrix, given, layer)
     obs, names = matrix.obs, None if matrix.annotation is None else matrix.var.index
     if fit.model is None:
-        raise InputError(
-            "the result says nothing of other cells: zeros were trusted cell by cell in it, or it is not of `impute`; "
-            "fit with a confidence in zeros that is the same for all cells"
-        )
+        raise InputError("the result says nothing of other cells; give one of `impute`")
     columns = _matching(fit, names, matrix)
     matched = int(np.count_nonzero(columns >= 0))
     few = _few_genes(matched, len(fit.right))
@@ -102,14 +108,32 @@ def transform(
         listen(Note(f"{matrix.name}: {few}"))
     sample = _sample(matrix)
     sizes, note = _size_factors(fit.model, sample, obs)
+    scaled = _Scaled(fit.model, columns)
     right = fit.right * fit.model.gene_scale[:, None]
-    solver = _Solver(fit.model, columns, right, _confidence(fit.model, columns), sizes)
-    noise = solver.least_noise(sample, matrix.name)
+    summary = {
+        "n_cells": matrix.shape[0],
+        "n_genes": len(fit.right),
+        "n_genes_matched": matched,
+        "n_genes_not_in_fit": len(columns) - matched,
+        "rank": fit.right.shape[1],
+        "scaling": note,
+        "source": matrix.name,
+        "fitted_on": fit.source,
+        **({"few_genes": few} if few else {}),
+    }
+    solver: _Completion | _Projection
+    if isinstance(fit.model, CompletionModel):
+        noise = _least_noise(fit.model, scaled, right, sample, sizes, matrix.name)
+        solver, counts = _Completion(right, _precision(fit.model, noise), fit.model.mean), None
+        summary["noise"] = noise
+    else:
+        assert isinstance(fit.model, DenoisingModel)
+        solver, counts = _projection(fit.model, right, scaled.measured), matrix.of_genes(columns, len(fit.right))
 
     import dask.array as da
 
     solve = dask.delayed(_solve_block)
-    shared = dask.delayed((replace(solver, sizes=None), matrix, solver.precision(noise)), traverse=False)
+    shared = dask.delayed((solver, scaled, matrix), traverse=False)
     pieces = [
         da.from_delayed(
             solve(shared, b, None if sizes is None else sizes[start:stop]),
@@ -118,19 +142,7 @@ def transform(
         )
         for b, (start, stop) in enumerate(matrix.blocks)
     ]
-    summary = {
-        "n_cells": matrix.shape[0],
-        "n_genes": len(fit.right),
-        "n_genes_matched": matched,
-        "n_genes_not_in_fit": len(columns) - matched,
-        "rank": fit.right.shape[1],
-        "noise": noise,
-        "scaling": note,
-        "source": matrix.name,
-        "fitted_on": fit.source,
-        **({"few_genes": few} if few else {}),
-    }
-    return Transformed(da.concatenate(pieces, axis=0), obs, summary)
+    return Transformed(da.concatenate(pieces, axis=0), counts, scaled.measured, obs, summary)
 
 
 class _Run(NamedTuple):
@@ -141,22 +153,22 @@ class _Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Solver:
-    """The problems of cells, on the scale of the fit.
-
-    ``columns`` gives for each gene of the new cells its place in the fit, or −1; ``right`` is V; ``confidence`` is that
-    in zeros of each gene of the fit, None where all are unknown; ``sizes`` are the size factors of all cells, None
-    where they are the totals of what is read.
-    """
+class _Scaled:
+    """Cells on the scale of the fit; ``columns`` gives for each of their genes its place in the fit, or −1."""
 
     model: CellModel
     columns: NDArray[np.intp]
-    right: Floats
-    confidence: Floats | None
-    sizes: Doubles | None
+
+    @property
+    def measured(self) -> NDArray[np.bool_]:
+        """Which genes of the fit they have, shape ``(n,)``."""
+        return np.isin(np.arange(len(self.model.gene_scale)), self.columns)
 
     def problems(self, csr: sp.csr_matrix, sizes: Doubles | None) -> tuple[RowProblems, Doubles]:
-        """Scale what is observed of the genes of the fit; give the scales of the cells too."""
+        """Scale what is observed of the genes of the fit; return the scales of the cells too.
+
+        The size factors are the totals of what is read if they are None.
+        """
         at = self.columns[csr.indices]
         known = at >= 0
         indptr = np.concatenate([[0], np.cumsum(known)])[csr.indptr]
@@ -164,45 +176,75 @@ class _Solver:
         values = csr.data[known]
         rows = np.repeat(np.arange(csr.shape[0]), np.diff(indptr))
         if sizes is None:
-            sizes = np.bincount(rows, weights=values, minlength=csr.shape[0]).astype(np.float64)
+            share = self.model.gene_share[self.measured].sum()
+            sizes = np.bincount(rows, weights=values, minlength=csr.shape[0]) / (share or 1.0)
         scale = np.where(sizes > 0, sizes / self.model.centre, 1.0) ** -self.model.cell_exponent
         values = (values * self.model.gene_scale[indices] * scale[rows]).astype(np.float32)
         return RowProblems(indptr, indices, values), scale
 
-    def factor(self) -> RightFactor:
-        """Prepare V for the problems of any number of cells."""
-        return RightFactor.of(self.right, self.confidence)
 
-    def precision(self, noise: float) -> Doubles:
-        """Noise over covariance; what rounding has left of a direction without spread is not taken for spread."""
-        covariance = self.model.covariance
-        floor = np.finfo(np.float32).eps * np.trace(covariance) + np.finfo(np.float64).tiny
-        inverse: Doubles = np.linalg.inv(covariance + floor * np.eye(len(covariance)))
-        return noise * inverse
+@dataclass(frozen=True)
+class _Completion:
+    """Solves the problem of each row on its entries alone."""
 
-    def least_noise(self, sample: list[_Run], name: str) -> float:
-        """Search, by factors of √2, for the noise at which the sample predicts its own entries best."""
-        sizes = self.sizes
-        problems = [self.problems(csr, None if sizes is None else sizes[cells])[0] for csr, cells in sample]
-        values = np.concatenate([p.values for p in problems])
-        if not values.any():
-            raise InputError(f"{name}: no entry of the sampled cells is of a gene of the fit; check the matrix")
+    right: Floats
+    precision: Doubles
+    mean: Doubles
 
-        factor, judge = self.factor(), leave_one_out if self.confidence is None else cross_validation
+    def solve(self, problems: RowProblems) -> Floats:
+        return solve_rows(problems, self.right, self.precision, self.mean)
 
-        def error(noise: float) -> float:
-            precision = self.precision(noise)
-            return sum(judge(p, factor, precision, self.model.mean) for p in problems)
 
-        noise = (self.model.residual or 1.0) ** 2 * float(np.square(values, dtype=np.float64).mean())
-        least = error(noise)
-        for step in (np.sqrt(2), np.sqrt(0.5)):
-            for _ in range(_MOST_STEPS):
-                latest = error(noise * step)
-                if not latest < least:
-                    break
-                noise, least = noise * step, latest
-        return noise
+@dataclass(frozen=True)
+class _Projection:
+    """Multiplies each row, zeros and all, with the same matrix, float32, shape ``(n, r)``."""
+
+    matrix: Floats
+
+    def solve(self, problems: RowProblems) -> Floats:
+        indptr, indices, values = problems
+        left = np.zeros((len(indptr) - 1, self.matrix.shape[1]), np.float32)
+        spmm(indptr, indices, values, self.matrix, left)
+        return left
+
+
+def _projection(model: DenoisingModel, right: Floats, measured: NDArray[np.bool_]) -> _Projection:
+    """Return V (VᵀV + diag((1 − w)/w))⁻¹, with V over the measured genes."""
+    some = np.where(measured[:, None], right, np.float32(0)).astype(np.float64)
+    inverted = some.T @ some + np.diag((1 - model.weights) / model.weights)
+    inverted += np.finfo(np.float32).eps * np.eye(len(inverted))  # directions that no measured gene shows, at w = 1
+    return _Projection(np.linalg.solve(inverted, some.T).T.astype(np.float32))
+
+
+def _precision(model: CompletionModel, noise: float) -> Doubles:
+    """Noise over covariance, where rounding is not mistaken for spread."""
+    floor = np.finfo(np.float32).eps * np.trace(model.covariance) + np.finfo(np.float64).tiny
+    inverse: Doubles = np.linalg.inv(model.covariance + floor * np.eye(len(model.covariance)))
+    return noise * inverse
+
+
+def _least_noise(
+    model: CompletionModel, scaled: _Scaled, right: Floats, sample: list[_Run], sizes: Doubles | None, name: str
+) -> float:
+    """Search, by factors of √2, for the noise at which the sample predicts its own entries best."""
+    problems = [scaled.problems(csr, None if sizes is None else sizes[cells])[0] for csr, cells in sample]
+    values = np.concatenate([p.values for p in problems])
+    if not values.any():
+        raise InputError(f"{name}: no entry of the sampled cells is of a gene of the fit; check the matrix")
+
+    def error(noise: float) -> float:
+        precision = _precision(model, noise)
+        return sum(leave_one_out(p, right, precision, model.mean) for p in problems)
+
+    noise = (model.residual or 1.0) ** 2 * float(np.square(values, dtype=np.float64).mean())
+    least = error(noise)
+    for step in (np.sqrt(2), np.sqrt(0.5)):
+        for _ in range(_MOST_STEPS):
+            latest = error(noise * step)
+            if not latest < least:
+                break
+            noise, least = noise * step, latest
+    return noise
 
 
 def _matching(fit: Fit, names: pd.Index | None, matrix: ExpressionMatrix) -> NDArray[np.intp]:
@@ -238,14 +280,6 @@ def _few_genes(matched: int, fitted: int) -> str:
     )
 
 
-def _confidence(model: CellModel, columns: NDArray[np.intp]) -> Floats | None:
-    """Trust zeros as the fit did, of the genes that were measured."""
-    measured = np.zeros(len(model.confidence), bool)
-    measured[columns[columns >= 0]] = True
-    confidence = np.where(measured, model.confidence, np.float32(0))
-    return confidence if confidence.any() else None
-
-
 def _sample(matrix: ExpressionMatrix) -> list[_Run]:
     """Read runs of cells from all over the matrix; which ones depends on the number of cells alone."""
     n = matrix.shape[0]
@@ -277,37 +311,41 @@ def _size_factors(model: CellModel, sample: list[_Run], obs: pd.DataFrame) -> tu
     return sizes, "cells scaled by obs['total_counts']"
 
 
-def cell_model(
-    lefts: list[Delayed], blocks: PreparedBlocks, *, residual: float, raw_counts: bool, cell_exponent: float
-) -> CellModel:
+def completion_model(
+    lefts: list[Delayed], blocks: PreparedBlocks, found: Survey, *, residual: float
+) -> CompletionModel:
     """Sum up the rows of a fitted left factor, not yet scaled back, block by block.
 
     Parameters
     ----------
     lefts
         The blocks of the left factor, float32, ``(rows, r)``.
-    blocks
-        What was fitted.
-    residual, raw_counts
-        See `CellModel`.
-    cell_exponent
-        With which cells were scaled, if they were.
+    blocks, found
+        What was fitted, and its survey.
+    residual
+        See `CompletionModel`.
     """
-    n_cells, n_genes = blocks.shape
     moments = dask.delayed(_moments)
     total, squares = tree_reduce([moments(left) for left in lefts], _add).compute()
-    mean = total / n_cells
+    mean = total / blocks.shape[0]
+    covariance = squares / blocks.shape[0] - np.outer(mean, mean)
+    return CompletionModel(**_shared(blocks, found), mean=mean, covariance=covariance, residual=residual)
+
+
+def denoising_model(blocks: PreparedBlocks, found: Survey, weights: Doubles) -> DenoisingModel:
+    """Return what completes other cells as these were denoised, with these weights of components."""
+    return DenoisingModel(**_shared(blocks, found), weights=weights)
+
+
+def _shared(blocks: PreparedBlocks, found: Survey) -> dict[str, Any]:
     scales = blocks.scales
-    return CellModel(
-        gene_scale=np.ones(n_genes, np.float32) if scales.gene is None else scales.gene,
-        mean=mean,
-        covariance=squares / n_cells - np.outer(mean, mean),
-        residual=residual,
-        raw_counts=raw_counts,
-        cell_exponent=0.0 if scales.cell is None else cell_exponent,
-        centre=scales.centre,
-        confidence=np.zeros(n_genes, np.float32) if blocks.confidence is None else blocks.confidence.gene,
-    )
+    return {
+        "gene_scale": np.ones(blocks.shape[1], np.float32) if scales.gene is None else scales.gene,
+        "gene_share": found.gene_sums / (found.gene_sums.sum() or 1.0),
+        "raw_counts": found.integer,
+        "cell_exponent": scales.cell_exponent,
+        "centre": scales.centre,
+    }
 
 
 def _moments(left: Floats) -> tuple[Doubles, Doubles]:
@@ -319,9 +357,11 @@ def _add(one: tuple[Doubles, Doubles], other: tuple[Doubles, Doubles]) -> tuple[
     return one[0] + other[0], one[1] + other[1]
 
 
-def _solve_block(shared: tuple[_Solver, ExpressionMatrix, Doubles], block: int, sizes: Doubles | None) -> Floats:
-    solver, matrix, precision = shared
-    problems, scale = solver.problems(matrix.read_block(block), sizes)
-    left = solve_rows(problems, solver.factor(), precision, solver.model.mean) / scale[:, None]
+def _solve_block(
+    shared: tuple[_Completion | _Projection, _Scaled, ExpressionMatrix], block: int, sizes: Doubles | None
+) -> Floats:
+    solver, scaled, matrix = shared
+    problems, scale = scaled.problems(matrix.read_block(block), sizes)
+    left = solver.solve(problems) / scale[:, None]
     left[np.diff(problems.indptr) == 0] = 0
     return left.astype(np.float32)

@@ -64,7 +64,7 @@ def compare(block: Block, width: int, repetitions: int) -> Record:
     rotation = rng.standard_normal((width, rank), dtype=np.float32)
     sketch = rng.standard_normal((block.n_rows, width), dtype=np.float32)
     state = BlockState(block.observed, sketch[:, :0], sketch)
-    view = PassInputs(right=right, spread=right, basis=basis, overlap=right.T @ basis, step=Update(rotation, 0.8))
+    view = PassInputs(right=right, basis=basis, overlap=right.T @ basis, step=Update(rotation, 0.8))
     csr = sp.csr_matrix((block.observed, block.indices, block.indptr), shape=(block.n_rows, block.n_columns))
     calls: dict[str, Any] = {
         "scipy": lambda: (csr @ basis, csr.T @ sketch),

@@ -23,9 +23,6 @@ WIDTH, RANK, ROWS, VALUES = 64, 48, 4, 40
 class AlmostEmpty:
     """Row blocks of four rows and forty non-zeros each, for `LowRankPlusSparse`."""
 
-    column_confidence = None
-    has_row_confidence = False
-
     def __init__(self, n_blocks: int, n_columns: int) -> None:
         self.shape = n_blocks * ROWS, n_columns
         self.bounds = tuple(range(0, self.shape[0] + 1, ROWS))

@@ -61,7 +61,7 @@ def page(tmp_path_factory):
     genes = [f"{bad}{j}" for j in range(60)]
     obs = pd.DataFrame({"type": np.where(np.arange(90) % 3, bad, "b" * 80)}, index=[f"cell{i}" for i in range(90)])
     cells = anndata.AnnData(counts.astype(np.float32), obs=obs, var=pd.DataFrame(index=genes))
-    result = impute(cells, preset="auto", validation=0.1, max_rank=20)
+    result = impute(cells, preset="complete", validation=0.1, max_rank=20)
     result.summary["mean_imputed_over_observed"] = 2.5
     path = tmp_path_factory.mktemp("page") / "report.html"
     write_report(result, path, source=cells, color="type")

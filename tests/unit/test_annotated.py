@@ -16,7 +16,7 @@ from scialm_dask.data.ingest import convert
 from scialm_dask.data.qc import quality_control
 from scialm_dask.evaluate.mask import mask
 
-SETTINGS = {"max_rank": 6, "validation": 0.05, "max_iterations": 8}
+SETTINGS = {"preset": "complete", "max_rank": 6, "validation": 0.05, "max_iterations": 8}
 OLD_FORMAT = "ignore:Writing zarr v2 data will no longer be the default"
 
 
@@ -48,8 +48,8 @@ def same(one, other):
 def test_the_factors_are_put_into_the_anndata(adata, tmp_path):
     before = adata.X.copy()
     result = impute(adata, **SETTINGS)
-    assert isinstance(adata.obsm["X_scialm"], np.ndarray)
-    product = np.maximum(adata.obsm["X_scialm"] @ adata.varm["scialm"].T, 0)
+    assert isinstance(adata.obsm["scialm_factors"], np.ndarray)
+    product = np.maximum(adata.obsm["scialm_factors"] @ adata.varm["scialm_factors"].T, 0)
     np.testing.assert_allclose(product, result[:, :], rtol=1e-4, atol=1e-4)
     assert abs(adata.X - before).nnz == 0
     assert "cells by obs['total_counts']" in result.summary["scaling"]
@@ -79,7 +79,11 @@ def test_so_does_an_h5ad_which_holds_the_left_factor_in_one_piece(adata, tmp_pat
 def test_names_and_none(adata, expected):
     assert list(adata.obsm) == list(adata.varm) == list(adata.uns) == []
     impute(adata, key_added="filled", **SETTINGS)
-    assert (list(adata.obsm), list(adata.varm), list(adata.uns)) == (["X_filled"], ["filled"], ["filled"])
+    assert (list(adata.obsm), list(adata.varm), list(adata.uns)) == (
+        ["filled_factors", "X_filled"],
+        ["filled_factors"],
+        ["filled"],
+    )
 
 
 def test_a_layer(adata, counts):
@@ -103,7 +107,7 @@ def test_a_layer(adata, counts):
 def test_any_matrix_will_do(adata, expected, kind):
     adata.X = kind(adata.X)
     same(impute(adata, **SETTINGS), expected)
-    assert isinstance(adata.obsm["X_scialm"], da.Array) == isinstance(adata.X, da.Array)
+    assert isinstance(adata.obsm["scialm_factors"], da.Array) == isinstance(adata.X, da.Array)
 
 
 def test_a_data_frame_keeps_its_names(adata):
@@ -199,7 +203,7 @@ def test_logarithms_in_a_file_are_refused_and_counts_under_the_mark_are_not(adat
     impute(tmp_path / "a.h5ad", layer="counts", **SETTINGS)
     convert(tmp_path / "a.h5ad", tmp_path / "a.zarr")
     for call in (
-        impute,
+        lambda path: impute(path, preset="complete"),
         lambda path: quality_control(path, tmp_path / "q.zarr"),
         lambda path: mask(path, tmp_path / "m.zarr"),
     ):

@@ -9,7 +9,6 @@ import pytest
 import scipy.sparse as sp
 
 from scialm_dask import (
-    Confidence,
     ExpressionMatrix,
     Imputation,
     InputError,
@@ -103,23 +102,20 @@ def test_a_checked_function_is_called_with_plain_values_and_keeps_its_name():
 
 
 def test_settings_of_numpy_numbers_are_plain():
-    settings = Settings(
-        max_rank=np.int64(4), epsilon=np.float32(0.5), scaling=np.array([0.5, 0.5]), zeros=np.int8(1), seed=np.uint8(3)
-    )
+    settings = Settings(max_rank=np.int64(4), epsilon=np.float32(0.5), scaling=np.array([0.5, 0.5]), seed=np.uint8(3))
     again = json.loads(json.dumps(settings.as_dict()))
     assert (again["max_rank"], again["epsilon"], again["scaling"], again["seed"]) == (4, 0.5, [0.5, 0.5], 3)
-    assert settings == Settings(max_rank=4, epsilon=0.5, scaling=(0.5, 0.5), zeros=1.0, seed=3)
+    assert settings == Settings(max_rank=4, epsilon=0.5, scaling=(0.5, 0.5), seed=3)
 
 
 def test_a_result_of_numpy_settings_is_written(tmp_path):
-    result = impute(X, max_rank=np.int64(3), max_iterations=np.int32(4), validation=np.float32(0.2))
+    result = impute(X, preset="complete", max_rank=np.int64(3), max_iterations=np.int32(4), validation=np.float32(0.2))
     result.to_zarr(tmp_path / "result.zarr")
     assert Imputation.open(tmp_path / "result.zarr").summary["settings"]["max_rank"] == 3
 
 
 REFUSED = [
     (lambda: impute(X, validation="0.1"), "validation is '0.1'; give a number"),
-    (lambda: impute(X, zeros=[1, 2]), "zeros is [1, 2]; give a number from 0 to 1 or auto"),
     (lambda: impute(X, max_rank=5.5), "max_rank is 5.5; give a whole number of at least 1 or None"),
     (lambda: impute(X, max_rank=True), "max_rank is True; give"),
     (lambda: impute(X, scaling=3), "scaling is 3; give 2 numbers from 0 to 1 or None"),
@@ -127,7 +123,6 @@ REFUSED = [
     (lambda: impute(X, preset=[1]), "preset is [1]; give a word"),
     (lambda: impute(X, layer=3), "layer is 3; give a word or None"),
     (lambda: impute(X, checkpoint=5), "checkpoint is 5; give a word, a path, a Checkpointing or None"),
-    (lambda: impute(X, confidence=0.5), "confidence is 0.5; give a Confidence or None"),
     (lambda: impute(X, memory_limit=[1]), "memory_limit is [1]; give a number, a word or None"),
     (lambda: impute(X, listen=3), "listen is 3; give a function"),
     (lambda: impute(3), "matrix is 3; give a matrix of numbers"),
@@ -142,8 +137,6 @@ REFUSED = [
     (lambda: ExpressionMatrix.open(3), "path is 3; give a word or a path"),
     (lambda: Imputation.open(3), "path is 3; give a word or a path"),
     (lambda: resume(3), "folder is 3; give a word or a path"),
-    (lambda: Confidence("all"), "confidence in zeros is 'all'; give a one-dimensional array"),
-    (lambda: Confidence(np.ones(30), 0.5), "confidence in zeros is 0.5; give a one-dimensional array"),
     (lambda: PooledALS("3"), "rank is '3'; give a whole number"),
     (lambda: PooledALS(3, tol=None), "tol is None; give a number"),
     (lambda: PooledALS(3, -1), "random_state -1 is below 0"),

@@ -3,10 +3,8 @@ import pytest
 import scipy.sparse as sp
 
 from scialm_dask.linalg.ridge import (
-    RightFactor,
     RowProblems,
     column_minima,
-    cross_validation,
     leave_one_out,
     solve_rows,
 )
@@ -37,7 +35,7 @@ def row_of(rows, right, i):
 
 def test_rows_are_the_regularised_least_squares(problem):
     rows, right, precision, mean = problem
-    left = solve_rows(rows, RightFactor.of(right), precision, mean)
+    left = solve_rows(rows, right, precision, mean)
     assert left.dtype == np.float32
     for i, u in enumerate(left):
         v, d = row_of(rows, right, i)
@@ -47,44 +45,7 @@ def test_rows_are_the_regularised_least_squares(problem):
 
 def test_a_row_without_entries_is_the_mean_of_the_prior(problem):
     rows, right, precision, mean = problem
-    np.testing.assert_allclose(solve_rows(rows, RightFactor.of(right), precision, mean)[4], mean, rtol=1e-6)
-
-
-@pytest.fixture
-def confidence():
-    confidence = np.random.default_rng(3).random(31).astype(np.float32)
-    confidence[:5] = 0
-    confidence[5:9] = 1
-    return confidence
-
-
-def weighted(problem, confidence, i):
-    """All entries of a row and their weights, and the matrix that is inverted; zeros trusted."""
-    rows, right, precision, _ = problem
-    d, weights = np.zeros(31), confidence.astype(np.float64)
-    span = slice(rows.indptr[i], rows.indptr[i + 1])
-    d[rows.indices[span]], weights[rows.indices[span]] = rows.values[span], 1
-    return d, weights, right.T * weights @ right + precision
-
-
-def test_zeros_count_as_far_as_they_are_trusted(problem, confidence):
-    rows, right, precision, mean = problem
-    for i, u in enumerate(solve_rows(rows, RightFactor.of(right, confidence), precision, mean)):
-        d, weights, inverted = weighted(problem, confidence, i)
-        expected = np.linalg.solve(inverted, right.T @ (weights * d) + precision @ mean)
-        np.testing.assert_allclose(u, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_cross_validation_is_the_misfit_over_what_is_left_of_the_entries(problem, confidence):
-    rows, right, precision, mean = problem
-    total = 0.0
-    for i in range(9):
-        d, weights, inverted = weighted(problem, confidence, i)
-        u = np.linalg.solve(inverted, right.T @ (weights * d) + precision @ mean)
-        used = np.trace(np.linalg.solve(inverted, inverted - precision))
-        total += weights @ (d - right @ u) ** 2 / (1 - used / 26) ** 2
-    factor = RightFactor.of(right, confidence)
-    assert cross_validation(rows, factor, precision, mean) == pytest.approx(total, rel=1e-5)
+    np.testing.assert_allclose(solve_rows(rows, right, precision, mean)[4], mean, rtol=1e-6)
 
 
 def test_leave_one_out_is_leaving_one_out(problem):
@@ -97,7 +58,7 @@ def test_leave_one_out_is_leaving_one_out(problem):
             w, e = v[others], d[others]
             u = np.linalg.solve(w.T @ w + precision, w.T @ e + precision @ mean)
             total += (d[k] - u @ v[k]) ** 2
-    assert leave_one_out(rows, RightFactor.of(right), precision, mean) == pytest.approx(total, rel=1e-6)
+    assert leave_one_out(rows, right, precision, mean) == pytest.approx(total, rel=1e-6)
 
 
 def test_column_minima_do_not_depend_on_panels(monkeypatch):

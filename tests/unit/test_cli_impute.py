@@ -54,7 +54,7 @@ def test_impute_tells_what_it_did(cli, counts, store_of, tmp_path):
 
 
 def test_a_rank_without_limit(cli, counts, store_of, tmp_path):
-    words = ("--max-iterations", "3", "--max-rank", "none", "--json", "--quiet")
+    words = ("--preset", "complete", "--max-iterations", "3", "--max-rank", "none", "--json", "--quiet")
     assert cli("impute", store_of(counts), tmp_path / "r.zarr", "--validation", "0.1", *words).exit_code == 0
     assert Imputation.open(tmp_path / "r.zarr").summary["settings"]["max_rank"] is None
 
@@ -73,7 +73,11 @@ def test_mask_impute_score(cli, tmp_path, store_of):
 
     path = store_of(low_rank_counts(150, 80, density=0.9, rank=2, dispersion=8, seed=1))
     assert cli("mask", path, tmp_path / "m.zarr").exit_code == 0
-    summary = last_json(cli("impute", tmp_path / "m.zarr", tmp_path / "r.zarr", "--validation", "0.05", "--json"))
+    summary = last_json(
+        cli(
+            "impute", tmp_path / "m.zarr", tmp_path / "r.zarr", "--preset", "complete", "--validation", "0.05", "--json"
+        )
+    )
     assert summary["converged"]
     assert summary["chosen_iteration"] < summary["iterations"]
     scores = last_json(cli("score", tmp_path / "r.zarr", "--held-out", tmp_path / "m.zarr", "--json"))
@@ -100,7 +104,18 @@ def test_blocks_and_scratch_do_not_change_the_result(cli, counts, store_of, tmp_
     where = scratch if scratch == "memory" else f"zarr:{tmp_path / 'scratch'}"
     results = []
     for blocks in (1, 3, 7):
-        words = ("--validation", "0.1", "--max-iterations", "12", "--scratch", where, "--blocks", blocks)
+        words = (
+            "--preset",
+            "complete",
+            "--validation",
+            "0.1",
+            "--max-iterations",
+            "12",
+            "--scratch",
+            where,
+            "--blocks",
+            blocks,
+        )
         assert last_json(cli("impute", path, tmp_path / f"{blocks}.zarr", *words, "--json"))["n_blocks"] == blocks
         results.append(Imputation.open(tmp_path / f"{blocks}.zarr"))
     for other in results[1:]:
@@ -226,9 +241,9 @@ def test_duplicates_are_summed_and_unsorted_sorted(cli, counts, store_of, tmp_pa
         (("--scaling", "log"), "scaling is 'log'; give none, poisson, or two exponents"),
         (("--scratch", "disk"), "scratch is 'disk'; give"),
         (("--scratch", "zarr:/no/such/folder"), "no such folder for scratch; create it first"),
-        (("--validation", "0.001"), "hides none of"),
+        (("--preset", "complete", "--validation", "0.001"), "hides none of"),
         (("--memory-limit", "1MB"), "memory"),
-        (("--increment", "7"), "increment has no effect with preset auto (rank_policy adaptive)"),
+        (("--increment", "7"), "increment has no effect with preset denoise (method denoise)"),
         (("--preset", "paper", "--validation", "0.3"), "validation has no effect with preset paper (stop residual)"),
     ],
 )
@@ -280,7 +295,7 @@ def test_score_refuses_what_does_not_belong_together(cli, counts, store_of, tmp_
         assert result.stderr.count("\n") == 1
     result = cli("score", path, "--held-out", path)
     assert result.exit_code == 2
-    assert "not a result of this package" in result.stderr
+    assert "not a result of this version" in result.stderr
 
 
 def run(code, *args, **kwargs):

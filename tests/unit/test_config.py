@@ -14,21 +14,22 @@ def test_presets():
     paper = preset("paper")
     assert (paper.rank_policy, paper.stop, paper.scaling) == ("paper", "residual", (0.0, 0.0))
     assert (paper.epsilon, paper.first_rank, paper.increment, paper.max_iterations) == (1e-4, 5, 200, 1000)
-    assert preset("auto") == Settings()
+    assert preset("complete") == Settings()
+    assert (preset("denoise").method, preset("denoise").max_rank) == ("denoise", 64)
     assert preset("paper", rank_policy="adaptive", svd_passes=2).svd_passes == 2
-    assert preset("auto", epsilon=None, seed=3) == Settings(seed=3)
+    assert preset("complete", epsilon=None, seed=3) == Settings(seed=3)
 
 
 @pytest.mark.parametrize(
     ("words", "exponents"), [("none", (0, 0)), ("poisson", (0.5, 0.5)), ("0.75,0.5", (0.75, 0.5)), ((1, 0), (1, 0))]
 )
 def test_scaling_by_word_or_number(words, exponents):
-    assert preset("auto", scaling=words).scaling == exponents
+    assert preset("complete", scaling=words).scaling == exponents
 
 
 def test_a_rank_without_limit_and_words_for_numbers():
-    assert preset("auto", max_rank="none").max_rank is None
-    assert preset("auto", max_rank=None).max_rank == preset("auto").max_rank == 128
+    assert preset("complete", max_rank="none").max_rank is None
+    assert preset("complete", max_rank=None).max_rank == preset("complete").max_rank == 128
     assert preset("paper", max_rank="50").max_rank == 50
 
 
@@ -56,7 +57,7 @@ def test_a_rank_without_limit_and_words_for_numbers():
 )  # fmt: skip
 def test_what_cannot_be_is_refused(changes, message):
     with pytest.raises(InputError) as caught:
-        preset("auto", **changes)
+        preset("complete", **changes)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -64,13 +65,13 @@ def test_what_cannot_be_is_refused(changes, message):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("auto", {"increment": 200}, "increment has no effect with preset auto (rank_policy adaptive); it goes with rank_"),
-        ("denoise", {"first_rank": 7}, "first_rank has no effect with preset denoise (rank_policy adaptive)"),
+        ("complete", {"increment": 200}, "increment has no effect with preset complete (rank_policy adaptive); it goes with rank_"),
+        ("denoise", {"first_rank": 7}, "first_rank has no effect with preset denoise (method denoise); it goes with the presets complete and"),
         ("paper", {"rank_policy": "adaptive", "increment": 7}, "increment has no effect with preset paper"),
         ("paper", {"validation": 0.3}, "validation has no effect with preset paper (stop residual)"),
-        ("denoise", {"validation": 0.3}, "validation has no effect with preset denoise (stop count-split)"),
+        ("denoise", {"validation": 0.3}, "validation has no effect with preset denoise (method denoise)"),
         ("paper", {"patience": 3}, "patience has no effect with preset paper (stop residual)"),
-        ("auto", {"svd_tolerance": 0.1}, "svd_tolerance has no effect with preset auto (svd_passes 2)"),
+        ("complete", {"svd_tolerance": 0.1}, "svd_tolerance has no effect with preset complete (svd_passes 2)"),
     ],
 )  # fmt: skip
 def test_what_has_no_effect_is_refused(name, changes, message):
@@ -83,12 +84,12 @@ def test_what_has_no_effect_is_refused(name, changes, message):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("auto", {"rank_policy": "paper", "increment": 7, "first_rank": 3}),
-        ("auto", {"stop": "residual", "zeros": "auto", "patience": 3}),
-        ("auto", {"svd_passes": 3, "svd_tolerance": 0.1}),
-        ("auto", {"increment": None}),
+        ("complete", {"rank_policy": "paper", "increment": 7, "first_rank": 3}),
+        ("complete", {"stop": "residual", "epsilon": 0.1}),
+        ("complete", {"svd_passes": 3, "svd_tolerance": 0.1}),
+        ("complete", {"increment": None}),
         ("paper", {"stop": "held-out", "validation": 0.3, "patience": 3}),
-        ("denoise", {"patience": 1}),
+        ("denoise", {"max_rank": 5, "scaling": (0.5, 0.0), "svd_passes": 3}),
     ],
 )
 def test_what_has_an_effect_is_taken(name, changes):
@@ -96,8 +97,15 @@ def test_what_has_an_effect_is_taken(name, changes):
     assert {field: settings[field] for field, value in changes.items() if value is not None}.items() <= changes.items()
 
 
+def test_what_auto_means_is_for_a_matrix_to_say():
+    with pytest.raises(
+        InputError, match="preset is 'auto', which a matrix decides; choose one of denoise, complete, paper"
+    ):
+        preset("auto")
+
+
 def test_an_unknown_preset_is_named():
-    with pytest.raises(InputError, match="preset is 'fast'; choose one of auto, paper"):
+    with pytest.raises(InputError, match="preset is 'fast'; choose one of auto, denoise, complete, paper"):
         preset("fast")
 
 
@@ -121,5 +129,5 @@ def test_what_was_set_before_the_first_use_takes_no_defaults_along():
 
 
 def test_a_setting_that_there_is_not_is_refused_by_name():
-    with pytest.raises(InputError, match="no setting is called max_ranks; there are rank_policy, stop"):
-        preset("auto", max_ranks=5)
+    with pytest.raises(InputError, match="no setting is called max_ranks; there are method, rank_policy, stop"):
+        preset("complete", max_ranks=5)

@@ -37,7 +37,7 @@ def cost_of_iterations(folder, n_blocks, threads, **changes):
 
     with dask.config.set(scheduler="threads", num_workers=threads), Tasks() as tasks:
         operator = LowRankPlusSparse(source, ZarrScratch(str(folder)))
-        completed(operator, preset("auto", **changes), note)
+        completed(operator, preset("complete", **changes), note)
     costs = [cost for cost in costs if cost[0] > 0]
     return [(after[1] - before[1], after[2] - before[2], after[3] - before[3]) for before, after in pairwise(costs)]
 

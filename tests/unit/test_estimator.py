@@ -39,7 +39,7 @@ def cells():
 
 @pytest.fixture(scope="module")
 def estimator():
-    return IALM(max_rank=6, max_iterations=8, validation=0.05, random_state=2)
+    return IALM("complete", max_rank=6, max_iterations=8, validation=0.05, random_state=2)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_parameter_without_effect_is_refused(cells):
 
 
 def test_it_is_impute(cells, estimator, fitted):
-    result = impute(cells[:160], max_rank=6, max_iterations=8, validation=0.05, seed=2)
+    result = impute(cells[:160], preset="complete", max_rank=6, max_iterations=8, validation=0.05, seed=2)
     filled = clone(estimator).fit_transform(cells[:160])
     assert isinstance(filled, da.Array)
     np.testing.assert_allclose(filled.compute(), result[:, :], rtol=1e-3, atol=1e-3)
@@ -130,10 +130,10 @@ def test_missing_values_may_be_nan_and_zeros_observed():
 def test_what_cannot_be_done_is_refused(cells):
     with pytest.raises(NotFittedError):
         IALM().transform(cells)
-    with pytest.raises(InputError, match="choose one of auto, paper, denoise"):
+    with pytest.raises(InputError, match="choose one of auto, denoise, complete, paper"):
         IALM("best").fit(cells)
 
 
 def test_denoise_completes_other_cells_too(cells):
-    fitted = IALM("denoise", max_iterations=5).fit(cells[:-7])
+    fitted = IALM(max_rank=5).fit(cells[:-7])
     assert fitted.transform(cells[-7:]).compute().shape == (7, cells.shape[1])

@@ -106,7 +106,7 @@ def test_what_was_written_before_a_failure_is_kept_under_another_name(cli, path,
     def fail(figure, path):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(written, "save_figure", fail)
+    monkeypatch.setattr(written.plotting, "save", fail)
     words = ["--methods", "gene-mean", "--no-count-split", "--seeds", 1]
     with in_process():
         result = cli("evaluate", path, tmp_path / "out", *words)

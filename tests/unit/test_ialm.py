@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from dense_ialm import ialm_dense
 from problems import completed, low_rank_counts, operator_of, product_of
 
 from scialm_dask.config import preset
 from scialm_dask.errors import InputError
 from scialm_dask.linalg.svd import PartialSVD
 from scialm_dask.solve.ialm import first_penalty, singular_value_thresholding, zero_iterations
-from scialm_dask.solve.reference import ialm_dense
 
 PROBLEMS = [(80, 60, 0.3, 0), (50, 95, 0.15, 1), (64, 64, 0.6, 2)]
 EXACT = {"svd_passes": 60, "svd_tolerance": 1e-6}
@@ -70,7 +70,7 @@ def test_the_held_out_stop_follows_the_twin_and_returns_its_best(m, n, density, 
     seed = {64: 2, 120: 0, 100: 1}[m]
     matrix = low_rank_counts(m, n, density=density, seed=seed, dispersion=dispersion)
     hidden = hide(matrix, 0.1, seed)
-    settings = preset("auto", scaling="none", **EXACT)
+    settings = preset("complete", scaling="none", **EXACT)
     completion, A = run(matrix, settings, hidden=hidden)
     expected = twin(matrix, settings, hidden)
     errors = [i.held_out for i in completion.history]
@@ -94,7 +94,7 @@ def test_two_passes_come_close_to_exact_svds():
     """The default makes two passes for each SVD: the error they leave must not show in the result."""
     matrix = low_rank_counts(80, 60, seed=3)
     hidden = hide(matrix, 0.1, 0)
-    settings = preset("auto", scaling="none")
+    settings = preset("complete", scaling="none")
     completion, _ = run(matrix, settings, hidden=hidden)
     expected = twin(matrix, settings, hidden)
     best = min(i.held_out for i in completion.history)
@@ -170,11 +170,11 @@ def test_fewer_iterations_than_there_are_zeros():
     assert [i.rank for i in completion.history] == [0, 0, 1]
 
 
-@pytest.mark.parametrize("name", ["paper", "auto"])
+@pytest.mark.parametrize("name", ["paper", "complete"])
 def test_blocks_do_not_change_the_answer(name):
     """1, 3 and 7 blocks: the same factors to 1e-4."""
     matrix = low_rank_counts(90, 70, seed=9)
-    hidden = hide(matrix, 0.05, 0) if name == "auto" else None
+    hidden = hide(matrix, 0.05, 0) if name == "complete" else None
     settings = preset(name, scaling="none", max_iterations=12)
     results = []
     for n_blocks in (1, 3, 7):

@@ -5,14 +5,17 @@ import shutil
 from pathlib import Path
 
 import anndata
+import cloudpickle
 import dask
 import dask.array as da
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import zarr
 
+from scialm_dask.data.annotation import Annotation
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.errors import InputError
 
@@ -95,6 +98,43 @@ def test_it_travels_small(counts, store_of):
     sent = pickle.dumps(matrix)
     assert len(sent) < 1000
     assert same(whole(pickle.loads(sent)), counts)
+
+
+def test_a_pickled_matrix_keeps_names_and_origin(counts, store_of):
+    names = pd.DataFrame(index=[f"g{j}" for j in range(40)])
+    given = ExpressionMatrix.of(counts).annotated(Annotation(pd.DataFrame(index=range(120)), names))
+    assert list(pickle.loads(pickle.dumps(given)).var.index) == list(names.index)
+    opened = ExpressionMatrix.open(store_of(counts))
+    again = pickle.loads(pickle.dumps(opened))
+    assert (again.origin, again.stamp) == (opened.origin, opened.stamp)
+    assert again.origin is not None
+
+
+def test_names_in_memory_do_not_go_to_workers(counts, monkeypatch):
+    frames = Annotation(*(pd.DataFrame(index=[f"{n}" for n in range(size)]) for size in counts.shape))
+    monkeypatch.setattr("scialm_dask.data.matrix.current_client", object)
+    shipped = ExpressionMatrix.of(counts).annotated(frames).for_workers()
+    assert list(shipped.var.index) == list(frames.var.index)
+    assert pickle.loads(pickle.dumps(shipped)).annotation is None
+    assert same(whole(pickle.loads(pickle.dumps(shipped))), counts)
+
+
+def test_a_matrix_in_memory_is_hashed_once_and_read_from_a_store_by_workers(counts, monkeypatch):
+    hashed, matrix = [], ExpressionMatrix.of(counts, blocks=10)
+    normal = dask.base.normalize_token.dispatch(np.ndarray)
+    monkeypatch.setitem(dask.base.normalize_token._lookup, np.ndarray, lambda a: hashed.append(a.nbytes) or normal(a))
+    lazy = matrix.to_dask()
+    assert sum(hashed) < 2 * sum(a.nbytes for a in (matrix.rows.matrix.data, matrix.rows.matrix.indices))
+    assert same(sp.vstack([lazy.blocks[b].compute(scheduler="sync") for b in range(10)]), counts)
+    sent = []
+    monkeypatch.setattr("scialm_dask.data.matrix.current_client", object)
+    monkeypatch.setattr(
+        "scialm_dask.data.matrix.tree_reduce",
+        lambda parts, combine: sent.extend(len(cloudpickle.dumps(part)) for part in parts) or dask.delayed(len)(sent),
+    )
+    matrix.reduce(lambda csr, _: csr.nnz, int.__add__)
+    assert len(sent) == 10
+    assert max(sent) < counts.data.nbytes
 
 
 def test_duplicates_are_summed_and_unsorted_sorted(counts, store_of):

@@ -111,7 +111,7 @@ def test_factors_are_added_to_the_cells_that_they_are_of(result, masked):
     order = RNG.permutation(adata.n_obs)
     adata = adata[order].copy()[:, np.arange(40)[::-1]].copy()
     result.add_to(adata)
-    dense = np.maximum(adata.obsm["X_scialm"] @ adata.varm["scialm"].T, 0)
+    dense = np.maximum(adata.obsm["scialm_factors"] @ adata.varm["scialm_factors"].T, 0)
     np.testing.assert_allclose(dense, result.to_dask().compute()[order][:, ::-1], atol=1e-5)
     adata.obs_names = named(adata.n_obs, "other")
     with pytest.raises(InputError, match="is expected; give the same cells"):

@@ -1,9 +1,11 @@
 """Figures of methods side by side, and of results: what they say, that nothing is cut or covered, whatever names are."""
 
+import dask.array as da
 import numpy as np
 import pandas as pd
 import pytest
 
+from scialm_dask import Imputation, InputError
 from scialm_dask.compare.methods import labelled
 from scialm_dask.compare.tables import markdown
 from scialm_dask.report import plotting
@@ -148,6 +150,12 @@ def test_the_same_figure_is_the_same_file(scores, tmp_path):
         plotting.save(plotting.dots(scores, plotting.HIDDEN), tmp_path / name)
     assert {p.name for p in tmp_path.iterdir()} == {"pbmc.v2.svg", "pbmc.v2.png", "two.svg", "two.png"}
     assert (tmp_path / "pbmc.v2.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def test_a_result_without_iterations_has_no_convergence():
+    nothing = Imputation(da.zeros((3, 1)), np.zeros((2, 1), "f4"), obs=None, var=None, summary={}, history={})
+    with pytest.raises(InputError, match="no history of iterations to draw"):
+        plotting.convergence(nothing)
 
 
 def test_singular_values_beside_what_is_kept_of_them():

@@ -62,12 +62,12 @@ def strange():
 
 @pytest.fixture(scope="module")
 def result(strange):
-    return impute(strange, validation=0.1)
+    return impute(strange, preset="complete", validation=0.1)
 
 
 def test_the_command(cli, store_of, tmp_path):
     path, store, page = store_of(COUNTS), tmp_path / "r.zarr", tmp_path / "r.html"
-    assert cli("impute", path, store, "--validation", "0.1").exit_code == 0
+    assert cli("impute", path, store, "--preset", "complete", "--validation", "0.1").exit_code == 0
     done = cli("report", store, "-o", page, "--color", "batch", "--json")
     assert done.exit_code == 0, done.output
     read = Page(page)
@@ -76,7 +76,9 @@ def test_the_command(cli, store_of, tmp_path):
     assert "Coloured by batch" in read.text
     assert [len(image["alt"].split()) > 10 for image in read.all("img")] == [True] * 6
     assert str(path) in read.text
-    assert re.search(rf"Imputed on \d{{4}}-\d\d-\d\d \d\d:\d\d UTC by scialm-dask impute {path} {store}", read.text)
+    assert re.search(
+        rf"Imputed on \d{{4}}-\d\d-\d\d \d\d:\d\d UTC by scialm-dask impute {path} {store} --preset complete", read.text
+    )
     assert f"of at most {Imputation.open(store).summary['settings']['max_rank']}" in read.text
     again = cli("report", store, "-o", page)
     assert again.exit_code == 2
@@ -125,7 +127,7 @@ def test_cells_are_coloured_by_a_gene(result, strange, tmp_path, gene, monkeypat
 def test_genes_are_shown_and_found_by_their_symbols(tmp_path):
     ids, symbols = [f"ENSG{j:011d}" for j in range(60)], [f"gene{j}" for j in range(59)] + ["gene58"]
     cells = anndata.AnnData(COUNTS.astype(np.float32), var=pd.DataFrame({"feature_name": symbols}, index=ids))
-    result = impute(cells, validation=0.1, max_iterations=8)
+    result = impute(cells, preset="complete", validation=0.1, max_iterations=8)
     write_report(result, tmp_path / "r.html", source=cells, color="gene7")
     changed = compare(result, ExpressionMatrix.of(COUNTS)).genes
     noisiest = int((changed["change"] / changed["mean_observed"] ** 0.5).to_numpy().argmax())
@@ -156,7 +158,7 @@ def test_what_is_refused(result, strange, store_of, tmp_path):
 
 def test_results_of_other_kinds(tmp_path, strange):
     """Of cells that were not in the fit, of pools, of a matrix with observed zeros."""
-    fit = impute(strange[:60].copy(), validation=0.1, max_iterations=12)
+    fit = impute(strange[:60].copy(), preset="complete", validation=0.1, max_iterations=12)
     P = random_pools(60, 20, density=0.3, random_state=0)
     pooled = PooledALS(3, max_sweeps=5).fit(COUNTS.toarray() @ P, P).to_imputation()
     general = impute(COUNTS.toarray() + 1.0, observed="finite", stop="residual", max_iterations=12)
@@ -208,6 +210,15 @@ def test_a_denoised_result(result, strange, tmp_path):
     denoised.summary["unseen"] = {"observed": 0.5, "gene_mean": 0.712, "imputed": 0.53}
     (what, _), *_ = warnings_of(denoised)
     assert what == "Unseen molecules are predicted no better than by the counts as they are."
+
+
+def test_what_denoising_tells(tmp_path):
+    result = impute(COUNTS, preset="denoise")
+    write_report(result, tmp_path / "r.html", source=COUNTS)
+    page, errors = Page(tmp_path / "r.html"), result.summary["unseen"]
+    assert f"Does imputation help? {result.summary['verdict']}" in page.text
+    assert f"{errors['imputed']:.3f} {errors['observed']:.3f} as observed" in page.text
+    assert len(page.all("img")) == 4
 
 
 # The numbers
