@@ -15,6 +15,7 @@ _MOST_NONZEROS = 2_000_000  # some 80 MB of a task's memory: any worker has that
 _LEAST_NONZEROS = 500_000  # below this a task is overhead
 _USEFUL_BLOCKS = 8  # enough for every core to have work on a small matrix
 _MOST_ROWS = 1 << 16
+_ROW_VALUES = 16  # a row takes as much of a task as so many values, beside its own
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,21 @@ class RowBlocks:
         return cls(tuple(int(b) for b in np.linspace(0, n_rows, n_blocks + 1).round()))
 
     @classmethod
-    def by_nonzeros(cls, indptr: NDArray[np.integer]) -> RowBlocks:
+    def by_nonzeros(cls, indptr: NDArray[np.integer], n_blocks: int | None = None) -> RowBlocks:
         """Cut so that each block holds about the same number of stored values, of a size made for one task.
 
         Parameters
         ----------
         indptr
             Cumulative number of stored values, shape ``(n_rows + 1,)``, as in a CSR matrix.
+        n_blocks
+            So many blocks, of whatever size; fewer if single rows hold more than a block's share.
         """
         n_rows, total = len(indptr) - 1, int(indptr[-1])
+        if n_blocks is not None:
+            effort = indptr + _ROW_VALUES * np.arange(n_rows + 1, dtype=np.int64)
+            cuts = np.searchsorted(effort, np.linspace(0, effort[-1], min(n_blocks, n_rows) + 1)[1:-1])
+            return cls(tuple(np.unique(np.concatenate([[0], cuts, [n_rows]])).tolist()))
         target = min(_MOST_NONZEROS, max(_LEAST_NONZEROS, -(-total // _USEFUL_BLOCKS)))
         n_blocks = max(1, -(-total // target))
         cuts = np.searchsorted(indptr, np.linspace(0, total, n_blocks + 1)[1:-1])

@@ -181,7 +181,7 @@ class ExpressionMatrix:
             rows = _computed(matrix, name, observed)
             return cls(rows, blocks_of(rows, open_store(rows.path)["X"], blocks), observed)
         csr = sp.csr_matrix(held_array(_unmasked(matrix, observed), name))
-        cuts = RowBlocks.even(csr.shape[0], blocks) if blocks else RowBlocks.by_nonzeros(csr.indptr)
+        cuts = RowBlocks.by_nonzeros(csr.indptr, blocks)
         return cls(MemoryRows(csr, name), cuts, observed)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -341,7 +341,7 @@ def blocks_of(rows: StoredRows, element: Any, blocks: int | None = None) -> RowB
         rows_in_chunk = chunks[1 if rows.transposed else 0]
         return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_width(n_cells, n_genes, rows_in_chunk)
     indptr = read_indptr(rows, element)
-    return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_nonzeros(indptr)
+    return RowBlocks.by_nonzeros(indptr, blocks)
 
 
 def read_indptr(rows: StoredRows, element: Any) -> NDArray[np.int64]:

@@ -53,7 +53,7 @@ class LowRankPlusSparse:
     ----------
     source
         Hands out the blocks. If it has ``weights``, a number for each block in proportion to its entries, work is
-        shared out by those, else by rows.
+        shared out by those, else by rows; if it has ``part``, tasks get what that returns for the numbers of theirs.
     store
         Keeps the blocks, as they were read once, and their working state.
     on_pass
@@ -95,7 +95,7 @@ class LowRankPlusSparse:
         self._right = np.zeros((self.shape[1], 0), np.float32)
         self._versions: dict[str, int] = dict.fromkeys(("estimate", "left", "sketch"), 0)
         self._best: _Kept | None = None
-        self._source: Delayed | None = _shipped(source)  # until it has been read
+        self._source: BlockSource | None = source  # until it has been read
         self._blocks: list[Any] = [Records() for _ in self._groups]
         self._states: list[Any] = [Records() for _ in self._groups]
         self._observations: Observations | None = None
@@ -347,7 +347,8 @@ class LowRankPlusSparse:
 
         def visit(g: int) -> Delayed:
             held, numbers = (self._blocks[g], self._states[g]), self._groups[g].blocks
-            return run(self._store, source, numbers, held, number, without, kernel, shared[g], *own[g])
+            part = None if source is None else _shipped(source, numbers)
+            return run(self._store, part, numbers, held, number, without, kernel, shared[g], *own[g])
 
         parts, fresh = at_home(self._groups, visit), source is not None
         blocks, states, total, observed = self._settled(parts, fresh, fresh or bool(changes), together)
@@ -419,5 +420,7 @@ class LowRankPlusSparse:
         return function if self._store.durable else dask.delayed(function)
 
 
-def _shipped(source: BlockSource) -> Delayed:
+def _shipped(source: BlockSource, blocks: tuple[int, ...]) -> Delayed:
+    if hasattr(source, "part"):
+        source = source.part(blocks)
     return dask.delayed(source, name=f"source-{uuid.uuid4().hex[:12]}", traverse=False)

@@ -10,7 +10,9 @@ import dask
 import numpy as np
 
 from scialm_dask.config import Settings
+from scialm_dask.data.annotated import storable_annotation
 from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.events import silent
 from scialm_dask.linalg.kernels import Block, BlockState, PassInputs, visit
 from scialm_dask.run.cluster import workers_here
 from scialm_dask.run.placing import place_scratch
@@ -67,7 +69,7 @@ def plan(
         Memory is that of each process, in bytes, but for ``memory_bytes_in_all``; ``refusal``, in words, is there
         only if the run does not fit, and then no time.
     """
-    here = workers_here()
+    here, matrix = workers_here(), storable_annotation(matrix, silent)
     place = place_scratch(scratch, matrix, settings, here, folder=scratch_folder, memory_limit=memory_limit)
     need = place.forecast
     passes = need.passes + (BIOLOGICAL_ZEROS_PASSES if preserve_zeros else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import dask
@@ -11,6 +12,7 @@ import psutil
 from dask.system import CPU_COUNT
 
 from scialm_dask.config import Settings
+from scialm_dask.data.annotation import Annotation
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.linalg.kernels import PANEL_VALUES
 from scialm_dask.linalg.operator import PANEL_COLUMNS
@@ -128,7 +130,7 @@ def forecast(
     if exact:
         freed = _DOUBLE * panel * _FREED_PANELS
         products = max(products, freed + _short_side_memory((m, n), rows, rank, threads, levels))
-    working = _base_memory(resident) + products + _DOUBLE * n * n_blocks
+    working = _base_memory(resident) + _to_write(matrix, resident) + products + _DOUBLE * n * n_blocks
     kept = (
         1 if settings.method == "complete" and settings.stop == "held-out" else 0
     )  # the estimate of the best iteration
@@ -188,6 +190,18 @@ def _passes(settings: Settings, working: int, per_iteration: int) -> int:
 def _likely_rank(settings: Settings, short_side: int, n_observed: int) -> int:
     most = min(short_side, settings.max_rank or short_side)
     return most if settings.max_rank else min(most, max(1, int(_LIKELY_RANK * math.sqrt(n_observed))))
+
+
+def _to_write(matrix: ExpressionMatrix, resident: int | None) -> int:
+    """Bytes of obs and var, which are held twice while they are written, by the process that others work for."""
+    if resident is not None or not isinstance(matrix.annotation, Annotation):
+        return 0
+    n_bytes = 0
+    for frame in matrix.annotation:
+        texts = [frame.index, *(frame[name] for name in frame if frame[name].dtype.kind == "O")]
+        each = sum(np.mean([sys.getsizeof(word) for word in text[:100]] or [0]) for text in texts)
+        n_bytes += int(frame.memory_usage().sum() + len(frame) * each)
+    return n_bytes
 
 
 def _base_memory(resident: int | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import dask
@@ -208,17 +208,20 @@ class PreparedBlocks:
     seed
         Which entries.
     block_gene_counts
-        See `Survey`.
+        See `Survey`; None in a part of the source.
     molecules
         Take only these; None for all.
+    entries_before
+        Of a part, which can hold out: entries of each gene in the blocks before each of its own, and in all.
     """
 
     matrix: ExpressionMatrix
     scales: Scales
     validation: float
     seed: int
-    block_gene_counts: NDArray[np.int32]
+    block_gene_counts: NDArray[np.int32] | None
     molecules: Molecules | None = None
+    entries_before: tuple[dict[int, NDArray[np.int32]], NDArray[np.int64]] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -233,7 +236,20 @@ class PreparedBlocks:
     @property
     def weights(self) -> list[int]:
         """Observed entries of each block."""
+        assert self.block_gene_counts is not None
         return self.block_gene_counts.sum(axis=1, dtype=np.int64).tolist()  # type: ignore[no-any-return]
+
+    def part(self, blocks: tuple[int, ...]) -> PreparedBlocks:
+        """Return what reads these blocks alone: the counts of all blocks can be gigabytes."""
+        if self.validation == 0:
+            return replace(self, block_gene_counts=None)
+        assert self.block_gene_counts is not None
+        sums, before, last = np.zeros(self.shape[1], np.int64), {}, 0
+        for block in blocks:  # in ascending order
+            sums += self.block_gene_counts[last:block].sum(axis=0, dtype=np.int64)
+            before[block], last = sums.astype(np.int32), block
+        sums += self.block_gene_counts[last:].sum(axis=0, dtype=np.int64)
+        return replace(self, block_gene_counts=None, entries_before=(before, sums))
 
     def load(self, block: int) -> Block:
         """Read and scale a block."""
@@ -266,8 +282,8 @@ class PreparedBlocks:
         """Tell which of its observed entries are held out."""
         if self.validation == 0:
             return None
-        counts = self.block_gene_counts.sum(axis=0, dtype=np.int64)
-        before = self.block_gene_counts[:block].sum(axis=0, dtype=np.int64)
+        every, counts = self.entries_before or self.part((block,)).entries_before  # type: ignore[misc]
+        before = every[block].astype(np.int64)
         return hidden_entries(loaded.indices, before, counts, n_to_hide(counts, self.validation), self.seed)
 
 

@@ -43,3 +43,15 @@ def test_rows_without_values_are_cut_too():
 def test_bounds_must_rise_from_zero(bounds):
     with pytest.raises(ValueError, match="rise from 0"):
         RowBlocks(bounds)
+
+
+def test_blocks_that_are_asked_for_hold_as_many_values():
+    lengths = np.r_[np.full(990, 10), np.full(10, 9900)]
+    indptr = np.r_[0, np.cumsum(lengths)]
+    blocks = RowBlocks.by_nonzeros(indptr, 10)
+    assert len(blocks) == 10
+    values = np.diff(indptr[list(blocks.bounds)])
+    assert values.max() < 2.5 * values.mean()
+    assert set(RowBlocks.by_nonzeros(np.zeros(101, np.int64), 7).sizes) == {14, 15}
+    assert len(RowBlocks.by_nonzeros(np.array([0, 1, 1000, 1001]), 3)) <= 3
+    assert len(RowBlocks.by_nonzeros(np.array([0, 4, 8]), 9)) == 2

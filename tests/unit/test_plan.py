@@ -8,12 +8,14 @@ import sys
 
 import dask
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 from dask.utils import parse_bytes
 
 from scialm_dask import ExpressionMatrix, impute, resume
 from scialm_dask.config import bytes_of, preset
+from scialm_dask.data.annotation import Annotation
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows
 from scialm_dask.errors import DoesNotFitError, InputError, StoppedError
@@ -233,3 +235,12 @@ def test_a_plan_that_does_not_fit_times_no_block(counts, monkeypatch):
     told = plan(ExpressionMatrix.of(counts), preset("paper"), memory_limit=100 << 20)
     assert not told["fits"]
     assert "seconds" not in told
+
+
+def test_annotation_is_in_the_forecast(counts):
+    words = pd.DataFrame({f"c{j}": ["x" * 1000] * 120 for j in range(60)}, index=[f"cell{i}" for i in range(120)])
+    bare = ExpressionMatrix.of(counts)
+    wide = bare.annotated(Annotation(words, pd.DataFrame(index=map(str, range(40)))))
+    settings, here = preset("paper"), {"threads": 1}
+    more = forecast(wide, settings, **here).on_disk.memory - forecast(bare, settings, **here).on_disk.memory
+    assert more > 120 * 60 * 1000

@@ -140,6 +140,18 @@ def test_what_is_held_out_belongs_to_seed_and_gene_not_to_blocks(counts):
     assert (hidden_positions(counts, 1, seed=1) != whole).any()
 
 
+def test_a_part_has_the_counts_of_its_blocks_alone_and_holds_the_same_out(counts):
+    matrix = ExpressionMatrix.of(counts, blocks=20)
+    blocks = prepare(matrix, survey(matrix), Settings(validation=0.2))
+    part = blocks.part((3, 4, 11))
+    for b in (3, 4, 11):
+        np.testing.assert_array_equal(part.held_out(b, part.load(b)), blocks.held_out(b, blocks.load(b)))
+    assert part.block_gene_counts is None
+    assert sorted(part.entries_before[0]) == [3, 4, 11]
+    nothing_held_out = prepare(matrix, survey(matrix), Settings(stop="residual")).part((3, 4, 11))
+    assert nothing_held_out.block_gene_counts is nothing_held_out.entries_before is None
+
+
 def test_nothing_is_held_out_when_the_residual_stops(counts):
     matrix = ExpressionMatrix.of(counts)
     blocks = prepare(matrix, survey(matrix), Settings(stop="residual"))
