@@ -21,6 +21,7 @@ __all__ = [
     "at_home",
     "execute",
     "moved",
+    "n_threads",
     "on_cluster",
     "spread",
     "stretches",
@@ -53,10 +54,15 @@ def stretches(weights: Sequence[float], homes: Sequence[str | None]) -> tuple[Gr
 
 def threads_anywhere(weights: Sequence[float]) -> tuple[Group, ...]:
     """Make a group for each thread of the scheduler in force, wherever that is."""
+    return stretches(weights, [None] * n_threads())
+
+
+def n_threads() -> int:
+    """Count the threads of the scheduler in force: of all workers, or of this process."""
     get = get_scheduler()
     workers: dict[str, int] = getattr(getattr(get, "__self__", None), "nthreads", dict)()
-    threads = sum(workers.values()) or int(dask.config.get("num_workers", None) or CPU_COUNT)
-    return stretches(weights, [None] * (1 if get is dask.get else threads))
+    here = 1 if get is dask.get else int(dask.config.get("num_workers", None) or CPU_COUNT)
+    return sum(workers.values()) or here
 
 
 def on_cluster() -> bool:

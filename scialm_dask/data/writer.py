@@ -12,10 +12,10 @@ from scialm_dask.data.arrays import new_array, set_encoding
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-__all__ = ["CSRWriter"]
+__all__ = ["CHUNK_ROWS", "CHUNK_VALUES", "CSRWriter"]
 
-_CHUNK_VALUES = 1 << 18  # values in one chunk of `data` or `indices`; a block reads few values it does not want
-_CHUNK_ROWS = 1 << 16
+CHUNK_VALUES = 1 << 18  # values in one chunk of `data` or `indices`; a block reads few values it does not want
+CHUNK_ROWS = 1 << 16
 
 
 class CSRWriter:
@@ -41,9 +41,9 @@ class CSRWriter:
         self._columns = n_columns
         self._rows = 0
         self._stored = 0
-        self._data = _Appender(self._group, "data", np.dtype(dtype), _CHUNK_VALUES)
-        self._indices = _Appender(self._group, "indices", np.dtype(np.int32), _CHUNK_VALUES)
-        self._indptr = _Appender(self._group, "indptr", np.dtype(np.int64), _CHUNK_ROWS)
+        self._data = _Appender(self._group, "data", np.dtype(dtype), CHUNK_VALUES)
+        self._indices = _Appender(self._group, "indices", np.dtype(np.int32), CHUNK_VALUES)
+        self._indptr = _Appender(self._group, "indptr", np.dtype(np.int64), CHUNK_ROWS)
         self._indptr.append(np.zeros(1, np.int64))
 
     def append(self, rows: csr_matrix) -> None:
@@ -70,7 +70,7 @@ class CSRWriter:
         wide: Any = self._group["indptr"]
         values = wide[...]
         del self._group["indptr"]
-        narrow = _Appender(self._group, "indptr", np.dtype(np.int32), _CHUNK_ROWS)
+        narrow = _Appender(self._group, "indptr", np.dtype(np.int32), CHUNK_ROWS)
         narrow.append(values)
         narrow.close()
 

@@ -208,13 +208,13 @@ def singular_values(values: NDArray[np.float64], weights: NDArray[np.float64]) -
     kept = np.where(weights > 0, values * weights, np.nan) if weighted else values
 
     def draw(axes: Any, colours: Mapping[str, str]) -> None:
-        if weighted:
-            axes.plot(numbers, values, ".", color=colours["muted"], label="found")
-        axes.plot(numbers, kept, ".", color=colours["accent"], label="kept, by its weight")
+        axes.plot(numbers, kept, ".", color=colours["accent"], label="kept, by its weight", zorder=3)
         _scale(axes, values)
         axes.set(xlim=(0, len(values) + 1), xlabel="number", ylabel="singular value")
         if weighted:
-            axes.set_ylim(bottom=values.min() / 2)  # what is kept of the last ones may be next to nothing
+            axes.plot(numbers, values, ".", color=colours["muted"], label="found")
+            _logarithmic(axes.yaxis)  # but what is kept of the last ones may be next to nothing
+            axes.set_ylim(0.8 * max(np.nanmin(kept, initial=values.min()), values.min() / 30), 1.5 * values.max())
             axes.legend()
 
     return draw

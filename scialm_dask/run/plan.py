@@ -37,7 +37,7 @@ _STARTED = 160 << 20  # what loading kernels, reading and scheduling add to a pr
 _COMPILING = 70 << 20  # and what compiling adds, once for an installation
 _IMPORTED = 250 << 20  # what a worker holds once it has imported everything
 _STOP_AT = 0.03  # threshold, relative to σ₁, at which stops that guard against noise were seen
-_FIRST_PASSES = 5  # the survey, reading, and the first SVD
+_FIRST_PASSES = 4  # the survey, and the first SVD, which reads the blocks
 _GIVE_BACK_PASSES = 3
 _READING_PASSES = 2  # of denoising: of the training part and of everything
 
@@ -73,7 +73,7 @@ class Forecast:
     passes
         Expected in all: the first ones, those of choosing zeros and those at the end included.
     tasks_per_pass
-        One for each block, and those that add up.
+        One for each thread of each worker, and those that add up.
     bytes_per_pass
         That a pass reads and writes if the state is on disk: the matrix, the estimate and the sketch.
     """
@@ -113,7 +113,7 @@ def forecast(
     threads = threads or int(dask.config.get("num_workers", None) or CPU_COUNT)
     (m, n), n_observed = matrix.shape, matrix.n_stored
     n_blocks = len(matrix.blocks)
-    threads = min(threads, n_blocks)
+    threads, groups = min(threads, n_blocks), min(threads * workers, n_blocks)
     rank = _likely_rank(settings, min(m, n), n_observed)
     wanted = basis_width(np.ones(rank), 0.5, rank)
     if settings.method == "denoise":
@@ -146,7 +146,7 @@ def forecast(
         iterations=idle + busy,
         passes_per_iteration=per_iteration,
         passes=_passes(settings, busy, per_iteration),
-        tasks_per_pass=2 * n_blocks - 1,
+        tasks_per_pass=2 * groups - 1,
         bytes_per_pass=_FLOAT * (4 * n_observed + m * (wanted + rank)),
     )
 

@@ -12,6 +12,8 @@ normalisation matter.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +70,15 @@ class BiologicalZeros:
 
     def expressed(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Where cells `start` to `stop` may be other than zero, shape ``(stop − start, n)``; not what is observed."""
-        allowed: NDArray[np.bool_] = self.left[start:stop].compute() @ self.right.T > self.thresholds
-        return allowed
+        return self.allowed()(self.left[start:stop].compute())
+
+    def allowed(self) -> Callable[[Floats], NDArray[np.bool_]]:
+        """Return what tells of rows of `left` where their cells may be other than zero, as `expressed`."""
+        return functools.partial(_over, self.right, self.thresholds)
+
+
+def _over(right: Floats, thresholds: Floats, left: Floats) -> NDArray[np.bool_]:
+    return left @ right.T > thresholds
 
 
 @dataclass(frozen=True)

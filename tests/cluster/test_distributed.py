@@ -1,17 +1,20 @@
 """Two worker processes give what threads give."""
 
+import dataclasses
 import gc
 import os
 import signal
 from pathlib import Path
 
+import anndata
 import dask
+import dask.array as da
 import numpy as np
 import pytest
 from dask.distributed import Client, LocalCluster
 from problems import low_rank_counts
 
-from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
+from scialm_dask import ExpressionMatrix, Imputation, InputError, biological_zeros, impute
 from scialm_dask.evaluate.metrics import score_held_out
 from scialm_dask.events import Iteration
 from scialm_dask.run.cluster import ask_everyone
@@ -149,3 +152,26 @@ def test_without_a_cluster_any_more_this_process_answers():
         left.close()
         cluster.close()
         assert ask_everyone(os.getpid) == [os.getpid()]
+
+
+def test_workers_write_what_this_process_would_write(client, path, tmp_path):
+    """Dense and sparse X, of the same bytes; chunks hold rows of several blocks, so that tasks need their neighbours."""
+    matrix, written = ExpressionMatrix.open(path, blocks=5), []
+    with dask.config.set(scheduler="threads"):
+        result, zeros = impute(matrix, **SETTINGS["auto"]), biological_zeros(matrix)
+        left = result.left.compute()
+    result.left = da.from_array(left, chunks=(50, -1))
+    zeros = dataclasses.replace(zeros, left=da.from_array(zeros.left.compute(scheduler="threads"), chunks=(70, -1)))
+    for scheduler in ("threads", client):
+        with dask.config.set(scheduler=scheduler):
+            folder = tmp_path / ("here" if scheduler == "threads" else "there")
+            folder.mkdir()
+            result.to_zarr(folder / "dense.zarr", dense=True, keep_observed=matrix)
+            result.to_zarr(folder / "sparse.zarr", preserve_zeros=zeros)
+        stores = [anndata.read_zarr(folder / name).X for name in ("dense.zarr", "sparse.zarr")]
+        written.append([stores[0], stores[1].toarray()])
+    for here, there in zip(*written, strict=True):
+        np.testing.assert_array_equal(here, there)
+    made = client.run_on_scheduler(lambda dask_scheduler: {str(group) for group in dask_scheduler.task_prefixes})
+    assert any("put_rows" in name for name in made)
+    assert any("put_values" in name for name in made)

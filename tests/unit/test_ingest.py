@@ -182,6 +182,8 @@ def test_10x_h5_of_several_genomes(cli, counts, tmp_path):
         (lambda file: replaced(file, "barcodes", ["a", "b"]), "2 barcodes, but the matrix has 120; fetch"),
         (lambda file: replaced(file, "features/id", ["a"]), "1 features/id, but the matrix has 40; fetch"),
         (lambda file: replaced(file, "barcodes", np.arange(120)), "barcodes cannot be read"),
+        (lambda file: unwritten(file, "data"), "chunks of data are missing; the store is damaged"),
+        (lambda file: replaced(file, "shape", [40, 10**12]), "120 barcodes, but the matrix has 1000000000000"),
         (lambda file: replaced(file, "shape", 40), r"shape \(40,\); a matrix of at least one cell and gene is needed"),
     ],
 )
@@ -192,6 +194,12 @@ def test_bad_10x_h5(counts, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         convert(path, tmp_path / "out.zarr")
     assert os.listdir(tmp_path) == ["f.h5"]
+
+
+def unwritten(file, name):
+    length, dtype = file["matrix"][name].shape, file["matrix"][name].dtype
+    del file["matrix"][name]
+    file["matrix"].create_dataset(name, length, dtype, chunks=(100,))
 
 
 def replaced(file, name, value):

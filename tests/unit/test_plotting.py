@@ -163,7 +163,8 @@ def test_singular_values_beside_what_is_kept_of_them():
 
     axes = Figure().add_subplot()
     plotting.singular_values(np.array([9.0, 4, 1]), np.array([1, 0.5, 0]))(axes, plotting.LIGHT)
-    found, kept = axes.lines
+    kept, found = axes.lines
+    assert axes.get_ylim() == pytest.approx((0.8 * 1, 1.5 * 9))
     assert list(found.get_ydata()) == [9, 4, 1]
     np.testing.assert_array_equal(kept.get_ydata(), [9, 2, np.nan])
 

@@ -6,7 +6,8 @@ import pytest
 from scipy.spatial.distance import cosine
 from scipy.stats import pearsonr
 
-from scialm_dask import ExpressionMatrix
+from scialm_dask import ExpressionMatrix, impute
+from scialm_dask.compare.clustering import embedding_of
 from scialm_dask.compare.isolated import _keep, read_answer
 from scialm_dask.evaluate.metrics import Scores, compare, compare_stored
 
@@ -23,6 +24,13 @@ def test_what_is_left_is_read_scaled_and_clipped(answer, tmp_path):
     read = read_answer(tmp_path, scale)
     assert (read.shape, read.dtype) == ((120, 40), np.float32)
     np.testing.assert_allclose(read.compute(), scale[:, None] * WHOLE, atol=1e-5)
+
+
+def test_a_denoised_result_is_read_with_its_share_of_the_counts_and_its_embedding(counts, tmp_path):
+    result = impute(counts.astype(np.float32), preset="denoise")
+    _keep(result, tmp_path)
+    np.testing.assert_allclose(read_answer(tmp_path).compute(), result.to_dask().compute(), atol=1e-5)
+    np.testing.assert_allclose(embedding_of(tmp_path), result.embedding.compute(), atol=1e-4)
 
 
 def test_nothing_found_predicts_zero(tmp_path):

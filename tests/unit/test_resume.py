@@ -17,9 +17,10 @@ import zarr
 from problems import low_rank_counts
 from test_checkpoint import edited, of_manifest, redone, truncated
 
-from scialm_dask import ExpressionMatrix, Imputation, InputError, impute, resume
+from scialm_dask import ExpressionMatrix, Imputation, InputError, imputation, impute, resume
 from scialm_dask.data.checkpoint import Checkpoints
 from scialm_dask.data.scratch import MemoryScratch
+from scialm_dask.data.written import write_left
 from scialm_dask.errors import CheckpointError, OutputError, StoppedError
 from scialm_dask.events import Iteration, Note, Pass, Stage
 from scialm_dask.linalg.operator import LowRankPlusSparse
@@ -435,6 +436,22 @@ def test_finished_runs_say_so(cli, matrix, tmp_path):
     assert os.listdir(tmp_path / "c" / newest_two(tmp_path / "c")[0]) == ["manifest.json"]
 
 
+def test_of_two_resumes_at_once_one_is_refused(cli, stopped, tmp_path, monkeypatch):
+    """While the other writes its result, too."""
+    refused = []
+
+    def second(*_, **__):
+        if not refused:
+            refused.append(cli("resume", stopped, tmp_path / "other.zarr", "--quiet"))
+
+    monkeypatch.setattr(imputation, "write_left", lambda *args, **kwargs: second() or write_left(*args, **kwargs))
+    first = cli("resume", stopped, tmp_path / "r.zarr", "--quiet")
+    assert first.exit_code == 0, first.stderr
+    assert refused[0].exit_code == 2
+    assert f"{stopped}: another run writes its checkpoints there; let it end" in refused[0].stderr
+    assert not (tmp_path / "other.zarr").exists()
+
+
 def test_where_somebody_elses_checkpoint_leads_is_confirmed(cli, matrix, tmp_path):
     """One that is beside it needs no word, unless something is there."""
     there = tmp_path / "there"
@@ -512,8 +529,15 @@ main(sys.argv[1:])
 """
 
 
-def terminated(tmp_path, call, *words):
-    program = (sys.executable, "-c", TERMINATED, Path(faults.__file__).parent, call, tmp_path / f"calls{call}")
+def terminated(tmp_path, call, *words, by="SIGTERM"):
+    program = (
+        sys.executable,
+        "-c",
+        TERMINATED.replace("SIGTERM", by),
+        Path(faults.__file__).parent,
+        call,
+        tmp_path / f"calls{call}",
+    )
     command = [*program, "impute", tmp_path / "source.zarr", tmp_path / "r.zarr", *words]
     return subprocess.run([str(word) for word in command], capture_output=True, text=True)
 
@@ -529,8 +553,9 @@ def test_sigterm_writes_a_checkpoint_and_exits_with_75(matrix, tmp_path, cli, wh
     np.testing.assert_array_equal(Imputation.open(tmp_path / "r.zarr").right, whole("paper").right)
 
 
-def test_sigterm_without_checkpoints_leaves_nothing(matrix, tmp_path):
-    done = terminated(tmp_path, 40, "--scratch", f"zarr:{tmp_path}", *QUICK)
+@pytest.mark.parametrize("by", ["SIGTERM", "SIGHUP"])
+def test_sigterm_without_checkpoints_leaves_nothing(matrix, tmp_path, by):
+    done = terminated(tmp_path, 40, "--scratch", f"zarr:{tmp_path}", *QUICK, by=by)
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stderr == "scialm-dask: terminated; nothing was written\n"
     assert sorted(n for n in os.listdir(tmp_path) if "calls" not in n) == ["source.zarr"]
