@@ -36,7 +36,7 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f"of at least {self.low}"
+            return f"over {self.low}" if self.open else f"of at least {self.low}"
         return f"between {self.low} and {self.high}" if self.open else f"from {self.low} to {self.high}"
 
 

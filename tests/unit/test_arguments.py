@@ -153,7 +153,7 @@ REFUSED = [
     (lambda: evaluate_imputation(X, methods="auto"), "methods is 'auto'; give a list of words"),
     (lambda: evaluate_imputation(X, shares=0.1), "shares is 0.1; give a list of numbers"),
     (lambda: evaluate_imputation(X, seeds=[0.5]), "seeds is [0.5]; give a list of whole numbers"),
-    (lambda: evaluate_imputation(X, method_timeout="1h"), "method_timeout is '1h'; give a number or None"),
+    (lambda: evaluate_imputation(X, method_timeout="1h"), "method_timeout is '1h'; give a number over 0 or None"),
     (lambda: simulate("x.zarr", n_cells="3", n_genes=3), "n_cells is '3'; give a whole number"),
     (lambda: simulate("x.zarr", n_cells=3, n_genes=3, density="x"), "density is 'x'; give a number"),
     (lambda: mask("x.zarr", "y.zarr", fraction="x"), "fraction is 'x'; give a number"),

@@ -31,8 +31,9 @@ def iteration(number, rank=3, held_out=0.25):
 
 def test_what_a_run_tells():
     heard = []
-    result = impute(COUNTS, validation=0.1, max_iterations=5, listen=heard.append)
-    assert [event.name for event in heard if isinstance(event, Stage)] == ["surveying", "reading", "iterating"]
+    result = impute(COUNTS, preset="complete", validation=0.1, max_iterations=5, listen=heard.append)
+    stages = [event.name for event in heard if isinstance(event, Stage)]
+    assert stages == ["surveying", "reading", "iterating", "embedding"]
     iterations = [event for event in heard if isinstance(event, Iteration)]
     assert [event.iteration for event in iterations] == [1, 2, 3, 4, 5]
     assert [event.residual for event in iterations] == list(result.history["residual"])
@@ -41,10 +42,10 @@ def test_what_a_run_tells():
     assert heard.index(iterations[-1]) > heard.index(Pass(iterations[-1].passes))
 
 
-def test_what_choosing_zeros_tells():
+def test_what_denoising_tells():
     heard = []
-    impute(COUNTS, preset="denoise", zeros=0.5, max_iterations=4, listen=heard.append)
-    assert Stage("choosing zeros", "confidence 0.5, gene exponent 0.5") in heard
+    impute(COUNTS, preset="denoise", max_rank=8, listen=heard.append)
+    assert Stage("denoising") in heard
 
 
 def test_what_writing_tells(tmp_path):
@@ -195,7 +196,7 @@ def test_log_json_of_a_command(cli, store_of, tmp_path):
     assert result.exit_code == 0
     records = [json.loads(line) for line in result.stderr.splitlines()]
     assert [record["iteration"] for record in records if record["event"] == "iteration"] == [1, 2, 3, 4]
-    assert {"surveying", "reading", "iterating", "writing"} == {record["stage"] for record in records}
+    assert {"surveying", "reading", "iterating", "embedding", "writing"} == {record["stage"] for record in records}
 
 
 class Gone(Terminal):
