@@ -155,7 +155,7 @@ def test_names_in_a_source_do_not_lead_out_of_the_result(cli, counts, store_of, 
 @pytest.mark.parametrize("mask", [0o022, 0o007, 0o077], ids=oct)
 def test_files_have_the_users_umask(cli, counts, store_of, tmp_path, mask):
     source = store_of(counts)
-    words_of_checkpoint = ("--max-iterations", "3", "--checkpoint", tmp_path / "checkpoint.zarr")
+    words_of_checkpoint = ("--preset", "paper", "--max-iterations", "3", "--checkpoint", tmp_path / "checkpoint.zarr")
     before = os.umask(mask)
     try:
         for words in (
@@ -181,7 +181,17 @@ def test_files_have_the_users_umask(cli, counts, store_of, tmp_path, mask):
 def test_nothing_written_holds_what_the_environment_keeps_secret(cli, counts, store_of, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-environment")
     source = store_of(counts)
-    words = ("--max-iterations", "4", "--checkpoint", tmp_path / "checkpoint", "--checkpoint-every", "1", "--log-json")
+    words = (
+        "--preset",
+        "paper",
+        "--max-iterations",
+        "4",
+        "--checkpoint",
+        tmp_path / "checkpoint",
+        "--checkpoint-every",
+        "1",
+        "--log-json",
+    )
     done = cli("impute", source, tmp_path / "r.zarr", *words)
     assert done.exit_code == 0, done.output
     written = [path for path in tmp_path.rglob("*") if path.is_file()]

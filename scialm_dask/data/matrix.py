@@ -255,7 +255,7 @@ class ExpressionMatrix:
         here = AnnotationHere(*self.annotation) if isinstance(self.annotation, Annotation) else self.annotation
         if not isinstance(self.rows, MemoryRows):
             check_seen(self.rows)
-            return replace(self, annotation=here)
+            return self if here is self.annotation else replace(self, annotation=here)
         csr = self.rows.matrix
         rows = temporary_csr((csr[a:b] for a, b in self.blocks), csr.shape[1], csr.dtype, self.name)
         return replace(self, rows=rows, annotation=here)

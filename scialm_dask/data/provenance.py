@@ -9,9 +9,9 @@ from typing import Any
 import zarr
 
 from scialm_dask.data.fingerprint import fingerprint
+from scialm_dask.data.formats import locate
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
-from scialm_dask.data.rows import StoredRows, describe
 from scialm_dask.data.store import lasting, open_store
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
@@ -76,5 +76,4 @@ def follow(reference: str | None, path: str, shape: tuple[int, int]) -> tuple[Ex
 
 
 def _stamp(path: str, layer: str | None) -> str | None:
-    rows, _ = describe(path, open_store(path), layer)
-    return fingerprint(rows) if isinstance(rows, StoredRows) else None
+    return fingerprint(locate(path, open_store(path), layer).rows)

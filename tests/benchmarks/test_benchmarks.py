@@ -7,6 +7,7 @@ import argparse
 import bench_atlas
 import bench_dense_dask
 import bench_kernels
+import bench_overhead
 import bench_published
 import bench_scaling
 import bench_workers
@@ -52,8 +53,14 @@ def test_passes_are_timed(counts_store, tmp_path):
 
 def test_traffic_is_counted(counts_store, tmp_path):
     record = bench_workers.passes_of(counts_store, str(tmp_path), "memory", workers=2, passes=1)
-    assert record["tasks_per_pass"] > record["n_blocks"]
+    assert 0 < record["tasks_per_pass"] <= 4 * 2
     assert 0 < record["in_sums_of_n_by_l"] < 5
+
+
+def test_overhead_is_measured():
+    (few, many) = bench_overhead.passes_of(False, "memory", 200, 2, [1, 4], 1)["records"]
+    assert (few["blocks"], many["blocks"]) == (2, 8)
+    assert few["tasks_per_pass"] == many["tasks_per_pass"] <= 4 * 2
 
 
 def test_an_atlas_is_imputed(counts_store, tmp_path):

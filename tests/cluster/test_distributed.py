@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import os
 import signal
+from pathlib import Path
 
 import anndata
 import dask
@@ -34,7 +35,10 @@ def path(store_of):
     return store_of(low_rank_counts(160, 90, density=0.5, seed=3))
 
 
-SETTINGS = {"auto": {"validation": 0.05, "max_iterations": 12}, "paper": {"preset": "paper", "max_iterations": 10}}
+SETTINGS = {
+    "complete": {"preset": "complete", "validation": 0.05, "max_iterations": 12},
+    "paper": {"preset": "paper", "max_iterations": 10},
+}
 
 
 @pytest.mark.parametrize("preset", list(SETTINGS))
@@ -73,12 +77,12 @@ def test_the_scheduler_holds_no_more_tasks_from_iteration_to_iteration(client, p
     assert max(held[10:]) <= 1.5 * max(held[:10])
 
 
-def test_a_temporary_copy_from_before_the_cluster_must_be_seen_by_its_workers(client, store_of, tmp_path):
+def test_a_temporary_copy_from_before_the_cluster_must_be_seen_by_its_workers(client, store_of, monkeypatch):
     matrix = ExpressionMatrix.open(store_of(low_rank_counts(160, 90, density=0.5, seed=3).tocsc()))
     with client.as_current():
         assert matrix.for_workers() is matrix
         copy = os.path.dirname(matrix.rows.path)
-        os.rename(copy, tmp_path / "elsewhere")
+        monkeypatch.setattr("scialm_dask.data.temporary.is_seen", lambda folder: folder != Path(copy))
         for use in (impute, ExpressionMatrix.to_dask):
             with pytest.raises(InputError, match=rf"is put in {os.path.dirname(copy)}, which they do not see; set"):
                 use(matrix)
@@ -87,7 +91,7 @@ def test_a_temporary_copy_from_before_the_cluster_must_be_seen_by_its_workers(cl
 def test_a_matrix_in_memory_is_not_sent_in_graphs(client, tmp_path):
     """Distributed warns of large graphs, and warnings are errors here."""
     counts = low_rank_counts(1200, 300, density=0.5, seed=3)
-    settings = {"max_rank": 4, "max_iterations": 5}
+    settings = {"preset": "complete", "max_rank": 4, "max_iterations": 5}
     options = {"temporary-directory": str(tmp_path), "distributed.admin.large-graph-warning-threshold": "500 kB"}
     with client.as_current(), dask.config.set(options):
         result = impute(counts, **settings)
@@ -109,13 +113,13 @@ def test_the_peak_is_that_of_the_largest_process(client, path):
     (first, second) = client.run(os.getpid)
     client.run(lambda: np.ones(much, np.int8).sum(), workers=[first])
     with client.as_current():
-        summary = impute(path, **SETTINGS["auto"]).summary
+        summary = impute(path, **SETTINGS["complete"]).summary
     peaks = client.run(peak_memory)
     assert peaks[second] < much < peaks[first]
     assert summary["peak_memory_bytes"] == peaks[first]
     assert summary["peak_memory_bytes_in_all"] == pytest.approx(sum(peaks.values()) + peak_memory(), rel=0.05)
     with dask.config.set(scheduler="threads"):
-        alone = impute(path, **SETTINGS["auto"]).summary
+        alone = impute(path, **SETTINGS["complete"]).summary
     assert much - (200 << 20) <= alone["peak_memory_bytes"] == alone["peak_memory_bytes_in_all"] < much
 
 
@@ -124,7 +128,7 @@ def test_a_plan_foresees_what_all_processes_take(client, path):
     from scialm_dask.run.dry_run import plan
 
     with client.as_current():
-        told = plan(ExpressionMatrix.open(path), preset("auto"))
+        told = plan(ExpressionMatrix.open(path), preset("complete"))
     assert told["workers"] == 2
     assert 2 * told["peak_memory_bytes"] < told["memory_bytes_in_all"] < 4 * told["peak_memory_bytes"]
 
@@ -171,3 +175,14 @@ def test_workers_write_what_this_process_would_write(client, path, tmp_path):
     made = client.run_on_scheduler(lambda dask_scheduler: {str(group) for group in dask_scheduler.task_prefixes})
     assert any("put_rows" in name for name in made)
     assert any("put_values" in name for name in made)
+
+
+def test_an_asynchronous_client_is_refused_in_one_line():
+    import asyncio
+
+    async def use():
+        async with Client(processes=False, n_workers=1, dashboard_address=":0", asynchronous=True):
+            impute(low_rank_counts(60, 30, density=0.5, seed=3))
+
+    with pytest.raises(InputError, match=r"asynchronous, and this waits.*threads"):
+        asyncio.run(use())

@@ -85,7 +85,8 @@ def read_all(path):
 def test_no_chunk_is_lost_or_changed_without_a_word(counts, store_of, result, tmp_path, what, damage):
     path = written(what, counts, store_of, result, tmp_path / "r.zarr")
     read_all(path)
-    for chunk in [chunk for name in arrays_of(path) for chunk in (path / name).glob("[0-9]*")]:
+    read = arrays_of(path).keys() - {"obsm/X_scialm"}  # the embedding is for others
+    for chunk in [chunk for name in sorted(read) for chunk in (path / name).glob("[0-9]*")]:
         whole = chunk.read_bytes()
         chunk.unlink() if damage == "lost" else chunk.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(InputError, match=rf"^{path}.*(missing|cannot be read).*") as error:

@@ -18,7 +18,7 @@ from scialm_dask.data import text
 from scialm_dask.data.ingest import convert
 from scialm_dask.data.joining import sample_names
 
-SETTINGS = {"max_rank": 4, "validation": 0.05, "max_iterations": 4}
+SETTINGS = {"preset": "complete", "max_rank": 4, "validation": 0.05, "max_iterations": 4}
 CELLS = [f"{''.join(np.random.default_rng(i).choice(list('ACGT'), 16))}-1" for i in range(120)]
 GENES = [f"ENSG{j:011d}" for j in range(40)]
 

@@ -11,7 +11,7 @@ from scialm_dask import ExpressionMatrix, InputError, impute
 from scialm_dask.data.ingest import convert
 from scialm_dask.data.logarithms import evidence_of_logarithms, some_cells
 
-SETTINGS = {"max_rank": 4, "validation": 0.05, "max_iterations": 4}
+SETTINGS = {"preset": "complete", "max_rank": 4, "validation": 0.05, "max_iterations": 4}
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def test_what_a_run_tells():
     assert [event.iteration for event in iterations] == [1, 2, 3, 4, 5]
     assert [event.residual for event in iterations] == list(result.history["residual"])
     passes = [event.passes for event in heard if isinstance(event, Pass)]
-    assert passes == list(range(1, result.summary["passes"]))  # the survey counts as one more
+    assert passes == list(range(2, result.summary["passes"] + 1))  # the survey is the first
     assert heard.index(iterations[-1]) > heard.index(Pass(iterations[-1].passes))
 
 

@@ -68,7 +68,7 @@ def test_a_lazy_anndata_outlives_its_result(tmp_path):
     cells = anndata.AnnData(da.from_array(COUNTS.toarray(), chunks=(30, -1)))
     impute(cells, scratch=f"zarr:{tmp_path}", **QUICK)
     gc.collect()
-    product = cells.obsm["X_scialm"].compute() @ cells.varm["scialm"].T
+    product = cells.obsm["scialm_factors"].compute() @ cells.varm["scialm_factors"].T
     np.testing.assert_allclose(
         np.maximum(product, 0), impute(COUNTS, scratch="memory", **QUICK)[:, :], rtol=1e-4, atol=1e-4
     )

@@ -16,7 +16,7 @@ from scialm_dask.data.storable import storable
 from scialm_dask.evaluate.mask import mask
 from scialm_dask.events import Note
 
-SETTINGS = {"max_rank": 4, "validation": 0.05, "max_iterations": 4}
+SETTINGS = {"preset": "complete", "max_rank": 4, "validation": 0.05, "max_iterations": 4}
 NAMES = ["x", "y", "z"]
 
 FORMS = {
@@ -133,7 +133,7 @@ def unknown(root):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (short, "obs has 100 rows, the matrix 120; write the store again"),
+        (short, r"has \(100,\) rows, the matrix 120; write the store again"),
         (lambda root: root.__delitem__("var"), "has no var; write the store again, with names of cells and genes"),
         (unknown, "obs: cannot be read"),
     ],
