@@ -69,7 +69,7 @@ def _try_to_write(frame: pd.DataFrame, axis: str) -> None:
     import zarr
 
     try:
-        anndata.io.write_elem(zarr.open_group(zarr.storage.MemoryStore(), zarr_format=2), axis, frame.iloc[:2])
+        anndata.io.write_elem(zarr.open_group(zarr.storage.MemoryStore(), zarr_format=2), "frame", frame.iloc[:2])
     except Exception as error:
         raise InputError(f"{axis} cannot be written to Zarr ({first_line(error)}); drop that column first") from error
 

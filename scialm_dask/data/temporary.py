@@ -99,7 +99,13 @@ def current_client() -> Client | None:
         return None
     from distributed import Client
 
-    owner = getattr(get_scheduler(), "__self__", None)
+    try:
+        owner = getattr(get_scheduler(), "__self__", None)
+    except RuntimeError as error:
+        raise InputError(
+            "the distributed.Client in force is asynchronous, and this waits for results; give Client(…) without "
+            "asynchronous=True, or compute on threads: dask.config.set(scheduler='threads')"
+        ) from error
     return owner if isinstance(owner, Client) else None
 
 

@@ -175,3 +175,14 @@ def test_workers_write_what_this_process_would_write(client, path, tmp_path):
     made = client.run_on_scheduler(lambda dask_scheduler: {str(group) for group in dask_scheduler.task_prefixes})
     assert any("put_rows" in name for name in made)
     assert any("put_values" in name for name in made)
+
+
+def test_an_asynchronous_client_is_refused_in_one_line():
+    import asyncio
+
+    async def use():
+        async with Client(processes=False, n_workers=1, dashboard_address=":0", asynchronous=True):
+            impute(low_rank_counts(60, 30, density=0.5, seed=3))
+
+    with pytest.raises(InputError, match=r"asynchronous, and this waits.*threads"):
+        asyncio.run(use())
