@@ -65,17 +65,20 @@ def main() -> None:
     """Complete single-cell expression matrices by low-rank matrix completion, out of core."""
 
 
-def reports(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+def reports(
+    command: Callable[..., dict[str, Any]], in_short: Callable[[dict[str, Any]], list[str]] | None = None
+) -> Callable[..., None]:
     """Give a command the option --json, and print the dictionary that it returns.
 
-    As lines of text by default; with --json as one JSON object, the last line of standard output.
+    As lines of text by default, those of `in_short` if that is given; with --json as one JSON object, the last line of
+    standard output.
     """
 
     @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on the last line.")
     @functools.wraps(command)
     def wrapper(*args: Any, as_json: bool, **kwargs: Any) -> None:
         result = command(*args, **kwargs)
-        lines = [f"{label(key):<22} {in_words(value, key)}" for key, value in result.items()]
+        lines = in_short(result) if in_short else [f"{label(k):<22} {in_words(v, k)}" for k, v in result.items()]
         _tell(
             [json.dumps(result, default=float)] if as_json else lines, written=command.__name__ not in ("plan", "score")
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shlex
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from scialm_dask.cli.group import (
 )
 from scialm_dask.errors import InputError, StoppedError
 from scialm_dask.events import Listener, Note
+from scialm_dask.progress import in_words
 from scialm_dask.run.signals import on_sigterm
 
 _SETTINGS = (
@@ -67,6 +69,32 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return functools.reduce(lambda decorated, option: option(decorated), reversed(_SETTINGS), command)
 
 
+def _in_short(result: dict[str, Any]) -> list[str]:
+    """Say in a few lines what was made, what it is worth, and what to do next."""
+    if "n_cells" not in result:  # a run that was finished before
+        return [f"the result is in {result['destination']}"]
+    size = f"{result['n_cells']:,} cells × {result['n_genes']:,} genes"
+    if "unseen" in result:
+        share, errors = result["residual_share"], result["unseen"]
+        lines = [
+            f"denoised {size}: {result['rank']} components, and a share of the counts for {share:.0%} of genes",
+            f"error on molecules not seen: {errors['imputed']:.4g}; of the counts {errors['observed']:.4g}, "
+            f"of the means of genes {errors['gene_mean']:.4g}",
+            result["verdict"],
+        ]
+    else:
+        lines = [f"completed {size}: rank {result['rank']} after {result['iterations']} iterations"]
+        lines += (
+            [] if result["held_out_error"] is None else [f"error on hidden entries: {result['held_out_error']:.4g}"]
+        )
+        lines.append(f"stopped, as {result['stop_reason']}")
+    cost = (in_words(result[key], key) for key in ("seconds", "peak_memory_bytes"))
+    lines.append(f"{result['passes']} passes, {', at most '.join(cost)} of memory")
+    lines += [f"beware: {fact} {meaning}" for fact, meaning in result["warnings"]]
+    where = shlex.quote(result["destination"])
+    return [*lines, f"written to {where}; look at it by `scialm-dask report {where} -o report.html`"]
+
+
 @main.command()
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
@@ -80,7 +108,7 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @layer_option
 @missing_chunks_option
 @overwrite_option
-@reports
+@functools.partial(reports, in_short=_in_short)
 @shows_progress
 def impute(
     src: str,
@@ -156,7 +184,7 @@ def impute(
 @click.option("--memory-limit", default=None, help="Instead of what the run was begun with.")
 @overwrite_option
 @cluster_options
-@reports
+@functools.partial(reports, in_short=_in_short)
 @shows_progress
 def resume(
     folder: str,
@@ -245,6 +273,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write the result as it was asked for, and be done with the checkpoints."""
     from scialm_dask.imputation import LONG
+    from scialm_dask.report.diagnostics import warnings_of
     from scialm_dask.run.checkpointing import finish
 
     if "run" in asked:
@@ -263,7 +292,8 @@ def _write(
         )
         if checkpoints is not None:
             finish(checkpoints, dst)
-    return {"destination": dst} | {key: value for key, value in summary.items() if key not in LONG}
+    told = {key: value for key, value in summary.items() if key not in LONG}
+    return {"destination": dst} | told | {"warnings": warnings_of(result)}
 
 
 def _zeros_of(matrix: Any, result: Any, dst: str, listen: Listener) -> Any:

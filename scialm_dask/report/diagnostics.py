@@ -72,7 +72,7 @@ def _of_rank(result: Imputation) -> Warnings:
     elif result.rank == 1:
         yield (
             "The rank is 1, so that all cells are imputed alike but for their depth.",
-            "Types of cells are lost: lower --zeros, or take preset complete.",
+            "Types of cells are lost: give more cells, or deeper ones.",
         )
     elif most is not None and result.rank >= most and (result.summary.get("weights") or [1.0])[-1] > _MUCH:
         yield (

@@ -158,7 +158,7 @@ def test_workers_write_what_this_process_would_write(client, path, tmp_path):
     """Dense and sparse X, of the same bytes; chunks hold rows of several blocks, so that tasks need their neighbours."""
     matrix, written = ExpressionMatrix.open(path, blocks=5), []
     with dask.config.set(scheduler="threads"):
-        result, zeros = impute(matrix, **SETTINGS["auto"]), biological_zeros(matrix)
+        result, zeros = impute(matrix, **SETTINGS["complete"]), biological_zeros(matrix)
         left = result.left.compute()
     result.left = da.from_array(left, chunks=(50, -1))
     zeros = dataclasses.replace(zeros, left=da.from_array(zeros.left.compute(scheduler="threads"), chunks=(70, -1)))

@@ -18,7 +18,7 @@ from scialm_dask.evaluate.metrics import score_held_out
 from scialm_dask.events import Iteration, Note
 
 COUNTS = low_rank_counts(240, 180, density=0.3, seed=3)
-RUN = {"validation": 0.05, "max_iterations": 12, "max_rank": 8}
+RUN = {"preset": "complete", "validation": 0.05, "max_iterations": 12, "max_rank": 8}
 VISIT = "scialm_dask.linalg.kernels:visit"  # once for each block and pass, some 90 times
 READ = "scialm_dask.data.rows:StoredRows.read"
 MEMORY = 700 << 20

@@ -16,7 +16,7 @@ from scialm_dask.events import Iteration
 from scialm_dask.run.placement import Placement
 
 COUNTS = low_rank_counts(240, 180, density=0.3, seed=3)
-RUN = {"validation": 0.05, "max_iterations": 10, "max_rank": 8}
+RUN = {"preset": "complete", "validation": 0.05, "max_iterations": 10, "max_rank": 8}
 VISIT = "scialm_dask.linalg.kernels:visit"
 
 
