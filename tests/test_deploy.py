@@ -56,7 +56,7 @@ def test_the_shell_can_read_it(script):
 def run_job(script, source, result):
     """Run it as Slurm would, but for Slurm; in tests/slurm Slurm runs all of them."""
     done = subprocess.run(
-        ["bash", DEPLOY / "slurm" / script, source, result, "--validation", "0.2"],
+        ["bash", DEPLOY / "slurm" / script, source, result, "--preset", "complete", "--validation", "0.2"],
         capture_output=True,
         text=True,
         check=False,

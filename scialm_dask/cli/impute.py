@@ -144,13 +144,14 @@ def impute(
         raise click.UsageError("--keep-observed goes with --write dense or --preserve-zeros")
     if preserve_zeros and (write == "dense" or observed == "finite"):
         raise click.UsageError("--preserve-zeros writes a sparse X and goes neither with dense nor with finite")
+    notes: list[Any] = []
     if preset != "auto":
         settings_of(preset, **settings)
     check_output(dst, overwrite=overwrite, sources=(src, checkpoint) if checkpoint else (src,))
     matrix = ExpressionMatrix.open(
         src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
     )
-    matrix, preset = resolve_preset(matrix, preset, listen=listen)
+    matrix, preset = resolve_preset(matrix, preset, listen=notes.append)
     settings_of(preset, **settings)
     asked = {
         "destination": lasting(dst),
@@ -162,6 +163,8 @@ def impute(
     }
     kept = contextlib.nullcontext() if checkpoint is None else checkpoints_of(checkpoint, new_for=matrix)
     with kept as checkpoints, connected(listen):
+        for note in notes:
+            listen(note)
         with _resumable(checkpoint) as stop:
             result = impute(
                 matrix,
@@ -383,11 +386,15 @@ def plan(
     matrix = ExpressionMatrix.open(
         src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
     )
-    matrix, preset = resolve_preset(matrix, preset, listen=listen)
+    notes: list[Any] = []
+    matrix, preset = resolve_preset(matrix, preset, listen=notes.append)
+    chosen = settings_of(preset, **settings)
     with connected(listen):
+        for note in notes:
+            listen(note)
         return plan(
             matrix,
-            settings_of(preset, **settings),
+            chosen,
             scratch=configured("scratch", scratch),
             memory_limit=limit,
             scratch_folder=scratch_folder_for(dst),

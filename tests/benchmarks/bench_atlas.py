@@ -47,6 +47,7 @@ def imputation(source: str, folder: str, iterations: int, memory_limit: str) -> 
 
     result = impute(
         source,
+        preset="complete",
         scratch=f"zarr:{folder}",
         memory_limit=memory_limit,
         max_iterations=iterations,

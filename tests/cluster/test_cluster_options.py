@@ -205,7 +205,7 @@ def test_more_workers_hold_less_each(source):
     from scialm_dask.run.plan import forecast
 
     matrix = ExpressionMatrix.open(source, blocks=6)
-    one, three = (forecast(matrix, preset("auto"), 1, workers) for workers in (1, 3))
+    one, three = (forecast(matrix, preset("complete"), 1, workers) for workers in (1, 3))
     assert one.on_disk == three.on_disk
     held = one.in_memory.memory - one.on_disk.memory
     assert three.in_memory.memory - three.on_disk.memory == pytest.approx(held / 3, abs=1)

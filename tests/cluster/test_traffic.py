@@ -106,7 +106,7 @@ def test_tasks_and_traffic_of_a_pass_do_not_depend_on_the_blocks(four, counts_pa
     for n_blocks in (8, 40):
         store = MemoryScratch() if kind == "memory" else ZarrScratch(str(tmp_path))
         matrix = ExpressionMatrix.open(counts_path, blocks=n_blocks)
-        blocks = prepare(matrix, survey(matrix), preset("auto"))
+        blocks = prepare(matrix, survey(matrix), preset("complete"))
         operator = LowRankPlusSparse(blocks, store, placement=Placement(store))
         svd = rayleigh_ritz(operator.multiply(extended_basis(np.zeros((GENES, 0), np.float32), WIDTH, 0)))
         passes = []

@@ -62,7 +62,10 @@ def test_a_rank_without_limit(cli, counts, store_of, tmp_path):
 def test_words_for_people(cli, counts, store_of, tmp_path):
     result = cli("impute", store_of(counts), tmp_path / "r.zarr", *QUICK)
     assert result.exit_code == 0
-    assert "cells                  120" in result.stdout
+    first, *others, last = result.stdout.splitlines()
+    assert first == "completed 120 cells × 40 genes: rank 5 after 6 iterations"
+    assert last.startswith(f"written to {tmp_path / 'r.zarr'}; look at it by `scialm-dask report")
+    assert any(line.startswith("beware: It did not converge.") for line in others)
     assert [line for line in result.stderr.splitlines() if line.startswith("iteration 6: rank")]
     assert cli("impute", store_of(counts), tmp_path / "q.zarr", *QUICK, "--quiet").stderr == ""
 
@@ -342,7 +345,7 @@ def test_a_full_disk(store_of, tmp_path, where):
 INTERRUPT = """
 import os, signal, sys, threading
 from scialm_dask.__main__ import main
-from scialm_dask import imputation as factors
+from scialm_dask.data import written
 from scialm_dask.linalg import kernels
 stage, calls = sys.argv.pop(1), []
 def interrupting(function, at):
@@ -355,7 +358,7 @@ def interrupting(function, at):
 if stage == "iterating":
     kernels.visit = interrupting(kernels.visit, 20)
 else:
-    factors.Imputation.rows = interrupting(factors.Imputation.rows, 1)
+    written._put_rows = interrupting(written._put_rows, 2)
 main()
 """
 

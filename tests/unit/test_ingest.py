@@ -41,8 +41,8 @@ def small_pieces(monkeypatch):
     """Sizes at which a small matrix takes many blocks, pieces, buckets and chunks."""
     for module, name, value in (
         (layout, "_LEAST_NONZEROS", 100),
-        (writer, "_CHUNK_VALUES", 512),
-        (writer, "_CHUNK_ROWS", 50),
+        (writer, "CHUNK_VALUES", 512),
+        (writer, "CHUNK_ROWS", 50),
         (transpose, "_PIECE", 100),
         (transpose, "_BUCKET", 200),
         (text, "_PIECE", 100),

@@ -30,7 +30,7 @@ def source(counts, tmp_path_factory):
         pd.DataFrame(index=[f"{axis}{i}" for i in range(n)]) for axis, n in zip("cg", counts.shape, strict=True)
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "_CHUNK_VALUES", 300)
+        patch.setattr(writer, "CHUNK_VALUES", 300)
         root = new_anndata(path, obs=obs, var=var)
         with CSRWriter(root, "X", n_columns=counts.shape[1]) as rows:
             rows.append(counts)

@@ -167,8 +167,8 @@ def test_errors_of_space_are_explained(tmp_path, code):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(writer, "_CHUNK_VALUES", 64)
-    monkeypatch.setattr(writer, "_CHUNK_ROWS", 16)
+    monkeypatch.setattr(writer, "CHUNK_VALUES", 64)
+    monkeypatch.setattr(writer, "CHUNK_ROWS", 16)
 
 
 @pytest.mark.parametrize("cuts", [[], [1, 2, 3], [50], [0, 60, 60, 119]])
