@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import scipy.sparse as sp
 
@@ -57,3 +59,9 @@ def completed(operator, settings, listen=lambda _: None, stop=None):
     """Run the loop to its end; the operator holds the factors."""
     *_, last = iterations(operator, settings, listen, stop)
     return complete(operator, last, settings)
+
+
+def names_in(path, axis):
+    """Folder of the array of names in a Zarr store: with pandas 3, AnnData writes them as values and a mask."""
+    index = Path(path, axis, "_index")
+    return index / "values" if (index / "values").is_dir() else index

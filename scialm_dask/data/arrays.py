@@ -134,9 +134,10 @@ def check_whole(name: str, node: Any, *, always: bool = False) -> None:
     Other programs leave out chunks of zeros. So what has no checksum, and hence is not of ours, may lack them, but not
     the names of cells and genes, and nothing if `always`.
     """
+    index = node.attrs.get("_index") or "_index"
     for path, array in _arrays_below(node, ""):
-        index = path == (node.attrs.get("_index") or "_index")
-        if not (always or index or is_checksummed(array)):
+        names = path in (index, f"{index}/values")  # AnnData writes the text of pandas 3 as values and a mask
+        if not (always or names or is_checksummed(array)):
             continue
         if gone := missing_chunks(array):
             raise InputError(

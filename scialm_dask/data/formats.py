@@ -76,7 +76,7 @@ def _in_10x_h5(path: str, store: Any, layer: str | None, genome: str | None) -> 
     obs, var = _annotation_of_10x(f"{path}:{group}", element, group, shape)
     keep, notes = genes_among(var)
     if genome is not None and "genome" in var:
-        keep &= (var["genome"] == genome).to_numpy()
+        keep = keep & (var["genome"] == genome).to_numpy()  # not in place: arrays of pandas 3 are read-only
         if not keep.any():
             known = ", ".join(sorted(set(var["genome"])))
             raise InputError(f"{path}: has no genome {genome}; it holds {known}")

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import zarr
+from problems import names_in
 
 from scialm_dask import ExpressionMatrix, InputError, impute
 from scialm_dask.data.annotation import StoredAnnotation, read_annotation
@@ -99,8 +100,8 @@ def test_no_chunk_is_lost_or_changed_without_a_word(counts, store_of, result, tm
 @pytest.mark.parametrize("axis", ["obs", "var"])
 def test_lost_names_of_any_store_are_missed(counts, store_of, axis, zarr_format):
     path = store_of(counts, zarr_format=zarr_format)
-    Path(path, axis, "_index", "0" if zarr_format == 2 else "c/0").unlink()
-    with pytest.raises(InputError, match=rf"{axis}: chunk \(0,\) of _index is missing"):
+    Path(names_in(path, axis), "0" if zarr_format == 2 else "c/0").unlink()
+    with pytest.raises(InputError, match=rf"{axis}: chunk \(0,\) of _index(/values)? is missing"):
         read_annotation(StoredAnnotation(path), axis, counts.shape[axis == "var"])
 
 
@@ -201,7 +202,7 @@ def test_an_empty_array_that_claims_to_be_huge_is_refused(cli, tmp_path, options
 
 def test_names_that_claim_to_be_many_are_refused_before_they_are_read(counts, store_of):
     source = Path(store_of(counts))
-    edited(source / "obs/_index/.zarray", shape=[MUCH], chunks=[MUCH])
+    edited(names_in(source, "obs") / ".zarray", shape=[MUCH], chunks=[MUCH])
     with pytest.raises(InputError, match=r"obs/_index: has \(1000000000000,\) rows, the matrix 120"):
         read_annotation(StoredAnnotation(str(source)), "obs", 120)
 
