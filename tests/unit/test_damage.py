@@ -265,7 +265,8 @@ def test_stale_consolidated_metadata_do_not_matter(counts, store_of, zarr_format
 
 
 @pytest.mark.parametrize("kind", damaged.KINDS)
-@pytest.mark.parametrize(("first", "stop"), [(1000, 1010), pytest.param(0, 200, marks=pytest.mark.slow)])
+# a trial takes a fifth of a second, but half a minute where HDF5 hangs: 50 of each of twelve kinds are enough for minutes
+@pytest.mark.parametrize(("first", "stop"), [(1000, 1010), pytest.param(0, 50, marks=pytest.mark.slow)])
 def test_random_damage_is_refused_or_does_no_harm(kind, first, stop):
     """Or, where a store of others has no checksums, is read as they read it."""
     done = subprocess.CompletedProcess([], 1)
