@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -28,7 +29,7 @@ class _Commands(click.Group):
     """Turns the package's errors, Ctrl-C and SIGTERM into one line on standard error and an exit code."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta["command"] = shlex.join(["scialm-dask", *args])  # for results, which keep how they were made
+        ctx.meta["command"] = command_of(args)  # for results, which keep how they were made
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -50,6 +51,11 @@ class _Commands(click.Group):
             terminated = isinstance(error, Terminated)
             what = "terminated" if terminated else "interrupted"
             _end(f"{what}; nothing was written", _TERMINATED if terminated else _INTERRUPTED)
+
+
+def command_of(args: list[str]) -> str:
+    """Return the command that was given, without the credentials that a URL may bear."""
+    return re.sub(r"://[^/@\s]+@", "://", shlex.join(["scialm-dask", *args]))
 
 
 def _end(words: str, exit_code: int) -> NoReturn:

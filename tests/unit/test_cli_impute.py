@@ -15,6 +15,7 @@ import scipy.sparse as sp
 import zarr
 
 from scialm_dask import Imputation
+from scialm_dask.cli.group import command_of
 
 QUICK = ("--preset", "paper", "--max-iterations", "6", "--max-rank", "5")
 
@@ -376,3 +377,8 @@ def test_interrupting_leaves_nothing(counts, store_of, tmp_path, stage, scratch)
     assert "Traceback" not in result.stderr
     assert listing(tmp_path) == ["scratch", "source.zarr"]
     assert listing(tmp_path / "scratch") == []
+
+
+def test_the_command_that_a_result_keeps_has_no_credentials():
+    words = ["impute", "https://me:secret@host/a b.zarr", "out.zarr", "--seed", "3"]
+    assert command_of(words) == "scialm-dask impute 'https://host/a b.zarr' out.zarr --seed 3"
