@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -138,7 +139,14 @@ def connect(
         _wait(client, wanted, notify)
         _same_versions(client)
         with losses_explained(), quiet_end(client, ours=cluster is not None), while_workers(client):
-            yield client
+            try:
+                yield client
+            except (
+                KeyboardInterrupt
+            ):  # nobody asks any more for what the client was waiting for, and asyncio would say so
+                if cluster is not None:
+                    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+                raise
 
 
 def workers_here() -> Workers:
