@@ -141,10 +141,8 @@ def connect(
         with losses_explained(), quiet_end(client, ours=cluster is not None), while_workers(client):
             try:
                 yield client
-            except (
-                KeyboardInterrupt
-            ):  # nobody asks any more for what the client was waiting for, and asyncio would say so
-                if cluster is not None:
+            except KeyboardInterrupt:
+                if cluster is not None:  # nobody asks any more for what its client waits for, as asyncio would say
                     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
                 raise
 
