@@ -76,7 +76,7 @@ def test_denoising_gives_the_same_by_whatever_it_is_computed(client, path, tmp_p
         matrix, found = ExpressionMatrix.open(path, blocks=blocks), []
         with dask.config.set(scheduler=scheduler):
             found.append(impute(matrix, preset="denoise")[:, :])
-            for passes in (2, 3):
+            for passes in (2, 3) if blocks == 3 else (2,):
                 asked, folder = [], tmp_path / f"{blocks}{passes}{scheduler == client}"
                 stop = Checkpointing(folder, stop=lambda: len(asked.append(1) or asked) > passes)  # noqa: B023
                 with pytest.raises(StoppedError):

@@ -134,7 +134,8 @@ CHECKED = (
 
 def damage(path, rng):
     """Damage one file of a store; tell how."""
-    files = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names) or [path]
+    below = [(folder, names) for folder, _, names in os.walk(path) if "/." not in folder]  # not what is on its way out
+    files = sorted(Path(folder, name) for folder, names in below for name in names) or [path]
     file = files[rng.integers(len(files))]
     raw = bytearray(file.read_bytes())
     size = max(1, len(raw))
@@ -183,7 +184,7 @@ def ours(kind, path, folder, damage_scratch=lambda: None):
 
 
 def found_by(imputation):
-    return imputation[:, :], imputation.obs, imputation.var
+    return imputation[:, :], *(unique(frame) for frame in (imputation.obs, imputation.var))
 
 
 def plain(path):
@@ -208,7 +209,10 @@ def plain(path):
 
 def stored(frame):
     """Bring a frame into the form in which this package stores it."""
-    frame = storable(frame, "obs")[0]
+    return unique(storable(frame, "obs")[0])
+
+
+def unique(frame):
     return frame.set_axis(make_index_unique(frame.index), axis=0)
 
 
