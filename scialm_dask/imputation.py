@@ -18,13 +18,12 @@ from scialm_dask.arguments import checked, validated
 from scialm_dask.data.annotated import add_result, aligned, as_matrix, match_names
 from scialm_dask.data.annotation import positions_of
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
-from scialm_dask.data.provenance import follow
 from scialm_dask.data.written import CHUNK_BYTES, ZeroRule
 from scialm_dask.events import Listener, silent
 from scialm_dask.solve.cell_model import CellModel
 from scialm_dask.solve.embedding import Axes
 from scialm_dask.solve.estimate import Estimate
-from scialm_dask.solve.stored import KEY, read_result, write_result
+from scialm_dask.solve.stored import KEY, follow, read_result, write_result
 from scialm_dask.solve.transform import Fit, transform
 
 if TYPE_CHECKING:

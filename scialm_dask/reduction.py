@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +22,7 @@ __all__ = [
     "at",
     "at_home",
     "execute",
+    "in_order",
     "moved",
     "n_threads",
     "on_cluster",
@@ -31,6 +34,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_MOST_THREADS = 4  # one thread takes what they make, so more would only hold more memory
+A = TypeVar("A")
+B = TypeVar("B")
 OURS = {"scialm": True}  # the annotation by which a scheduler knows our tasks from others
 _SERVED = 8  # workers to which the scheduler sends the inputs of a pass itself
 _BUNCH = 16  # workers that otherwise get them from the first of them
@@ -178,3 +184,23 @@ def moved(
         return join(*pieces)
 
     return at_home(after, collected)
+
+
+def in_order(make: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+    """Call `make` on every item in a few threads and yield the results in order.
+
+    No more results than threads, and the one handed out, are alive at a time. After an exception, or when the
+    consumer leaves, what has not been begun is not made.
+    """
+    n_threads = min(CPU_COUNT, _MOST_THREADS)
+    pool = ThreadPoolExecutor(n_threads)
+    waiting: deque[Future[B]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) == n_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

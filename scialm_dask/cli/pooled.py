@@ -33,8 +33,7 @@ def pools(
     """Describe the design P.csv, genes × pools; with --genes and --pools, draw it first."""
     from dataclasses import asdict
 
-    from scialm_dask.pooled.design import balanced_pools, pool_report, random_pools
-    from scialm_dask.pooled.measurements import read_design, write_design
+    from scialm_dask.pooled.design import balanced_pools, pool_report, random_pools, read_design, write_design
 
     if (genes is None) != (pools is None):
         raise click.UsageError("--genes and --pools go together")
@@ -103,7 +102,7 @@ def unpool(
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.data.store import check_output
     from scialm_dask.pooled.als import PooledALS
-    from scialm_dask.pooled.measurements import read_design
+    from scialm_dask.pooled.design import read_design
     from scialm_dask.pooled.nuclear import PooledNuclearNorm
 
     check_output(dst, overwrite=overwrite, sources=(src, design))

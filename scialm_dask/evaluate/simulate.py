@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from scialm_dask.arguments import Count, Interval, Share, checked
 from scialm_dask.data.arrays import new_array, write_element
+from scialm_dask.data.csr import CSRWriter
 from scialm_dask.data.store import atomic_store, check_output, new_anndata
-from scialm_dask.data.stream import in_order
-from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin, silent
 from scialm_dask.linalg.compiled import compiled
 from scialm_dask.linalg.random import mixed
+from scialm_dask.reduction import in_order
 
 __all__ = ["Programs", "draw_cells", "simulate"]
 

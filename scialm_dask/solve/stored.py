@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from scialm_dask.data.annotated import aligned
 from scialm_dask.data.annotation import StoredAnnotation, read_annotation
 from scialm_dask.data.arrays import check_whole, write_element
+from scialm_dask.data.csr import CSRWriter
+from scialm_dask.data.fingerprint import fingerprint
+from scialm_dask.data.formats import locate
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.provenance import refer_to
+from scialm_dask.data.remote import is_url
 from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store, readable
 from scialm_dask.data.written import CHUNK_BYTES, ZeroRule, write_dense, write_left, write_sparse
 from scialm_dask.errors import InputError
@@ -27,10 +30,12 @@ from scialm_dask.solve.embedding import Axes
 if TYPE_CHECKING:
     import dask.array as da
 
-__all__ = ["KEY", "read_result", "write_result"]
+__all__ = ["KEY", "follow", "read_result", "write_result"]
 
 KEY = "scialm"
 _FACTORS, _RESIDUAL = f"{KEY}_factors", f"{KEY}_residual"
+_LAYER = "counts"
+_LOW_RANK = "these are the values of the low-rank part; give `Imputation.open` the counts for all"
 
 
 def read_result(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
@@ -124,7 +129,7 @@ def write_result(
             write_left(root, name, part, advance_part)
         write_element(root["varm"], _FACTORS, result.right)
         written = _write_x(root, result, dense, keep_observed, preserve_zeros, advance_part)
-        place = {} if counts is None else {"counts": json.dumps(refer_to(counts, root, result.stored))}
+        place = {} if counts is None else {"counts": json.dumps(_refer_to(counts, root, result.stored))}
         write_element(root["uns"], KEY, result.notes(written) | place)
         zarr.consolidate_metadata(root.store)
         if read := preserve_zeros.matrix if preserve_zeros is not None else keep_observed:
@@ -174,3 +179,60 @@ def _write_x(
     observed = result.summary.get("mean_observed")
     ratio = total / cells / genes / observed if observed else None
     return written | {"keep_observed": keep_observed is not None, "mean_over_observed": ratio}
+
+
+def _refer_to(counts: ExpressionMatrix, root: zarr.Group, stored: str | None) -> dict[str, Any]:
+    """Return where counts are, plain values; counts that were in memory are written as a layer of `root`.
+
+    Parameters
+    ----------
+    counts
+        Cells × genes.
+    root
+        The store that the result is written to.
+    stored
+        The store that it was opened from: a layer there is written anew.
+    """
+    origin = counts.origin
+    if origin is not None and origin.path != stored:
+        path = lasting(origin.path)
+        place = {"path": path, "layer": origin.layer, "missing": origin.missing_chunks_are_zeros}
+        return place | {"fingerprint": _stamp(path, origin.layer)}
+    with CSRWriter(root.require_group("layers"), _LAYER, n_columns=counts.shape[1]) as writer:
+        for csr in counts.stream():
+            writer.append(csr)
+    return {"path": "", "layer": _LAYER, "missing": False, "fingerprint": None}
+
+
+def follow(reference: str | None, path: str, shape: tuple[int, int]) -> tuple[ExpressionMatrix | None, str]:
+    """Open the counts of a result again: give None and why, in a line, where they are gone or have changed.
+
+    Parameters
+    ----------
+    reference
+        From `_refer_to`, as JSON; None if it is not known where they are.
+    path
+        Of the result.
+    shape
+        That they must have.
+    """
+    if reference is None:
+        return None, f"{path}: does not say where its counts are; {_LOW_RANK}"
+    place = json.loads(reference)
+    where, layer, missing = place["path"] or path, place["layer"], place["missing"]
+    if not os.path.exists(where) and not is_url(where):
+        beside = os.path.join(os.path.dirname(path), os.path.basename(where))  # moved together
+        where = beside if os.path.exists(beside) else where
+    try:
+        if place["fingerprint"] not in (None, _stamp(where, layer)):
+            return None, f"{path}: its counts, {where}, have changed since; {_LOW_RANK}"
+        counts = ExpressionMatrix.open(where, layer, missing_chunks_are_zeros=missing)
+    except InputError as error:
+        return None, f"{path}: its counts cannot be read ({error}); {_LOW_RANK}"
+    if counts.shape != shape:
+        return None, f"{path}: its counts, {where}, are of other cells now; {_LOW_RANK}"
+    return counts, ""
+
+
+def _stamp(path: str, layer: str | None) -> str | None:
+    return fingerprint(locate(path, open_store(path), layer).rows)

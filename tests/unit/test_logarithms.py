@@ -8,8 +8,8 @@ import scipy.sparse as sp
 from problems import low_rank_counts
 
 from scialm_dask import ExpressionMatrix, InputError, impute
+from scialm_dask.data.annotated import evidence_of_logarithms, some_cells
 from scialm_dask.data.ingest import convert
-from scialm_dask.data.logarithms import evidence_of_logarithms, some_cells
 
 SETTINGS = {"preset": "complete", "max_rank": 4, "validation": 0.05, "max_iterations": 4}
 

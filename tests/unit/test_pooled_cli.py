@@ -9,7 +9,7 @@ from pooled_twins import sparse_simulation
 import scialm_dask.cli.pooled
 from scialm_dask import Imputation
 from scialm_dask.pooled.als import PooledALS
-from scialm_dask.pooled.measurements import read_design
+from scialm_dask.pooled.design import read_design
 
 assert scialm_dask.cli.pooled
 

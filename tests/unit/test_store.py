@@ -16,8 +16,8 @@ import zarr
 
 from scialm_dask.data import store, writer
 from scialm_dask.data.arrays import missing_chunks
+from scialm_dask.data.csr import CSRWriter
 from scialm_dask.data.store import atomic_output, new_anndata, open_store
-from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError, OutputError
 
 
