@@ -385,21 +385,16 @@ def plan(
     from scialm_dask.config import configured
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.store import scratch_folder_for
-    from scialm_dask.run.dry_run import plan
+    from scialm_dask.run.checkpointing import Job
+    from scialm_dask.run.plan import plan
 
     limit = parse_limit(configured("memory-limit", memory_limit))
     matrix, preset, settings, notes = choose(src)
+    job = Job(matrix, settings_of(preset, **settings), configured("scratch", scratch), limit, scratch_folder_for(dst))
     with connected(listen):
         for note in notes:
             listen(note)
-        return plan(
-            matrix,
-            settings_of(preset, **settings),
-            scratch=configured("scratch", scratch),
-            memory_limit=limit,
-            scratch_folder=scratch_folder_for(dst),
-            preserve_zeros=preserve_zeros,
-        )
+        return plan(job, preserve_zeros=preserve_zeros)
 
 
 @main.command()
