@@ -6,12 +6,9 @@ import pytest
 import zarr
 from pooled_twins import sparse_simulation
 
-import scialm_dask.cli.pooled
 from scialm_dask import Imputation
 from scialm_dask.pooled.als import PooledALS
 from scialm_dask.pooled.design import read_design
-
-assert scialm_dask.cli.pooled
 
 
 @pytest.fixture
