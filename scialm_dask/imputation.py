@@ -7,7 +7,6 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -20,6 +19,7 @@ from scialm_dask.data.annotation import positions_of
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.data.written import CHUNK_BYTES, ZeroRule
 from scialm_dask.events import Listener, silent
+from scialm_dask.reduction import stacked
 from scialm_dask.solve.cell_model import CellModel
 from scialm_dask.solve.embedding import Axes
 from scialm_dask.solve.estimate import Estimate
@@ -245,15 +245,11 @@ class Imputation:
 
     def _by_rows(self, function: Callable[..., Any], left: da.Array, columns: int) -> da.Array:
         """Apply ``function(estimate, left, first)`` to the chunks of a left factor."""
-        import dask.array as da
-
         estimate, apply = dask.delayed(self.estimate, traverse=False), dask.delayed(function)
-        bounds = np.cumsum([0, *left.chunks[0]]).tolist()
-        pieces = [
-            da.from_delayed(apply(estimate, piece, first), (last - first, columns), np.float32)
-            for piece, (first, last) in zip(left.to_delayed().ravel(), pairwise(bounds), strict=True)
-        ]
-        return da.concatenate(pieces, axis=0)
+        sizes = left.chunks[0]
+        firsts = np.cumsum([0, *sizes[:-1]]).tolist()
+        pieces = [apply(estimate, *each) for each in zip(left.to_delayed().ravel(), firsts, strict=True)]
+        return stacked(pieces, sizes, columns)
 
     def rows(self, cells: slice | NDArray[np.intp]) -> NDArray[np.float32]:
         """Impute some cells, given by a slice or by their numbers: float32, one row of ``n`` genes each."""

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import dask
 import numpy as np
@@ -15,6 +15,9 @@ from dask.base import get_scheduler
 from dask.delayed import Delayed
 from dask.system import CPU_COUNT
 from threadpoolctl import threadpool_limits
+
+if TYPE_CHECKING:
+    import dask.array as da
 
 __all__ = [
     "OURS",
@@ -27,6 +30,7 @@ __all__ = [
     "n_threads",
     "on_cluster",
     "spread",
+    "stacked",
     "stretches",
     "sum_of_groups",
     "threads_anywhere",
@@ -141,6 +145,14 @@ def tree_reduce(parts: Sequence[Any], combine: Callable[[T, T], T], homes: Seque
                 pairs.append((merge(one, other), home))
         placed = pairs + placed[2 * len(pairs) :]
     return placed[0][0]
+
+
+def stacked(pieces: Iterable[Any], sizes: Iterable[int], width: int, dtype: Any = np.float32) -> da.Array:
+    """Put delayed blocks of rows, of these sizes, on top of each other: a Dask array with a chunk for each."""
+    import dask.array as da
+
+    chunks = [da.from_delayed(piece, (size, width), dtype) for piece, size in zip(pieces, sizes, strict=True)]
+    return da.concatenate(chunks, axis=0)
 
 
 def sum_of_groups(groups: Sequence[Group], add: Callable[[T, T], T], parts: Sequence[Any]) -> Any:

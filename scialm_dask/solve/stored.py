@@ -24,6 +24,7 @@ from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_stor
 from scialm_dask.data.written import CHUNK_BYTES, ZeroRule, write_dense, write_left, write_sparse
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin
+from scialm_dask.reduction import stacked
 from scialm_dask.solve.cell_model import model_of
 from scialm_dask.solve.embedding import Axes
 
@@ -82,14 +83,11 @@ def read_result(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | Non
 
 def _rows_of(path: str, name: str, stored: Any) -> da.Array:
     """Return a stored array as a Dask array whose tasks open the store themselves."""
-    import dask.array as da
-
     read, (cells, rank) = dask.delayed(_read_rows, pure=True), stored.shape
     rows = RowBlocks.panels(cells, max(1, rank), CHUNK_BYTES)
     if stored.chunks is not None:  # an .h5ad may hold it in one piece
         rows = RowBlocks((*range(0, cells, stored.chunks[0]), cells))
-    pieces = [da.from_delayed(read(path, name, *span), (span[1] - span[0], rank), stored.dtype) for span in rows]
-    return da.concatenate(pieces, axis=0)
+    return stacked([read(path, name, *span) for span in rows], rows.sizes, rank, stored.dtype)
 
 
 def _read_rows(path: str, name: str, start: int, stop: int) -> NDArray[np.float32]:
