@@ -13,7 +13,7 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import Interval, check_fields, checked
+from scialm_dask.arguments import Interval, Natural, check_fields, checked
 from scialm_dask.data.annotated import refuse_logarithms, storable_annotation
 from scialm_dask.data.annotation import symbols
 from scialm_dask.data.csr import CSRWriter, scaled_rows
@@ -25,7 +25,6 @@ from scialm_dask.events import Listener, Note, begin, silent
 __all__ = ["CellMeasures", "Thresholds", "chosen_cells", "measure_cells", "mitochondrial", "quality_control"]
 
 _PASSES = 4
-_Number = Annotated[int, Interval(0)]
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,11 @@ class Thresholds:
         Cells with counts, of a gene, among the cells that are kept.
     """
 
-    min_genes: _Number | None = None
-    max_genes: _Number | None = None
+    min_genes: Natural | None = None
+    max_genes: Natural | None = None
     max_mito: Annotated[float, Interval(0, 100)] | None = None
     mito_prefix: str = "MT-"
-    min_cells: _Number | None = None
+    min_cells: Natural | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scialm_dask.arguments import checked
+from scialm_dask.arguments import Count, Natural, checked
 from scialm_dask.data.annotated import as_dask
 from scialm_dask.data.store import atomic_output
 from scialm_dask.errors import InputError
@@ -107,7 +107,7 @@ def check_pools(pools: ArrayLike, genes: int | None = None) -> NDArray[np.float6
 
 
 @checked
-def random_pools(genes: int, pools: int, *, density: float = 0.25, random_state: int = 0) -> NDArray[np.int8]:
+def random_pools(genes: Count, pools: Count, *, density: float = 0.25, random_state: Natural = 0) -> NDArray[np.int8]:
     """Put every gene into every pool with one probability; genes that fall into no pool are drawn again.
 
     Parameters
@@ -129,7 +129,6 @@ def random_pools(genes: int, pools: int, *, density: float = 0.25, random_state:
     InputError
         If the design cannot exist, or leaves a pool empty.
     """
-    _check_draw(genes, pools, random_state)
     if not 0 < density <= 1:
         raise InputError(f"density {density} is outside (0, 1]; about a quarter is usual")
     P = np.zeros((genes, pools), np.int8)
@@ -142,7 +141,7 @@ def random_pools(genes: int, pools: int, *, density: float = 0.25, random_state:
 
 
 @checked
-def balanced_pools(genes: int, pools: int, *, per_gene: int, random_state: int = 0) -> NDArray[np.int8]:
+def balanced_pools(genes: Count, pools: Count, *, per_gene: Count, random_state: Natural = 0) -> NDArray[np.int8]:
     """Put every gene into the same number of pools, and about as many genes into each pool.
 
     Genes are placed one after another into the emptiest pools; of a few random ways to break ties the one that
@@ -167,9 +166,8 @@ def balanced_pools(genes: int, pools: int, *, per_gene: int, random_state: int =
     InputError
         If the design cannot exist.
     """
-    _check_draw(genes, pools, random_state)
-    if not 1 <= per_gene <= pools:
-        raise InputError(f"per_gene {per_gene} is outside 1 to {pools}, the number of pools")
+    if per_gene > pools:
+        raise InputError(f"per_gene is {per_gene}; give no more than the number of pools, {pools}")
     if genes * per_gene < pools:
         raise InputError(f"{genes} genes in {per_gene} pools each leave some of {pools} pools empty; use fewer pools")
     rng = np.random.default_rng(random_state)
@@ -250,13 +248,6 @@ def measure(expression: Any, pools: ArrayLike) -> da.Array:
 
 def _product(block: Any, P: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(block.astype(np.float64) @ P)
-
-
-def _check_draw(genes: int, pools: int, random_state: int) -> None:
-    if genes < 1 or pools < 1:
-        raise InputError(f"{genes} genes × {pools} pools; at least one of each is needed")
-    if random_state < 0:
-        raise InputError(f"random_state is {random_state}; give 0 or more")
 
 
 def read_design(path: str | os.PathLike[str]) -> pd.DataFrame:
