@@ -19,7 +19,7 @@ from scialm_dask.data.annotation import positions_of
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.data.written import CHUNK_BYTES, ZeroRule
 from scialm_dask.events import Listener, silent
-from scialm_dask.reduction import stacked
+from scialm_dask.reduction import check_held, stacked
 from scialm_dask.solve.cell_model import CellModel
 from scialm_dask.solve.embedding import Axes
 from scialm_dask.solve.estimate import Estimate
@@ -185,6 +185,16 @@ class Imputation:
             if note:
                 warnings.warn(note, stacklevel=3)  # of who called what is checked
         return result
+
+    @property
+    def left(self) -> da.Array:
+        """Left factor; raises `InputError` if it is held by workers of a cluster that is gone."""
+        check_held(self._left)
+        return self._left
+
+    @left.setter
+    def left(self, left: da.Array) -> None:
+        self._left = left
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from scialm_dask.data.annotated import storable_annotation
 from scialm_dask.data.annotation import Annotation
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.rows import chunk_bytes
 from scialm_dask.data.store import scratch_folder_for
 from scialm_dask.errors import InputError
 from scialm_dask.events import silent
@@ -109,7 +110,7 @@ def forecast(matrix: ExpressionMatrix, settings: Settings, here: Workers) -> For
     values = min(n_observed, int(1.3 * n_observed / n_blocks))  # rows differ in length
     panel, levels = n * width, math.ceil(math.log2(n_blocks) + 1)
     visit = _TASK_VALUES * values + _TASK_ROWS * rows * width + 2 * panel
-    reading = _READ_VALUES * values
+    reading = _READ_VALUES * values + max(0, chunk_bytes(matrix.rows) // _FLOAT - 2 * values)
     task = _FLOAT * max(reading, visit)
     products = threads * task + _FLOAT * panel * levels + _DOUBLE * panel * _DRIVER_PANELS
     if exact:

@@ -233,4 +233,5 @@ def follow(reference: str | None, path: str, shape: tuple[int, int]) -> tuple[Ex
 
 
 def _stamp(path: str, layer: str | None) -> str | None:
-    return fingerprint(locate(path, open_store(path), layer).rows)
+    with readable(path):
+        return fingerprint(locate(path, open_store(path), layer).rows)
