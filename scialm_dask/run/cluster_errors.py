@@ -83,9 +83,9 @@ def check_processes() -> None:
     ClusterError
         If there is no room in /dev/shm, where multiprocessing keeps semaphores.
     """
-    script = getattr(sys.modules["__main__"], "__file__", None)
+    script = getattr(sys.modules["__main__"], "__file__", None) or ""
     with contextlib.suppress(OSError, UnicodeError):
-        begun = script and any(at.filename == script and at.name == "<module>" for at in traceback.extract_stack())
+        begun = any(at.filename == script and at.name == "<module>" for at in traceback.extract_stack())
         if begun and "__name__" not in Path(script).read_text():
             raise InputError(
                 f"{script}: would start anew in every worker; put what it does below `if __name__ == '__main__':`"
