@@ -57,27 +57,32 @@ class Origin:
 
 @dataclass(frozen=True)
 class ExpressionMatrix:
-    """A cells × genes matrix, cut into row blocks that are read where they are needed.
+    """A cells × genes matrix in row blocks that are read where they are needed.
+
+    `open` and `of` make one. It is small and can be sent to workers.
 
     Parameters
     ----------
-    rows
+    rows : Rows
         What reads the rows.
-    blocks
+    blocks : RowBlocks
         The partition of the cells.
-    observed
-        Which entries are observed (Ω). ``"nonzero"``: the non-zeros, as in the paper. ``"finite"``: all that
-        are not NaN, zeros included, for general matrices.
-    annotation
-        Of cells and genes: data frames (`Annotation`), where a store has them (`StoredAnnotation`), or None for none.
-    origin
-        What it was opened from; None if that was in memory.
-    stamp
-        What that was like then; see `check_unchanged`.
+    observed : {"nonzero", "finite"}, default="nonzero"
+        The observed entries, Ω. ``"nonzero"``: the non-zeros, as in the paper. ``"finite"``: all that are not NaN,
+        zeros included, for general matrices.
+    annotation : Annotation, StoredAnnotation or None, default=None
+        Data frames of cells and genes, or the store that has them.
+    origin : Origin, optional
+        What it was opened from; None if it was in memory.
+    stamp : Stamp, optional
+        The state of the store then; see `check_unchanged`.
 
-    Notes
-    -----
-    Create one by `ExpressionMatrix.open` or `ExpressionMatrix.of`. It is small and can be sent to workers.
+    Examples
+    --------
+    >>> import numpy as np, scialm_dask
+    >>> matrix = scialm_dask.ExpressionMatrix.of(np.arange(12).reshape(4, 3), blocks=2)
+    >>> matrix.shape, matrix.n_stored, len(matrix.blocks)
+    ((4, 3), 11, 2)
     """
 
     rows: Rows
@@ -98,36 +103,43 @@ class ExpressionMatrix:
         observed: Observed = "nonzero",
         missing_chunks_are_zeros: bool = False,
     ) -> ExpressionMatrix:
-        """Open X, or a layer, of an AnnData store (.zarr, format 2 or 3, or .h5ad), or whatever else holds one matrix.
+        """Open X or a layer of an AnnData store, or another file that holds one matrix.
 
-        That is a bare 2-D Zarr array, a 10x .h5, of which features other than genes are left out, or a loom file.
+        That is a .zarr (format 2 or 3) or .h5ad; a bare 2-D Zarr array; a 10x .h5, of which only features that are
+        genes are taken; or a loom file.
 
         Parameters
         ----------
-        path
-            The store, or its URL, if it is Zarr. It is only read.
-        layer
-            Name of the layer, or ``"raw"`` for ``.raw.X`` with its own genes; X by default.
-        blocks
-            Number of row blocks; chosen by the number of stored values if None.
-        observed
+        path : str or path-like
+            The store, which is only read. Zarr may be at a URL.
+        layer : str, optional
+            The layer to read instead of X; ``"raw"`` for ``.raw.X`` with its own genes.
+        blocks : int, optional
+            Number of row blocks. By default chosen by the number of stored values.
+        observed : {"nonzero", "finite"}, default="nonzero"
             See the class.
-        missing_chunks_are_zeros
-            Read the absent chunks of a dense store as zeros, which some programs do not write, instead of
-            refusing them.
+        missing_chunks_are_zeros : bool, default=False
+            Read absent chunks of a dense store as zeros, which some programs do not write, instead of refusing them.
 
         Returns
         -------
         ExpressionMatrix
-            Nothing of it is read yet, but a matrix stored by genes is copied to a temporary store, by cells.
+            No values are read yet; a matrix stored by genes is copied to a temporary store, by cells.
 
         Raises
         ------
         InputError
-            If the store or the layer cannot be used: not there, damaged, or no matrix of numbers. Values are checked
-            when they are read; see `read_block`.
+            If the store or the layer is absent, damaged, or no matrix of numbers. Values are checked when they are
+            read; see `read_block`.
         OutputError
             If the disk of the temporary store is full.
+
+        Examples
+        --------
+        >>> import anndata
+        >>> anndata.AnnData(np.eye(3, dtype="float32")).write_h5ad("cells.h5ad")
+        >>> scialm_dask.ExpressionMatrix.open("cells.h5ad").n_stored
+        9
         """
         store = open_store(path)
         path = lasting(path)
@@ -148,21 +160,20 @@ class ExpressionMatrix:
     def of(
         cls, matrix: Any, *, blocks: int | None = None, observed: Observed = "nonzero", name: str = "matrix"
     ) -> ExpressionMatrix:
-        """Take a NumPy array or SciPy sparse matrix that is in memory, or a Dask array with chunks of either kind.
+        """Take a matrix in memory, or a Dask array of dense or sparse chunks.
 
-        A Dask array is computed here, once, a row of chunks at a time, into a temporary store; see `temporary_csr`.
+        A Dask array is computed here, once, a row of chunks at a time, into a temporary store.
 
         Parameters
         ----------
-        matrix
-            Cells × genes; a list of lists or a data frame, dense or sparse, will do as well. Masked entries are
-            unknown: zeros, or NaN where zeros are observed.
-        blocks
-            Number of row blocks; chosen by the number of stored values if None.
-        observed
+        matrix : array or data frame of shape (n_cells, n_genes)
+            NumPy, SciPy sparse or Dask, a list of lists, or a dense or sparse data frame. Masked entries are unknown.
+        blocks : int, optional
+            Number of row blocks. By default chosen by the number of stored values.
+        observed : {"nonzero", "finite"}, default="nonzero"
             See the class.
-        name
-            What to call it in messages.
+        name : str, default="matrix"
+            Its name in messages.
 
         Returns
         -------
@@ -176,6 +187,11 @@ class ExpressionMatrix:
             `read_block`.
         OutputError
             If the disk of the temporary store is full.
+
+        Examples
+        --------
+        >>> scialm_dask.ExpressionMatrix.of([[1, 0], [2, 3]]).shape
+        (2, 2)
         """
         if dask.is_dask_collection(matrix):
             rows = _computed(matrix, name, observed)
@@ -189,7 +205,7 @@ class ExpressionMatrix:
 
     @property
     def name(self) -> str:
-        """What to call it in messages."""
+        """Its name in messages."""
         return self.rows.name
 
     @property
@@ -199,30 +215,76 @@ class ExpressionMatrix:
 
     @property
     def n_stored(self) -> int:
-        """Number of stored values, the most that can be observed; reads no values."""
+        """Number of stored values, the most that can be observed. No values are read for it."""
         return self.rows.n_stored if self.observed == "nonzero" else self.shape[0] * self.shape[1]
 
     @functools.cached_property
     def obs(self) -> pd.DataFrame:
-        """Annotation of the cells, read when first asked for."""
+        """Annotation of the cells, read when first used."""
         return read_annotation(self.annotation, "obs", self.shape[0])
 
     @functools.cached_property
     def var(self) -> pd.DataFrame:
-        """Annotation of the genes, read when first asked for."""
+        """Annotation of the genes, read when first used."""
         return read_annotation(self.annotation, "var", self.shape[1])
 
     def with_blocks(self, blocks: RowBlocks) -> ExpressionMatrix:
-        """Return the same matrix, cut otherwise."""
+        """Return the matrix in other row blocks.
+
+        Parameters
+        ----------
+        blocks : RowBlocks
+            The partition of the cells.
+
+        Returns
+        -------
+        ExpressionMatrix
+            The same matrix.
+
+        Examples
+        --------
+        >>> from scialm_dask.data.layout import RowBlocks
+        >>> list(matrix.with_blocks(RowBlocks((0, 1, 4))).blocks)
+        [(0, 1), (1, 4)]
+        """
         return replace(self, blocks=blocks)
 
     def check_unchanged(self) -> None:
-        """Raise `InputError` if the store that this was opened from has changed since, and may have been read mixed."""
+        """Check that the store has not changed since it was opened, as it may have been read in two states.
+
+        Raises
+        ------
+        InputError
+            If it has.
+
+        Examples
+        --------
+        >>> matrix.check_unchanged()
+        """
         if self.stamp is not None:
             self.stamp.check()
 
     def annotated(self, annotation: Annotation) -> ExpressionMatrix:
-        """Return the same matrix with this annotation of cells and genes."""
+        """Return the matrix with another annotation.
+
+        Parameters
+        ----------
+        annotation : Annotation
+            Data frames of cells and genes.
+
+        Returns
+        -------
+        ExpressionMatrix
+            The same matrix.
+
+        Examples
+        --------
+        >>> import pandas as pd
+        >>> from scialm_dask.data.annotation import Annotation
+        >>> genes = pd.DataFrame(index=["CD3E", "CD8A", "LYZ"])
+        >>> list(matrix.annotated(Annotation(matrix.obs, genes)).var.index)
+        ['CD3E', 'CD8A', 'LYZ']
+        """
         return replace(self, annotation=annotation)
 
     def of_genes(self, columns: NDArray[np.intp], n_genes: int) -> ExpressionMatrix:
@@ -230,25 +292,46 @@ class ExpressionMatrix:
 
         Parameters
         ----------
-        columns
-            For each gene of this matrix its number among the others, or −1 if it is none of them.
-        n_genes
-            Number of the others; those that none here is are zero.
+        columns : ndarray of shape (n_genes of this matrix,), int
+            For each gene its number among the others, or −1 if it is none of them.
+        n_genes : int
+            Number of the others. Those that this matrix lacks are zero.
+
+        Returns
+        -------
+        ExpressionMatrix
+            Without annotation, unless the genes are those of this matrix.
+
+        Examples
+        --------
+        >>> matrix.of_genes(np.array([1, -1, 0]), 2).take(slice(0, 2)).toarray()
+        array([[2., 0.],
+               [5., 3.]], dtype=float32)
         """
         if np.array_equal(columns, np.arange(n_genes)):
             return self
         return replace(self, rows=RenamedRows(self.rows, columns, n_genes), annotation=None)
 
     def for_workers(self) -> ExpressionMatrix:
-        """Return the same matrix, small enough to go into tasks.
+        """Return the matrix in a form small enough to go into tasks.
 
-        If a `distributed.Client` is in force, what is in memory is written to a temporary store, from which workers
-        read their blocks; see `temporary_csr`. Names of cells and genes that are in memory stay in this process.
+        With a `distributed.Client`, what is in memory is written to a temporary store from which workers read their
+        blocks. Names of cells and genes that are in memory stay in this process.
+
+        Returns
+        -------
+        ExpressionMatrix
+            This one where nothing has to change.
 
         Raises
         ------
         InputError
-            If workers of the Dask cluster do not see that store, or one that was made before there was a cluster.
+            If workers do not see the temporary store, or one that was made before there was a cluster.
+
+        Examples
+        --------
+        >>> matrix.for_workers() is matrix  # threads of this process
+        True
         """
         if current_client() is None:
             return self
@@ -265,27 +348,47 @@ class ExpressionMatrix:
 
         Parameters
         ----------
-        block
+        block : int
             Its number.
-        as_stored
+        as_stored : bool, default=False
             Keep the type of the values instead of turning them into float32.
 
         Returns
         -------
         scipy.sparse.csr_matrix
-            Indices sorted and unique (duplicates summed). What it stores is what is observed: no zeros if
-            ``observed == "nonzero"``; explicit zeros, and no NaN, if ``"finite"``.
+            Indices sorted, duplicates summed. It stores what is observed: no zeros under ``"nonzero"``; explicit zeros,
+            and no NaN, under ``"finite"``.
 
         Raises
         ------
         InputError
-            If a value is negative, NaN (under ``"nonzero"``) or infinite, or is not a number; or if the values are so
-            large or small, beyond 1e15 or 1e-15, that they cannot be computed with.
+            If a value is no number, infinite, beyond 1e15 or 1e-15 in size, or, under ``"nonzero"``, negative or NaN.
+
+        Examples
+        --------
+        >>> matrix.read_block(1).toarray()
+        array([[ 9., 10., 11.]], dtype=float32)
         """
         return self._read(*self.blocks[block], as_stored=as_stored)
 
     def take(self, cells: slice | NDArray[np.intp]) -> sp.csr_matrix:
-        """Read some cells, given by a slice or by their numbers; see `read_block`."""
+        """Read some cells; see `read_block`.
+
+        Parameters
+        ----------
+        cells : slice or ndarray of int
+            Their numbers.
+
+        Returns
+        -------
+        scipy.sparse.csr_matrix
+            One row for each, float32.
+
+        Examples
+        --------
+        >>> matrix.take(slice(0, 1)).toarray()
+        array([[0., 1., 2.]], dtype=float32)
+        """
         if isinstance(cells, slice):
             cells = np.arange(self.shape[0])[cells]
         ends = np.flatnonzero(np.diff(cells) != 1) + 1  # consecutive ones are read together
@@ -316,7 +419,18 @@ class ExpressionMatrix:
         return csr
 
     def to_dask(self) -> da.Array:
-        """Give the matrix as a Dask array of float32 CSR chunks, one for each block."""
+        """Return the matrix as a lazy Dask array.
+
+        Returns
+        -------
+        dask.array.Array of shape (n_cells, n_genes), float32
+            CSR chunks, one for each block.
+
+        Examples
+        --------
+        >>> matrix.to_dask().chunks
+        ((3, 1), (3,))
+        """
         import dask.array as da
 
         read = dask.delayed(ExpressionMatrix.read_block, pure=True)
@@ -329,18 +443,44 @@ class ExpressionMatrix:
         return da.concatenate(chunks, axis=0)
 
     def stream(self, *, as_stored: bool = False) -> Iterator[sp.csr_matrix]:
-        """Read all blocks in order, a few ahead of the one handed out; see `read_block`."""
-        return in_order(functools.partial(self.read_block, as_stored=as_stored), range(len(self.blocks)))
-
-    def reduce(self, visit: Callable[[sp.csr_matrix, int], T], combine: Callable[[T, T], T]) -> T:
-        """Visit every block once and combine what the visits return, pairwise, in a fixed order.
+        """Read all blocks in order, a few ahead of the one handed out; see `read_block`.
 
         Parameters
         ----------
-        visit
+        as_stored : bool, default=False
+            Keep the type of the values.
+
+        Returns
+        -------
+        iterator of scipy.sparse.csr_matrix
+            One block after another.
+
+        Examples
+        --------
+        >>> [block.nnz for block in matrix.stream()]
+        [8, 3]
+        """
+        return in_order(functools.partial(self.read_block, as_stored=as_stored), range(len(self.blocks)))
+
+    def reduce(self, visit: Callable[[sp.csr_matrix, int], T], combine: Callable[[T, T], T]) -> T:
+        """Visit every block once and combine the results of neighbours, in a fixed order.
+
+        Parameters
+        ----------
+        visit : callable
             Called with a block and the number of its first row.
-        combine
-            Called with two results of neighbouring blocks.
+        combine : callable
+            Called with two results.
+
+        Returns
+        -------
+        object
+            The last result.
+
+        Examples
+        --------
+        >>> float(matrix.reduce(lambda block, first: block.sum(), lambda one, other: one + other))
+        66.0
         """
         matrix = self.for_workers()
 
