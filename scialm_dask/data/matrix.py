@@ -6,23 +6,24 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import dask
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import checked, short_repr
+from scialm_dask.arguments import checked
 from scialm_dask.data.annotation import Annotation, AnnotationHere, read_annotation
 from scialm_dask.data.fingerprint import Stamp
 from scialm_dask.data.formats import locate
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.rows import MemoryRows, RenamedRows, Rows, StoredRows, blocks_of, check_chunks, sum_duplicates
+from scialm_dask.data.rows import MemoryRows, RenamedRows, Rows, blocks_of, check_chunks, sum_duplicates
 from scialm_dask.data.store import lasting, open_store, readable
 from scialm_dask.data.stream import in_order
 from scialm_dask.data.temporary import check_seen, current_client, temporary_csr
-from scialm_dask.data.transpose import Entries, rows_in_order, spill_to_csr
+from scialm_dask.data.transpose import spill_to_csr
+from scialm_dask.data.values import Observed, check_size, check_values, computed, finite_entries, held_array, unmasked
 from scialm_dask.errors import InputError
 from scialm_dask.reduction import tree_reduce
 
@@ -30,20 +31,9 @@ if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
-__all__ = [
-    "ExpressionMatrix",
-    "Observed",
-    "Origin",
-    "check_array",
-    "check_observed",
-    "check_values",
-    "held_array",
-]
+__all__ = ["ExpressionMatrix", "Observed", "Origin"]
 
-Observed = Literal["nonzero", "finite"]
 T = TypeVar("T")
-
-_LARGEST = 1e15  # value; of larger ones, and of smaller than its inverse, products leave what float32 holds
 
 
 @dataclass(frozen=True)
@@ -72,10 +62,8 @@ class ExpressionMatrix:
         zeros included, for general matrices.
     annotation : Annotation, StoredAnnotation or None, default=None
         Data frames of cells and genes, or the store that has them.
-    origin : Origin, optional
-        What it was opened from; None if it was in memory.
-    stamp : Stamp, optional
-        The state of the store then; see `check_unchanged`.
+    origin, stamp : optional
+        What it was opened from, and the state of that then; None if it was in memory.
 
     Examples
     --------
@@ -105,13 +93,11 @@ class ExpressionMatrix:
     ) -> ExpressionMatrix:
         """Open X or a layer of an AnnData store, or another file that holds one matrix.
 
-        That is a .zarr (format 2 or 3) or .h5ad; a bare 2-D Zarr array; a 10x .h5, of which only features that are
-        genes are taken; or a loom file.
-
         Parameters
         ----------
         path : str or path-like
-            The store, which is only read. Zarr may be at a URL.
+            An AnnData store (.zarr, format 2 or 3, or .h5ad), a bare 2-D Zarr array, a 10x .h5, of which only features
+            that are genes are taken, or a loom file. It is only read. Zarr may be at a URL.
         layer : str, optional
             The layer to read instead of X; ``"raw"`` for ``.raw.X`` with its own genes.
         blocks : int, optional
@@ -168,10 +154,8 @@ class ExpressionMatrix:
         ----------
         matrix : array or data frame of shape (n_cells, n_genes)
             NumPy, SciPy sparse or Dask, a list of lists, or a dense or sparse data frame. Masked entries are unknown.
-        blocks : int, optional
-            Number of row blocks. By default chosen by the number of stored values.
-        observed : {"nonzero", "finite"}, default="nonzero"
-            See the class.
+        blocks, observed : optional
+            As in `open`.
         name : str, default="matrix"
             Its name in messages.
 
@@ -194,9 +178,9 @@ class ExpressionMatrix:
         (2, 2)
         """
         if dask.is_dask_collection(matrix):
-            rows = _computed(matrix, name, observed)
+            rows = computed(matrix, name, observed)
             return cls(rows, blocks_of(rows, open_store(rows.path)["X"], blocks), observed)
-        csr = sp.csr_matrix(held_array(_unmasked(matrix, observed), name))
+        csr = sp.csr_matrix(held_array(unmasked(matrix, observed), name))
         cuts = RowBlocks.by_nonzeros(csr.indptr, blocks)
         return cls(MemoryRows(csr, name), cuts, observed)
 
@@ -243,9 +227,7 @@ class ExpressionMatrix:
 
         Examples
         --------
-        >>> from scialm_dask.data.layout import RowBlocks
-        >>> list(matrix.with_blocks(RowBlocks((0, 1, 4))).blocks)
-        [(0, 1), (1, 4)]
+        >>> whole = matrix.with_blocks(scialm_dask.data.layout.RowBlocks((0, 4)))
         """
         return replace(self, blocks=blocks)
 
@@ -263,29 +245,6 @@ class ExpressionMatrix:
         """
         if self.stamp is not None:
             self.stamp.check()
-
-    def annotated(self, annotation: Annotation) -> ExpressionMatrix:
-        """Return the matrix with another annotation.
-
-        Parameters
-        ----------
-        annotation : Annotation
-            Data frames of cells and genes.
-
-        Returns
-        -------
-        ExpressionMatrix
-            The same matrix.
-
-        Examples
-        --------
-        >>> import pandas as pd
-        >>> from scialm_dask.data.annotation import Annotation
-        >>> genes = pd.DataFrame(index=["CD3E", "CD8A", "LYZ"])
-        >>> list(matrix.annotated(Annotation(matrix.obs, genes)).var.index)
-        ['CD3E', 'CD8A', 'LYZ']
-        """
-        return replace(self, annotation=annotation)
 
     def of_genes(self, columns: NDArray[np.intp], n_genes: int) -> ExpressionMatrix:
         """Return the same cells × other genes.
@@ -405,17 +364,13 @@ class ExpressionMatrix:
             csr = sp.csr_matrix((csr.data.astype(dtype), csr.indices, csr.indptr), shape=csr.shape)
         sum_duplicates(csr, self.name)
         if self.observed == "finite":
-            csr = _finite_entries(csr, self.name)
+            csr = finite_entries(csr, self.name)
         else:
             check_values(csr, self.name, start)
             if not csr.data.all():
                 csr.eliminate_zeros()
-        largest = np.abs(csr.data).max(initial=0)
-        if largest and not as_stored and not 1 / _LARGEST <= largest <= _LARGEST:
-            raise InputError(
-                f"{self.name}: cells {start} to {stop - 1} have values up to {largest:g}, whose squares are beyond "
-                f"float32; multiply the matrix so that they lie between {1 / _LARGEST:g} and {_LARGEST:g}"
-            )
+        if not as_stored:
+            check_size(csr, self.name, start)
         return csr
 
     def to_dask(self) -> da.Array:
@@ -467,10 +422,8 @@ class ExpressionMatrix:
 
         Parameters
         ----------
-        visit : callable
-            Called with a block and the number of its first row.
-        combine : callable
-            Called with two results.
+        visit, combine : callable
+            Called with a block and the number of its first row, and with two results.
 
         Returns
         -------
@@ -489,101 +442,3 @@ class ExpressionMatrix:
 
         parts = [dask.delayed(task)(block) for block in range(len(self.blocks))]
         return tree_reduce(parts, combine).compute()  # type: ignore[no-any-return]
-
-
-def held_array(matrix: Any, name: str) -> Any:
-    """Take what is in memory, SciPy sparse or anything that NumPy takes; raises `InputError` as `check_array`.
-
-    A sparse data frame stays sparse, and the bytes of numbers are put into the order of this machine.
-    """
-    if np.ma.is_masked(matrix):
-        raise InputError(f"{name}: has masked entries; fill them, with zeros or NaN, whatever stands for the unknown")
-    if hasattr(matrix, "columns") and all(
-        hasattr(kind, "fill_value") and kind.fill_value == 0 for kind in matrix.dtypes
-    ):
-        matrix = matrix.sparse.to_coo().tocsr()
-    try:
-        held = matrix if sp.issparse(matrix) else np.asarray(matrix)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name}: a {type(matrix).__name__}, not a matrix of numbers ({error})") from error
-    if held.ndim == 0:
-        raise InputError(f"{name} is {short_repr(matrix)}; give a matrix of numbers")
-    check_array(held, name)
-    return held.astype(held.dtype.newbyteorder("="), copy=False)
-
-
-def _unmasked(matrix: Any, observed: Observed) -> Any:
-    """Put what stands for the unknown where a masked array is masked."""
-    if not isinstance(matrix, np.ma.MaskedArray):
-        return matrix
-    if observed == "nonzero":
-        return matrix.filled(0)
-    filled = matrix.filled(0).astype(np.float64)
-    filled[np.ma.getmaskarray(matrix)] = np.nan
-    return filled
-
-
-def check_array(array: Any, name: str) -> None:
-    """Raise `InputError` if an array, of NumPy, SciPy or Dask, is not a matrix of numbers of known size."""
-    if array.ndim != 2 or any(np.isnan(n) or n == 0 for n in array.shape):
-        raise InputError(
-            f"{name}: shape {array.shape}; give a matrix: two dimensions of known size, one cell and gene at least"
-        )
-    if array.dtype.kind not in "buif" or array.dtype == np.float16:
-        raise InputError(
-            f"{name}: values are of type {array.dtype}, not numbers that can be computed with; convert them first"
-        )
-
-
-def _computed(array: Any, name: str, observed: Observed) -> StoredRows:
-    if hasattr(array, "to_dask_array"):
-        raise InputError(f"{name}: a Dask data frame, of unknown length; give frame.to_dask_array(lengths=True)")
-    check_array(array, name)
-
-    def chunk(*place: int) -> sp.csr_matrix:
-        return sp.csr_matrix(_unmasked(array.blocks[place].compute(), observed))
-
-    dtype = np.dtype(np.float64) if observed == "finite" else array.dtype.newbyteorder("=")
-    if array.numblocks[0] > 1 or array.numblocks[1] == 1:
-        array = array.rechunk({1: -1})
-        return temporary_csr((chunk(i) for i in range(array.numblocks[0])), array.shape[1], dtype, name)
-    starts = np.cumsum([0, *array.chunks[1]])  # stored by genes, as CSC is
-
-    def pieces() -> Iterator[Entries]:
-        for number, start in enumerate(starts[:-1]):
-            entries = chunk(0, number).tocoo()
-            yield Entries(entries.row, (entries.col + start).astype(np.int32), entries.data)
-
-    n_values = array.shape[0] * array.shape[1] // 10  # nobody knows before they are read
-    return temporary_csr(rows_in_order(pieces(), array.shape, dtype, n_values, name), array.shape[1], dtype, name)
-
-
-def check_values(csr: sp.csr_matrix, name: str, first_row: int) -> None:
-    """Raise `InputError` if a value is negative, NaN or infinite."""
-    smallest, largest = (csr.data.min(), csr.data.max()) if csr.nnz else (0, 0)
-    if smallest >= 0 and largest < np.inf:  # false for NaN too
-        return
-    at = int(np.flatnonzero(~((csr.data >= 0) & (csr.data < np.inf)))[0])
-    row = int(np.searchsorted(csr.indptr, at, side="right")) - 1
-    raise InputError(
-        f"{name}: value {csr.data[at]} at cell {first_row + row}, gene {csr.indices[at]}; expression must be "
-        "finite and not negative: give counts or normalised counts, not scaled or centred data"
-    )
-
-
-def check_observed(n_observed: int, name: str) -> None:
-    """Raise `InputError` if a matrix turned out to have no observed entry."""
-    if n_observed == 0:
-        raise InputError(
-            f"{name}: no entry is observed, all are zero; give a matrix with non-zeros, e.g. another layer"
-        )
-
-
-def _finite_entries(csr: sp.csr_matrix, name: str) -> sp.csr_matrix:
-    """All entries that are not NaN, zeros stored explicitly."""
-    dense = csr.toarray()
-    if np.isinf(dense).any():
-        raise InputError(f"{name}: holds an infinite value; mark missing entries as NaN")
-    keep = ~np.isnan(dense)
-    indptr = np.concatenate([[0], np.cumsum(keep.sum(axis=1))])
-    return sp.csr_matrix((dense[keep], np.nonzero(keep)[1].astype(np.int32), indptr), shape=csr.shape)

@@ -70,11 +70,11 @@ class PooledNuclearNorm:
     Examples
     --------
     >>> import numpy as np, scialm_dask
-    >>> counts = np.random.default_rng(0).poisson([[1, 5] * 20, [5, 1] * 20] * 30)  # two types of cells, 40 genes
-    >>> P = scialm_dask.balanced_pools(40, 20, per_gene=3)
+    >>> counts = np.random.default_rng(0).poisson([[1, 5] * 5, [5, 1] * 5] * 10)  # two types of cells, 10 genes
+    >>> P = scialm_dask.balanced_pools(10, 6, per_gene=2)
     >>> D = scialm_dask.measure(counts, P)
-    >>> scialm_dask.PooledNuclearNorm(delta=50).fit(D, P).shape
-    (60, 40)
+    >>> scialm_dask.PooledNuclearNorm(delta=20).fit(D, P).shape
+    (20, 10)
     """
 
     @checked
@@ -121,9 +121,9 @@ class PooledNuclearNorm:
 
         Examples
         --------
-        >>> recovered = scialm_dask.PooledNuclearNorm(delta=50).fit(D, P)
+        >>> recovered = scialm_dask.PooledNuclearNorm(delta=20).fit(D, P)
         >>> round(recovered.objective), recovered.converged
-        (355, True)
+        (72, True)
         """
         P, start = check_pools(P), validated("start", start, PooledResult | None)
         measured = Measurements.of(D, P.shape[1])
