@@ -82,8 +82,7 @@ def connect(
     """Find or start workers for what is computed within a ``with`` block.
 
     Options that are not given come from Dask's configuration, namespace ``scialm``. A cluster started here listens on
-    the loopback interface, or on the one that dask-jobqueue's configuration names, and is closed at the end of the
-    block.
+    the loopback interface, or on the one that dask-jobqueue's configuration names, and is closed at its end.
 
     Parameters
     ----------
