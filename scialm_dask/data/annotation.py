@@ -114,7 +114,7 @@ def symbols(var: pd.DataFrame) -> list[pd.Index]:
     """Return the names by which genes may be called: the index, and columns of symbols if there are any."""
     import pandas as pd
 
-    return [var.index, *(pd.Index(var[column].astype(str)) for column in _SYMBOLS if column in var)]
+    return [var.index, *(as_text(var[column]) for column in _SYMBOLS if column in var)]
 
 
 def total_counts(obs: pd.DataFrame, name: str) -> NDArray[np.float64] | None:
