@@ -1,4 +1,4 @@
-"""Compare methods on real cells, in ``compared/``: ``SCIALM_DATA=FOLDER python notebooks/compare.py [--methods …]``.
+"""Compare methods on real cells, a page for each set: ``SCIALM_DATA=FOLDER python notebooks/compare.py [SET …]``.
 
 Cells that were sequenced deeply and then down-sampled (a truth), and two sets of cells with known types.
 """
@@ -35,6 +35,9 @@ How to read it:
   estimate of the others counts as 0.
 - **Hidden non-zeros** ask only for entries that are known to be no zeros, and reward methods that inflate.
 - **Clusters**: as many as there are types for every method, by k-means, and by Leiden with its resolution searched.
+
+The cells:
+
 """
 SETS: dict[str, tuple[str, Thresholds | None]] = {
     "baron": ("Pancreas, down-sampled", None),
@@ -55,6 +58,8 @@ def compare(name: str, data: Path, folder: Path, **options: Any) -> str:
         quality_control(data / f"{name}.h5ad", source, thresholds)
         asked = {"scores": {}, "types": {**alone, "labels": "cell_type"}}
     parts = [f"# {title}\n"]
+    for path in HERE.glob(f"{name}-*"):
+        path.unlink()
     for what, own in asked.items():
         place = folder / f"{name}-{what}"
         place.mkdir()
@@ -76,14 +81,13 @@ def main() -> None:
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--method-timeout", type=float, default=1200)
     given = parser.parse_args()
-    shutil.rmtree(HERE, ignore_errors=True)
-    HERE.mkdir()
-    pages = [ABOUT]
+    HERE.mkdir(exist_ok=True)
+    (HERE / "README.md").write_text(ABOUT + "".join(f"- [{title}]({name}.md)\n" for name, (title, _) in SETS.items()))
+    options = {"methods": given.methods.split(","), "method_timeout": given.method_timeout}
     with tempfile.TemporaryDirectory() as work:
         for name in given.sets or SETS:
-            options = {"methods": given.methods.split(","), "method_timeout": given.method_timeout}
-            pages.append(compare(name, Path(os.environ["SCIALM_DATA"], "data"), Path(work), **options))
-            (HERE / "README.md").write_text("\n".join(pages))
+            page = compare(name, Path(os.environ["SCIALM_DATA"], "data"), Path(work), **options)
+            (HERE / f"{name}.md").write_text(page)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Make the README's pictures: ``SCIALM_DATA=FOLDER python notebooks/pictures.py``; needs Chromium and selenium."""
+"""Make the README's picture: ``SCIALM_DATA=FOLDER python notebooks/pictures.py``; needs Chromium and selenium."""
 
 from __future__ import annotations
 
 import io
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,29 +11,18 @@ from PIL import Image
 from selenium import webdriver
 
 import scialm_dask
-from scialm_dask.report.plotting import convergence, save
-from scialm_dask.run.demo import demo
 
 FIGURES = Path(__file__).resolve().parent / "figures"
 WIDTH, HEIGHT = 760, 1000
 
 
-def draw_convergence() -> None:
-    """Draw the iterations of preset complete on PBMC, a tenth of whose non-zeros are masked."""
-    masked = Path(os.environ["SCIALM_DATA"], "reference", "pbmc_donor_a_mask10.h5ad")
-    with tempfile.TemporaryDirectory() as folder:  # without the PNG
-        save(convergence(scialm_dask.impute(masked, preset="complete")), Path(folder, "convergence"))
-        shutil.move(Path(folder, "convergence.svg"), FIGURES / "convergence.svg")
-
-
 def photograph_report() -> None:
-    """Put two views of the report on the demonstration side by side: its top in light, changed genes in dark."""
+    """Put two views of the report on sorted blood cells side by side: its top in light, its cells in dark."""
     with tempfile.TemporaryDirectory() as folder:
-        cells, page = Path(folder, "demo"), Path(folder, "report.html")
-        demo(cells)
-        result = scialm_dask.Imputation.open(cells / "imputed.zarr")
-        scialm_dask.write_report(result, page, source=cells / "masked.zarr", color="bulk_labels")
-        views = [view(page, "light", ""), view(page, "dark", "Most changed genes")]
+        page = Path(folder, "report.html")
+        result = scialm_dask.impute(Path(os.environ["SCIALM_DATA"], "data", "pbmc_facs.h5ad"))
+        scialm_dask.write_report(result, page, color="cell_type")
+        views = [view(page, "light", ""), view(page, "dark", "Cells before and after")]
     both = Image.new("RGB", (sum(image.width for image in views), HEIGHT))
     both.paste(views[0], (0, 0))
     both.paste(views[1], (views[0].width, 0))
@@ -63,5 +51,4 @@ def view(page: Path, scheme: str, heading: str) -> Image.Image:
 
 
 if __name__ == "__main__":
-    draw_convergence()
     photograph_report()

@@ -16,10 +16,18 @@ __all__ = [
 class ScialmError(Exception):
     """Base of every error this package raises on purpose.
 
-    The command line prints the message on one line and exits with `exit_code`.
+    The command line prints the message and exits with `exit_code`.
+
+    Parameters
+    ----------
+    message
+        What is wrong, the limit and the remedy. It is made one line, as the words of other packages in it may not be.
     """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split("\n")).rstrip())
 
 
 class InputError(ScialmError, ValueError):

@@ -218,6 +218,8 @@ class MatrixMarket:
                 _read_header(stream)
                 with pd.read_csv(stream, **how) as parts:
                     for part in parts:
+                        if not isinstance(part.index, pd.RangeIndex):  # pandas takes a fourth column for an index
+                            raise ValueError("a line of more than 3 numbers")
                         n_read += len(part)
                         if len(part):
                             yield self._checked(part)
@@ -227,7 +229,9 @@ class MatrixMarket:
         except InputError:
             raise
         except _UNREADABLE as error:
-            raise InputError(f"{self.name}: cannot be read after entry {n_read} ({error}); fetch it again") from error
+            raise InputError(
+                f"{self.name}: cannot be read after entry {n_read} ({str(error).strip()}); fetch it again"
+            ) from error
         if n_read != self.n_entries:
             raise InputError(f"{self.name}: {n_read} entries, {self.n_entries} announced; fetch it again")
 
@@ -279,18 +283,25 @@ def _read_header(stream: IO[bytes]) -> tuple[list[str], list[int]]:
 
 
 def _table(path: Path, length: int) -> pd.DataFrame:
+    """Read a table of names, whose lines all have as many columns as the first."""
     import pandas as pd
 
     try:
         with _stream(path) as stream:
-            table = pd.read_csv(stream, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
+            lines = [line.rstrip("\r\n").split("\t") for line in io.TextIOWrapper(stream)]
     except InputError:
         raise
     except _UNREADABLE as error:
         raise InputError(f"{path}: cannot be read ({error}); fetch it again") from error
-    if len(table) != length:
-        raise InputError(f"{path}: {len(table)} lines, but the matrix has {length}; the files do not belong together")
-    return table
+    lines = [line for line in lines if line != [""]]
+    for number, line in enumerate(lines, 1):
+        if len(line) != len(lines[0]):
+            raise InputError(
+                f"{path}: line {number} has {len(line)} columns, and the first {len(lines[0])}; fetch it again"
+            )
+    if len(lines) != length:
+        raise InputError(f"{path}: {len(lines)} lines, but the matrix has {length}; the files do not belong together")
+    return pd.DataFrame(lines)
 
 
 @dataclass(frozen=True)

@@ -293,6 +293,8 @@ HEADER = "%%MatrixMarket matrix coordinate integer general\n"
         (HEADER + "40 120 1\n1 0 5\n", "cell 0 is outside 1 to 120"),
         (HEADER + "40 120 1\n1 1 x\n", "cannot be read after entry 0"),
         (HEADER + "40 120 1\n1 1\n", "cannot be read after entry 0"),
+        (HEADER + "40 120 1\n1 1 5 6\n", "cannot be read after entry 0 (a line of more than 3 numbers)"),
+        (HEADER + "40 120 2\n1 1 5\n2 2 6 7\n", "saw 4); fetch it again"),
         (HEADER + "40 120 1\n1 1 -5\n", "value -5 at cell 0, gene 0"),
         (HEADER + "40 120 1\n1 1 3000000000\n", "count 3000000000 is too large"),
         (HEADER + "40 0 0\n", "at least one cell"),
@@ -319,6 +321,17 @@ def test_mex_files_that_are_cut_or_absent(cli, counts, tmp_path):
     result = cli("convert", folder, tmp_path / "out.zarr")
     assert result.exit_code == 2
     assert "has no matrix.mtx, plain or .gz" in result.stderr
+
+
+def test_a_table_of_names_whose_lines_differ_in_length(cli, counts, tmp_path):
+    folder = write_mex(tmp_path / "mex", counts, compress=False)
+    features = folder / "features.tsv"
+    lines = features.read_text().splitlines()
+    lines[6] = lines[6].replace("\t", " ", 1)
+    features.write_text("\n".join(lines) + "\n")
+    result = cli("convert", folder, tmp_path / "out.zarr")
+    assert result.exit_code == 2
+    assert "features.tsv: line 7 has 2 columns, and the first 3; fetch it again" in result.stderr
 
 
 # What must leave nothing behind
