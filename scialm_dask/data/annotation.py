@@ -112,8 +112,6 @@ def _check_columns(name: str, stored: Any, length: int) -> None:
 
 def symbols(var: pd.DataFrame) -> list[pd.Index]:
     """Return the names by which genes may be called: the index, and columns of symbols if there are any."""
-    import pandas as pd
-
     return [var.index, *(as_text(var[column]) for column in _SYMBOLS if column in var)]
 
 
