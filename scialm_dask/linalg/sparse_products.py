@@ -3,7 +3,8 @@
 For a CSR pattern with values s, rows Y (m × l) and columns Q (n × l): ``spmm`` adds S Q to Y, ``spmm_t`` adds Sᵀ Y
 to Q, ``sddmm`` computes the entries of Y Qᵀ on the pattern. Each entry costs l multiplications with one row of Q,
 which is fetched at random, so Q is cut into tiles: as many rows as fit in the second-level cache, and 64 columns, so
-that a row of Y stays in registers while its entries are visited. Columns must ascend within each row of the pattern.
+that a row of Y stays in registers while its entries are visited. Where entries are few, copying Q into tiles would take
+longer than it saves. Columns must ascend within each row of the pattern.
 """
 # ruff: noqa: ARG001 (numba calls the functions that make LLVM code, with more than they need)
 
@@ -28,10 +29,12 @@ Pattern = NDArray[np.integer]
 
 _TILE_VALUES = 1 << 16  # of a tile of Q: 256 KB
 _ROW_ENTRIES = 256  # that a tile meets in a row on average, at least: each row of a tile waits for memory once
+_FEW = 16  # entries for each row of Q, under which they are visited without tiles: measured with 48 to 200 columns
 _GATHER, _SCATTER, _SAMPLED = range(3)
 _FAST = ("reassoc", "contract", "nsz")
 
 _jit = compiled(boundscheck=False)
+_jit_fast = compiled(boundscheck=False, fastmath=set(_FAST))
 
 
 def spmm(indptr: Pattern, indices: Pattern, values: Floats, columns: Floats, rows: Floats) -> None:
@@ -134,8 +137,11 @@ def _dot(_: Any, x: Any, y: Any) -> Any:
 
 @_jit
 def _product(kind, indptr, indices, values, columns, rows, out):  # type: ignore[no-untyped-def]
-    """Tile by tile: one of the three products, into `out` (rows or columns) or `values`."""
+    """One of the three products, into `out` (rows or columns) or `values`: tile by tile, unless entries are few."""
     n, width = columns.shape
+    if len(indices) < _FEW * n:
+        _visit_directly(kind, indptr, indices, values, columns, rows, out)
+        return
     at = np.empty(len(indptr) - 1, indptr.dtype)
     least = _ROW_ENTRIES * n * len(at) // max(1, len(indices))
     left = 0
@@ -158,6 +164,23 @@ def _product(kind, indptr, indices, values, columns, rows, out):  # type: ignore
         if kind == _GATHER:
             _unpack(y, out, 0, left)
         left += lanes
+
+
+@_jit_fast
+def _visit_directly(kind, indptr, indices, values, columns, rows, out):  # type: ignore[no-untyped-def]
+    """Visit all entries, with rows of Q fetched from wherever they are."""
+    for i in range(len(indptr) - 1):
+        for k in range(indptr[i], indptr[i + 1]):
+            j = indices[k]
+            if kind == _GATHER:
+                for t in range(columns.shape[1]):
+                    out[i, t] += values[k] * columns[j, t]
+            elif kind == _SCATTER:
+                for t in range(columns.shape[1]):
+                    out[j, t] += values[k] * rows[i, t]
+            else:
+                for t in range(columns.shape[1]):
+                    values[k] += rows[i, t] * columns[j, t]
 
 
 @_jit
@@ -187,10 +210,11 @@ def _visit_tile(lanes, kind, at, indptr, indices, values, start, stop, q, y):  #
 @_jit
 def _packed(source, start, stop, left, lanes):  # type: ignore[no-untyped-def]
     """Rows `start` to `stop` and `lanes` columns from `left`, side by side; zeros beyond the last column."""
-    tile = np.zeros((stop - start, lanes), np.float32)
+    tile = np.empty((stop - start, lanes), np.float32)
+    some = min(lanes, source.shape[1] - left)
     for i in range(stop - start):
-        for t in range(min(lanes, source.shape[1] - left)):
-            tile[i, t] = source[start + i, left + t]
+        tile[i, :some] = source[start + i, left : left + some]
+        tile[i, some:] = 0
     return tile
 
 
