@@ -19,6 +19,7 @@ from scialm_dask.arguments import checked, validated
 from scialm_dask.data.annotated import add_result, aligned, as_matrix, match_names
 from scialm_dask.data.annotation import StoredAnnotation, read_annotation
 from scialm_dask.data.arrays import check_whole, write_element
+from scialm_dask.data.beside import add_source
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
 from scialm_dask.data.provenance import follow, refer_to
@@ -479,12 +480,13 @@ class Imputation:
     def to_anndata(self) -> anndata.AnnData:
         """Return an AnnData whose X is the imputed matrix, as a lazy dense Dask array, with what `add_to` adds.
 
-        What is added to ``obsm`` is lazy too. Take a part and ``to_memory()`` it; to write all of it to a store use
-        `to_zarr`.
+        It has ``obsm``, ``uns`` and ``layers`` of the store that was imputed, where that is still there with the same
+        cells. All matrices are lazy. Take a part and ``to_memory()`` it; to write all of it to a store use `to_zarr`.
         """
         import anndata
 
         adata = anndata.AnnData(self.to_dask(), obs=self.obs.copy(), var=self.var.copy())
+        add_source(adata, str(self.summary.get("source", "")))
         self.add_to(adata)
         return adata
 

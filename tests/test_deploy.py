@@ -123,7 +123,7 @@ def parse(words):
 
 def commands_of(text):
     """Words of each command in a script or a comment, with something in place of what the shell would fill in."""
-    text = re.sub(r"\\\n\s*", " ", text).replace('"$@"', "SRC DST")
+    text = re.sub(r"\\\n\s*", " ", text).replace('"$@"', "SRC DST").replace(' "${@:3}"', "")
     text = re.sub(r"\$\([^)]*\)|\$\{[^}]*\}|\$\w+|\{[a-z_.:]+\}", "1", text)
     for found in re.finditer(r"(?<![\w./`-])(?:scialm-dask (?=[a-z])|dask (?=scheduler|worker)).*", text):
         line = re.split(r"\s(?:&|\||;|#)|[`|]", found.group())[0]
