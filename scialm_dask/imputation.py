@@ -27,6 +27,7 @@ from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_stor
 from scialm_dask.data.written import CHUNK_BYTES, ZeroRule, write_dense, write_left, write_sparse
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, begin, silent
+from scialm_dask.reduction import check_held
 from scialm_dask.solve.cell_model import CellModel, model_of
 from scialm_dask.solve.embedding import Axes
 from scialm_dask.solve.estimate import Estimate
@@ -218,6 +219,16 @@ class Imputation:
                 if note:
                     warnings.warn(note, stacklevel=3)  # of who called what is checked
         return result
+
+    @property
+    def left(self) -> da.Array:
+        """Left factor; raises `InputError` if it is held by workers of a cluster that is gone."""
+        check_held(self._left)
+        return self._left
+
+    @left.setter
+    def left(self, left: da.Array) -> None:
+        self._left = left
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakSet
 
-import dask
+import dask.threaded
 import numpy as np
 from dask.base import get_scheduler
 from dask.delayed import Delayed
 from dask.system import CPU_COUNT
 from threadpoolctl import threadpool_limits
 
+from scialm_dask.errors import InputError
+
 __all__ = [
+    "OF_PARENT",
     "OURS",
     "Group",
     "at",
     "at_home",
+    "check_held",
     "execute",
     "moved",
     "n_threads",
@@ -32,8 +39,20 @@ __all__ = [
 
 T = TypeVar("T")
 OURS = {"scialm": True}  # the annotation by which a scheduler knows our tasks from others
+OF_PARENT: WeakSet[Any] = WeakSet()  # clients made before this process was forked
 _SERVED = 8  # workers to which the scheduler sends the inputs of a pass itself
 _BUNCH = 16  # workers that otherwise get them from the first of them
+
+
+def _after_fork() -> None:
+    """Forget what threads do that are not in a forked process: Dask is to make its own anew."""
+    dask.threaded.default_pool, dask.threaded.pools_lock = None, threading.Lock()
+    dask.threaded.pools.clear()
+    if "distributed" in sys.modules:
+        OF_PARENT.update(sys.modules["distributed"].Client._instances)
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Group(NamedTuple):
@@ -77,6 +96,20 @@ def execute(values: Sequence[Any], how: Callable[..., Any] = dask.persist) -> tu
     large = {"distributed.admin.large-graph-warning-threshold": "1GB"} if "distributed" in sys.modules else {}
     with threadpool_limits(1, user_api="blas"), dask.config.set(large):
         return how(*values)  # type: ignore[no-any-return]
+
+
+def check_held(collection: Any) -> None:
+    """Raise `InputError` if workers hold parts of a collection, and this process does not reach them any more."""
+    if "distributed" not in sys.modules:
+        return
+    from distributed.client import futures_of
+
+    clients = {None if future.cancelled() else future.client for future in futures_of(collection)}
+    if any(client is None or client.status == "closed" or client in OF_PARENT for client in clients):
+        raise InputError(
+            "the factors of this result are held by workers that this process does not reach any more: their cluster "
+            "was closed or started anew, or the process forked; impute again, and write the result (to_zarr) before"
+        )
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class Faults:
     method, path
         Regular expressions; only requests that match both are counted.
     at
-        Number of a request, from 1 → ``"500"``, ``"503"``, ``"403"`` or ``"drop"``.
+        Number of a request, from 1 → ``"500"``, ``"503"``, ``"403"``, ``"drop"``, or ``"silence"``, which is not answered.
     ever_after
         ``(number, kind)``: all from this one on.
     """
@@ -56,7 +56,7 @@ class Proxy(ThreadingHTTPServer):
 
     def __init__(self, port):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.target = port
+        self.target, self.over = port, threading.Event()
         self.reset()
 
     def reset(self):
@@ -94,7 +94,9 @@ class _Handler(BaseHTTPRequestHandler):
             status, code, message = _ERRORS[kind]
             self._answer(status, [("Content-Type", "application/xml")], _XML.format(code, message).encode())
             return
-        if kind == "drop" and self.command != "GET":
+        if kind == "silence":
+            self.server.over.wait()
+        if kind == "silence" or (kind == "drop" and self.command != "GET"):
             self.close_connection = True
             return
         onward = http.client.HTTPConnection("127.0.0.1", self.server.target)
@@ -131,6 +133,8 @@ def served(server):
     try:
         yield server
     finally:
+        if isinstance(server, Proxy):
+            server.over.set()
         server.shutdown()
         thread.join()
         server.server_close()

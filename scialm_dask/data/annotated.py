@@ -14,7 +14,7 @@ from scialm_dask.data.logarithms import evidence_of_logarithms, some_cells
 from scialm_dask.data.matrix import ExpressionMatrix, Observed, check_array, held_array
 from scialm_dask.data.rows import layers_of, reordered
 from scialm_dask.data.storable import as_text, storable
-from scialm_dask.data.store import open_store
+from scialm_dask.data.store import open_store, readable
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note
 
@@ -266,7 +266,7 @@ def counts_beside(matrix: ExpressionMatrix, given: Any = None) -> ExpressionMatr
     if is_anndata(given) and matrix.origin is None:
         beside = as_matrix(given, _COUNTS) if _COUNTS in given.layers else None
     elif matrix.origin is not None and matrix.origin.layer is None and matrix.annotation is not None:
-        stored = f"layers/{_COUNTS}" in open_store(matrix.origin.path)
+        stored = _stored_beside(matrix, f"layers/{_COUNTS}")
         beside = as_matrix(matrix.origin.path, _COUNTS) if stored else None
     else:
         return None
@@ -300,15 +300,23 @@ def refuse_logarithms(matrix: ExpressionMatrix, given: Any, layer: str | None) -
 def _marked(matrix: ExpressionMatrix, given: Any) -> bool:
     if is_anndata(given):
         return "log1p" in given.uns
-    origin = matrix.origin
-    return origin is not None and origin.layer is None and "uns/log1p" in open_store(origin.path)
+    return matrix.origin is not None and matrix.origin.layer is None and _stored_beside(matrix, "uns/log1p")
+
+
+def _stored_beside(matrix: ExpressionMatrix, element: str) -> bool:
+    assert matrix.origin is not None
+    with readable(path := matrix.origin.path):
+        return element in open_store(path)
 
 
 def _layers(matrix: ExpressionMatrix, given: Any) -> list[str]:
     """Names by which other matrices of an AnnData or a store can be asked for."""
     if is_anndata(given):
         return [*filter(None, given.layers), *(["raw"] if getattr(given, "raw", None) is not None else [])]
-    return [] if matrix.origin is None else layers_of(open_store(matrix.origin.path))
+    if matrix.origin is None:
+        return []
+    with readable(path := matrix.origin.path):
+        return layers_of(open_store(path))
 
 
 def storable_annotation(matrix: ExpressionMatrix, listen: Listener) -> ExpressionMatrix:

@@ -71,9 +71,9 @@ def read_annotation(place: StoredAnnotation | Annotation | None, axis: str, leng
         return pd.DataFrame(index=pd.RangeIndex(length).astype(str))
     path, element = place.path, place.obs if axis == "obs" else place.var
     store = open_store(path)
-    if element not in store:
-        raise InputError(f"{path}: has no {element}; write the store again, with names of cells and genes")
     with readable(f"{path}:{element}"):
+        if element not in store:
+            raise InputError(f"{path}: has no {element}; write the store again, with names of cells and genes")
         frame = _read_frame(path, store[element], element, length)
     if len(frame) != length:
         raise InputError(f"{path}: {element} has {len(frame)} rows, the matrix {length}; write the store again")

@@ -12,7 +12,7 @@ from scialm_dask.data.fingerprint import fingerprint
 from scialm_dask.data.formats import locate
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
-from scialm_dask.data.store import lasting, open_store
+from scialm_dask.data.store import lasting, open_store, readable
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 
@@ -76,4 +76,5 @@ def follow(reference: str | None, path: str, shape: tuple[int, int]) -> tuple[Ex
 
 
 def _stamp(path: str, layer: str | None) -> str | None:
-    return fingerprint(locate(path, open_store(path), layer).rows)
+    with readable(path):
+        return fingerprint(locate(path, open_store(path), layer).rows)

@@ -25,7 +25,9 @@ _ARCHIVES = ("zip", "tar", "libarchive")
 _PATIENT = ("s3", "s3a", "gs", "gcs", "memory")  # try again by themselves, or need not
 _VERSIONS = ("ETag", "etag", "LastModified", "updated", "last_modified", "mtime", "created")  # what changes with a key
 _S3_ATTEMPTS = 6
+_S3_SILENCE = 20  # seconds without a byte after which an attempt has failed; botocore waits for 60
 _WAITS = (0.25, 0.5, 1.0, 2.0, 4.0)  # seconds between attempts, where fsspec makes only one
+_LONGEST = 600  # seconds for one key, all attempts included
 _PASSING = (408, 429, 500, 502, 503, 504)  # HTTP states worth another attempt
 _LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _file_systems: dict[str, Any] = {}
@@ -149,14 +151,15 @@ class RemoteStore(WrapperStore[FsspecStore]):
 
     async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Do it, again and again with growing waits while the error may pass, unless fsspec does so itself."""
-        for wait in () if self.protocol in _PATIENT else _WAITS:
-            try:
-                return await attempt()
-            except Exception as error:
-                if not _may_pass(error):
-                    raise
-            await asyncio.sleep(wait * random.uniform(0.5, 1.5))
-        return await attempt()
+        async with asyncio.timeout(_LONGEST):
+            for wait in () if self.protocol in _PATIENT else _WAITS:
+                try:
+                    return await attempt()
+                except Exception as error:
+                    if not _may_pass(error):
+                        raise
+                await asyncio.sleep(wait * random.uniform(0.5, 1.5))
+            return await attempt()
 
 
 def _checked(url: str) -> str:
@@ -211,6 +214,7 @@ def _options(protocol: str) -> dict[str, Any]:
     config = dict(given.get("config_kwargs", {}))
     if not os.environ.keys() & {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}:
         config.setdefault("retries", {"mode": "standard", "total_max_attempts": _S3_ATTEMPTS})
+    config.setdefault("read_timeout", _S3_SILENCE)
     # Other processes may have written since a listing. And Zarr reads chunks side by side, so one request each will
     # do, without asking for the size first.
     return {"use_listings_cache": False, "max_concurrency": 1} | given | {"config_kwargs": config}

@@ -24,6 +24,7 @@ __all__ = [
     "StoredRows",
     "blocks_of",
     "check_chunks",
+    "chunk_bytes",
     "describe",
     "layers_of",
     "narrowed",
@@ -310,6 +311,17 @@ def _check_size(rows: StoredRows, element: Any) -> None:
             f"{rows.name}: {what} takes {most / 1e9:,.1f} GB before any value is read, and {free / 1e9:,.1f} GB are "
             "free; write the store again if its sizes are wrong, with smaller chunks if they are right"
         )
+
+
+def chunk_bytes(rows: Rows) -> int:
+    """Bytes of the chunks that are in memory whole when any row in them is read; 0 of what is there anyhow."""
+    while isinstance(rows, RenamedRows | _ReorderedRows):
+        rows = rows.rows
+    if not isinstance(rows, StoredRows):
+        return 0
+    store = open_store(rows.path)
+    arrays = _arrays_of(rows, store[rows.element] if rows.element else store)[:2]
+    return sum(math.prod(array.chunks or (0,)) * array.dtype.itemsize for array in arrays)
 
 
 def layers_of(store: Any) -> list[str]:

@@ -60,7 +60,12 @@ class _OnDisk:
 
     def read(self) -> Array:
         """Read the array; raises `OutputError` if that is no longer what is there."""
-        array = np.fromfile(self.chunk, self.dtype)
+        try:
+            array = np.fromfile(self.chunk, self.dtype)
+        except OSError as error:
+            raise OutputError(
+                f"{self.chunk}: cannot be read ({error.strerror}); check that disk, or put the scratch on another"
+            ) from error
         if array.size != math.prod(self.shape) or google_crc32c.value(array) != self.crc32c:
             raise OutputError(
                 f"{self.chunk}: is not what was written there; check that disk, or put the scratch on another"

@@ -23,6 +23,7 @@ from scialm_dask.data.rows import Rows, StoredRows, numeric
 from scialm_dask.data.store import output_error
 from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
+from scialm_dask.reduction import OF_PARENT
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -106,6 +107,11 @@ def current_client() -> Client | None:
             "the distributed.Client in force is asynchronous, and this waits for results; give Client(…) without "
             "asynchronous=True, or compute on threads: dask.config.set(scheduler='threads')"
         ) from error
+    if owner in OF_PARENT:
+        raise InputError(
+            "the distributed.Client in force is of the process that this one was forked from, and does not work here; "
+            "make one here, or start processes by multiprocessing.get_context('spawn')"
+        )
     return owner if isinstance(owner, Client) else None
 
 

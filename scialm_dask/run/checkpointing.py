@@ -7,7 +7,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -143,7 +143,7 @@ def job_of(saved: Checkpoint, matrix: ExpressionMatrix | None, changes: Mapping[
     if matrix is None:
         matrix = source_of(saved.notes)
     elif matrix.observed != observed:
-        matrix = ExpressionMatrix(matrix.rows, matrix.blocks, observed, matrix.annotation, matrix.origin)
+        matrix = replace(matrix, observed=observed)
     if matrix.shape[0] != bounds[-1]:
         raise CheckpointError(
             f"{saved.path}: is of a matrix of {bounds[-1]} cells, and {matrix.name} has {matrix.shape[0]}"

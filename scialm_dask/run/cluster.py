@@ -10,10 +10,13 @@ import os
 import shlex
 import shutil
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scialm_dask.arguments import Count, checked, validated
@@ -295,6 +298,7 @@ def _local(
     stack: ExitStack, _: str, workers: int | None, threads: int | None, memory: str | None, security: Security | None
 ) -> tuple[Client, int]:
     """Start worker processes on this machine."""
+    _check_guarded()
     import dask
     from distributed import Client, LocalCluster
 
@@ -312,6 +316,19 @@ def _local(
             )
         )
     return stack.enter_context(Client(started)), len(started.workers)
+
+
+def _check_guarded() -> None:
+    """Refuse a script that begins anew in each worker that it starts, as multiprocessing imports it there."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    here = ((frame.filename, frame.name) for frame in traceback.extract_stack())
+    if script is None or (script, "<module>") not in here:  # as where somebody types
+        return
+    with contextlib.suppress(OSError, UnicodeError):
+        if "__name__" not in Path(script).read_text():
+            raise InputError(
+                f"{script}: would start anew in every worker; put what it does below `if __name__ == '__main__':`"
+            )
 
 
 def _jobqueue(

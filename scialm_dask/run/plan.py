@@ -14,6 +14,7 @@ from dask.system import CPU_COUNT
 from scialm_dask.config import Settings
 from scialm_dask.data.annotation import Annotation
 from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.rows import chunk_bytes
 from scialm_dask.linalg.kernels import PANEL_VALUES
 from scialm_dask.linalg.operator import PANEL_COLUMNS
 from scialm_dask.linalg.sparse_products import are_compiled
@@ -124,7 +125,7 @@ def forecast(
     values = min(n_observed, int(1.3 * n_observed / n_blocks))  # rows differ in length
     panel, levels = n * width, math.ceil(math.log2(n_blocks) + 1)
     visit = _TASK_VALUES * values + _TASK_ROWS * rows * width + 2 * panel
-    reading = _READ_VALUES * values
+    reading = _READ_VALUES * values + max(0, chunk_bytes(matrix.rows) // _FLOAT - 2 * values)
     task = _FLOAT * max(reading, visit)
     products = threads * task + _FLOAT * panel * levels + _DOUBLE * panel * _DRIVER_PANELS
     if exact:

@@ -469,3 +469,16 @@ def test_connections_are_retried_unless_the_site_says_otherwise(standing):
         assert dask.config.get("distributed.comm.retry.count") == 10
     with dask.config.set({"distributed.comm.retry.count": 2}), connect(standing.scheduler_address):
         assert dask.config.get("distributed.comm.retry.count") == 2
+
+
+def test_a_script_that_workers_would_begin_anew_is_refused_in_one_line(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import scialm_dask\nwith scialm_dask.connect(cluster='local', workers=2):\n    print('begun')\n"
+    )
+    code, told, errors = in_a_new_process(tmp_path / "script.py")
+    assert (code, told) == (1, "")
+    last = errors.splitlines()[-1]
+    assert last.startswith(
+        f"scialm_dask.errors.InputError: {tmp_path}/script.py: would start anew in every worker; put"
+    )
+    assert errors.count("Error") == 1 + errors.count("raise InputError(")

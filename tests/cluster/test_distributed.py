@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -14,9 +15,11 @@ import pytest
 from dask.distributed import Client, LocalCluster
 from problems import low_rank_counts
 
-from scialm_dask import ExpressionMatrix, Imputation, InputError, biological_zeros, impute
+from scialm_dask import ExpressionMatrix, Imputation, InputError, biological_zeros, impute, resume
+from scialm_dask.errors import StoppedError
 from scialm_dask.evaluate.metrics import score_held_out
 from scialm_dask.events import Iteration
+from scialm_dask.run.checkpointing import Checkpointing
 from scialm_dask.run.cluster import ask_everyone
 from scialm_dask.run.result import peak_memory
 
@@ -62,6 +65,26 @@ def test_processes_give_what_threads_give(client, path, tmp_path, preset, kind):
     np.testing.assert_array_equal(Imputation.open(tmp_path / "r.zarr").right, distributed.right)
     del distributed
     assert os.listdir(tmp_path / "scratch") == []
+
+
+def test_denoising_gives_the_same_by_whatever_it_is_computed(client, path, tmp_path):
+    """One block, threads, processes, and runs that are stopped before each pass and resumed by the others."""
+    with dask.config.set(scheduler="synchronous"):
+        expected = impute(ExpressionMatrix.open(path, blocks=1), preset="denoise")[:, :]
+    assert np.ptp(expected) > 1
+    for blocks, scheduler in itertools.product([1, 3, 7], ["threads", client]):
+        matrix, found = ExpressionMatrix.open(path, blocks=blocks), []
+        with dask.config.set(scheduler=scheduler):
+            found.append(impute(matrix, preset="denoise")[:, :])
+            for passes in (2, 3) if blocks == 3 else (2,):
+                asked, folder = [], tmp_path / f"{blocks}{passes}{scheduler == client}"
+                stop = Checkpointing(folder, stop=lambda: len(asked.append(1) or asked) > passes)  # noqa: B023
+                with pytest.raises(StoppedError):
+                    impute(matrix, preset="denoise", checkpoint=stop)
+                with dask.config.set(scheduler=client if scheduler == "threads" else "threads"):
+                    found.append(resume(folder)[:, :])
+        for values in found:
+            assert np.linalg.norm(values - expected) <= 1e-4 * np.linalg.norm(expected)
 
 
 def test_the_scheduler_holds_no_more_tasks_from_iteration_to_iteration(client, path):
@@ -186,3 +209,17 @@ def test_an_asynchronous_client_is_refused_in_one_line():
 
     with pytest.raises(InputError, match=r"asynchronous, and this waits.*threads"):
         asyncio.run(use())
+
+
+@pytest.mark.parametrize("end", ["restart", "close"])
+def test_a_result_whose_workers_are_gone_says_so_in_one_line(path, tmp_path, end):
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
+        connected = Client(cluster)
+        result = impute(path, scratch="memory", preset="denoise")
+        assert np.isfinite(result[0, 0])
+        getattr(connected, end)()
+        for use in (lambda: result[0, 0], lambda: result.left, lambda: result.to_zarr(tmp_path / "r.zarr")):
+            with pytest.raises(InputError, match=r"does not reach any more: their cluster was closed or started anew"):
+                use()
+        connected.close()
+    assert not (tmp_path / "r.zarr").exists()

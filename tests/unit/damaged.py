@@ -2,10 +2,13 @@
 
     python damaged.py KIND FIRST_SEED N_TRIALS
 
-Prints a line for each trial: its seed, what was done, and what came of it. A crash of this process is an outcome too.
+Stores are converted, imputed ("imputed …") or opened as results; runs are resumed from checkpoints, or have their scratch
+damaged while they go. Prints a line for each trial: its seed, what was done, and what came of it. A crash of this process is an outcome too.
 """
 
+import contextlib
 import faulthandler
+import os
 import shutil
 import sys
 import tempfile
@@ -22,12 +25,19 @@ import scipy.sparse as sp
 import zarr
 from anndata.utils import make_index_unique
 
+from scialm_dask import ExpressionMatrix, impute, resume
+from scialm_dask.config import preset
 from scialm_dask.data.ingest import convert
 from scialm_dask.data.storable import storable
-from scialm_dask.errors import ScialmError
+from scialm_dask.errors import ScialmError, StoppedError
+from scialm_dask.events import Iteration
 from scialm_dask.imputation import Imputation
+from scialm_dask.run.checkpointing import Checkpointing
+from scialm_dask.run.dry_run import plan
 
 N_CELLS, N_GENES = 300, 40
+RUN = {"preset": "paper", "max_iterations": 6}
+TOLERANCE = dict.fromkeys(("imputed", "checkpoints", "scratch"), 1e-4)  # relative; other kinds are read, not computed
 LONGEST = 30  # seconds for one trial
 
 
@@ -78,14 +88,21 @@ def packed_mex(path):
 
 
 def result(path):
-    from scialm_dask import impute
-
     impute(cells(), preset="paper", max_iterations=4).to_zarr(path, dense=True)
 
 
 def converted(path):
     zarr_store(path.with_suffix(".raw"), 2)
     convert(path.with_suffix(".raw"), path)
+
+
+def stopped(path):
+    """Two checkpoints of a run that was stopped."""
+    asked = []
+    stop = Checkpointing(path, every=1, stop=lambda: len(asked.append(1) or asked) > 12)
+    with contextlib.suppress(StoppedError):
+        impute(cells(), checkpoint=stop, key_added=None, **RUN)
+    assert len([file for file in path.iterdir() if file.is_dir()]) == 2
 
 
 KINDS = {
@@ -101,13 +118,24 @@ KINDS = {
     "mex gz": ("s", packed_mex),
     "result": ("s.zarr", result),
     "converted": ("s.zarr", converted),
+    "imputed zarr": ("s.zarr", lambda path: zarr_store(path, 2)),
+    "imputed h5ad": ("s.h5ad", lambda path: cells().write_h5ad(path)),
+    "checkpoints": ("c", stopped),
+    "scratch": ("s", Path.mkdir),
 }
-CHECKED = ("result", "converted", "mex gz")  # of which every byte that counts is under a checksum
+CHECKED = (
+    "result",
+    "converted",
+    "mex gz",
+    "checkpoints",
+    "scratch",
+)  # of which every byte that counts is under a checksum
 
 
 def damage(path, rng):
     """Damage one file of a store; tell how."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    below = [(folder, names) for folder, _, names in os.walk(path) if "/." not in folder]  # not what is on its way out
+    files = sorted(Path(folder, name) for folder, names in below for name in names) or [path]
     file = files[rng.integers(len(files))]
     raw = bytearray(file.read_bytes())
     size = max(1, len(raw))
@@ -129,8 +157,20 @@ def damage(path, rng):
     return f"{how} at {at} of {size} in {file.relative_to(path.parent)}"
 
 
-def ours(kind, path, folder):
+def ours(kind, path, folder, damage_scratch=lambda: None):
     """What this package makes of it: a matrix, and the names and columns of cells and genes."""
+    if kind == "checkpoints":
+        return found_by(resume(path, cells()))
+    if kind == "scratch":
+
+        def listen(event):
+            if isinstance(event, Iteration) and event.iteration == 3:
+                damage_scratch()
+
+        return found_by(impute(cells(), scratch=f"zarr:{path}", key_added=None, listen=listen, **RUN))
+    if kind.startswith("imputed"):
+        plan(ExpressionMatrix.open(path), preset("paper"))
+        return found_by(impute(path, **RUN))
     if kind == "result":
         opened = Imputation.open(path)
         values = opened[:, :]
@@ -141,6 +181,10 @@ def ours(kind, path, folder):
     convert(path, target)
     read = anndata.read_zarr(target)
     return read.X.toarray(), read.obs, read.var
+
+
+def found_by(imputation):
+    return imputation[:, :], *(unique(frame) for frame in (imputation.obs, imputation.var))
 
 
 def plain(path):
@@ -165,20 +209,23 @@ def plain(path):
 
 def stored(frame):
     """Bring a frame into the form in which this package stores it."""
-    frame = storable(frame, "obs")[0]
+    return unique(storable(frame, "obs")[0])
+
+
+def unique(frame):
     return frame.set_axis(make_index_unique(frame.index), axis=0)
 
 
-def equal(one, other):
-    return np.array_equal(one[0], other[0]) and all(
+def equal(kind, one, other):
+    return np.allclose(one[0], other[0], 0, TOLERANCE.get(kind.split()[0], 0) * other[0].max()) and all(
         list(a.index) == list(b.index) and all(list(a[column]) == list(b[column]) for column in a if column in b)
         for a, b in zip(one[1:], other[1:], strict=True)
     )
 
 
-def outcome(kind, path, folder, whole):
+def outcome(kind, path, folder, whole, damage_scratch):
     try:
-        found = ours(kind, path, folder)
+        found = ours(kind, path, folder, damage_scratch)
     except ScialmError as error:
         line = str(error)
         if "\n" in line or str(path) not in line or len(line) > 700:
@@ -186,13 +233,16 @@ def outcome(kind, path, folder, whole):
         return f"refused: {line}"
     except BaseException:
         return f"WRONG: {traceback.format_exc()}"
-    if equal(found, whole):
+    if equal(kind, found, whole):
         return "same"
     try:
-        as_others = equal(found, plain(path))
+        others = None if kind in CHECKED else plain(path)
+        if kind.startswith("imputed"):
+            others = (impute(np.array(others[0]), **RUN)[:, :], *others[1:])
+        as_others = others is not None and equal(kind, found, others)
     except Exception as error:
         return f"WRONG: another answer, where others say {error!r}"
-    return "as others read it" if as_others and kind not in CHECKED else "WRONG: another answer"
+    return "as others read it" if as_others else "WRONG: another answer"
 
 
 def main(kind, first, n_trials):
@@ -208,10 +258,11 @@ def main(kind, first, n_trials):
             path = folder / "trial" / name
             shutil.rmtree(folder / "trial", ignore_errors=True)
             shutil.copytree(folder / "whole", folder / "trial")
-            how = damage(path, np.random.default_rng(seed))
+            rng = np.random.default_rng(seed)
+            how = "scratch" if kind == "scratch" else damage(path, rng)
             print(f"{seed} {how}: ", end="", flush=True)
             faulthandler.dump_traceback_later(LONGEST, exit=True)
-            print(outcome(kind, path, folder, whole), flush=True)
+            print(outcome(kind, path, folder, whole, lambda: print(damage(path, rng), end=": ")), flush=True)  # noqa: B023
             faulthandler.cancel_dump_traceback_later()
 
 

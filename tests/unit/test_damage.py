@@ -10,6 +10,7 @@ from pathlib import Path
 
 import anndata
 import damaged
+import faults
 import h5py
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from scialm_dask.data.arrays import missing_chunks
 from scialm_dask.data.ingest import convert
 from scialm_dask.data.qc import quality_control
 from scialm_dask.data.store import readable
+from scialm_dask.errors import OutputError
 from scialm_dask.evaluate.mask import mask
 from scialm_dask.evaluate.simulate import simulate
 from scialm_dask.imputation import Imputation
@@ -111,6 +113,26 @@ def test_columns_of_zeros_that_others_do_not_write_are_read(counts, store_of):
     root["obs/batch/codes"][:] = 0
     assert missing_chunks(root["obs/batch/codes"]) == [(0,)]
     assert set(read_annotation(StoredAnnotation(path), "obs", counts.shape[0])["batch"]) == {"a"}
+
+
+def test_whichever_write_meets_a_full_disk_there_is_no_result(result, tmp_path):
+    """The last one too."""
+    (tmp_path / "r").mkdir()
+
+    def attempt(name, at):
+        repair = faults.inject("zarr.storage:LocalStore.set", tmp_path / name, at)
+        try:
+            result.to_zarr(tmp_path / "r" / f"{name}.zarr")
+        except OutputError as error:
+            return str(error)
+        finally:
+            repair()
+
+    assert attempt("whole", {}) is None
+    n_writes = (tmp_path / "whole").stat().st_size
+    for number in {*range(1, n_writes, 9), n_writes - 1, n_writes}:
+        assert "could not be written, the disk is full" in attempt(f"{number}", {number: faults.fill_disk}), number
+    assert os.listdir(tmp_path / "r") == ["whole.zarr"]
 
 
 # What changes while it is read
@@ -259,6 +281,19 @@ def test_stale_consolidated_metadata_do_not_matter(counts, store_of, zarr_format
     with pytest.raises(InputError, match=r"var/_index: has \(40,\) rows, the matrix 20"):
         _ = ExpressionMatrix.open(source).var
     assert ExpressionMatrix.open(source).shape == (120, 20)
+
+
+@pytest.mark.parametrize(
+    ("torn", "preset"),
+    [("layers/counts/.zattrs", "auto"), ("uns/log1p/.zgroup", "complete"), ("obs/.zattrs", "auto")],
+)
+def test_torn_metadata_of_what_is_looked_at_beside_the_matrix_are_said_in_one_line(counts, store_of, torn, preset):
+    source = Path(store_of(counts * 0.25, counts=counts))
+    zarr.open_group(source).create_group("uns/log1p")
+    (source / torn).write_text('{"a')
+    with pytest.raises(InputError, match=rf"{source}.*it is damaged, write it again") as error:
+        impute(source, preset=preset)
+    assert "\n" not in str(error.value)
 
 
 # Whatever happens to a file

@@ -17,7 +17,7 @@ from scialm_dask import ExpressionMatrix, impute, resume
 from scialm_dask.config import bytes_of, preset
 from scialm_dask.data.annotation import Annotation
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.rows import MemoryRows
+from scialm_dask.data.rows import MemoryRows, chunk_bytes, reordered
 from scialm_dask.errors import DoesNotFitError, InputError, StoppedError
 from scialm_dask.run.checkpointing import Checkpointing
 from scialm_dask.run.cluster import Workers
@@ -244,3 +244,15 @@ def test_annotation_is_in_the_forecast(counts):
     settings, here = preset("paper"), {"threads": 1}
     more = forecast(wide, settings, **here).on_disk.memory - forecast(bare, settings, **here).on_disk.memory
     assert more > 120 * 60 * 1000
+
+
+def test_a_chunk_that_is_larger_than_a_block_is_in_the_forecast(counts, store_of, monkeypatch):
+    """It is read whole for any of its rows, in each thread."""
+    matrix = ExpressionMatrix.open(store_of(counts), blocks=10)
+    width = counts.dtype.itemsize + counts.indices.itemsize
+    assert chunk_bytes(matrix.rows) == width * counts.nnz
+    assert chunk_bytes(reordered(matrix.rows, matrix.blocks, np.arange(120), None)) == width * counts.nnz
+    assert chunk_bytes(MemoryRows(counts)) == 0
+    need = forecast(matrix, preset("paper"), threads=3).on_disk.memory
+    monkeypatch.setattr("scialm_dask.run.plan.chunk_bytes", lambda _: 10**9)
+    assert forecast(matrix, preset("paper"), threads=3).on_disk.memory == pytest.approx(need + 3e9, rel=0.01)

@@ -68,6 +68,23 @@ def test_reading_goes_on_after_faults(bucket, uploaded, counts):
     assert [kind for *_, kind in bucket.faults.made] == list(SOME.values())
 
 
+def test_a_server_that_falls_silent_is_asked_again(bucket, uploaded, counts, monkeypatch):
+    assert remote._options("s3")["config_kwargs"]["read_timeout"] == 20
+    monkeypatch.setattr(remote, "_S3_SILENCE", 1)
+    bucket.faults = Faults("GET", CHUNKS, at={2: "silence", 5: "silence"})
+    assert same(whole(ExpressionMatrix.open(uploaded, blocks=4)), counts)
+    assert len(bucket.faults.made) == 2
+
+
+def test_a_server_that_never_answers_is_given_up(bucket, uploaded, monkeypatch):
+    monkeypatch.setattr(remote, "_LONGEST", 2)
+    bucket.faults = Faults("GET", CHUNKS, ever_after=(1, "silence"))
+    with pytest.raises(
+        InputError, match=rf"{uploaded}: X/indptr/0 cannot be read \(TimeoutError\); check the connection"
+    ):
+        ExpressionMatrix.open(uploaded, blocks=4)
+
+
 def test_writing_goes_on_after_faults(bucket, source, tmp_path):
     bucket.faults = Faults("PUT", at=SOME | {20: "500", 30: "503", 40: "drop"})
     mask(source, "s3://bucket/masked.zarr", seed=3)

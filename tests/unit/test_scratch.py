@@ -124,6 +124,11 @@ def test_what_the_disk_has_changed_is_not_handed_out(tmp_path, array, damage):
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(OutputError, match=rf"{path}: is not what was written there; check that disk"):
             store.get(kept)
+        path.unlink()
+        with pytest.raises(
+            OutputError, match=rf"{path}: cannot be read \(No such file or directory\); check that disk"
+        ):
+            store.get(kept)
 
 
 def test_a_bit_of_scratch_that_flips_during_a_run_ends_it(tmp_path, monkeypatch):

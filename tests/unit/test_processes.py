@@ -1,0 +1,85 @@
+"""Runs side by side in threads and in forks of one process, and where there is little memory."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import dask
+import numpy as np
+from problems import low_rank_counts
+
+from scialm_dask import Imputation, impute
+
+COUNTS = low_rank_counts(160, 60, density=0.4, seed=3)
+RUNS = {
+    "denoise": {"preset": "denoise"},
+    "complete": {"preset": "complete", "max_rank": 5},
+    "paper": {"preset": "paper", "max_iterations": 6},
+}
+
+FORKS = """
+import multiprocessing, os, sys
+sys.path[:0] = sys.argv[1:]
+import scialm_dask
+from test_processes import COUNTS, RUNS
+
+def total(preset):
+    return float(scialm_dask.impute(COUNTS, **RUNS[preset])[:, :].sum())
+
+before = [total(preset) for preset in RUNS]
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    print(before == pool.map_async(total, RUNS).get(60))
+"""
+
+FORKS_OF_A_CLIENT = """
+import os, sys
+sys.path[:0] = sys.argv[1:]
+import scialm_dask
+from test_processes import COUNTS
+
+if __name__ == "__main__":
+    with scialm_dask.connect(cluster="local", workers=1, threads=1):
+        result = scialm_dask.impute(COUNTS)
+        if os.fork() == 0:
+            for use in (lambda: scialm_dask.impute(COUNTS), lambda: result[0, 0]):
+                try:
+                    use()
+                except scialm_dask.InputError as error:
+                    print(error, flush=True)
+            os._exit(0)
+        os.wait()
+"""
+
+
+def output_of(program):
+    words = [sys.executable, "-W", "ignore", "-c", program, *map(str, Path(__file__).parents[:2])]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_fork_of_a_process_that_has_imputed_gives_the_same():
+    assert output_of(FORKS) == "True"
+
+
+def test_a_fork_of_a_process_with_a_client_is_told_so_in_one_line():
+    told = output_of(FORKS_OF_A_CLIENT).splitlines()
+    assert told[0].startswith("the distributed.Client in force is of the process that this one was forked from")
+    assert told[1].startswith(
+        "the factors of this result are held by workers that this process does not reach any more"
+    )
+    assert len(told) == 2
+
+
+def test_many_runs_in_threads_of_one_process_give_what_each_gives_alone(tmp_path):
+    def run(number):
+        preset = list(RUNS)[number % 3]
+        with dask.config.set(scheduler="threads"):
+            impute(COUNTS, **RUNS[preset]).to_zarr(tmp_path / f"{number}.zarr")
+            return Imputation.open(tmp_path / f"{number}.zarr")[:, :]
+
+    alone = [run(number) for number in range(3)]
+    with ThreadPoolExecutor(6) as pool:
+        for number, found in enumerate(pool.map(run, range(3, 15))):
+            np.testing.assert_allclose(found, alone[number % 3], rtol=1e-4, atol=1e-4)
