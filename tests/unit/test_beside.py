@@ -54,14 +54,14 @@ def test_a_result_has_what_lies_beside_its_source(source, cells, tmp_path):
         np.testing.assert_array_equal(some.layers["dense"], cells.layers["dense"][10:30])
         assert adata.uns["neighbors"]["params"]["k"] == 15
         assert "scialm" in adata.uns
-        np.testing.assert_allclose(some.X, each[10:30], rtol=1e-6)
+        np.testing.assert_allclose(some.X, each[10:30], rtol=1e-5)
 
 
 def test_cells_that_are_others_by_now_are_left_where_they_are(source, cells):
     result = scialm_dask.impute(source, preset="complete")
     cells.obs_names = [f"other{i}" for i in range(cells.n_obs)]
     written(cells, source)
-    assert list(result.to_anndata().layers) == []
+    assert not [name for name in result.to_anndata().layers if name]  # AnnData 0.13 counts X among them, as None
     assert list(result.to_anndata().obsm) == ["scialm_factors", "X_scialm"]
 
 
