@@ -17,14 +17,25 @@ from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar, Unio
 
 from scialm_dask.errors import InputError
 
-__all__ = ["Count", "Interval", "Ratio", "Share", "check_fields", "checked", "short_repr", "validated"]
+__all__ = [
+    "Count",
+    "Interval",
+    "Natural",
+    "Ratio",
+    "Share",
+    "Weight",
+    "check_fields",
+    "checked",
+    "short_repr",
+    "validated",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Interval(NamedTuple):
-    """Limits of a number, for `Annotated`; without its ends where `open`. NaN lies in none."""
+    """Limits of a number, for `Annotated`; without its ends where `open`. NaN and infinity lie in none."""
 
     low: float
     high: float = math.inf
@@ -32,7 +43,8 @@ class Interval(NamedTuple):
 
     def holds(self, value: float) -> bool:
         """Tell whether a number lies within."""
-        return self.low < value < self.high if self.open else self.low <= value <= self.high
+        inside = self.low < value < self.high if self.open else self.low <= value <= self.high
+        return inside and value != math.inf
 
     def __str__(self) -> str:
         if self.high == math.inf:
@@ -41,6 +53,8 @@ class Interval(NamedTuple):
 
 
 Count = Annotated[int, Interval(1)]
+Natural = Annotated[int, Interval(0)]
+Weight = Annotated[float, Interval(0)]
 Share = Annotated[float, Interval(0, 1, open=True)]
 Ratio = Annotated[float, Interval(0, 1)]
 

@@ -6,9 +6,9 @@ import functools
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from scialm_dask.arguments import Count, Interval, Ratio, Share, check_fields, validated
+from scialm_dask.arguments import Count, Natural, Ratio, Share, check_fields, validated
 from scialm_dask.errors import InputError
 
 __all__ = ["Preset", "Settings", "bytes_of", "configured", "preset", "seconds_of"]
@@ -96,7 +96,7 @@ class Settings:
     scaling: tuple[Ratio, Ratio] | None = None
     svd_passes: Count = 2
     svd_tolerance: Ratio = 0.0
-    seed: Annotated[int, Interval(0)] = 0
+    seed: Natural = 0
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -7,30 +7,24 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import dask
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked, validated
 from scialm_dask.data.annotated import add_result, aligned, as_matrix, match_names
-from scialm_dask.data.annotation import StoredAnnotation, read_annotation
-from scialm_dask.data.arrays import check_whole, write_element
+from scialm_dask.data.annotation import positions_of
 from scialm_dask.data.beside import add_source
-from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix, Observed
-from scialm_dask.data.provenance import follow, refer_to
-from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store, readable
-from scialm_dask.data.written import CHUNK_BYTES, ZeroRule, write_dense, write_left, write_sparse
-from scialm_dask.errors import InputError
-from scialm_dask.events import Listener, begin, silent
-from scialm_dask.reduction import check_held
-from scialm_dask.solve.cell_model import CellModel, model_of
+from scialm_dask.data.written import CHUNK_BYTES, ZeroRule
+from scialm_dask.events import Listener, silent
+from scialm_dask.reduction import check_held, stacked
+from scialm_dask.solve.cell_model import CellModel
 from scialm_dask.solve.embedding import Axes
 from scialm_dask.solve.estimate import Estimate
+from scialm_dask.solve.stored import KEY, follow, read_result, write_result
 from scialm_dask.solve.transform import Fit, transform
 
 if TYPE_CHECKING:
@@ -40,8 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LONG", "Imputation"]
 
-_KEY = "scialm"
-_FACTORS, _RESIDUAL = f"{_KEY}_factors", f"{_KEY}_residual"
 LONG = ("settings", "singular_values", "weights")  # of a summary; told elsewhere, or not to everybody
 
 
@@ -158,7 +150,7 @@ class Imputation:
         self.residual_weight = residual_weight
         self.counts = counts
         self.axes = axes
-        self._stored = stored
+        self.stored = stored
 
     @classmethod
     @checked
@@ -183,41 +175,16 @@ class Imputation:
         InputError
             If there is no such result at `path`, or `counts` are of other cells or genes.
         """
-        import anndata
-
-        root: Any = open_store(path)
-        held = {"obsm": _FACTORS, "varm": _FACTORS, "uns": _KEY}
-        with readable(path):
-            if isinstance(root, zarr.Array) or any(axis not in root or k not in root[axis] for axis, k in held.items()):
-                raise InputError(f"{path}: not a result of this version; make one with `scialm-dask impute`")
-            left, right, notes = (root[axis][key] for axis, key in held.items())
-            for name, part in {"left factor": left, "right factor": right}.items():
-                check_whole(f"{path}: {name}", part, always=True)
-            check_whole(f"{path}:uns/{_KEY}", notes)
-            right, uns = np.asarray(right[...]), anndata.io.read_elem(notes)
-            summary = json.loads(str(uns["summary"]))
-            if left.shape[1:] != right.shape[1:] or not isinstance(summary, dict) or not np.isfinite(right).all():
-                raise InputError(f"{path}: the factors or their summary are damaged; impute again")
-            result = cls(
-                _stored_rows(lasting(path), f"obsm/{_FACTORS}", left),
-                right,
-                obs=read_annotation(StoredAnnotation(lasting(path)), "obs", left.shape[0]),
-                var=read_annotation(StoredAnnotation(lasting(path)), "var", right.shape[0]),
-                summary=summary,
-                history={name: column.tolist() for name, column in uns["history"].items()},
-                clip=bool(uns["clip"]),
-                model=model_of(uns["model"]) if "model" in uns else None,
-                axes=Axes(**uns["axes"]) if "axes" in uns else None,
-                stored=lasting(path),
-            )
-        if _RESIDUAL in result.var:
-            result.residual_weight = result.var.pop(_RESIDUAL).to_numpy(np.float32)
-            if counts is not None:
-                result.counts = aligned(as_matrix(counts), result)
-            else:
-                result.counts, note = follow(uns.get("counts"), lasting(path), result.shape)
-                if note:
-                    warnings.warn(note, stacklevel=3)  # of who called what is checked
+        arguments, reference = read_result(path)
+        result = cls(**arguments)
+        if result.residual_weight is None:
+            return result
+        if counts is not None:
+            result.counts = aligned(as_matrix(counts), result)
+        else:
+            result.counts, note = follow(reference, arguments["stored"], result.shape)
+            if note:
+                warnings.warn(note, stacklevel=3)  # of who called what is checked
         return result
 
     @property
@@ -248,9 +215,9 @@ class Imputation:
     @functools.cached_property
     def X(self) -> ExpressionMatrix | None:  # noqa: N802  as AnnData calls it
         """What `to_zarr` has written as X beside the factors, to be read by blocks; None if nothing."""
-        if self._stored is None or not self.summary.get("X"):
+        if self.stored is None or not self.summary.get("X"):
             return None
-        return ExpressionMatrix.open(self._stored, observed=self.observed)
+        return ExpressionMatrix.open(self.stored, observed=self.observed)
 
     @property
     def mean_ratio(self) -> float | None:
@@ -289,15 +256,11 @@ class Imputation:
 
     def _by_rows(self, function: Callable[..., Any], left: da.Array, columns: int) -> da.Array:
         """Apply ``function(estimate, left, first)`` to the chunks of a left factor."""
-        import dask.array as da
-
         estimate, apply = dask.delayed(self.estimate, traverse=False), dask.delayed(function)
-        bounds = np.cumsum([0, *left.chunks[0]]).tolist()
-        pieces = [
-            da.from_delayed(apply(estimate, piece, first), (last - first, columns), np.float32)
-            for piece, (first, last) in zip(left.to_delayed().ravel(), pairwise(bounds), strict=True)
-        ]
-        return da.concatenate(pieces, axis=0)
+        sizes = left.chunks[0]
+        firsts = np.cumsum([0, *sizes[:-1]]).tolist()
+        pieces = [apply(estimate, *each) for each in zip(left.to_delayed().ravel(), firsts, strict=True)]
+        return stacked(pieces, sizes, columns)
 
     def rows(self, cells: slice | NDArray[np.intp]) -> NDArray[np.float32]:
         """Impute some cells, given by a slice or by their numbers: float32, one row of ``n`` genes each."""
@@ -334,33 +297,25 @@ class Imputation:
             If too few genes match, names are ambiguous, or one is of raw counts and the other not.
         """
         fit = Fit(self.right, self.var.index, self.model, self.observed, self.summary.get("source"))
-        return self._of_cells(*transform(fit, matrix, layer=layer, listen=listen))
-
-    def _of_cells(
-        self,
-        left: da.Array,
-        counts: ExpressionMatrix | None,
-        measured: NDArray[np.bool_],
-        obs: pd.DataFrame,
-        summary: dict[str, Any],
-    ) -> Imputation:
-        """Return the imputation of other cells, whose left factor and counts are known, by the same right factor."""
+        new = transform(fit, matrix, layer=layer, listen=listen)
         return Imputation(
-            left,
+            new.left,
             self.right,
-            obs=obs,
+            obs=new.obs,
             var=self.var,
-            summary=summary,
+            summary=new.summary,
             history={},
             clip=self.clip,
             model=self.model,
-            residual_weight=None if self.residual_weight is None else self.residual_weight * measured,
-            counts=counts,
+            residual_weight=None if self.residual_weight is None else self.residual_weight * new.measured,
+            counts=new.counts,
             axes=self.axes,
         )
 
     def __getitem__(self, key: Any) -> NDArray[np.float32]:
         """Impute some cells and genes, given as numbers, names, slices, masks, or lists of these.
+
+        Genes that are named by IDs may be called by their symbols, of a column such as ``feature_name``.
 
         Returns
         -------
@@ -375,8 +330,8 @@ class Imputation:
             If a number is too large, or a mask of the wrong length.
         """
         cells, genes = key if isinstance(key, tuple) else (key, slice(None))
-        rows, one_cell = _positions(cells, self.obs.index, "cell")
-        columns, one_gene = _positions(genes, self.var.index, "gene")
+        rows, one_cell = positions_of(cells, self.obs, "cell")
+        columns, one_gene = positions_of(genes, self.var, "gene")
         values = self._some(rows, columns)
         return values[0 if one_cell else slice(None), 0 if one_gene else slice(None)]
 
@@ -430,63 +385,8 @@ class Imputation:
             If `path` cannot be written.
         """
         path = validated("path", path, str | os.PathLike)
-        self._check_x(dense, keep_observed, preserve_zeros)
-        keep_observed = None if keep_observed is None else aligned(keep_observed, self)
-        advance = begin(listen, "writing")
-        embedding = self.embedding
-        parts = 1 + (embedding is not None) + (dense or preserve_zeros is not None)
-
-        def advance_part(share: float) -> None:
-            advance(share / parts)
-
-        with atomic_store(path, overwrite=overwrite, sources=sources) as partial:
-            root = new_anndata(partial, obs=self.obs, var=self._var(_KEY))
-            write_left(root, _FACTORS, self.left, advance_part)
-            if embedding is not None:
-                write_left(root, f"X_{_KEY}", embedding, advance_part)
-            write_element(root["varm"], _FACTORS, self.right)
-            written: dict[str, Any] | None = None
-            if preserve_zeros is not None:
-                total = write_sparse(root, self, preserve_zeros, keep_observed is not None, advance_part)
-                written = {"written": "preserve_zeros", "rank": preserve_zeros.rank}
-            elif dense:
-                total = write_dense(root, self, keep_observed, advance_part)
-                written = {"written": "dense"}
-            if written is not None:
-                written |= {
-                    "keep_observed": keep_observed is not None,
-                    "mean_over_observed": self._over_observed(total),
-                }
-            counts = {} if self.counts is None else {"counts": json.dumps(refer_to(self.counts, root, self._stored))}
-            write_element(root["uns"], _KEY, self._notes(written) | counts)
-            zarr.consolidate_metadata(root.store)
-            if read := preserve_zeros.matrix if preserve_zeros is not None else keep_observed:
-                read.check_unchanged()
+        written = write_result(self, path, dense, keep_observed, preserve_zeros, overwrite, sources, listen)
         return self.summary | {"X": written}
-
-    def _check_x(self, dense: bool, keep_observed: ExpressionMatrix | None, preserve_zeros: ZeroRule | None) -> None:
-        """Raise `InputError` if this is not what X can be."""
-        if dense and preserve_zeros is not None:
-            raise InputError("dense and preserve_zeros both say what X is to be; give one of them")
-        if keep_observed is not None and not dense and preserve_zeros is None:
-            raise InputError("keep_observed is about X, and none is written; give dense=True or preserve_zeros too")
-        if preserve_zeros is None:
-            return
-        if not hasattr(preserve_zeros, "expressed"):
-            raise InputError(
-                f"preserve_zeros is {preserve_zeros!r}; give the rule of the matrix that was imputed: "
-                "biological_zeros(matrix)"
-            )
-        if aligned(preserve_zeros.matrix, self) is not preserve_zeros.matrix:
-            raise InputError(
-                f"preserve_zeros is of {preserve_zeros.matrix.name}, whose cells or genes are in another order than "
-                "those of the result; give the rule of the matrix that was imputed"
-            )
-
-    def _over_observed(self, total: float) -> float | None:
-        """Mean of a matrix of this sum over the mean observed."""
-        observed = self.summary.get("mean_observed")
-        return total / self.shape[0] / self.shape[1] / observed if observed else None
 
     def to_anndata(self) -> anndata.AnnData:
         """Return an AnnData whose X is the imputed matrix, as a lazy dense Dask array, with what `add_to` adds.
@@ -501,7 +401,7 @@ class Imputation:
         self.add_to(adata)
         return adata
 
-    def add_to(self, adata: anndata.AnnData, key: str = _KEY) -> None:
+    def add_to(self, adata: anndata.AnnData, key: str = KEY) -> None:
         """Put the factors into an AnnData of the same cells and genes, as `impute` does.
 
         Parameters
@@ -528,17 +428,11 @@ class Imputation:
             by_gene={
                 name: part if genes is None else part[genes] for name, part in by_gene.items() if part is not None
             },
-            uns={key: self._notes(None)},
+            uns={key: self.notes(None)},
         )
 
-    def _var(self, key: str) -> pd.DataFrame:
-        """Annotation of genes, with λ."""
-        return (
-            self.var if self.residual_weight is None else self.var.assign(**{f"{key}_residual": self.residual_weight})
-        )
-
-    def _notes(self, written: dict[str, Any] | None) -> dict[str, Any]:
-        """Make what is kept in ``uns``, beside an X that is as `written`, or not of ours."""
+    def notes(self, written: dict[str, Any] | None) -> dict[str, Any]:
+        """Return what is kept in ``uns``, beside an X that is as `written`, or not of ours."""
         summary = self.summary | {"X": written}
         notes = {"summary": json.dumps(summary), "history": self.history, "clip": self.clip}
         extra = {"model": self.model, "axes": self.axes}
@@ -547,43 +441,3 @@ class Imputation:
 
 def _rows(estimate: Estimate, left: NDArray[np.float32], first: int) -> NDArray[np.float32]:
     return estimate.rows(left, estimate.counts_of(slice(first, first + len(left))))
-
-
-def _stored_rows(path: str, name: str, stored: Any) -> da.Array:
-    """Return an array of a result as a Dask array whose tasks open the store themselves."""
-    import dask.array as da
-
-    read, (cells, rank) = dask.delayed(_read_rows, pure=True), stored.shape
-    rows = RowBlocks.panels(cells, max(1, rank), CHUNK_BYTES)
-    if stored.chunks is not None:  # an .h5ad may hold it in one piece
-        rows = RowBlocks((*range(0, cells, stored.chunks[0]), cells))
-    pieces = [da.from_delayed(read(path, name, *span), (span[1] - span[0], rank), stored.dtype) for span in rows]
-    return da.concatenate(pieces, axis=0)
-
-
-def _read_rows(path: str, name: str, start: int, stop: int) -> NDArray[np.float32]:
-    with readable(f"{path}:{name}"):
-        rows = np.asarray(open_store(path)[name][start:stop])
-    if not np.isfinite(rows).all():
-        raise InputError(f"{path}: {name} of cells {start} to {stop} is not finite; impute again")
-    return rows
-
-
-def _positions(wanted: Any, names: pd.Index, what: str) -> tuple[Any, bool]:
-    """Turn names, or whatever NumPy indexes with, into positions; tell whether it was a single one."""
-    if isinstance(wanted, slice):
-        return wanted, False
-    single = isinstance(wanted, str | int | np.integer)
-    items = np.atleast_1d(np.asarray(wanted))
-    if not items.size:
-        return np.empty(0, np.intp), False
-    if items.dtype.kind in "US" or items.dtype == object:
-        repeated = np.isin(items, names[names.duplicated()])
-        if repeated.any():
-            raise InputError(f"several {what}s are named '{items[np.argmax(repeated)]}'; pick one by its number")
-        positions = names.get_indexer_for(items)
-        if (positions < 0).any():
-            absent = items[np.flatnonzero(positions < 0)[0]]
-            raise InputError(f"no {what} is named '{absent}'; the first ones are {', '.join(map(str, names[:3]))}")
-        return positions, single
-    return np.arange(len(names))[items], single

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import dask.threaded
@@ -19,6 +21,9 @@ from threadpoolctl import threadpool_limits
 
 from scialm_dask.errors import InputError
 
+if TYPE_CHECKING:
+    import dask.array as da
+
 __all__ = [
     "OF_PARENT",
     "OURS",
@@ -27,10 +32,12 @@ __all__ = [
     "at_home",
     "check_held",
     "execute",
+    "in_order",
     "moved",
     "n_threads",
     "on_cluster",
     "spread",
+    "stacked",
     "stretches",
     "sum_of_groups",
     "threads_anywhere",
@@ -38,6 +45,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_MOST_THREADS = 4  # one thread takes what they make, so more would only hold more memory
+A = TypeVar("A")
+B = TypeVar("B")
 OURS = {"scialm": True}  # the annotation by which a scheduler knows our tasks from others
 OF_PARENT: WeakSet[Any] = WeakSet()  # clients made before this process was forked
 _SERVED = 8  # workers to which the scheduler sends the inputs of a pass itself
@@ -170,6 +180,14 @@ def tree_reduce(parts: Sequence[Any], combine: Callable[[T, T], T], homes: Seque
     return placed[0][0]
 
 
+def stacked(pieces: Iterable[Any], sizes: Iterable[int], width: int, dtype: Any = np.float32) -> da.Array:
+    """Put delayed blocks of rows, of these sizes, on top of each other: a Dask array with a chunk for each."""
+    import dask.array as da
+
+    chunks = [da.from_delayed(piece, (size, width), dtype) for piece, size in zip(pieces, sizes, strict=True)]
+    return da.concatenate(chunks, axis=0)
+
+
 def sum_of_groups(groups: Sequence[Group], add: Callable[[T, T], T], parts: Sequence[Any]) -> Any:
     """Add up what groups give: at each home what is there, then what homes have."""
     of_homes: dict[str | None, list[Any]] = {}
@@ -211,3 +229,23 @@ def moved(
         return join(*pieces)
 
     return at_home(after, collected)
+
+
+def in_order(make: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+    """Call `make` on every item in a few threads and yield the results in order.
+
+    No more results than threads, and the one handed out, are alive at a time. After an exception, or when the
+    consumer leaves, what has not been begun is not made.
+    """
+    n_threads = min(CPU_COUNT, _MOST_THREADS)
+    pool = ThreadPoolExecutor(n_threads)
+    waiting: deque[Future[B]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) == n_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -75,3 +75,17 @@ def test_the_loop_and_its_rules_know_neither_dask_nor_zarr(name):
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("cli.")])
 def test_the_command_line_is_quick_to_start(name):
     assert outside(FILES[name], top_only=True) - set(sys.stdlib_module_names) == {"click"}
+
+
+def lines_of(function):
+    """Its lines from ``def`` on, without the docstring."""
+    text = ast.get_docstring(function, clean=False)
+    return function.end_lineno - function.lineno + 1 - (0 if text is None else len(text.split("\n")))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_has_450_lines_at_most_and_a_function_50(name):
+    text = FILES[name].read_text()
+    functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    assert len(text.splitlines()) <= 450
+    assert {node.name: lines_of(node) for node in functions if lines_of(node) > 50} == {}

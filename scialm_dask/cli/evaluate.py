@@ -33,8 +33,8 @@ def score(result: str, masked: str, listen: Listener) -> dict[str, Any]:
 @main.command(epilog="report denoised.zarr -o report.html --color cell_type")
 @click.argument("result", metavar="RESULT.zarr")
 @click.option("-o", "--output", "path", required=True, metavar="FILE.html", help="What to write.")
-@click.option("--source", default=None, metavar="SRC", help="What was imputed.  [default: where it was then]")
-@click.option("--color", default=None, metavar="NAME", help="Column of obs, or gene, to colour cells by.")
+@click.option("--source", metavar="SRC", help="What was imputed.  [default: where it was then]")
+@click.option("--color", metavar="NAME", help="Column of obs, or gene, to colour cells by.")
 @overwrite_option
 @reports
 @shows_progress
@@ -52,16 +52,13 @@ def report(result: str, path: str, **options: Any) -> dict[str, Any]:
 @click.option("--mask", "shares", default="0.1", help="Shares of the non-zeros to hide, such as 0.1,0.5; empty: none.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, help="How often, each time with another seed.")
 @click.option(
-    "--count-split/--no-count-split",
-    "split",
-    default=None,
-    help="Score on molecules set aside too.  [default: of raw counts]",
+    "--count-split/--no-count-split", "split", default=None, help="Score on hidden molecules too.  [default: of counts]"
 )
-@click.option("--reference", default=None, metavar="STORE", help="The same cells and genes sequenced deeper.")
-@click.option("--labels", default=None, metavar="COLUMN", help="Known types in obs: cluster the cells and compare.")
+@click.option("--reference", metavar="STORE", help="The same cells and genes sequenced deeper.")
+@click.option("--labels", metavar="COLUMN", help="Known types in obs: cluster the cells and compare.")
 @click.option("--sweep", "sweeps", multiple=True, metavar="FIELD=VALUES", help="Such as max_rank=10,20,50.")
-@click.option("--memory-limit", default=None, help="What each method may hold, such as 8GB.  [default: no limit]")
-@click.option("--method-timeout", type=float, default=None, metavar="SECONDS", help="What each run may take.")
+@click.option("--memory-limit", help="What each method may hold, such as 8GB.  [default: no limit]")
+@click.option("--method-timeout", type=float, metavar="SECONDS", help="What each run may take.")
 @layer_option
 @missing_chunks_option
 @overwrite_option

@@ -150,12 +150,12 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
     It is a function that gives a context manager: a command opens it once it knows that its input is fit.
     """
 
-    @click.option("--scheduler", default=None, metavar="ADDRESS", help="Compute on this running scheduler.")
-    @click.option("--scheduler-file", default=None, metavar="FILE", help="The same, by the file that it has written.")
-    @click.option("--cluster", default=None, metavar="KIND", help="Start local, slurm, pbs, sge or lsf workers.")
-    @click.option("--workers", type=click.IntRange(min=1), default=None, help="Processes to start, or to wait for.")
-    @click.option("--threads", type=click.IntRange(min=1), default=None, help="Of each worker, or of this process.")
-    @click.option("--worker-memory", default=None, help="Of each worker of --cluster, such as 8GB.")
+    @click.option("--scheduler", metavar="ADDRESS", help="Compute on this running scheduler.")
+    @click.option("--scheduler-file", metavar="FILE", help="The same, by the file that it has written.")
+    @click.option("--cluster", metavar="KIND", help="Start local, slurm, pbs, sge or lsf workers.")
+    @click.option("--workers", type=click.IntRange(min=1), help="Processes to start, or to wait for.")
+    @click.option("--threads", type=click.IntRange(min=1), help="Of each worker, or of this process.")
+    @click.option("--worker-memory", help="Of each worker of --cluster, such as 8GB.")
     @click.option("--tls/--no-tls", default=None, help="Encrypt and authenticate all connections.")
     @functools.wraps(command)
     def wrapper(
@@ -189,7 +189,7 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
-layer_option = click.option("--layer", default=None, help="Read this layer instead of X; raw for .raw.X.")
+layer_option = click.option("--layer", help="Read this layer instead of X; raw for .raw.X.")
 missing_chunks_option = click.option(
     "--missing-chunks-are-zeros", is_flag=True, help="Read absent chunks of a dense Zarr as zeros; else refuse."
 )
@@ -222,10 +222,10 @@ def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("dst", metavar="DST.zarr")
 @click.option("--sample-key", default="sample", help="Column of obs for the names of several SRC.")
 @click.option("--join", type=click.Choice(["inner", "outer"]), default="inner", help="Genes that all SRC have, or any.")
-@click.option("--layer", default=None, help="Take this layer alone, as X; raw for .raw.X.")
-@click.option("--genome", default=None, help="Take this genome of a 10x .h5 file that holds several.")
-@click.option("--prefix", default=None, help="How the names of the files in an MEX folder begin, such as GSM123_.")
-@click.option("--rows", type=click.Choice(["cells", "genes"]), default=None, help="What the rows of a text file are.")
+@click.option("--layer", help="Take this layer alone, as X; raw for .raw.X.")
+@click.option("--genome", help="Take this genome of a 10x .h5 file that holds several.")
+@click.option("--prefix", help="How the names of the files in an MEX folder begin, such as GSM123_.")
+@click.option("--rows", type=click.Choice(["cells", "genes"]), help="What the rows of a text file are.")
 @missing_chunks_option
 @overwrite_option
 @reports
@@ -244,11 +244,11 @@ def convert(src: tuple[str, ...], dst: str, **options: Any) -> dict[str, Any]:
 @main.command(epilog="qc cells.zarr clean.zarr --min-genes 200 --max-mito 20 --min-cells 3")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
-@click.option("--min-genes", type=int, default=None, help="Least number of genes with counts, of a cell.")
-@click.option("--max-genes", type=int, default=None, help="Most genes with counts, of a cell.")
-@click.option("--max-mito", type=float, default=None, help="Most counts on mitochondrial genes, in percent of a cell.")
+@click.option("--min-genes", type=int, help="Least number of genes with counts, of a cell.")
+@click.option("--max-genes", type=int, help="Most genes with counts, of a cell.")
+@click.option("--max-mito", type=float, help="Most counts on mitochondrial genes, in percent of a cell.")
 @click.option("--mito-prefix", default="MT-", help="How their names or symbols begin, in capitals or not.")
-@click.option("--min-cells", type=int, default=None, help="Least number of kept cells with counts, of a gene.")
+@click.option("--min-cells", type=int, help="Least number of kept cells with counts, of a gene.")
 @layer_option
 @missing_chunks_option
 @overwrite_option

@@ -8,7 +8,7 @@ import os
 import shlex
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -26,7 +26,7 @@ from scialm_dask.events import Listener, Note
 from scialm_dask.progress import in_words
 from scialm_dask.run.signals import on_sigterm
 
-_SETTINGS = (
+_OPTIONS = (
     click.option(
         "--preset",
         type=click.Choice(["auto", "denoise", "complete", "paper"]),
@@ -40,38 +40,76 @@ _SETTINGS = (
         default="nonzero",
         help="finite: zeros are values, NaN is missing.",
     ),
-    click.option(
-        "--stop",
-        type=click.Choice(["residual", "held-out"]),
-        default=None,
-        help="When to stop.  [default: by preset]",
-    ),
-    click.option("--epsilon", type=float, default=None, help="Residual to stop at.  [default: 1e-4]"),
-    click.option("--validation", type=float, default=None, help="Share hidden to know when to stop.  [default: 0.02]"),
-    click.option("--max-iterations", type=int, default=None, help="Most iterations.  [default: 1000]"),
+    click.option("--stop", type=click.Choice(["residual", "held-out"]), help="When to stop.  [default: by preset]"),
+    click.option("--epsilon", type=float, help="Residual to stop at.  [default: 1e-4]"),
+    click.option("--validation", type=float, help="Share hidden to know when to stop.  [default: 0.02]"),
+    click.option("--max-iterations", type=int, help="Most iterations.  [default: 1000]"),
     click.option(
         "--rank-policy",
         type=click.Choice(["paper", "adaptive"]),
-        default=None,
         help="How the number of singular values to compute follows what was kept.  [default: by preset]",
     ),
-    click.option("--increment", type=int, default=None, help="R of the paper's rank policy."),
+    click.option("--increment", type=int, help="R of the paper's rank policy."),
     click.option(
         "--max-rank",
-        default=None,
         help="Most singular values to keep, or none for no limit.  [default: 64; complete: 128; paper: none]",
     ),
-    click.option("--scaling", default=None, help="none, poisson, or exponents of genes and cells such as 0.75,0.5."),
-    click.option("--seed", type=int, default=None, help="Of all random draws.  [default: 0]"),
-    click.option("--scratch", default=None, help="Where the working state is kept: auto, memory, or zarr:PATH."),
-    click.option("--memory-limit", default=None, help="Most memory to use, such as 8GB.  [default: what is free]"),
-    click.option("--blocks", type=click.IntRange(min=1), default=None, help="Number of row blocks."),
+    click.option("--scaling", help="none, poisson, or exponents of genes and cells such as 0.75,0.5."),
+    click.option("--seed", type=int, help="Of all random draws.  [default: 0]"),
+    click.option("--scratch", help="Where the working state is kept: auto, memory, or zarr:PATH."),
+    click.option("--memory-limit", help="Most memory to use, such as 8GB.  [default: what is free]"),
+    click.option("--blocks", type=click.IntRange(min=1), help="Number of row blocks."),
 )
+_SETTINGS = "stop epsilon validation max_iterations rank_policy increment max_rank scaling seed".split()
 
 
-def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that say how a matrix is completed, and within what memory."""
-    return functools.reduce(lambda decorated, option: option(decorated), reversed(_SETTINGS), command)
+class _Chosen(NamedTuple):
+    """What is imputed, and how: the matrix, the preset that ``auto`` means for it, settings, and why in notes."""
+
+    matrix: Any
+    preset: str
+    settings: dict[str, Any]
+    notes: list[Note]
+
+
+def imputes(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say what is imputed and how, as one argument `choose`.
+
+    It is a function that opens SRC and checks the settings.
+    """
+
+    @functools.wraps(command)
+    def wrapper(
+        *args: Any,
+        preset: str,
+        observed: Any,
+        blocks: int | None,
+        layer: str | None,
+        missing_chunks_are_zeros: bool,
+        **options: Any,
+    ) -> Any:
+        settings = {name: options.pop(name) for name in _SETTINGS}
+
+        def choose(src: str) -> _Chosen:
+            from scialm_dask.api import resolve_preset
+            from scialm_dask.config import preset as settings_of
+            from scialm_dask.data.matrix import ExpressionMatrix
+
+            if preset != "auto":
+                settings_of(preset, **settings)
+            matrix = ExpressionMatrix.open(
+                src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
+            )
+            notes: list[Any] = []
+            matrix, resolved = resolve_preset(matrix, preset, listen=notes.append)
+            settings_of(resolved, **settings)
+            return _Chosen(matrix, resolved, settings, notes)
+
+        return command(*args, choose=choose, **options)
+
+    return functools.reduce(
+        lambda decorated, option: option(decorated), reversed((*_OPTIONS, layer_option, missing_chunks_option)), wrapper
+    )
 
 
 def _in_short(result: dict[str, Any]) -> list[str]:
@@ -103,69 +141,43 @@ def _in_short(result: dict[str, Any]) -> list[str]:
 @main.command(epilog="impute cells.h5ad denoised.zarr --memory-limit 8GB")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
-@setting_options
+@imputes
 @click.option("--write", type=click.Choice(["factors", "dense"]), default="factors", help="dense: the matrix as X too.")
 @click.option("--keep-observed", is_flag=True, help="In X, leave observed entries as they were.")
 @click.option("--preserve-zeros", is_flag=True, help="Write X, sparse: biological zeros (rule of ALRA) stay zero.")
-@click.option("--checkpoint", default=None, metavar="DIR", help="Write checkpoints to this new folder, for `resume`.")
-@click.option("--checkpoint-every", default=None, help="Iterations, or a time such as 30min.  [default: 10 minutes]")
+@click.option("--checkpoint", metavar="DIR", help="Write checkpoints to this new folder, for `resume`.")
+@click.option("--checkpoint-every", help="Iterations, or a time such as 30min.  [default: 10 minutes]")
 @cluster_options
-@layer_option
-@missing_chunks_option
 @overwrite_option
 @functools.partial(reports, in_short=_in_short)
 @shows_progress
 def impute(
     src: str,
     dst: str,
-    preset: str,
-    observed: Any,
+    choose: Callable[[str], _Chosen],
     scratch: str | None,
     memory_limit: str | None,
-    blocks: int | None,
-    write: str,
-    keep_observed: bool,
-    preserve_zeros: bool,
     checkpoint: str | None,
     checkpoint_every: str | None,
-    layer: str | None,
-    missing_chunks_are_zeros: bool,
-    overwrite: bool,
     listen: Listener,
     connected: Callable[[Listener], Any],
-    **settings: Any,
+    **asked: Any,
 ) -> dict[str, Any]:
     """Denoise or complete the matrix SRC and write the result, in factors, to DST.zarr."""
-    from scialm_dask.api import impute, resolve_preset
-    from scialm_dask.config import preset as settings_of
-    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.api import impute
     from scialm_dask.data.store import check_output, lasting, scratch_folder_for
     from scialm_dask.run.checkpointing import Checkpointing
     from scialm_dask.run.job import checkpoints_of
 
     if checkpoint_every is not None and checkpoint is None:
         raise click.UsageError("--checkpoint-every goes with --checkpoint")
-    if keep_observed and write != "dense" and not preserve_zeros:
+    if asked["keep_observed"] and asked["write"] != "dense" and not asked["preserve_zeros"]:
         raise click.UsageError("--keep-observed goes with --write dense or --preserve-zeros")
-    if preserve_zeros and (write == "dense" or observed == "finite"):
+    check_output(dst, overwrite=asked["overwrite"], sources=(src, checkpoint) if checkpoint else (src,))
+    matrix, preset, settings, notes = choose(src)
+    if asked["preserve_zeros"] and (asked["write"] == "dense" or matrix.observed == "finite"):
         raise click.UsageError("--preserve-zeros writes a sparse X and goes neither with dense nor with finite")
-    notes: list[Any] = []
-    if preset != "auto":
-        settings_of(preset, **settings)
-    check_output(dst, overwrite=overwrite, sources=(src, checkpoint) if checkpoint else (src,))
-    matrix = ExpressionMatrix.open(
-        src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
-    )
-    matrix, preset = resolve_preset(matrix, preset, listen=notes.append)
-    settings_of(preset, **settings)
-    asked = {
-        "destination": lasting(dst),
-        "write": write,
-        "keep_observed": keep_observed,
-        "preserve_zeros": preserve_zeros,
-        "overwrite": overwrite,
-        "run": uuid.uuid4().hex,
-    }
+    asked |= {"destination": lasting(dst), "run": uuid.uuid4().hex}
     kept = contextlib.nullcontext() if checkpoint is None else checkpoints_of(checkpoint, new_for=matrix)
     with kept as checkpoints, connected(listen):
         for note in notes:
@@ -188,8 +200,8 @@ def impute(
 @main.command(epilog="resume run1")
 @click.argument("folder", metavar="DIR")
 @click.argument("dst", metavar="[DST.zarr]", required=False)
-@click.option("--scratch", default=None, help="Instead of what the run was begun with.")
-@click.option("--memory-limit", default=None, help="Instead of what the run was begun with.")
+@click.option("--scratch", help="Instead of what the run was begun with.")
+@click.option("--memory-limit", help="Instead of what the run was begun with.")
 @overwrite_option
 @cluster_options
 @functools.partial(reports, in_short=_in_short)
@@ -353,9 +365,7 @@ def transform(
 @main.command(epilog="plan cells.h5ad --memory-limit 8GB")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="[DST.zarr]", required=False)
-@setting_options
-@layer_option
-@missing_chunks_option
+@imputes
 @click.option("--preserve-zeros", is_flag=True, help="Count what finding biological zeros takes too.")
 @cluster_options
 @reports
@@ -363,48 +373,32 @@ def transform(
 def plan(
     src: str,
     dst: str | None,
-    preset: str,
-    observed: Any,
+    choose: Callable[[str], _Chosen],
     scratch: str | None,
     memory_limit: str | None,
-    blocks: int | None,
-    layer: str | None,
-    missing_chunks_are_zeros: bool,
     preserve_zeros: bool,
     connected: Callable[[Listener], Any],
     listen: Listener,
-    **settings: Any,
 ) -> dict[str, Any]:
     """Say what imputing SRC will take, and whether it fits: memory, disk, passes, tasks, bytes and time.
 
     Reads one block, to tell the time. With --scheduler or --cluster, on those workers. DST.zarr is not written; scratch
     on disk would lie beside it.
     """
-    from scialm_dask.api import parse_limit, resolve_preset
+    from scialm_dask.api import parse_limit
     from scialm_dask.config import configured
     from scialm_dask.config import preset as settings_of
-    from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.data.store import scratch_folder_for
-    from scialm_dask.run.dry_run import plan
+    from scialm_dask.run.checkpointing import Job
+    from scialm_dask.run.plan import plan
 
     limit = parse_limit(configured("memory-limit", memory_limit))
-    matrix = ExpressionMatrix.open(
-        src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
-    )
-    notes: list[Any] = []
-    matrix, preset = resolve_preset(matrix, preset, listen=notes.append)
-    chosen = settings_of(preset, **settings)
+    matrix, preset, settings, notes = choose(src)
+    job = Job(matrix, settings_of(preset, **settings), configured("scratch", scratch), limit, scratch_folder_for(dst))
     with connected(listen):
         for note in notes:
             listen(note)
-        return plan(
-            matrix,
-            chosen,
-            scratch=configured("scratch", scratch),
-            memory_limit=limit,
-            scratch_folder=scratch_folder_for(dst),
-            preserve_zeros=preserve_zeros,
-        )
+        return plan(job, preserve_zeros=preserve_zeros)
 
 
 @main.command(epilog="demo")

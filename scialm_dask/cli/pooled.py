@@ -12,11 +12,11 @@ from scialm_dask.events import Listener, Note
 
 @main.command(epilog="pools P.csv --genes 100 --pools 24 --per-gene 4")
 @click.argument("table", metavar="P.csv")
-@click.option("--genes", type=int, default=None, help="Draw a design of this many genes and write it to P.csv.")
-@click.option("--pools", type=int, default=None, help="With --genes: number of pools.")
-@click.option("--per-gene", type=int, default=None, help="With --genes: balanced, each gene in this many pools.")
+@click.option("--genes", type=int, help="Draw a design of this many genes and write it to P.csv.")
+@click.option("--pools", type=int, help="With --genes: number of pools.")
+@click.option("--per-gene", type=int, help="With --genes: balanced, each gene in this many pools.")
 @click.option("--density", type=float, default=0.25, help="With --genes: random, a gene is in a pool at this rate.")
-@click.option("--names-of", default=None, metavar="SRC", help="With --genes: take the names of genes from SRC.")
+@click.option("--names-of", metavar="SRC", help="With --genes: take the names of genes from SRC.")
 @click.option("--seed", type=int, default=0, help="Of the random draws.")
 @overwrite_option
 @reports
@@ -33,8 +33,7 @@ def pools(
     """Describe the design P.csv, genes × pools; with --genes and --pools, draw it first."""
     from dataclasses import asdict
 
-    from scialm_dask.pooled.design import balanced_pools, pool_report, random_pools
-    from scialm_dask.pooled.measurements import read_design, write_design
+    from scialm_dask.pooled.design import balanced_pools, pool_report, random_pools, read_design, write_design
 
     if (genes is None) != (pools is None):
         raise click.UsageError("--genes and --pools go together")
@@ -74,7 +73,7 @@ def _gene_names(source: str | None, genes: int) -> list[str]:
 @click.option("--restarts", type=int, default=1, help="als: number of starts.")
 @click.option("--seed", type=int, default=0, help="als: seed of the start.")
 @click.option("--delta", type=float, default=0.0, help="nuclear: largest ‖XP − D‖ over all cells.")
-@click.option("--max-iterations", type=int, default=None, help="Most sweeps (als, 100) or iterations (nuclear, 1000).")
+@click.option("--max-iterations", type=int, help="Most sweeps (als, 100) or iterations (nuclear, 1000).")
 @layer_option
 @missing_chunks_option
 @overwrite_option
@@ -103,7 +102,7 @@ def unpool(
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.data.store import check_output
     from scialm_dask.pooled.als import PooledALS
-    from scialm_dask.pooled.measurements import read_design
+    from scialm_dask.pooled.design import read_design
     from scialm_dask.pooled.nuclear import PooledNuclearNorm
 
     check_output(dst, overwrite=overwrite, sources=(src, design))

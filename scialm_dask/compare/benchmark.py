@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scialm_dask.api import parse_limit
-from scialm_dask.arguments import Interval, Share, checked
+from scialm_dask.arguments import Interval, Natural, Share, checked
 from scialm_dask.compare import clustering
 from scialm_dask.compare.experiments import (
     Experiment,
@@ -103,7 +103,7 @@ def evaluate_imputation(
     *,
     methods: Sequence[str] = ("denoise", "complete"),
     shares: Sequence[Share] = (0.1,),
-    seeds: Sequence[Annotated[int, Interval(0)]] = (0,),
+    seeds: Sequence[Natural] = (0,),
     split: bool | None = None,
     reference: Any = None,
     labels: str | None = None,

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dask
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,6 +30,7 @@ from scialm_dask.compare.methods import find_method
 from scialm_dask.compare.peers import Task
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.imputation import Imputation
+from scialm_dask.reduction import stacked
 from scialm_dask.run.result import peak_memory
 
 if TYPE_CHECKING:
@@ -237,12 +239,8 @@ def read_answer(folder: Path, scale: NDArray[np.floating] | None = None) -> da.A
 
 def by_panels(read: Any, shape: tuple[int, int]) -> da.Array:
     """Return a lazy float32 array of what ``read(slice)`` gives of some rows."""
-    import dask
-    import dask.array as da
-
-    visit = dask.delayed(read, pure=False, traverse=False)
-    pieces = [da.from_delayed(visit(slice(*span)), (span[1] - span[0], shape[1]), np.float32) for span in panels(shape)]
-    return da.concatenate(pieces, axis=0)
+    visit, rows = dask.delayed(read, pure=False, traverse=False), panels(shape)
+    return stacked([visit(slice(*span)) for span in rows], rows.sizes, shape[1])
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from scialm_dask.data.annotation import Annotation, swapped_axes
-from scialm_dask.data.logarithms import evidence_of_logarithms, some_cells
 from scialm_dask.data.matrix import ExpressionMatrix, Observed, check_array, held_array
-from scialm_dask.data.rows import layers_of, reordered
+from scialm_dask.data.rows import Rows, layers_of, reordered
 from scialm_dask.data.storable import as_text, storable
 from scialm_dask.data.store import open_store, readable
 from scialm_dask.errors import InputError
@@ -31,11 +33,13 @@ __all__ = [
     "as_matrix",
     "axes_of",
     "counts_beside",
+    "evidence_of_logarithms",
     "is_anndata",
     "looks_like_counts",
     "match_names",
     "named",
     "refuse_logarithms",
+    "some_cells",
     "storable_annotation",
 ]
 
@@ -44,6 +48,13 @@ _LOOKED_AT = 1 << 10  # cells at the start, to see whether they are whole number
 _RUNS = 16  # in which those are, where any of them may have been changed
 _COUNTS = "counts"  # as `qc` calls the layer
 _IN_A_CHUNK = 1 << 22  # entries of what is cut for Dask
+_PLACES, _CELLS = 4, 32  # looked at: so many runs of so many cells
+_SMALLEST, _LARGEST = 1e-9, 30  # logarithms; counts of deep cells are larger
+_BASES: dict[str, Callable[[Any], Any]] = {
+    "expm1(x)": np.expm1,
+    "2**x - 1": lambda x: np.exp2(x) - 1,
+    "10**x - 1": lambda x: 10**x - 1,
+}
 
 
 def is_anndata(thing: Any) -> bool:
@@ -362,3 +373,46 @@ def add_result(
         for name, array in by_gene.items():
             (adata.var if array.ndim == 1 else adata.varm)[name] = array
         adata.uns.update(uns)
+
+
+def some_cells(rows: Rows) -> sp.csr_matrix:
+    """Read some cells, from all over the matrix."""
+    n_cells = rows.shape[0]
+    if n_cells <= _PLACES * _CELLS:
+        return rows.read(0, n_cells)
+    starts = np.linspace(0, n_cells - _CELLS, _PLACES).astype(int).tolist()
+    return sp.vstack([rows.read(start, start + _CELLS) for start in starts], format="csr")
+
+
+def evidence_of_logarithms(cells: sp.csr_matrix) -> str | None:
+    """Tell in words what shows that values are logarithms of counts, normalised or not; None if nothing does.
+
+    Once the logarithm is undone, the values of a cell are whole multiples of the smallest, or all cells have the same
+    total; as they are, neither holds. Counts are whole numbers, and normalised counts are such multiples as they are.
+    """
+    values = cells.data.astype(np.float64)
+    if not len(values) or not np.any(np.floor(values) != values) or not 0 <= values.min() <= values.max() <= _LARGEST:
+        return None  # false for NaN too
+    by_cell = [kept for row in np.split(values, cells.indptr[1:-1]) if len(kept := row[row > _SMALLEST])]
+    for words, undo in _BASES.items():
+        multiples = [
+            bool(_multiples(undo(row))) > bool(_multiples(row)) for row in by_cell if _multiples(row) is not None
+        ]
+        if len(multiples) >= 5 and np.mean(multiples) >= 0.5:
+            return f"{words} gives whole multiples in each cell"
+        totals = np.array([(undo(row).sum(), row.sum()) for row in by_cell])
+        if len(totals) < 10:
+            continue
+        spread, as_is = totals.std(axis=0) / totals.mean(axis=0)
+        if spread < 0.01 and spread < as_is / 5:
+            return f"{words} sums to {totals[:, 0].mean():.5g} in each cell"
+    return None
+
+
+def _multiples(row: NDArray[np.float64]) -> bool | None:
+    """Tell whether values are whole multiples of the smallest; None if there are too few values to tell."""
+    ratios = np.unique(row) / row.min()
+    ratios = ratios[(ratios > 1) & (ratios < 100)]
+    if len(ratios) < 2:
+        return None
+    return bool(np.all(np.abs(ratios - ratios.round()) < 0.01))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
+
 from scialm_dask.data.arrays import check_whole
 from scialm_dask.data.storable import as_text, first_line
 from scialm_dask.data.store import open_store, readable
 from scialm_dask.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
 
@@ -19,6 +20,7 @@ __all__ = [
     "AnnotationHere",
     "StoredAnnotation",
     "looks_like",
+    "positions_of",
     "read_annotation",
     "swapped_axes",
     "symbols",
@@ -143,6 +145,27 @@ def looks_like(names: pd.Index) -> Literal["cells", "genes"] | None:
         return "cells"
     few = len(_COMMON_GENES.intersection(upper)) < 3
     return None if few and text.str.contains(_GENE_ID).mean() < 0.5 else "genes"
+
+
+def positions_of(wanted: Any, frame: pd.DataFrame, what: str) -> tuple[Any, bool]:
+    """Turn names or symbols, or whatever NumPy indexes with, into positions; tell whether it was a single one."""
+    if isinstance(wanted, slice):
+        return wanted, False
+    single = isinstance(wanted, str | int | np.integer)
+    items = np.atleast_1d(np.asarray(wanted))
+    if not items.size:
+        return np.empty(0, np.intp), False
+    if items.dtype.kind in "US" or items.dtype == object:
+        names = next((called for called in symbols(frame) if np.isin(items, called).all()), frame.index)
+        repeated = np.isin(items, names[names.duplicated()])
+        if repeated.any():
+            raise InputError(f"several {what}s are named '{items[np.argmax(repeated)]}'; pick one by its number")
+        positions = names.get_indexer_for(items)
+        if (positions < 0).any():
+            absent = items[np.flatnonzero(positions < 0)[0]]
+            raise InputError(f"no {what} is named '{absent}'; the first ones are {', '.join(map(str, names[:3]))}")
+        return positions, single
+    return np.arange(len(frame))[items], single
 
 
 def unique_names(frame: pd.DataFrame, what: str) -> tuple[pd.DataFrame, list[str]]:

@@ -1,12 +1,20 @@
-"""Small things that are done to CSR blocks in many places. All keep the pattern's order of entries."""
+"""CSR blocks: small things that are done to them in many places, and writing them into stores."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import scipy.sparse as sp
+import zarr
 from numpy.typing import NDArray
 
-__all__ = ["entries_where", "row_of", "scaled_rows"]
+from scialm_dask.data.arrays import new_array, set_encoding
+
+__all__ = ["CHUNK_ROWS", "CHUNK_VALUES", "CSRWriter", "entries_where", "row_of", "scaled_rows"]
+
+CHUNK_VALUES = 1 << 18  # values in one chunk of `data` or `indices`; a block reads few values it does not want
+CHUNK_ROWS = 1 << 16
 
 
 def row_of(csr: sp.csr_matrix) -> NDArray[np.intp]:
@@ -24,3 +32,93 @@ def scaled_rows(csr: sp.csr_matrix, factors: NDArray[np.floating]) -> sp.csr_mat
     """Multiply each row by its factor: float32, in a matrix of the same pattern."""
     values = (csr.data * np.repeat(factors, np.diff(csr.indptr))).astype(np.float32)
     return sp.csr_matrix((values, csr.indices, csr.indptr), shape=csr.shape)
+
+
+class CSRWriter:
+    """Writes a CSR matrix into an AnnData Zarr store, rows in order, whole chunks at a time.
+
+    Memory is a few chunks, whatever the number of rows. Use as a context manager; the matrix is whole only
+    after it has been left.
+
+    Parameters
+    ----------
+    parent
+        Zarr group to write under.
+    name
+        Name of the element, ``"X"`` or ``"layers/…"``.
+    n_columns
+        Number of columns (genes).
+    dtype
+        Of the values.
+    """
+
+    def __init__(self, parent: zarr.Group, name: str, *, n_columns: int, dtype: Any = np.float32) -> None:
+        self._group = parent.create_group(name)
+        self._columns = n_columns
+        self._rows = 0
+        self._stored = 0
+        self._data = _Appender(self._group, "data", np.dtype(dtype), CHUNK_VALUES)
+        self._indices = _Appender(self._group, "indices", np.dtype(np.int32), CHUNK_VALUES)
+        self._indptr = _Appender(self._group, "indptr", np.dtype(np.int64), CHUNK_ROWS)
+        self._indptr.append(np.zeros(1, np.int64))
+
+    def append(self, rows: sp.csr_matrix) -> None:
+        """Add the next rows, a CSR matrix with `n_columns` columns."""
+        self._data.append(rows.data)
+        self._indices.append(rows.indices)
+        self._indptr.append(rows.indptr[1:].astype(np.int64) - int(rows.indptr[0]) + self._stored)
+        self._stored += int(rows.nnz)
+        self._rows += rows.shape[0]
+
+    def __enter__(self) -> CSRWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            for appender in (self._data, self._indices, self._indptr):
+                appender.close()
+            if self._stored <= np.iinfo(np.int32).max:
+                self._narrow_indptr()
+            set_encoding(self._group, "csr_matrix", "0.1.0", shape=[self._rows, self._columns])
+
+    def _narrow_indptr(self) -> None:
+        """Give indptr the type of the indices: SciPy fails on a matrix that has two, as AnnData would read it."""
+        wide: Any = self._group["indptr"]
+        values = wide[...]
+        del self._group["indptr"]
+        narrow = _Appender(self._group, "indptr", np.dtype(np.int32), CHUNK_ROWS)
+        narrow.append(values)
+        narrow.close()
+
+
+class _Appender:
+    """A 1-D Zarr array that grows by whole chunks; what does not fill one waits in memory."""
+
+    def __init__(self, group: zarr.Group, name: str, dtype: np.dtype[Any], chunk: int) -> None:
+        self._array = new_array(group, name, (0,), (chunk,), dtype)
+        self._chunk = chunk
+        self._waiting: list[np.ndarray[Any, Any]] = []
+
+    def append(self, values: np.ndarray[Any, Any]) -> None:
+        values = np.asarray(values, self._array.dtype)
+        if self._waiting:
+            missing = self._chunk - sum(map(len, self._waiting))
+            self._waiting.append(values[:missing].copy())
+            values = values[missing:]
+            if len(self._waiting[-1]) == missing:
+                self.close()
+        whole = len(values) - len(values) % self._chunk
+        self._write(values[:whole])
+        if whole < len(values):
+            self._waiting.append(values[whole:].copy())
+
+    def close(self) -> None:
+        if self._waiting:
+            self._write(np.concatenate(self._waiting))
+            self._waiting = []
+
+    def _write(self, values: np.ndarray[Any, Any]) -> None:
+        if len(values):
+            start = self._array.shape[0]
+            self._array.resize((start + len(values),))
+            self._array[start:] = values

@@ -12,6 +12,7 @@ import zarr
 
 from scialm_dask.data.annotation import read_annotation, swapped_axes, unique_names
 from scialm_dask.data.arrays import set_encoding
+from scialm_dask.data.csr import CSRWriter
 from scialm_dask.data.fingerprint import Stamp
 from scialm_dask.data.formats import genes_among, locate
 from scialm_dask.data.joining import Matrix, Source, joined, sample_names, with_genes
@@ -28,12 +29,11 @@ from scialm_dask.data.store import (
     open_store,
     readable,
 )
-from scialm_dask.data.stream import in_order
 from scialm_dask.data.text import Axis, TextMatrix, open_text
 from scialm_dask.data.transpose import Entries, columns_of, csr_of, rows_in_order
-from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, Note, begin, silent
+from scialm_dask.reduction import in_order
 
 if TYPE_CHECKING:
     import pandas as pd

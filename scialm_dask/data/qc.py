@@ -7,20 +7,19 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import check_fields, checked
+from scialm_dask.arguments import Interval, Natural, check_fields, checked
 from scialm_dask.data.annotated import refuse_logarithms, storable_annotation
 from scialm_dask.data.annotation import symbols
-from scialm_dask.data.csr import scaled_rows
+from scialm_dask.data.csr import CSRWriter, scaled_rows
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.data.store import atomic_store, check_output, new_anndata
-from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, begin, silent
 
@@ -46,20 +45,14 @@ class Thresholds:
         Cells with counts, of a gene, among the cells that are kept.
     """
 
-    min_genes: int | None = None
-    max_genes: int | None = None
-    max_mito: float | None = None
+    min_genes: Natural | None = None
+    max_genes: Natural | None = None
+    max_mito: Annotated[float, Interval(0, 100)] | None = None
     mito_prefix: str = "MT-"
-    min_cells: int | None = None
+    min_cells: Natural | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("min_genes", "max_genes", "max_mito", "min_cells"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise InputError(f"{name} is {value}; give a number of 0 or more")
-        if self.max_mito is not None and self.max_mito > 100:
-            raise InputError(f"max_mito is {self.max_mito}; give percent, 0 to 100")
 
 
 class CellMeasures(NamedTuple):
@@ -135,47 +128,69 @@ def quality_control(
             f"{matrix.name}: max_mito is {thresholds.max_mito:g}, but no gene name or symbol begins with "
             f"{thresholds.mito_prefix!r} (the first are {', '.join(matrix.var.index[:3])}); give another prefix"
         )
-    step = 1 / _PASSES / len(matrix.blocks)
-    advance = begin(listen, "quality control")
-
-    cells = measure_cells(matrix, is_mito, lambda: advance(step))
-    check_observed(int(cells.n_genes.sum()), matrix.name)
-    keep_cells = chosen_cells(cells, thresholds)
-    n_cells_of = _cells_of_genes(matrix, keep_cells, lambda: advance(step))
-    keep_genes = n_cells_of >= (thresholds.min_cells or 0)
-    if not keep_cells.any() or not keep_genes.any():
-        what = "cell" if not keep_cells.any() else "gene"
-        raise InputError(f"{matrix.name}: no {what} passes the thresholds ({thresholds}); loosen them")
-    all_totals, whole = _totals(matrix, keep_genes, lambda: advance(step))
-    totals = all_totals[keep_cells]
-    if not totals.any():
-        raise InputError(f"{matrix.name}: no counts are left after the thresholds ({thresholds}); loosen them")
-    median = float(np.median(totals[totals > 0]))
-    if not whole:
+    step, advance = 1 / _PASSES / len(matrix.blocks), begin(listen, "quality control")
+    kept = _keep(matrix, is_mito, thresholds, lambda: advance(step))
+    if not kept.whole:
         listen(Note(f"{matrix.name}: not whole numbers, so no layer counts is kept, which preset denoise would need"))
-
-    obs = matrix.obs[keep_cells].assign(
-        total_counts=totals.astype(np.float32), n_genes=cells.n_genes[keep_cells], pct_mito=cells.pct_mito[keep_cells]
-    )
-    scale = np.zeros(len(keep_cells))
-    scale[keep_cells] = np.divide(median, totals, out=np.zeros_like(totals), where=totals > 0)
     with atomic_store(destination, overwrite=overwrite, sources=(source,)) as partial:
-        root = new_anndata(partial, obs=obs, var=matrix.var[keep_genes])
-        kept = _kept(matrix, keep_cells, keep_genes, lambda: advance(step))
-        n_observed = _write(root, kept, scale[keep_cells], n_genes=int(keep_genes.sum()), with_counts=whole)
-        zarr.consolidate_metadata(root.store)
+        n_observed = _write(partial, matrix, kept, lambda: advance(step))
         matrix.check_unchanged()
     return {
         "destination": os.fspath(destination),
-        "n_cells": int(keep_cells.sum()),
-        "n_genes": int(keep_genes.sum()),
+        "n_cells": int(kept.cells.sum()),
+        "n_genes": int(kept.genes.sum()),
         "n_observed": n_observed,
-        "cells_dropped": int((~keep_cells).sum()),
-        "genes_dropped": int((~keep_genes).sum()),
+        "cells_dropped": int((~kept.cells).sum()),
+        "genes_dropped": int((~kept.genes).sum()),
         "mito_genes": int(is_mito.sum()),
-        "empty_cells": int((totals == 0).sum()),
-        "median_total": median,
+        "empty_cells": int((kept.totals == 0).sum()),
+        "median_total": kept.median,
     }
+
+
+class _Kept(NamedTuple):
+    """What the thresholds leave: which cells and genes, and the total of each such cell over these genes."""
+
+    measures: CellMeasures
+    cells: NDArray[np.bool_]
+    genes: NDArray[np.bool_]
+    totals: NDArray[np.float64]
+    whole: bool  # whether all values are whole numbers
+
+    @property
+    def median(self) -> float:
+        """Median of the totals that are not zero."""
+        return float(np.median(self.totals[self.totals > 0]))
+
+
+def _keep(
+    matrix: ExpressionMatrix, is_mito: NDArray[np.bool_], thresholds: Thresholds, tick: Callable[[], None]
+) -> _Kept:
+    """Choose cells, then genes, and add up what is left, in three passes."""
+    measures = measure_cells(matrix, is_mito, tick)
+    check_observed(int(measures.n_genes.sum()), matrix.name)
+    cells = chosen_cells(measures, thresholds)
+    n_cells_of = np.zeros(matrix.shape[1], np.int64)
+    for rows, block in _blocks(matrix, tick):
+        n_cells_of += np.bincount(block[cells[rows]].indices, minlength=matrix.shape[1])
+    genes = n_cells_of >= (thresholds.min_cells or 0)
+    if not cells.any() or not genes.any():
+        what = "cell" if not cells.any() else "gene"
+        raise InputError(f"{matrix.name}: no {what} passes the thresholds ({thresholds}); loosen them")
+    totals, whole = np.zeros(matrix.shape[0]), True
+    for rows, block in _blocks(matrix, tick):
+        totals[rows] = block @ genes.astype(np.float64)
+        whole = whole and not np.any(block.data % 1)
+    if not totals[cells].any():
+        raise InputError(f"{matrix.name}: no counts are left after the thresholds ({thresholds}); loosen them")
+    return _Kept(measures, cells, genes, totals[cells], whole)
+
+
+def _blocks(matrix: ExpressionMatrix, tick: Callable[[], None]) -> Iterator[tuple[slice, sp.csr_matrix]]:
+    """Yield each block with its rows."""
+    for span, block in zip(matrix.blocks, matrix.stream(), strict=True):
+        yield slice(*span), block
+        tick()
 
 
 def mitochondrial(matrix: ExpressionMatrix, thresholds: Thresholds) -> NDArray[np.bool_]:
@@ -201,11 +216,10 @@ def measure_cells(
     """
     n_cells = matrix.shape[0]
     cells = CellMeasures(np.zeros(n_cells, np.int64), np.zeros(n_cells), np.zeros(n_cells))
-    for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
-        cells.n_genes[start:stop] = np.diff(block.indptr)
-        cells.totals[start:stop] = block.sum(axis=1, dtype=np.float64).A1
-        cells.mito[start:stop] = block @ is_mito.astype(np.float64)
-        tick()
+    for rows, block in _blocks(matrix, tick):
+        cells.n_genes[rows] = np.diff(block.indptr)
+        cells.totals[rows] = block.sum(axis=1, dtype=np.float64).A1
+        cells.mito[rows] = block @ is_mito.astype(np.float64)
     return cells
 
 
@@ -221,58 +235,26 @@ def chosen_cells(cells: CellMeasures, thresholds: Thresholds) -> NDArray[np.bool
     return keep
 
 
-def _cells_of_genes(
-    matrix: ExpressionMatrix, keep_cells: NDArray[np.bool_], tick: Callable[[], None]
-) -> NDArray[np.int64]:
-    """For each gene, the number of kept cells that have counts of it."""
-    n_cells_of = np.zeros(matrix.shape[1], np.int64)
-    for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
-        n_cells_of += np.bincount(block[keep_cells[start:stop]].indices, minlength=matrix.shape[1])
-        tick()
-    return n_cells_of
-
-
-def _totals(
-    matrix: ExpressionMatrix, keep_genes: NDArray[np.bool_], tick: Callable[[], None]
-) -> tuple[NDArray[np.float64], bool]:
-    """Give the total of each cell over the kept genes, and whether all values are whole numbers."""
-    totals, whole = np.zeros(matrix.shape[0]), True
-    weights = keep_genes.astype(np.float64)
-    for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
-        totals[start:stop] = block @ weights
-        whole = whole and not np.any(block.data % 1)
-        tick()
-    return totals, whole
-
-
-def _kept(
-    matrix: ExpressionMatrix, keep_cells: NDArray[np.bool_], keep_genes: NDArray[np.bool_], tick: Callable[[], None]
-) -> Iterator[sp.csr_matrix]:
-    """Stream what is left of each block."""
-    columns = np.flatnonzero(keep_genes)
-    for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
-        yield block[np.flatnonzero(keep_cells[start:stop])][:, columns]
-        tick()
-
-
-def _write(
-    root: zarr.Group,
-    blocks: Iterator[sp.csr_matrix],
-    factors: NDArray[np.float64],
-    *,
-    n_genes: int,
-    with_counts: bool,
-) -> int:
-    """Write cells multiplied by their factors, and as they are; return the number of entries."""
-    first = n_observed = 0
+def _write(path: Any, matrix: ExpressionMatrix, kept: _Kept, tick: Callable[[], None]) -> int:
+    """Write the cells that are kept at the same total, and as they are if they are counts; return their entries."""
+    totals, columns, n_observed = np.zeros(matrix.shape[0]), np.flatnonzero(kept.genes), 0
+    totals[kept.cells] = kept.totals
+    factors = np.divide(kept.median, totals, out=np.zeros_like(totals), where=totals > 0)
+    obs = matrix.obs[kept.cells].assign(
+        total_counts=kept.totals.astype(np.float32),
+        n_genes=kept.measures.n_genes[kept.cells],
+        pct_mito=kept.measures.pct_mito[kept.cells],
+    )
+    root = new_anndata(path, obs=obs, var=matrix.var[kept.genes])
     with ExitStack() as opened:
-        scaled = opened.enter_context(CSRWriter(root, "X", n_columns=n_genes))
-        layers = ["layers/counts"] if with_counts else []
-        counts = [opened.enter_context(CSRWriter(root, name, n_columns=n_genes)) for name in layers]
-        for block in blocks:
-            scaled.append(scaled_rows(block, factors[first : first + block.shape[0]]))
+        names = ["X", "layers/counts"] if kept.whole else ["X"]
+        scaled, *counts = (opened.enter_context(CSRWriter(root, name, n_columns=len(columns))) for name in names)
+        for rows, block in _blocks(matrix, tick):
+            some = kept.cells[rows]
+            left = block[some][:, columns]
+            scaled.append(scaled_rows(left, factors[rows][some]))
             for writer in counts:
-                writer.append(block)
-            first += block.shape[0]
-            n_observed += block.nnz
+                writer.append(left)
+            n_observed += left.nnz
+    zarr.consolidate_metadata(root.store)
     return n_observed

@@ -20,8 +20,7 @@ from zarr.storage import ZipStore
 
 from scialm_dask.data.arrays import ZARR_FORMAT, await_writes, set_encoding, write_element
 from scialm_dask.data.leftovers import held_name
-from scialm_dask.data.remote import RemoteStore, is_url
-from scialm_dask.data.remote_output import NewStore, check_new, new_store
+from scialm_dask.data.remote import NewStore, RemoteStore, check_new, is_url, new_store
 from scialm_dask.data.storable import storable
 from scialm_dask.errors import InputError, OutputError, ScialmError
 from scialm_dask.events import Listener, Note

@@ -18,10 +18,10 @@ import scipy.sparse as sp
 import zarr
 
 from scialm_dask.data.arrays import ZARR_FORMAT
+from scialm_dask.data.csr import CSRWriter
 from scialm_dask.data.leftovers import held_name
 from scialm_dask.data.rows import Rows, StoredRows, numeric
 from scialm_dask.data.store import output_error
-from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.reduction import OF_PARENT
 

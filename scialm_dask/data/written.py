@@ -17,11 +17,10 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.arrays import new_array, set_encoding
-from scialm_dask.data.csr import row_of
+from scialm_dask.data.csr import CHUNK_ROWS, CHUNK_VALUES, row_of
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.temporary import current_client
-from scialm_dask.data.writer import CHUNK_ROWS, CHUNK_VALUES
 from scialm_dask.events import Advance
 from scialm_dask.reduction import execute, n_threads
 
@@ -29,26 +28,11 @@ if TYPE_CHECKING:
     import dask.array as da
     import scipy.sparse as sp
 
-__all__ = ["CHUNK_BYTES", "Factors", "ZeroRule", "write_dense", "write_left", "write_sparse"]
+__all__ = ["CHUNK_BYTES", "ZeroRule", "write_dense", "write_left", "write_sparse"]
 
 CHUNK_BYTES = 4 << 20
 _DENSE_CHUNK_ROWS = 1024
 _MOST_HERE = 4  # pieces on their way at a time in this process
-
-
-class Factors(Protocol):
-    """What is written of a result; see `scialm_dask.imputation.Imputation`."""
-
-    left: da.Array
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Cells × genes."""
-        ...
-
-    def to_dask(self) -> da.Array:
-        """Return the imputed matrix, lazily."""
-        ...
 
 
 class ZeroRule(Protocol):
@@ -85,29 +69,29 @@ def write_left(root: zarr.Group, name: str, left: da.Array, advance: Advance) ->
         advance(1.0)
 
 
-def write_dense(root: zarr.Group, factors: Factors, keep_observed: ExpressionMatrix | None, advance: Advance) -> float:
+def write_dense(root: zarr.Group, imputed: da.Array, keep_observed: ExpressionMatrix | None, advance: Advance) -> float:
     """Write the imputed matrix as dense X, with the observed entries of a matrix as they were if one is given.
 
     Returns the sum of X.
     """
-    panels = _panels(factors.shape)
-    array = new_array(root, "X", factors.shape, (panels.sizes[0], factors.shape[1]), np.float32)
-    pieces = _pieces(factors.to_dask(), panels)
+    panels = _panels(imputed.shape)
+    array = new_array(root, "X", imputed.shape, (panels.sizes[0], imputed.shape[1]), np.float32)
+    pieces = _pieces(imputed, panels)
     if keep_observed is not None:
         keep, observed = dask.delayed(_with_observed), _shared(keep_observed.for_workers().with_blocks(panels))
         pieces = [keep(piece, observed, number) for number, piece in enumerate(pieces)]
     return _write_rows(array, pieces, advance)
 
 
-def write_sparse(root: zarr.Group, factors: Factors, zeros: ZeroRule, keep_observed: bool, advance: Advance) -> float:
+def write_sparse(root: zarr.Group, imputed: da.Array, zeros: ZeroRule, keep_observed: bool, advance: Advance) -> float:
     """Write the imputed matrix as sparse X, without biological zeros; observed entries are never zero.
 
     Returns the sum of X.
     """
-    panels, group = _panels(factors.shape), root.create_group("X")
+    panels, group = _panels(imputed.shape), root.create_group("X")
     observed, rule = (_shared(each) for each in (zeros.matrix.for_workers().with_blocks(panels), zeros.allowed()))
     make, measure, total = dask.delayed(_sparse_rows), dask.delayed(_measured), 0.0
-    pieces = zip(_pieces(factors.to_dask(), panels), _pieces(zeros.left, panels), strict=True)
+    pieces = zip(_pieces(imputed, panels), _pieces(zeros.left, panels), strict=True)
     parts = [make(*pair, rule, observed, number, keep_observed) for number, pair in enumerate(pieces)]
     values, indptr = _Values(group), [np.zeros(1, np.int64)]
     for some in _waves(len(parts)):
@@ -121,7 +105,7 @@ def write_sparse(root: zarr.Group, factors: Factors, zeros: ZeroRule, keep_obser
     dtype = np.int32 if values.stored <= np.iinfo(np.int32).max else np.int64  # as the indices if it can be
     starts = np.concatenate(indptr).astype(dtype)
     new_array(group, "indptr", starts.shape, (CHUNK_ROWS,), dtype)[:] = starts
-    set_encoding(group, "csr_matrix", "0.1.0", shape=list(factors.shape))
+    set_encoding(group, "csr_matrix", "0.1.0", shape=list(imputed.shape))
     return total
 
 

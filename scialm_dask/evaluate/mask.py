@@ -9,12 +9,11 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import checked
+from scialm_dask.arguments import Share, checked
 from scialm_dask.data.annotated import refuse_logarithms, storable_annotation
-from scialm_dask.data.csr import entries_where
+from scialm_dask.data.csr import CSRWriter, entries_where
 from scialm_dask.data.matrix import ExpressionMatrix, check_observed
 from scialm_dask.data.store import atomic_store, check_output, new_anndata
-from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin, silent
 from scialm_dask.linalg.random import hidden_entries, n_to_hide
@@ -36,7 +35,7 @@ def mask(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
-    fraction: float = 0.1,
+    fraction: Share = 0.1,
     seed: int = 0,
     layer: str | None = None,
     missing_chunks_are_zeros: bool = False,
@@ -81,8 +80,6 @@ def mask(
         If the destination cannot be written.
     """
     check_output(destination, overwrite=overwrite, sources=(source,))
-    if not 0 < fraction < 1:
-        raise InputError(f"fraction is {fraction}; give the share to hide, between 0 and 1")
     matrix = ExpressionMatrix.open(source, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
     refuse_logarithms(matrix, source, layer)
     matrix = storable_annotation(matrix, listen)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import checked
+from scialm_dask.arguments import Count, Interval, Share, checked
 from scialm_dask.data.arrays import new_array, write_element
+from scialm_dask.data.csr import CSRWriter
 from scialm_dask.data.store import atomic_store, check_output, new_anndata
-from scialm_dask.data.stream import in_order
-from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin, silent
 from scialm_dask.linalg.compiled import compiled
 from scialm_dask.linalg.random import mixed
+from scialm_dask.reduction import in_order
 
 __all__ = ["Programs", "draw_cells", "simulate"]
 
@@ -103,10 +103,10 @@ def _library(expected: NDArray[np.float32], density: float) -> float:
 def simulate(
     destination: str | os.PathLike[str],
     *,
-    n_cells: int,
-    n_genes: int,
-    density: float = 0.05,
-    rank: int = 20,
+    n_cells: Count,
+    n_genes: Annotated[int, Interval(2)],
+    density: Share = 0.05,
+    rank: Count = 20,
     seed: int = 0,
     overwrite: bool = False,
     listen: Listener = silent,
@@ -148,13 +148,8 @@ def simulate(
     OutputError
         If the destination cannot be written.
     """
-    for name, value, limit in (("cells", n_cells, 1), ("genes", n_genes, 2), ("rank", rank, 1)):
-        if value < limit:
-            raise InputError(f"{name} is {value}; give {limit} or more")
     if rank > n_genes:
         raise InputError(f"rank is {rank}; give no more than the number of genes, {n_genes}")
-    if not 0 < density < 1:
-        raise InputError(f"density is {density}; give the share of non-zeros, between 0 and 1")
     check_output(destination, overwrite=overwrite)
     programs = Programs.draw(n_genes, rank, density, seed)
     with atomic_store(destination, overwrite=overwrite) as partial:

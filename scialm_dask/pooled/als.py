@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scialm_dask.arguments import checked
+from scialm_dask.arguments import Count, Natural, Weight, checked
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, Sweep, silent
 from scialm_dask.pooled.base import Float, Measurements, PooledResult, Sums, batches, dense_block
@@ -69,21 +69,14 @@ class PooledALS:
     @checked
     def __init__(
         self,
-        rank: int,
-        random_state: int = 0,
+        rank: Count,
+        random_state: Natural = 0,
         *,
-        ridge: float = 0.0,
-        restarts: int = 1,
-        max_sweeps: int = 100,
-        tol: float = 1e-4,
+        ridge: Weight = 0.0,
+        restarts: Count = 1,
+        max_sweeps: Count = 100,
+        tol: Weight = 1e-4,
     ) -> None:
-        limits = ("rank", rank, 1), ("restarts", restarts, 1), ("max_sweeps", max_sweeps, 1)
-        for name, value, least in (*limits, ("random_state", random_state, 0)):
-            if value < least:
-                raise InputError(f"{name} {value} is below {least}")
-        for name, number in (("ridge", ridge), ("tol", tol)):
-            if not 0 <= number < np.inf:
-                raise InputError(f"{name} {number} is negative or not finite; 0 is the least")
         self.rank, self.random_state, self.ridge = rank, random_state, ridge
         self.restarts, self.max_sweeps, self.tol = restarts, max_sweeps, tol
         self.loadings_: Float | None = None

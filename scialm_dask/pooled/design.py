@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scialm_dask.arguments import checked
+from scialm_dask.arguments import Count, Natural, checked
 from scialm_dask.data.annotated import as_dask
+from scialm_dask.data.store import atomic_output
 from scialm_dask.errors import InputError
 
 if TYPE_CHECKING:
     import dask.array as da
+    import pandas as pd
 
-__all__ = ["PoolReport", "balanced_pools", "check_pools", "measure", "pool_report", "random_pools"]
+__all__ = [
+    "PoolReport",
+    "balanced_pools",
+    "check_pools",
+    "measure",
+    "pool_report",
+    "random_pools",
+    "read_design",
+    "write_design",
+]
 
 
 @dataclass(frozen=True)
@@ -94,7 +107,7 @@ def check_pools(pools: ArrayLike, genes: int | None = None) -> NDArray[np.float6
 
 
 @checked
-def random_pools(genes: int, pools: int, *, density: float = 0.25, random_state: int = 0) -> NDArray[np.int8]:
+def random_pools(genes: Count, pools: Count, *, density: float = 0.25, random_state: Natural = 0) -> NDArray[np.int8]:
     """Put every gene into every pool with one probability; genes that fall into no pool are drawn again.
 
     Parameters
@@ -116,7 +129,6 @@ def random_pools(genes: int, pools: int, *, density: float = 0.25, random_state:
     InputError
         If the design cannot exist, or leaves a pool empty.
     """
-    _check_draw(genes, pools, random_state)
     if not 0 < density <= 1:
         raise InputError(f"density {density} is outside (0, 1]; about a quarter is usual")
     P = np.zeros((genes, pools), np.int8)
@@ -129,7 +141,7 @@ def random_pools(genes: int, pools: int, *, density: float = 0.25, random_state:
 
 
 @checked
-def balanced_pools(genes: int, pools: int, *, per_gene: int, random_state: int = 0) -> NDArray[np.int8]:
+def balanced_pools(genes: Count, pools: Count, *, per_gene: Count, random_state: Natural = 0) -> NDArray[np.int8]:
     """Put every gene into the same number of pools, and about as many genes into each pool.
 
     Genes are placed one after another into the emptiest pools; of a few random ways to break ties the one that
@@ -154,9 +166,8 @@ def balanced_pools(genes: int, pools: int, *, per_gene: int, random_state: int =
     InputError
         If the design cannot exist.
     """
-    _check_draw(genes, pools, random_state)
-    if not 1 <= per_gene <= pools:
-        raise InputError(f"per_gene {per_gene} is outside 1 to {pools}, the number of pools")
+    if per_gene > pools:
+        raise InputError(f"per_gene is {per_gene}; give no more than the number of pools, {pools}")
     if genes * per_gene < pools:
         raise InputError(f"{genes} genes in {per_gene} pools each leave some of {pools} pools empty; use fewer pools")
     rng = np.random.default_rng(random_state)
@@ -239,8 +250,57 @@ def _product(block: Any, P: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(block.astype(np.float64) @ P)
 
 
-def _check_draw(genes: int, pools: int, random_state: int) -> None:
-    if genes < 1 or pools < 1:
-        raise InputError(f"{genes} genes × {pools} pools; at least one of each is needed")
-    if random_state < 0:
-        raise InputError(f"random_state is {random_state}; give 0 or more")
+def read_design(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """Read a design.
+
+    Parameters
+    ----------
+    path
+        A .csv or .tsv table, genes in rows and pools in columns, with their names; or a .npy array without names.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Genes × pools, as read; `scialm_dask.pooled.design.check_pools` judges it.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read.
+    """
+    import pandas as pd
+
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".csv", ".tsv", ".npy"):
+        raise InputError(f"{os.fspath(path)}: unknown kind of file; give the design as .csv, .tsv or .npy")
+    try:
+        if suffix == ".npy":
+            values = np.load(path, allow_pickle=False)
+            if values.ndim != 2:
+                raise InputError(f"{os.fspath(path)}: shape {values.shape}; give a matrix of genes × pools")
+            names = [f"gene{gene}" for gene in range(values.shape[0])]
+            return pd.DataFrame(values, index=names, columns=[f"pool{pool}" for pool in range(values.shape[1])])
+        frame = pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",", index_col=0)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{os.fspath(path)}: cannot be read as a design ({error})") from error
+    frame.index = frame.index.astype(str)
+    return frame
+
+
+def write_design(design: pd.DataFrame, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write a design as a .csv or .tsv table.
+
+    Raises
+    ------
+    InputError
+        If the name ends otherwise.
+    OutputError
+        If it cannot be written.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".csv", ".tsv"):
+        raise InputError(f"{os.fspath(path)}: unknown kind of file; name the design .csv or .tsv")
+    with atomic_output(path, overwrite=overwrite) as partial:
+        design.to_csv(partial, sep="\t" if suffix == ".tsv" else ",")

@@ -11,7 +11,7 @@ import dask
 import numpy as np
 from numpy.typing import ArrayLike
 
-from scialm_dask.arguments import checked, validated
+from scialm_dask.arguments import Count, Share, Weight, checked, validated
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, Sweep, silent
 from scialm_dask.pooled.admm import (
@@ -69,14 +69,8 @@ class PooledNuclearNorm:
     """
 
     @checked
-    def __init__(self, delta: float, *, tol: float = 1e-4, max_iterations: int = 1000) -> None:
-        if not 0 <= delta < np.inf:
-            raise InputError(f"delta {delta} is negative or not finite; it bounds ‖XP − D‖_F, 0 is the least")
-        if not 0 < tol < 1:
-            raise InputError(f"tol {tol} is outside (0, 1); 1e-4 is usual")
-        if max_iterations < 1:
-            raise InputError(f"max_iterations {max_iterations} is below 1")
-        self.delta, self.tol, self.max_iterations = float(delta), tol, max_iterations
+    def __init__(self, delta: Weight, *, tol: Share = 1e-4, max_iterations: Count = 1000) -> None:
+        self.delta, self.tol, self.max_iterations = delta, tol, max_iterations
 
     def fit(
         self, D: Any, P: ArrayLike, *, start: PooledResult | None = None, listen: Listener = silent

@@ -13,9 +13,9 @@ from scialm_dask.data.annotated import aligned
 from scialm_dask.data.csr import row_of
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.stream import in_order
 from scialm_dask.events import Advance, Listener, begin, silent
 from scialm_dask.imputation import Imputation
+from scialm_dask.reduction import in_order
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -32,8 +32,7 @@ from scialm_dask.run.checkpointing import Checkpointing, Job, as_written, ended,
 from scialm_dask.run.cluster import ask_everyone, workers_here
 from scialm_dask.run.cluster_errors import cluster_is_back, loss_of_cluster, while_workers
 from scialm_dask.run.placement import Placement
-from scialm_dask.run.placing import place_scratch
-from scialm_dask.run.plan import Forecast
+from scialm_dask.run.plan import Forecast, place_scratch
 from scialm_dask.run.result import completed, denoised, embed, peak_memory
 from scialm_dask.run.state import RunState
 from scialm_dask.solve.denoise import Denoised, DenoiseState, denoise
@@ -195,15 +194,7 @@ def fit(known: RunState, listen: Listener) -> Imputation:
     """Make the run once, from what is known of it."""
     began, job, here = time.perf_counter(), known.job, workers_here()
     matrix = storable_annotation(job.matrix, listen).for_workers()
-    place = place_scratch(
-        job.scratch,
-        matrix,
-        job.settings,
-        here,
-        folder=job.scratch_folder,
-        memory_limit=job.memory_limit,
-        resumed=job.resumed,
-    )
+    place = place_scratch(replace(job, matrix=matrix), here)
     if place.refusal:
         raise DoesNotFitError(place.refusal)
     in_memory, folder = place.scratch == "memory", place.scratch.removeprefix("zarr:")
@@ -229,7 +220,7 @@ def fit(known: RunState, listen: Listener) -> Imputation:
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": max(peaks),
         "peak_memory_bytes_in_all": sum(peaks),
-        "forecast_memory_bytes": place.need.memory,
+        "forecast_memory_bytes": place.memory,
         "scratch": "memory" if in_memory else "zarr",
     }
     return result

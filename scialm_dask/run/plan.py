@@ -1,28 +1,40 @@
-"""What a run will take, foreseen from sizes alone: memory, disk, passes, tasks and bytes."""
+"""What a run will take, foreseen from sizes alone, and whether that fits: go, or refuse and say what would help."""
 
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from typing import Any
 
 import dask
 import numpy as np
 import psutil
-from dask.system import CPU_COUNT
+from dask.utils import format_bytes
 
 from scialm_dask.config import Settings
+from scialm_dask.data.annotated import storable_annotation
 from scialm_dask.data.annotation import Annotation
+from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.rows import chunk_bytes
-from scialm_dask.linalg.kernels import PANEL_VALUES
+from scialm_dask.data.store import scratch_folder_for
+from scialm_dask.errors import InputError
+from scialm_dask.events import silent
+from scialm_dask.linalg.kernels import PANEL_VALUES, Block, BlockState, PassInputs, visit
 from scialm_dask.linalg.operator import PANEL_COLUMNS
 from scialm_dask.linalg.sparse_products import are_compiled
+from scialm_dask.run.checkpointing import Job
+from scialm_dask.run.cluster import Workers, workers_here
+from scialm_dask.solve.biological_zeros import PASSES as BIOLOGICAL_ZEROS_PASSES
 from scialm_dask.solve.embedding import PASSES as EMBEDDING_PASSES
 from scialm_dask.solve.ialm import first_penalty, zero_iterations
 from scialm_dask.solve.rank import basis_width, prefers_short_side, widest_basis
 
-__all__ = ["Forecast", "Need", "forecast"]
+__all__ = ["Forecast", "Place", "forecast", "limit_of", "place_scratch", "plan", "usable_memory"]
 
 _FLOAT = 4
 _READ_VALUES = 10  # arrays as long as a block's entries that a task holds while it reads them: as stored, scaled, …
@@ -41,22 +53,12 @@ _STOP_AT = 0.03  # threshold, relative to σ₁, at which stops that guard again
 _FIRST_PASSES = 4  # the survey, and the first SVD, which reads the blocks
 _GIVE_BACK_PASSES = 3
 _READING_PASSES = 2  # of denoising: of the training part and of everything
+_SURE = 0.99  # of the limit, for what is advised: the same program does not start with quite the same memory again
+_MOST_BLOCKS = 256  # to advise, or so many times those there are; with more, adding up takes what they save
+_FINER = 16
+_LEAST_RANK = 16  # to advise
 
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes of one way to run.
-
-    Parameters
-    ----------
-    memory
-        Peak memory of each process, the imported libraries included.
-    disk
-        Of the scratch folder.
-    """
-
-    memory: int
-    disk: int
+Change = tuple[int, int | None]  # number of blocks, and max_rank, None as it is
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,10 @@ class Forecast:
     Parameters
     ----------
     in_memory, on_disk
-        With the working state in memory, and in Zarr on disk.
+        Bytes of memory of each process at its peak, the imported libraries included, with the working state in memory,
+        and in Zarr on disk.
+    scratch
+        Bytes on disk that the state takes there.
     basis_width
         Columns that the SVD is expected to compute at most.
     iterations, passes_per_iteration
@@ -79,8 +84,9 @@ class Forecast:
         That a pass reads and writes if the state is on disk: the matrix, the estimate and the sketch.
     """
 
-    in_memory: Need
-    on_disk: Need
+    in_memory: int
+    on_disk: int
+    scratch: int
     basis_width: int
     iterations: int
     passes_per_iteration: int
@@ -89,32 +95,11 @@ class Forecast:
     bytes_per_pass: int
 
 
-def forecast(
-    matrix: ExpressionMatrix,
-    settings: Settings,
-    threads: int | None = None,
-    workers: int = 1,
-    resident: int | None = None,
-) -> Forecast:
-    """Foresee what a run will take; reads nothing.
-
-    Parameters
-    ----------
-    matrix
-        Cells × genes, cut into blocks.
-    settings
-        How it is to be completed.
-    threads
-        Tasks that one process runs at once.
-    workers
-        Number of processes, among which the blocks are shared out.
-    resident
-        Bytes that the largest of them holds already; None for this process.
-    """
-    threads = threads or int(dask.config.get("num_workers", None) or CPU_COUNT)
+def forecast(matrix: ExpressionMatrix, settings: Settings, here: Workers) -> Forecast:
+    """Foresee what a run takes where `here` computes; reads nothing of the matrix, which is cut into blocks."""
     (m, n), n_observed = matrix.shape, matrix.n_stored
     n_blocks = len(matrix.blocks)
-    threads, groups = min(threads, n_blocks), min(threads * workers, n_blocks)
+    threads, groups = min(here.threads, n_blocks), min(here.threads * here.workers, n_blocks)
     rank = _likely_rank(settings, min(m, n), n_observed)
     wanted = basis_width(np.ones(rank), 0.5, rank)
     if settings.method == "denoise":
@@ -131,18 +116,17 @@ def forecast(
     if exact:
         freed = _DOUBLE * panel * _FREED_PANELS
         products = max(products, freed + _short_side_memory((m, n), rows, rank, threads, levels))
-    working = _base_memory(resident) + _to_write(matrix, resident) + products + _DOUBLE * n * n_blocks
-    kept = (
-        1 if settings.method == "complete" and settings.stop == "held-out" else 0
-    )  # the estimate of the best iteration
+    working = _base_memory(here.resident) + _to_write(matrix, here.resident) + products + _DOUBLE * n * n_blocks
+    kept = settings.method == "complete" and settings.stop == "held-out"  # the estimate of the best iteration
     state = _FLOAT * ((2 + kept) * n_observed + m * (2 * wanted + 2 * rank))
     blocks = 2 * _FLOAT * n_observed
-    share = math.ceil(n_blocks / workers) / n_blocks  # what one process holds
+    share = math.ceil(n_blocks / here.workers) / n_blocks  # what one process holds
     idle, busy = _iterations(settings, n_observed / (m * n))
     per_iteration = settings.svd_passes if settings.svd_tolerance == 0 else min(settings.svd_passes, 3)
     return Forecast(
-        in_memory=Need(int(working + share * (state + blocks)), 0),
-        on_disk=Need(int(working), int(state + blocks + _FLOAT * m * rank)),
+        in_memory=int(working + share * (state + blocks)),
+        on_disk=int(working),
+        scratch=int(state + blocks + _FLOAT * m * rank),
         basis_width=wanted,
         iterations=idle + busy,
         passes_per_iteration=per_iteration,
@@ -212,3 +196,200 @@ def _base_memory(resident: int | None) -> int:
 
         return int(psutil.Process().memory_info().rss) + started
     return max(resident, _IMPORTED) + started  # a worker that has done nothing yet has imported nothing either
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the working state of a run is to be kept, and whether that fits.
+
+    Parameters
+    ----------
+    scratch
+        ``"memory"`` or ``"zarr:PATH"``.
+    forecast
+        Of the run.
+    here
+        Who computes.
+    limit
+        Bytes that each process may take.
+    refusal
+        Why it does not fit and what would, in words; empty if it does.
+    """
+
+    scratch: str
+    forecast: Forecast
+    here: Workers
+    limit: int
+    refusal: str = ""
+
+    @property
+    def memory(self) -> int:
+        """Bytes of each process."""
+        return self.forecast.in_memory if self.scratch == "memory" else self.forecast.on_disk
+
+    @property
+    def memory_in_all(self) -> int:
+        """Bytes of all processes together: this one and the scheduler take no more than a worker without the state."""
+        apart = self.here.resident is not None
+        return self.here.workers * self.memory + (self.forecast.on_disk if apart else 0)
+
+
+def place_scratch(job: Job, here: Workers) -> Place:
+    """Choose where the working state of a run is kept, and say whether it fits.
+
+    Raises
+    ------
+    InputError
+        If `Job.scratch` is none of ``"auto"``, ``"memory"`` and ``"zarr:PATH"``.
+    """
+    scratch = job.scratch
+    named = scratch.startswith("zarr:")
+    path = scratch.removeprefix("zarr:") if named else os.fspath(job.scratch_folder or scratch_folder_for(None))
+    if scratch not in ("auto", "memory") and not (named and path):
+        raise InputError(f"scratch is {scratch!r}; give auto, memory, or zarr:PATH with a folder on a local disk")
+    limit, raised_by = limit_of(here, job.memory_limit)
+    need = forecast(job.matrix, job.settings, here)
+    on_disk = named or (scratch == "auto" and need.in_memory > limit)
+    chosen = Place(f"zarr:{path}" if on_disk else "memory", need, here, limit)
+    if chosen.memory > limit:
+        remedy = _remedy(job, here, limit, raised_by)
+        words = f"the forecast is {format_bytes(chosen.memory)} of memory and the limit {format_bytes(limit)}; {remedy}"
+        return replace(chosen, refusal=words)
+    free = shutil.disk_usage(path).free if on_disk and os.path.isdir(path) else math.inf
+    if on_disk and need.scratch > free:
+        words = (
+            f"the forecast is {format_bytes(need.scratch)} of scratch and {path} has {format_bytes(int(free))} free; "
+            "pass --scratch zarr:PATH with a folder on another disk"
+        )
+        return replace(chosen, refusal=words)
+    return chosen
+
+
+def _remedy(job: Job, here: Workers, limit: int, raised_by: str) -> str:
+    """Name the options with which the run would fit, or else what it would need at least."""
+    now, forecasts = len(job.matrix.blocks), _forecasts(job, here)
+
+    def take(change: Change) -> int:
+        one = forecasts[change]
+        return one.on_disk if job.scratch.startswith("zarr:") or one.in_memory > limit else one.in_memory
+
+    def words(change: Change) -> str:
+        blocks, rank = change
+        options = ["--scratch auto"] * (job.scratch == "memory") + [f"--blocks {blocks}"] * (blocks != now)
+        return " ".join(options + [f"--max-rank {rank}"] * (rank is not None))
+
+    fit = [change for change in forecasts if take(change) <= _SURE * limit]
+    more_blocks = [(blocks, rank) for blocks, rank in fit if rank is None][:1]
+    lower_rank = [(blocks, rank) for blocks, rank in fit if rank is not None and blocks == now][:1]
+    if chosen := more_blocks + lower_rank or fit[:1]:
+        ways = [f"{words(change)} would take {format_bytes(take(change))}" for change in chosen]
+        return f"{', '.join(ways)}, or raise {raised_by}"
+    least = min(forecasts, key=take)
+    by = words(least)
+    return f"at least {format_bytes(take(least))} are needed{f', with {by}' if by else ''}; raise {raised_by}"
+
+
+def _forecasts(job: Job, here: Workers) -> dict[Change, Forecast]:
+    """Forecast the run as it is, with more blocks, by doubling, and with lower ranks, by halving; mildest first."""
+    matrix, settings = job.matrix, job.settings
+
+    def foresee(cut: RowBlocks, rank: int | None) -> Forecast:
+        changed = settings if rank is None else replace(settings, max_rank=rank)
+        return forecast(matrix.with_blocks(cut), changed, here)
+
+    n_cells, blocks = matrix.shape[0], len(matrix.blocks)
+    cuts, as_is = {blocks: matrix.blocks}, foresee(matrix.blocks, None)
+    if job.resumed:
+        return {(blocks, None): as_is}
+    finest = min(n_cells, max(_MOST_BLOCKS, _FINER * blocks))
+    while (blocks := 2 * blocks) <= finest:
+        cuts[blocks] = RowBlocks.even(n_cells, blocks)
+    highest = min(as_is.basis_width, settings.max_rank or as_is.basis_width)
+    ranks = [2**power for power in range(highest.bit_length(), 0, -1) if _LEAST_RANK <= 2**power < highest]
+    return {(number, rank): foresee(cut, rank) for rank in (None, *ranks) for number, cut in cuts.items()}
+
+
+def limit_of(here: Workers, asked: int | None) -> tuple[int, str]:
+    """Bytes that each process may take, of `asked` or else what is left, and the option that raises that."""
+    if here.memory is not None and here.memory < (asked or math.inf):
+        return here.memory, "--worker-memory"
+    return asked or usable_memory(), "--memory-limit"
+
+
+def usable_memory() -> int:
+    """Bytes that this process may still take: what the cgroup or the machine leaves."""
+    from distributed.system import MEMORY_LIMIT
+
+    return int(min(MEMORY_LIMIT, psutil.virtual_memory().available + psutil.Process().memory_info().rss))
+
+
+def plan(job: Job, *, preserve_zeros: bool = False) -> dict[str, Any]:
+    """Say what a run will take, for people: the forecast and an estimate of the time after timing one block.
+
+    Parameters
+    ----------
+    job
+        The run.
+    preserve_zeros
+        Whether biological zeros are looked for too, by another SVD.
+
+    Returns
+    -------
+    dict
+        Memory is that of each process, in bytes, but for ``memory_bytes_in_all``; ``refusal``, in words, is there
+        only if the run does not fit, and then no time.
+    """
+    here, matrix = workers_here(), storable_annotation(job.matrix, silent)
+    place = place_scratch(replace(job, matrix=matrix), here)
+    need = place.forecast
+    passes = need.passes + (BIOLOGICAL_ZEROS_PASSES if preserve_zeros else 0)
+    times = {}
+    if not place.refusal:  # timing a block takes the memory that there is not
+        seconds = _time_of_pass(matrix, need.basis_width, here.threads * here.workers)
+        times = {"seconds_per_pass": seconds, "seconds": seconds * passes}
+    return {
+        "n_cells": matrix.shape[0],
+        "n_genes": matrix.shape[1],
+        "n_observed": matrix.n_stored,
+        "n_blocks": len(matrix.blocks),
+        "peak_memory_bytes": need.in_memory,
+        "peak_memory_bytes_with_zarr_scratch": need.on_disk,
+        "zarr_scratch_bytes": need.scratch,
+        "scratch": place.scratch,
+        "memory_bytes_in_all": place.memory_in_all,
+        "memory_limit_bytes": place.limit,
+        "fits": not place.refusal,
+        **({"refusal": place.refusal} if place.refusal else {}),
+        "workers": here.workers,
+        "threads_per_worker": here.threads,
+        "basis_width": need.basis_width,
+        "iterations": need.iterations,
+        "passes": passes,
+        "tasks_per_iteration": need.tasks_per_pass * need.passes_per_iteration,
+        "bytes_read_per_pass": need.bytes_per_pass,
+        **times,
+    }
+
+
+def _time_of_pass(matrix: ExpressionMatrix, width: int, threads: int) -> float:
+    """Seconds that one pass will take on `threads` in all, from one block, on whatever scheduler Dask has."""
+    seconds: float = dask.delayed(_time_of_block, pure=False)(matrix.for_workers(), width).compute()
+    return seconds * len(matrix.blocks) / min(threads, len(matrix.blocks))
+
+
+def _time_of_block(matrix: ExpressionMatrix, width: int) -> float:
+    """Seconds for reading and multiplying one, the second time, when all is compiled."""
+    rank = max(1, width // 2)
+    right, basis = np.ones((matrix.shape[1], rank), np.float32), np.ones((matrix.shape[1], width), np.float32)
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        csr = matrix.read_block(0)
+        state = BlockState(csr.data, np.ones((csr.shape[0], rank), np.float32), np.zeros((0, 0), np.float32))
+        visit(
+            Block(csr.indptr, csr.indices, csr.data, csr.shape[1]),
+            state,
+            PassInputs(right, basis=basis, overlap=right.T @ basis),
+        )
+        seconds = time.perf_counter() - began
+    return seconds

@@ -18,6 +18,7 @@ from scialm_dask.events import Iteration
 from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.reduction import stacked
 from scialm_dask.solve.denoise import Denoised, as_plain
 from scialm_dask.solve.embedding import find_axes
 from scialm_dask.solve.ialm import Completion
@@ -71,20 +72,12 @@ def _result(
     found: Survey, blocks: PreparedBlocks, lefts: list[Delayed], right: Floats, summary: dict[str, Any], **parts: Any
 ) -> Imputation:
     """Put factors back on the scale of the input, lazily."""
-    import dask.array as da
-
     matrix, scales = blocks.matrix, blocks.scales
-    unscaled = dask.delayed(_unscaled)
-    pieces = [
-        da.from_delayed(
-            unscaled(left, None if scales.cell is None else scales.cell[start:stop]),
-            shape=(stop - start, right.shape[1]),
-            dtype=np.float32,
-        )
-        for left, (start, stop) in zip(lefts, matrix.blocks, strict=True)
-    ]
+    if scales.cell is not None:
+        divide = dask.delayed(_divided)
+        lefts = [divide(left, scales.cell[slice(*span)]) for left, span in zip(lefts, matrix.blocks, strict=True)]
     result = Imputation(
-        da.concatenate(pieces, axis=0),
+        stacked(lefts, matrix.blocks.sizes, right.shape[1]),
         right if scales.gene is None else right / scales.gene[:, None],
         obs=matrix.obs,
         var=matrix.var,
@@ -120,8 +113,8 @@ def _summary(found: Survey, blocks: PreparedBlocks, settings: Settings) -> dict[
     }
 
 
-def _unscaled(left: Floats, scale: Floats | None) -> Floats:
-    return left if scale is None else left / scale[:, None]
+def _divided(left: Floats, scale: Floats) -> Floats:
+    return left / scale[:, None]
 
 
 def _sum(result: Imputation, found: Survey) -> float:

@@ -31,7 +31,7 @@ from scialm_dask.linalg.kernels import Block, Doubles, Floats, Update
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.ridge import column_minima
 from scialm_dask.linalg.svd import extended_basis, leading_triplets
-from scialm_dask.reduction import tree_reduce
+from scialm_dask.reduction import stacked, tree_reduce
 
 __all__ = ["BiologicalZeros", "biological_zeros", "spectral_gap_rank"]
 
@@ -148,11 +148,7 @@ def biological_zeros(
         lefts, right = _approximation(operator, seed)
         thresholds = np.maximum(-_minima(lefts, right), 0)
 
-    import dask.array as da
-
-    shapes = [(stop - start, right.shape[1]) for start, stop in matrix.blocks]
-    pieces = [da.from_delayed(left, shape, np.float32) for left, shape in zip(lefts, shapes, strict=True)]
-    return BiologicalZeros(matrix, da.concatenate(pieces, axis=0), right, thresholds)
+    return BiologicalZeros(matrix, stacked(lefts, matrix.blocks.sizes, right.shape[1]), right, thresholds)
 
 
 def _approximation(operator: LowRankPlusSparse, seed: int) -> tuple[list[Delayed], Floats]:

@@ -20,7 +20,7 @@ from scialm_dask.events import Listener, Note, silent
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.ridge import RowProblems, leave_one_out, solve_rows
 from scialm_dask.linalg.sparse_products import spmm
-from scialm_dask.reduction import tree_reduce
+from scialm_dask.reduction import stacked, tree_reduce
 from scialm_dask.solve.cell_model import CellModel, CompletionModel, DenoisingModel
 from scialm_dask.solve.scaling import PreparedBlocks, Survey
 
@@ -130,19 +130,8 @@ def transform(
         assert isinstance(fit.model, DenoisingModel)
         solver, counts = _projection(fit.model, right, scaled.measured), matrix.of_genes(columns, len(fit.right))
 
-    import dask.array as da
-
-    solve = dask.delayed(_solve_block)
-    shared = dask.delayed((solver, scaled, matrix), traverse=False)
-    pieces = [
-        da.from_delayed(
-            solve(shared, b, None if sizes is None else sizes[start:stop]),
-            shape=(stop - start, fit.right.shape[1]),
-            dtype=np.float32,
-        )
-        for b, (start, stop) in enumerate(matrix.blocks)
-    ]
-    return Transformed(da.concatenate(pieces, axis=0), counts, scaled.measured, obs, summary)
+    left = _left(solver, scaled, matrix, sizes, fit.right.shape[1])
+    return Transformed(left, counts, scaled.measured, obs, summary)
 
 
 class _Run(NamedTuple):
@@ -206,6 +195,16 @@ class _Projection:
         left = np.zeros((len(indptr) - 1, self.matrix.shape[1]), np.float32)
         spmm(indptr, indices, values, self.matrix, left)
         return left
+
+
+def _left(
+    solver: _Completion | _Projection, scaled: _Scaled, matrix: ExpressionMatrix, sizes: Doubles | None, rank: int
+) -> da.Array:
+    """Return the left factor, each block of which is solved for when it is asked for."""
+    solve, shared = dask.delayed(_solve_block), dask.delayed((solver, scaled, matrix), traverse=False)
+    spans = enumerate(matrix.blocks)
+    pieces = [solve(shared, b, None if sizes is None else sizes[start:stop]) for b, (start, stop) in spans]
+    return stacked(pieces, matrix.blocks.sizes, rank)
 
 
 def _projection(model: DenoisingModel, right: Floats, measured: NDArray[np.bool_]) -> _Projection:

@@ -148,10 +148,11 @@ def test_the_peak_is_that_of_the_largest_process(client, path):
 
 def test_a_plan_foresees_what_all_processes_take(client, path):
     from scialm_dask.config import preset
-    from scialm_dask.run.dry_run import plan
+    from scialm_dask.run.checkpointing import Job
+    from scialm_dask.run.plan import plan
 
     with client.as_current():
-        told = plan(ExpressionMatrix.open(path), preset("complete"))
+        told = plan(Job(ExpressionMatrix.open(path), preset("complete")))
     assert told["workers"] == 2
     assert 2 * told["peak_memory_bytes"] < told["memory_bytes_in_all"] < 4 * told["peak_memory_bytes"]
 

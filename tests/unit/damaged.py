@@ -32,8 +32,8 @@ from scialm_dask.data.storable import storable
 from scialm_dask.errors import ScialmError, StoppedError
 from scialm_dask.events import Iteration
 from scialm_dask.imputation import Imputation
-from scialm_dask.run.checkpointing import Checkpointing
-from scialm_dask.run.dry_run import plan
+from scialm_dask.run.checkpointing import Checkpointing, Job
+from scialm_dask.run.plan import plan
 
 N_CELLS, N_GENES = 300, 40
 RUN = {"preset": "paper", "max_iterations": 6}
@@ -169,7 +169,7 @@ def ours(kind, path, folder, damage_scratch=lambda: None):
 
         return found_by(impute(cells(), scratch=f"zarr:{path}", key_added=None, listen=listen, **RUN))
     if kind.startswith("imputed"):
-        plan(ExpressionMatrix.open(path), preset("paper"))
+        plan(Job(ExpressionMatrix.open(path), preset("paper")))
         return found_by(impute(path, **RUN))
     if kind == "result":
         opened = Imputation.open(path)

@@ -225,9 +225,17 @@ def test_the_mark_of_logarithms_is_about_x_however_that_is_stored(adata, tmp_pat
         impute(ExpressionMatrix.open(tmp_path / "a.h5ad"), **SETTINGS)
 
 
-@pytest.mark.parametrize("thing", ["text.zarr", {"a": 1}, [["a", "b"]], np.ones((2, 2, 2))])
-def test_other_things_are_refused(thing):
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(
+    ("thing", "words"),
+    [
+        ("text.zarr", "no such file or folder"),
+        ({"a": 1}, "give a matrix of numbers"),
+        ([["a", "b"]], "not numbers that can be computed with"),
+        (np.ones((2, 2, 2)), r"shape \(2, 2, 2\); give a matrix"),
+    ],
+)
+def test_other_things_are_refused(thing, words):
+    with pytest.raises(InputError, match=words):
         impute(thing)
     with pytest.raises(InputError, match="layer is 'raw', but a list has none"):
         impute([[1.0]], layer="raw")

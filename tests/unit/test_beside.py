@@ -79,6 +79,19 @@ def test_a_name_tells_path_and_layer(name, place):
     assert place_of(name) == place
 
 
+def test_genes_are_called_by_id_or_by_symbol(cells):
+    cells.var.loc[cells.var_names[5], "feature_name"] = "S4"
+    result = scialm_dask.impute(cells)
+    expected = result[:, [2, 7]]
+    for names in (["S2", "S7"], ["ENSG00000000002", "ENSG00000000007"]):
+        np.testing.assert_array_equal(result[:, names], expected)
+    assert result["c3", "S7"] == result[3, 7]
+    with pytest.raises(scialm_dask.InputError, match="several genes are named 'S4'"):
+        result[:, ["S4"]]
+    with pytest.raises(scialm_dask.InputError, match="no gene is named 'S99'; the first ones are ENSG"):
+        result[:, ["S99"]]
+
+
 def test_scanpy_takes_the_lazy_layer(cells):
     """Its t-test as it is; its Wilcoxon test once the layer is computed."""
     sc = pytest.importorskip("scanpy")

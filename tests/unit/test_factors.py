@@ -12,9 +12,9 @@ import scanpy as sc
 import zarr
 
 from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
-from scialm_dask import imputation as factors
 from scialm_dask.errors import OutputError
 from scialm_dask.evaluate.metrics import score_held_out
+from scialm_dask.solve import stored
 
 SETTINGS = {"preset": "paper", "max_iterations": 8, "max_rank": 6}
 
@@ -201,17 +201,17 @@ def test_dense_chunks_are_whole_rows_and_all_written(result, tmp_path):
 
 def test_nothing_is_there_until_it_is_complete(result, tmp_path, monkeypatch):
     seen = []
-    write = factors.write_dense
+    write = stored.write_dense
 
     def watched(*args):
         total = write(*args)
         seen.append((tmp_path / "r.zarr").exists())
         return total
 
-    monkeypatch.setattr(factors, "write_dense", watched)
+    monkeypatch.setattr(stored, "write_dense", watched)
     result.to_zarr(tmp_path / "r.zarr", dense=True)
     assert seen == [False]
-    monkeypatch.setattr(factors, "write_dense", lambda *_: 1 / 0)
+    monkeypatch.setattr(stored, "write_dense", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         result.to_zarr(tmp_path / "bad.zarr", dense=True)
     with pytest.raises(ZeroDivisionError):

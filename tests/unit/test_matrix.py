@@ -104,10 +104,11 @@ def test_a_pickled_matrix_keeps_names_and_origin(counts, store_of):
     names = pd.DataFrame(index=[f"g{j}" for j in range(40)])
     given = ExpressionMatrix.of(counts).annotated(Annotation(pd.DataFrame(index=range(120)), names))
     assert list(pickle.loads(pickle.dumps(given)).var.index) == list(names.index)
-    opened = ExpressionMatrix.open(store_of(counts))
+    path = store_of(counts)
+    opened = ExpressionMatrix.open(path)
     again = pickle.loads(pickle.dumps(opened))
     assert (again.origin, again.stamp) == (opened.origin, opened.stamp)
-    assert again.origin is not None
+    assert (again.origin.path, again.origin.layer) == (str(path), None)
 
 
 def test_names_in_memory_do_not_go_to_workers(counts, monkeypatch):

@@ -19,11 +19,9 @@ from scialm_dask.data.annotation import Annotation
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, chunk_bytes, reordered
 from scialm_dask.errors import DoesNotFitError, InputError, StoppedError
-from scialm_dask.run.checkpointing import Checkpointing
+from scialm_dask.run.checkpointing import Checkpointing, Job
 from scialm_dask.run.cluster import Workers
-from scialm_dask.run.dry_run import plan
-from scialm_dask.run.placing import limit_of, place_scratch, usable_memory
-from scialm_dask.run.plan import forecast
+from scialm_dask.run.plan import forecast, limit_of, place_scratch, plan, usable_memory
 
 WORKER = Workers(1, 2, None, resident=0)  # as it has not begun, what it holds is no matter of chance
 
@@ -38,7 +36,11 @@ def large():
 
 
 def refusal(matrix, settings, scratch="auto", **options):
-    return place_scratch(scratch, matrix, settings, WORKER, folder="/", **options).refusal
+    return placed(matrix, settings, scratch, **options).refusal
+
+
+def placed(matrix, settings, scratch, *, folder="/", **options):
+    return place_scratch(Job(matrix, settings, scratch, scratch_folder=folder, **options), WORKER)
 
 
 def least_of(words):
@@ -48,19 +50,19 @@ def least_of(words):
 
 def test_scratch_is_placed_by_the_limit(large, tmp_path):
     settings = preset("complete")
-    need = forecast(large, settings, WORKER.threads, resident=0)
-    enough = need.in_memory.memory
+    need = forecast(large, settings, WORKER)
+    enough = need.in_memory
 
-    def placed(scratch, limit):
-        place = place_scratch(scratch, large, settings, WORKER, folder=tmp_path, memory_limit=limit)
+    def within(scratch, limit):
+        place = placed(large, settings, scratch, folder=tmp_path, memory_limit=limit)
         assert place.refusal == ""
         return place
 
-    assert placed("auto", enough).scratch == placed("memory", enough).scratch == "memory"
-    assert placed("auto", enough).need == need.in_memory
-    assert placed("auto", enough - 1).scratch == f"zarr:{tmp_path}"
-    assert placed("auto", enough - 1).need == need.on_disk
-    assert placed("zarr:/tmp", 10**12).scratch == "zarr:/tmp"
+    assert within("auto", enough).scratch == within("memory", enough).scratch == "memory"
+    assert within("auto", enough).memory == need.in_memory
+    assert within("auto", enough - 1).scratch == f"zarr:{tmp_path}"
+    assert within("auto", enough - 1).memory == need.on_disk
+    assert within("zarr:/tmp", 10**12).scratch == "zarr:/tmp"
 
 
 @pytest.mark.parametrize("name", ["complete", "paper"])
@@ -69,8 +71,8 @@ def test_scratch_is_placed_by_the_limit(large, tmp_path):
 def test_what_is_advised_fits(large, name, scratch, share):
     """Whoever follows any of the advice is not refused again, and takes what was said."""
     settings = preset(name)
-    need = forecast(large, settings, WORKER.threads, resident=0)
-    wanted = (need.in_memory if scratch == "memory" else need.on_disk).memory
+    need = forecast(large, settings, WORKER)
+    wanted = need.in_memory if scratch == "memory" else need.on_disk
     least = least_of(refusal(large, settings, scratch, memory_limit=10**8))
     limit = int(least + share * (wanted - least))
     words = refusal(large, settings, scratch, memory_limit=limit)
@@ -82,9 +84,9 @@ def test_what_is_advised_fits(large, name, scratch, share):
         chosen = dict(re.findall(r"--(\S+) (\S+)", options))
         cut = large.with_blocks(RowBlocks.even(20_000, int(chosen.get("blocks", 8))))
         changed = preset(name, max_rank=chosen.get("max-rank"))
-        followed = place_scratch(chosen.get("scratch", scratch), cut, changed, WORKER, folder="/", memory_limit=limit)
+        followed = placed(cut, changed, chosen.get("scratch", scratch), memory_limit=limit)
         assert "of memory" not in followed.refusal
-        assert followed.need.memory == pytest.approx(parse_bytes(taken), rel=0.01)
+        assert followed.memory == pytest.approx(parse_bytes(taken), rel=0.01)
 
 
 @pytest.mark.parametrize("scratch", ["auto", "memory", "zarr:/"])
@@ -98,12 +100,12 @@ def test_where_nothing_helps_it_is_said_what_is_needed(large, scratch):
 
 def test_a_run_that_is_resumed_has_its_blocks_and_rank(large):
     settings = preset("complete")
-    need = forecast(large, settings, WORKER.threads, resident=0)
-    limit = int(1.1 * need.on_disk.memory)
-    assert limit < need.in_memory.memory
+    need = forecast(large, settings, WORKER)
+    limit = int(1.1 * need.on_disk)
+    assert limit < need.in_memory
     words = refusal(large, settings, "memory", memory_limit=limit, resumed=True)
     assert re.search(r"; --scratch auto would take \S+ \w+, or raise --memory-limit$", words)
-    words = refusal(large, settings, memory_limit=int(0.9 * need.on_disk.memory), resumed=True)
+    words = refusal(large, settings, memory_limit=int(0.9 * need.on_disk), resumed=True)
     assert re.search(r"; at least \S+ \w+ are needed; raise --memory-limit$", words)
 
 
@@ -232,7 +234,7 @@ print(*before, are_compiled(), _base_memory(0), peak())
 def test_a_plan_that_does_not_fit_times_no_block(counts, monkeypatch):
     """Timing one takes the memory that there is not."""
     monkeypatch.setattr(ExpressionMatrix, "read_block", lambda *_, **__: pytest.fail("a block was read"))
-    told = plan(ExpressionMatrix.of(counts), preset("paper"), memory_limit=100 << 20)
+    told = plan(Job(ExpressionMatrix.of(counts), preset("paper"), memory_limit=100 << 20))
     assert not told["fits"]
     assert "seconds" not in told
 
@@ -241,8 +243,8 @@ def test_annotation_is_in_the_forecast(counts):
     words = pd.DataFrame({f"c{j}": ["x" * 1000] * 120 for j in range(60)}, index=[f"cell{i}" for i in range(120)])
     bare = ExpressionMatrix.of(counts)
     wide = bare.annotated(Annotation(words, pd.DataFrame(index=map(str, range(40)))))
-    settings, here = preset("paper"), {"threads": 1}
-    more = forecast(wide, settings, **here).on_disk.memory - forecast(bare, settings, **here).on_disk.memory
+    settings, here = preset("paper"), Workers(1, 1, None)
+    more = forecast(wide, settings, here).on_disk - forecast(bare, settings, here).on_disk
     assert more > 120 * 60 * 1000
 
 
@@ -253,6 +255,6 @@ def test_a_chunk_that_is_larger_than_a_block_is_in_the_forecast(counts, store_of
     assert chunk_bytes(matrix.rows) == width * counts.nnz
     assert chunk_bytes(reordered(matrix.rows, matrix.blocks, np.arange(120), None)) == width * counts.nnz
     assert chunk_bytes(MemoryRows(counts)) == 0
-    need = forecast(matrix, preset("paper"), threads=3).on_disk.memory
+    need = forecast(matrix, preset("paper"), Workers(1, 3, None)).on_disk
     monkeypatch.setattr("scialm_dask.run.plan.chunk_bytes", lambda _: 10**9)
-    assert forecast(matrix, preset("paper"), threads=3).on_disk.memory == pytest.approx(need + 3e9, rel=0.01)
+    assert forecast(matrix, preset("paper"), Workers(1, 3, None)).on_disk == pytest.approx(need + 3e9, rel=0.01)

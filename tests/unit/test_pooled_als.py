@@ -115,11 +115,17 @@ def test_rank_above_the_number_of_pools_warns():
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"rank": 0}, {"rank": 2, "ridge": -1.0}, {"rank": 2, "restarts": 0}, {"rank": 2, "tol": np.nan}],
+    ("settings", "words"),
+    [
+        ({"rank": 0}, "rank is 0; give a whole number of at least 1"),
+        ({"rank": 2, "ridge": -1.0}, "ridge is -1.0; give a number of at least 0"),
+        ({"rank": 2, "ridge": np.inf}, "ridge is inf; give a number of at least 0"),
+        ({"rank": 2, "restarts": 0}, "restarts is 0; give a whole number of at least 1"),
+        ({"rank": 2, "tol": np.nan}, "tol is nan; give a number of at least 0"),
+    ],
 )
-def test_bad_settings(settings):
-    with pytest.raises(InputError):
+def test_bad_settings(settings, words):
+    with pytest.raises(InputError, match=f"^{words}$"):
         PooledALS(**settings)
 
 

@@ -6,12 +6,9 @@ import pytest
 import zarr
 from pooled_twins import sparse_simulation
 
-import scialm_dask.cli.pooled
 from scialm_dask import Imputation
 from scialm_dask.pooled.als import PooledALS
-from scialm_dask.pooled.measurements import read_design
-
-assert scialm_dask.cli.pooled
+from scialm_dask.pooled.design import read_design
 
 
 @pytest.fixture
@@ -86,7 +83,7 @@ def test_bad_input_is_one_line(cli, tmp_path, experiment):
         (["--pools", tmp_path / "none.csv"], "cannot be read as a design"),
         (["--pools", source], "unknown kind of file"),
         (["--pools", table, "--method", "nuclear", "--delta", "-1"], "negative"),
-        (["--pools", table, "--rank", "0"], "rank 0 is below 1"),
+        (["--pools", table, "--rank", "0"], "rank is 0; give a whole number of at least 1"),
     ]:
         done = cli("unpool", source, tmp_path / "out.zarr", *words)
         assert done.exit_code == 2

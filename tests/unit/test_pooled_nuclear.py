@@ -156,9 +156,16 @@ def test_iterations_that_run_out_warn_and_still_give_a_feasible_answer(iteration
     assert X.shape == M.shape
 
 
-@pytest.mark.parametrize("settings", [{"delta": -1.0}, {"delta": np.nan}, {"delta": 1.0, "tol": 0.0}])
-def test_bad_settings(settings):
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"delta": -1.0}, "delta is -1.0; give a number of at least 0"),
+        ({"delta": np.nan}, "delta is nan; give a number of at least 0"),
+        ({"delta": 1.0, "tol": 0.0}, "tol is 0.0; give a number between 0 and 1"),
+    ],
+)
+def test_bad_settings(settings, words):
+    with pytest.raises(InputError, match=f"^{words}$"):
         PooledNuclearNorm(**settings)
 
 

@@ -60,17 +60,17 @@ def test_bad_designs(pools, words):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "words"),
     [
-        lambda: random_pools(0, 3),
-        lambda: random_pools(3, 3, density=0),
-        lambda: random_pools(2, 30, density=0.01),
-        lambda: balanced_pools(10, 5, per_gene=6),
-        lambda: balanced_pools(2, 5, per_gene=1),
+        (lambda: random_pools(0, 3), "genes is 0; give a whole number of at least 1"),
+        (lambda: random_pools(3, 3, density=0), "density 0.0 is outside"),
+        (lambda: random_pools(2, 30, density=0.01), "pools are empty"),
+        (lambda: balanced_pools(10, 5, per_gene=6), "per_gene is 6; give no more than the number of pools, 5"),
+        (lambda: balanced_pools(2, 5, per_gene=1), "leave some of 5 pools empty"),
     ],
 )
-def test_designs_that_cannot_be(make):
-    with pytest.raises(InputError):
+def test_designs_that_cannot_be(make, words):
+    with pytest.raises(InputError, match=words):
         make()
 
 

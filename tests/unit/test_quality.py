@@ -91,9 +91,9 @@ def test_a_cell_left_without_counts_stays_empty(store_of, tmp_path):
         ({"min_genes": 41}, "no cell passes"),
         ({"min_cells": 121}, "no gene passes"),
         ({"max_genes": 0}, "no counts are left"),
-        ({"max_mito": 101}, "give percent"),
-        ({"max_mito": float("nan")}, "0 or more"),
-        ({"min_genes": -1}, "0 or more"),
+        ({"max_mito": 101}, "max_mito is 101; give a number from 0 to 100 or None"),
+        ({"max_mito": float("nan")}, "max_mito is nan; give a number from 0 to 100"),
+        ({"min_genes": -1}, "min_genes is -1; give a whole number of at least 0 or None"),
     ],
 )
 def test_thresholds_that_leave_nothing_are_refused(counts, store_of, tmp_path, limits, message):

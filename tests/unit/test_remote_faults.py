@@ -12,9 +12,9 @@ from objects import Faults, Proxy, file_server, served
 from zarr.storage import FsspecStore
 
 from scialm_dask import ExpressionMatrix
-from scialm_dask.data import remote, writer
+from scialm_dask.data import csr, remote
+from scialm_dask.data.csr import CSRWriter
 from scialm_dask.data.store import new_anndata, open_store
-from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.mask import mask
 
@@ -30,7 +30,7 @@ def source(counts, tmp_path_factory):
         pd.DataFrame(index=[f"{axis}{i}" for i in range(n)]) for axis, n in zip("cg", counts.shape, strict=True)
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "CHUNK_VALUES", 300)
+        patch.setattr(csr, "CHUNK_VALUES", 300)
         root = new_anndata(path, obs=obs, var=var)
         with CSRWriter(root, "X", n_columns=counts.shape[1]) as rows:
             rows.append(counts)

@@ -17,7 +17,7 @@ import zarr
 from problems import low_rank_counts
 from test_checkpoint import edited, of_manifest, redone, truncated
 
-from scialm_dask import ExpressionMatrix, Imputation, InputError, imputation, impute, resume
+from scialm_dask import ExpressionMatrix, Imputation, InputError, impute, resume
 from scialm_dask.data.checkpoint import Checkpoints
 from scialm_dask.data.scratch import MemoryScratch
 from scialm_dask.data.written import write_left
@@ -26,6 +26,7 @@ from scialm_dask.events import Iteration, Note, Pass, Stage
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.run import job
 from scialm_dask.run.checkpointing import Checkpointing, cadence
+from scialm_dask.solve import stored
 from scialm_dask.solve.ialm import LoopState
 from scialm_dask.solve.scaling import prepare, survey
 
@@ -444,7 +445,7 @@ def test_of_two_resumes_at_once_one_is_refused(cli, stopped, tmp_path, monkeypat
         if not refused:
             refused.append(cli("resume", stopped, tmp_path / "other.zarr", "--quiet"))
 
-    monkeypatch.setattr(imputation, "write_left", lambda *args, **kwargs: second() or write_left(*args, **kwargs))
+    monkeypatch.setattr(stored, "write_left", lambda *args, **kwargs: second() or write_left(*args, **kwargs))
     first = cli("resume", stopped, tmp_path / "r.zarr", "--quiet")
     assert first.exit_code == 0, first.stderr
     assert refused[0].exit_code == 2

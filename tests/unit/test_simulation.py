@@ -80,7 +80,7 @@ def test_alias_tables_hold_the_shares():
         ({"--genes": 1}, "genes is 1"),
         ({"--rank": 0}, "rank is 0"),
         ({"--rank": 51}, "no more than the number of genes"),
-        ({"--density": 0}, "between 0 and 1"),
+        ({"--density": 0}, "density is 0.0; give a number between 0 and 1"),
         ({"--density": 0.99999}, "cannot be reached"),
     ],
 )

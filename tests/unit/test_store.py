@@ -14,10 +14,10 @@ import pytest
 import scipy.sparse as sp
 import zarr
 
-from scialm_dask.data import store, writer
+from scialm_dask.data import csr, store
 from scialm_dask.data.arrays import missing_chunks
+from scialm_dask.data.csr import CSRWriter
 from scialm_dask.data.store import atomic_output, new_anndata, open_store
-from scialm_dask.data.writer import CSRWriter
 from scialm_dask.errors import InputError, OutputError
 
 
@@ -167,8 +167,8 @@ def test_errors_of_space_are_explained(tmp_path, code):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(writer, "CHUNK_VALUES", 64)
-    monkeypatch.setattr(writer, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(csr, "CHUNK_VALUES", 64)
+    monkeypatch.setattr(csr, "CHUNK_ROWS", 16)
 
 
 @pytest.mark.parametrize("cuts", [[], [1, 2, 3], [50], [0, 60, 60, 119]])
