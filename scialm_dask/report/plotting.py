@@ -295,9 +295,6 @@ def cells(points: NDArray[np.float64], shares: tuple[float, float], colouring: C
     return draw
 
 
-# Methods side by side
-
-
 def _title(column: str, words: str, less: str, more: str) -> str:
     """Return the title of a panel, which says in which direction scores are better."""
     better = "best: 1" if column == "mean_ratio" else less if column in _LESS_IS_BETTER else more
