@@ -10,13 +10,10 @@ import os
 import shlex
 import shutil
 import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scialm_dask.arguments import Count, checked, validated
@@ -24,7 +21,7 @@ from scialm_dask.config import bytes_of, configured, seconds_of
 from scialm_dask.data.temporary import current_client
 from scialm_dask.errors import ClusterError, InputError
 from scialm_dask.run import signals
-from scialm_dask.run.cluster_errors import count_workers, losses_explained, quiet_end, while_workers
+from scialm_dask.run.cluster_errors import check_processes, count_workers, losses_explained, quiet_end, while_workers
 
 if TYPE_CHECKING:
     from distributed import Client, Security
@@ -79,36 +76,35 @@ def connect(
     tls: bool | None = None,
     notify: Callable[[str], None] = _say_nothing,
 ) -> Iterator[Client | None]:
-    """Find workers for what is computed within the block: ``with scialm_dask.connect(cluster="local"): …``.
+    """Find or start workers for what is computed within a ``with`` block.
 
-    What is not given is taken from Dask's configuration, namespace ``scialm``. All that is started here listens on
-    the loopback interface, or on the one that dask-jobqueue's configuration names, and is closed at the end.
+    Options that are not given come from Dask's configuration, namespace ``scialm``. A cluster started here listens on
+    the loopback interface, or on the one that dask-jobqueue's configuration names, and is closed at its end.
 
     Parameters
     ----------
-    scheduler
+    scheduler : str, optional
         Address of a running scheduler.
-    scheduler_file
+    scheduler_file : str or path-like, optional
         The file that ``dask scheduler --scheduler-file`` has written, or will in a moment.
-    cluster
-        Start one: ``"local"``, or ``"slurm"``, ``"pbs"``, ``"sge"`` or ``"lsf"`` as dask-jobqueue's own configuration
-        describes it. Without any of the three: threads of this process.
-    workers
+    cluster : {"local", "slurm", "pbs", "sge", "lsf"}, optional
+        Start one, as dask-jobqueue's own configuration describes it. Without any of the three: threads of this process.
+    workers : int, optional
         Number of worker processes of `cluster`, or to wait for at a running scheduler.
-    threads
-        Of each of them; without a cluster, of this process.
-    worker_memory
-        Of each of them, such as ``"8GB"``.
-    tls
+    threads : int, optional
+        Threads of each worker; without a cluster, of this process.
+    worker_memory : str, optional
+        Memory of each worker, such as ``"8GB"``.
+    tls : bool, optional
         Encrypt and authenticate all connections: by a certificate made for this cluster alone, or, for a running
         scheduler, by the files that Dask's configuration names under ``distributed.comm.tls``.
-    notify
-        Called with a line of text when people should know why it waits, or that it goes on with fewer workers.
+    notify : callable, optional
+        Called with a line of text when the user should know why it waits, or that it goes on with fewer workers.
 
     Yields
     ------
     distributed.Client or None
-        None: threads of this process.
+        None for threads of this process.
 
     Raises
     ------
@@ -116,6 +112,13 @@ def connect(
         If the options contradict one another, or a program or package that they need is missing.
     ClusterError
         If the scheduler does not answer, no worker comes, or they are lost on the way.
+
+    Examples
+    --------
+    >>> import numpy as np, scialm_dask
+    >>> counts = np.random.default_rng(0).poisson([[1, 5] * 20, [5, 1] * 20] * 30)
+    >>> with scialm_dask.connect(threads=1):
+    ...     result = scialm_dask.impute(counts)
     """
     import dask
 
@@ -298,7 +301,7 @@ def _local(
     stack: ExitStack, _: str, workers: int | None, threads: int | None, memory: str | None, security: Security | None
 ) -> tuple[Client, int]:
     """Start worker processes on this machine."""
-    _check_guarded()
+    check_processes()
     import dask
     from distributed import Client, LocalCluster
 
@@ -316,19 +319,6 @@ def _local(
             )
         )
     return stack.enter_context(Client(started)), len(started.workers)
-
-
-def _check_guarded() -> None:
-    """Refuse a script that begins anew in each worker that it starts, as multiprocessing imports it there."""
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    here = ((frame.filename, frame.name) for frame in traceback.extract_stack())
-    if script is None or (script, "<module>") not in here:  # as where somebody types
-        return
-    with contextlib.suppress(OSError, UnicodeError):
-        if "__name__" not in Path(script).read_text():
-            raise InputError(
-                f"{script}: would start anew in every worker; put what it does below `if __name__ == '__main__':`"
-            )
 
 
 def _jobqueue(
