@@ -1,4 +1,4 @@
-"""The site: `sphinx-build -c notebooks/site notebooks build/site`. Its pages are these, the notebooks and the READMEs."""
+"""The site: `sphinx-build -c notebooks/site notebooks build/site`. Its pages are the notebooks, READMEs and these."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGES = {
 }
 
 project = "scialm-dask"
-author = copyright = "The scialm-dask developers"
+project_copyright = "The scialm-dask developers"
 version = release = __version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc", "myst_nb"]
@@ -54,7 +54,7 @@ html_theme_options = {
 }
 
 
-def link_pages(app: Any, path: Path, parent: str, content: list[str]) -> None:
+def link_pages(app: Any, path: Path, _: str, content: list[str]) -> None:
     """Turn the links of an included file into links to pages and pictures of the site."""
     here = (Path(app.srcdir) / path).resolve().parent
 
