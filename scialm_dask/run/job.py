@@ -22,12 +22,13 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.scratch import new_scratch
 from scialm_dask.data.store import check_apart
-from scialm_dask.data.temporary import current_client, is_seen
+from scialm_dask.data.temporary import is_seen
 from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
 from scialm_dask.events import Listener, Note, Pass, Stage, silent
 from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.tasks import Observations, Store
+from scialm_dask.reduction import current_client
 from scialm_dask.run.checkpointing import Checkpointing, Job, as_written, ended, job_of
 from scialm_dask.run.cluster import ask_everyone, workers_here
 from scialm_dask.run.cluster_errors import cluster_is_back, loss_of_cluster, while_workers

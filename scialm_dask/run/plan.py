@@ -21,7 +21,7 @@ from scialm_dask.data.annotation import Annotation
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.rows import chunk_bytes
-from scialm_dask.data.store import scratch_folder_for
+from scialm_dask.data.scratch import scratch_folder_for
 from scialm_dask.errors import InputError
 from scialm_dask.events import silent
 from scialm_dask.linalg.kernels import PANEL_VALUES, Block, BlockState, PassInputs, visit
