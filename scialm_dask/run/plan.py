@@ -32,7 +32,7 @@ from scialm_dask.run.cluster import Workers, workers_here
 from scialm_dask.solve.biological_zeros import PASSES as BIOLOGICAL_ZEROS_PASSES
 from scialm_dask.solve.embedding import PASSES as EMBEDDING_PASSES
 from scialm_dask.solve.ialm import first_penalty, zero_iterations
-from scialm_dask.solve.rank import basis_width, prefers_short_side, widest_basis
+from scialm_dask.solve.rules import basis_width, prefers_short_side, widest_basis
 
 __all__ = ["Forecast", "Place", "forecast", "limit_of", "place_scratch", "plan", "usable_memory"]
 
