@@ -29,7 +29,7 @@ _GROWTH = 1.1  # of a singular value from one iteration to the next, near the th
 
 
 class PaperRank:
-    """Equation 13: at most `limit` values next, one more than the last rank, or R more if the rank met the limit (sv)."""
+    """Equation 13: one more than the last rank, or R more if the rank met the limit (sv)."""
 
     def __init__(self, settings: Settings, most: int) -> None:
         self.limit = min(settings.first_rank, most)
