@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OURS",
     "Group",
+    "add_parts",
     "at",
     "at_home",
     "check_held",
@@ -194,6 +195,11 @@ def tree_reduce(parts: Sequence[Any], combine: Callable[[T, T], T], homes: Seque
                 pairs.append((merge(one, other), home))
         placed = pairs + placed[2 * len(pairs) :]
     return placed[0][0]
+
+
+def add_parts(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Add tuples part by part."""
+    return tuple(a + b for a, b in zip(one, other, strict=True))
 
 
 def stacked(pieces: Iterable[Any], sizes: Iterable[int], width: int, dtype: Any = np.float32) -> da.Array:

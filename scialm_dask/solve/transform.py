@@ -20,7 +20,7 @@ from scialm_dask.events import Listener, Note, silent
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.ridge import RowProblems, leave_one_out, solve_rows
 from scialm_dask.linalg.sparse_products import spmm
-from scialm_dask.reduction import stacked, tree_reduce
+from scialm_dask.reduction import add_parts, stacked, tree_reduce
 from scialm_dask.solve.cell_model import CellModel, CompletionModel, DenoisingModel
 from scialm_dask.solve.scaling import PreparedBlocks, Survey
 
@@ -325,7 +325,7 @@ def completion_model(
         See `CompletionModel`.
     """
     moments = dask.delayed(_moments)
-    total, squares = tree_reduce([moments(left) for left in lefts], _add).compute()
+    total, squares = tree_reduce([moments(left) for left in lefts], add_parts).compute()
     mean = total / blocks.shape[0]
     covariance = squares / blocks.shape[0] - np.outer(mean, mean)
     return CompletionModel(**_shared(blocks, found), mean=mean, covariance=covariance, residual=residual)
@@ -350,10 +350,6 @@ def _shared(blocks: PreparedBlocks, found: Survey) -> dict[str, Any]:
 def _moments(left: Floats) -> tuple[Doubles, Doubles]:
     wide = left.astype(np.float64)
     return wide.sum(axis=0), wide.T @ wide
-
-
-def _add(one: tuple[Doubles, Doubles], other: tuple[Doubles, Doubles]) -> tuple[Doubles, Doubles]:
-    return one[0] + other[0], one[1] + other[1]
 
 
 def _solve_block(
