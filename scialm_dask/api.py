@@ -19,8 +19,6 @@ from scialm_dask.imputation import Imputation
 if TYPE_CHECKING:
     from scialm_dask.run.checkpointing import Checkpointing
 
-__all__ = ["impute", "resolve_preset", "resume"]
-
 
 @checked
 def impute(

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import dask.array as da
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["IALM"]
-
 
 class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Complete an expression matrix by low-rank matrix completion (scIALM), as a scikit-learn transformer.

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
-__all__ = ["LONG", "Imputation"]
-
 LONG = ("settings", "singular_values", "weights")  # of a summary; told elsewhere, or not to everybody
 
 

@@ -25,26 +25,6 @@ if TYPE_CHECKING:
     import dask.array as da
     from distributed import Client
 
-__all__ = [
-    "OURS",
-    "Group",
-    "add_parts",
-    "at",
-    "at_home",
-    "check_held",
-    "current_client",
-    "execute",
-    "in_order",
-    "moved",
-    "n_threads",
-    "spread",
-    "stacked",
-    "stretches",
-    "sum_of_groups",
-    "threads_anywhere",
-    "tree_reduce",
-]
-
 T = TypeVar("T")
 _MOST_THREADS = 4  # one thread takes what they make, so more would only hold more memory
 A = TypeVar("A")
@@ -195,11 +175,6 @@ def tree_reduce(parts: Sequence[Any], combine: Callable[[T, T], T], homes: Seque
                 pairs.append((merge(one, other), home))
         placed = pairs + placed[2 * len(pairs) :]
     return placed[0][0]
-
-
-def add_parts(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Add tuples part by part."""
-    return tuple(a + b for a, b in zip(one, other, strict=True))
 
 
 def stacked(pieces: Iterable[Any], sizes: Iterable[int], width: int, dtype: Any = np.float32) -> da.Array:

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
-__all__ = ["KEY", "WHOLE", "Evaluation", "evaluate_imputation"]
-
 KEY = ("dataset", "experiment", "share", "method", "setting")
 WHOLE = ("relative_error", "gene_correlation", "cell_correlation", "zeros_pearson", "mean_ratio")
 _COSTS = ("seconds", "peak_bytes", "imports_bytes")

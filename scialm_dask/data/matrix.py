@@ -29,16 +29,6 @@ if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
-__all__ = [
-    "ExpressionMatrix",
-    "Observed",
-    "Origin",
-    "check_array",
-    "check_observed",
-    "check_values",
-    "held_array",
-]
-
 Observed = Literal["nonzero", "finite"]
 T = TypeVar("T")
 

@@ -22,8 +22,6 @@ from scialm_dask.data.store import atomic_store, check_output, new_anndata
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, begin, silent
 
-__all__ = ["CellMeasures", "Thresholds", "chosen_cells", "measure_cells", "mitochondrial", "quality_control"]
-
 _PASSES = 4
 
 

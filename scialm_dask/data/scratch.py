@@ -28,8 +28,6 @@ from scialm_dask.data.rows import MemoryRows, Rows
 from scialm_dask.data.store import output_error
 from scialm_dask.errors import InputError, OutputError
 
-__all__ = ["MemoryScratch", "ZarrScratch", "new_scratch", "scratch_folder_for"]
-
 Array = NDArray[Any]
 R = TypeVar("R")  # a dataclass, of which some fields are arrays
 _NOTHING = np.zeros((0, 0), np.float32)

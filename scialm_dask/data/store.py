@@ -23,20 +23,6 @@ from scialm_dask.data.storable import storable
 from scialm_dask.errors import InputError, OutputError, ScialmError
 from scialm_dask.events import Listener, Note
 
-__all__ = [
-    "MARKERS",
-    "atomic_output",
-    "atomic_store",
-    "check_apart",
-    "check_output",
-    "kept_output",
-    "lasting",
-    "new_anndata",
-    "open_store",
-    "output_error",
-    "readable",
-]
-
 MARKERS = (".zgroup", ".zarray", "zarr.json")  # of a Zarr group or array
 _DEEPEST = 100  # groups in groups of an HDF5 file
 

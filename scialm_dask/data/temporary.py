@@ -24,8 +24,6 @@ from scialm_dask.data.store import output_error
 from scialm_dask.errors import InputError
 from scialm_dask.reduction import current_client
 
-__all__ = ["check_seen", "is_seen", "temporary_csr", "temporary_folder"]
-
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:

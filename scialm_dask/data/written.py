@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     import dask.array as da
     import scipy.sparse as sp
 
-__all__ = ["CHUNK_BYTES", "ZeroRule", "write_dense", "write_left", "write_sparse"]
-
 CHUNK_BYTES = 4 << 20
 _DENSE_CHUNK_ROWS = 1024
 _MOST_HERE = 4  # pieces on their way at a time in this process

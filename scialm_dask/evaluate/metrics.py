@@ -18,21 +18,11 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, silent
 from scialm_dask.imputation import Imputation
-from scialm_dask.reduction import add_parts, tree_reduce
+from scialm_dask.linalg.tasks import add
+from scialm_dask.reduction import tree_reduce
 
 if TYPE_CHECKING:
     import dask.array as da
-
-__all__ = [
-    "METRICS",
-    "Comparison",
-    "Scores",
-    "compare",
-    "compare_stored",
-    "gene_means",
-    "gene_scores",
-    "score_held_out",
-]
 
 METRICS = ("mse", "mae", "pearson", "cosine")
 _ROUNDING = 1e-12  # what sums may leave of the variance of a constant, relative to its square
@@ -309,7 +299,7 @@ def score_held_out(
     visit, hidden = dask.delayed(_scores_of_block), dask.delayed(held_out, traverse=False)
     means = dask.delayed(gene_means(observed))
     parts = [visit(hidden, b, piece, means) for b, piece in enumerate(_pieces(result, held_out.blocks))]
-    ours, baseline = (scores.as_dict() for scores in tree_reduce(parts, add_parts).compute())
+    ours, baseline = (scores.as_dict() for scores in tree_reduce(parts, add).compute())
     if ours["n"] == 0:
         raise InputError(f"{held_out.name}: holds no entries; hide some with `scialm-dask mask`")
     return {**ours, **{f"gene_mean_{name}": baseline[name] for name in METRICS}}
@@ -347,6 +337,6 @@ def gene_means(matrix: ExpressionMatrix) -> NDArray[np.float32]:
         sums = np.bincount(csr.indices, weights=csr.data, minlength=n).astype(np.float64)
         return sums, np.bincount(csr.indices, minlength=n)
 
-    sums, counts = matrix.reduce(visit, add_parts)
+    sums, counts = matrix.reduce(visit, add)
     means: NDArray[np.float64] = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
     return means.astype(np.float32)

@@ -27,8 +27,6 @@ from scialm_dask.reduction import (
     threads_anywhere,
 )
 
-__all__ = ["LowRankPlusSparse", "Product"]
-
 
 class Product(NamedTuple):
     """What one pass gives: WᵀWQ (n × l) and its Gram (WQ)ᵀWQ (l × l), float64; sums over entries as in `Sums`."""

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from scialm_dask.imputation import Imputation
 
-__all__ = ["Measurements", "PooledResult", "Sums", "add_sums", "batches", "dense_block"]
-
 Float = NDArray[np.float64]
 Sums = dict[str, Any]  # float64 scalars and arrays that add up over cells
 

@@ -29,8 +29,6 @@ from scialm_dask.run.cluster_errors import count_workers, losses_explained, quie
 if TYPE_CHECKING:
     from distributed import Client, Security
 
-__all__ = ["CLUSTERS", "Workers", "ask_everyone", "connect", "workers_here"]
-
 _JOBQUEUE = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "sge": "SGECluster", "lsf": "LSFCluster"}
 CLUSTERS = ("local", *_JOBQUEUE)
 _RETRIES = 10  # of a lost connection; a network that fails for a minute must not end a run of hours

@@ -17,8 +17,6 @@ from scialm_dask.events import Listener, silent
 from scialm_dask.run.checkpointing import Job
 from scialm_dask.run.job import run
 
-__all__ = ["demo"]
-
 _CELLS = _GENES = 1000
 _DENSITY = 0.1
 

@@ -39,8 +39,6 @@ from scialm_dask.solve.denoise import Denoised, DenoiseState, denoise
 from scialm_dask.solve.ialm import LoopState, complete, iterations
 from scialm_dask.solve.scaling import PreparedBlocks, Survey, prepare, survey
 
-__all__ = ["checkpoints_of", "resume_run", "run"]
-
 _RETRIES = 2  # of a task that raises
 _MOST_LOSSES = 2  # of the cluster, without a checkpoint between
 

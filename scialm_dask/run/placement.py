@@ -13,8 +13,6 @@ from scialm_dask.reduction import OURS, Group, current_client, stretches, thread
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["Placement"]
-
 
 class Placement:
     """Assigns blocks to the threads of workers, about the same weight to each, for as long as their worker lives.

@@ -34,8 +34,6 @@ from scialm_dask.solve.embedding import PASSES as EMBEDDING_PASSES
 from scialm_dask.solve.ialm import first_penalty, zero_iterations
 from scialm_dask.solve.rules import basis_width, prefers_short_side, widest_basis
 
-__all__ = ["Forecast", "Place", "forecast", "limit_of", "place_scratch", "plan", "usable_memory"]
-
 _FLOAT = 4
 _READ_VALUES = 10  # arrays as long as a block's entries that a task holds while it reads them: as stored, scaled, …
 _TASK_VALUES = 6  # while it visits them: columns, values, old and new estimate, A there

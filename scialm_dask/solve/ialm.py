@@ -32,8 +32,6 @@ from scialm_dask.solve.rules import RankRule, StopRule, basis_width, prefers_sho
 _FIRST_PASSES = 20
 _FIRST_TOLERANCE = 1e-6  # σ₁ sets every threshold that follows
 
-__all__ = ["Completion", "LoopState", "Penalty", "complete", "iterations"]
-
 
 @dataclass(frozen=True)
 class Completion:

@@ -11,17 +11,6 @@ from scialm_dask.config import Settings
 from scialm_dask.events import Iteration
 from scialm_dask.linalg.kernels import Doubles
 
-__all__ = [
-    "RankRule",
-    "StopRule",
-    "Verdict",
-    "basis_width",
-    "prefers_short_side",
-    "rank_rule",
-    "stop_rule",
-    "widest_basis",
-]
-
 _LANES = 16  # columns are computed this many at a time anyhow
 _SHORT_SIDE_SHARE = 0.1  # a wider basis takes many passes to settle, as singular values lie close together there
 _SHORT_SIDE_MOST = 6000  # rows of the Gram: 290 MB of float64, and as much again to work in

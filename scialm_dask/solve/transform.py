@@ -20,7 +20,8 @@ from scialm_dask.events import Listener, Note, silent
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.ridge import RowProblems, leave_one_out, solve_rows
 from scialm_dask.linalg.sparse_products import spmm
-from scialm_dask.reduction import add_parts, stacked, tree_reduce
+from scialm_dask.linalg.tasks import add
+from scialm_dask.reduction import stacked, tree_reduce
 from scialm_dask.solve.cell_model import CellModel, CompletionModel, DenoisingModel
 from scialm_dask.solve.scaling import PreparedBlocks, Survey
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
     import scipy.sparse as sp
-
-__all__ = ["Fit", "Transformed", "completion_model", "denoising_model", "transform"]
 
 _RUNS, _RUN_CELLS = 16, 64  # cells to learn the noise from: a thousand, all over the matrix
 _MOST_STEPS = 60  # of the search: from anywhere in float32's range
@@ -325,7 +324,7 @@ def completion_model(
         See `CompletionModel`.
     """
     moments = dask.delayed(_moments)
-    total, squares = tree_reduce([moments(left) for left in lefts], add_parts).compute()
+    total, squares = tree_reduce([moments(left) for left in lefts], add).compute()
     mean = total / blocks.shape[0]
     covariance = squares / blocks.shape[0] - np.outer(mean, mean)
     return CompletionModel(**_shared(blocks, found), mean=mean, covariance=covariance, residual=residual)
