@@ -404,7 +404,7 @@ def plan(
 @reports
 @shows_progress
 def demo(folder: str, overwrite: bool, listen: Listener) -> dict[str, Any]:
-    """Impute 700 real blood cells, offline, and score the result. Makes FOLDER."""
+    """Denoise a thousand simulated cells, offline, and compare with the truth. Makes FOLDER."""
     from scialm_dask.run.demo import demo
 
     return demo(folder, overwrite=overwrite, listen=listen)
