@@ -17,11 +17,12 @@ from typing import Any, NoReturn
 import click
 
 from scialm_dask import __version__
-from scialm_dask.errors import OutputError, ScialmError
+from scialm_dask.errors import DoesNotFitError, OutputError, ScialmError
 from scialm_dask.events import Listener, Note, silent
 from scialm_dask.progress import in_words, label, printable
 from scialm_dask.run.signals import Terminated, on_sigterm
 
+_NO_THREAD = "can't start new thread"  # what Python says if there is no memory for it
 _INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal
 
 
@@ -47,6 +48,12 @@ class _Commands(click.Group):
             # Outputs and scratch say themselves which disk it is; numba does not, which keeps compiled code.
             remedy = "free some space, in your home too, or set NUMBA_CACHE_DIR to a folder on another disk"
             _end(f"error: {error.strerror}; {remedy}", OutputError.exit_code)
+        except (MemoryError, RuntimeError) as error:
+            cause = " ".join(str(error).split())
+            if not (isinstance(error, MemoryError) or _NO_THREAD in cause):
+                raise
+            remedy = "free some, raise the limits that `ulimit -a` shows, or give a smaller --memory-limit"
+            _end(f"error: there is not enough memory{cause and f' ({cause})'}; {remedy}", DoesNotFitError.exit_code)
         except KeyboardInterrupt as error:
             terminated = isinstance(error, Terminated)
             what = "terminated" if terminated else "interrupted"

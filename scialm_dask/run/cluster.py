@@ -10,13 +10,10 @@ import os
 import shlex
 import shutil
 import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scialm_dask.arguments import Count, checked, validated
@@ -24,7 +21,7 @@ from scialm_dask.config import bytes_of, configured, seconds_of
 from scialm_dask.errors import ClusterError, InputError
 from scialm_dask.reduction import current_client
 from scialm_dask.run import signals
-from scialm_dask.run.cluster_errors import count_workers, losses_explained, quiet_end, while_workers
+from scialm_dask.run.cluster_errors import check_processes, count_workers, losses_explained, quiet_end, while_workers
 
 if TYPE_CHECKING:
     from distributed import Client, Security
@@ -296,7 +293,7 @@ def _local(
     stack: ExitStack, _: str, workers: int | None, threads: int | None, memory: str | None, security: Security | None
 ) -> tuple[Client, int]:
     """Start worker processes on this machine."""
-    _check_guarded()
+    check_processes()
     import dask
     from distributed import Client, LocalCluster
 
@@ -314,19 +311,6 @@ def _local(
             )
         )
     return stack.enter_context(Client(started)), len(started.workers)
-
-
-def _check_guarded() -> None:
-    """Refuse a script that begins anew in each worker that it starts, as multiprocessing imports it there."""
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    here = ((frame.filename, frame.name) for frame in traceback.extract_stack())
-    if script is None or (script, "<module>") not in here:  # as where somebody types
-        return
-    with contextlib.suppress(OSError, UnicodeError):
-        if "__name__" not in Path(script).read_text():
-            raise InputError(
-                f"{script}: would start anew in every worker; put what it does below `if __name__ == '__main__':`"
-            )
 
 
 def _jobqueue(

@@ -1,18 +1,21 @@
-"""How work on a cluster ends when workers or the scheduler are lost, or it is interrupted."""
+"""How work on a cluster ends when workers cannot be started, they or the scheduler are lost, or it is interrupted."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scialm_dask.config import seconds_of
-from scialm_dask.errors import ClusterError
+from scialm_dask.errors import ClusterError, InputError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -58,6 +61,32 @@ def cluster_is_back() -> bool:
     except Exception:  # whatever it is, there is none
         return False
     return True
+
+
+def check_processes() -> None:
+    """Raise an error if worker processes could not be started here.
+
+    Raises
+    ------
+    InputError
+        If a script is under way that would begin anew in each of them, as multiprocessing imports it there.
+    ClusterError
+        If there is no room in /dev/shm, where multiprocessing keeps semaphores.
+    """
+    script = getattr(sys.modules["__main__"], "__file__", None) or ""
+    with contextlib.suppress(OSError, UnicodeError):
+        begun = any(at.filename == script and at.name == "<module>" for at in traceback.extract_stack())
+        if begun and "__name__" not in Path(script).read_text():
+            raise InputError(
+                f"{script}: would start anew in every worker; put what it does below `if __name__ == '__main__':`"
+            )
+    try:
+        multiprocessing.get_context("spawn").Lock()
+    except OSError as error:
+        raise ClusterError(
+            f"/dev/shm: worker processes need a little of it, and have none ({error.strerror}); free some space there, "
+            "or compute in threads, without --cluster"
+        ) from error
 
 
 def count_workers(client: Client) -> int:

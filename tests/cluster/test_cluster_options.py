@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing.synchronize
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import dask
+import faults
 import numpy as np
 import psutil
 import pytest
@@ -484,3 +486,15 @@ def test_a_script_that_workers_would_begin_anew_is_refused_in_one_line(tmp_path)
         f"scialm_dask.errors.InputError: {tmp_path}/script.py: would start anew in every worker; put"
     )
     assert errors.count("Error") == 1 + errors.count("raise InputError(")
+
+
+def test_workers_that_could_not_be_talked_to_are_not_started(cli, source, tmp_path, monkeypatch):
+    """As where /dev/shm is full."""
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", lambda *_, **__: faults.fill_disk())
+    done = cli("impute", source, tmp_path / "r.zarr", *SHORT, "--cluster", "local")
+    assert done.exit_code == 69
+    assert (
+        "/dev/shm: worker processes need a little of it, and have none (No space left on device); free" in done.stderr
+    )
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "r.zarr").exists()

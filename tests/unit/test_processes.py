@@ -7,6 +7,7 @@ from pathlib import Path
 
 import dask
 import numpy as np
+import pytest
 from problems import low_rank_counts
 
 from scialm_dask import Imputation, impute
@@ -83,3 +84,19 @@ def test_many_runs_in_threads_of_one_process_give_what_each_gives_alone(tmp_path
     with ThreadPoolExecutor(6) as pool:
         for number, found in enumerate(pool.map(run, range(3, 15))):
             np.testing.assert_allclose(found, alone[number % 3], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 3 GiB"), RuntimeError("can't start new thread")])
+def test_too_little_memory_is_said_in_one_line(cli, store_of, tmp_path, monkeypatch, error):
+    """As under `ulimit -v`."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("scialm_dask.linalg.kernels.visit", fail)
+    with dask.config.set(scheduler="synchronous"):
+        done = cli("impute", store_of(COUNTS), tmp_path / "r.zarr", "--quiet")
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"scialm-dask: error: there is not enough memory ({error}); free some, raise the")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "r.zarr").exists()
