@@ -38,47 +38,60 @@ _OF_COMPLETION = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How a matrix is imputed. The symbols are the paper's.
+    """How a matrix is imputed. Symbols are the paper's [1]_.
 
     Parameters
     ----------
-    method
-        ``"denoise"``: low rank plus sparse by count splitting, from raw counts; see `scialm_dask.solve.denoise`. Of the
-        other settings only `max_rank`, `scaling`, `svd_passes` and `seed` are about it. ``"complete"``: completion of
-        the zeros, Algorithm 3 of the paper.
-    rank_policy
+    method : {"complete", "denoise"}, default="complete"
+        ``"denoise"``: low rank plus sparse by count splitting, from raw counts. It uses only `max_rank`, `scaling`,
+        `svd_passes` and `seed`. ``"complete"``: completion of the zeros, Algorithm 3.
+    rank_policy : {"adaptive", "paper"}, default="adaptive"
         ``"paper"``: equation 13. ``"adaptive"``: every singular value over the threshold.
-    stop
-        ``"residual"``: when ‖P_Ω(D − A)‖ / ‖D‖ < ε, as published. ``"held-out"``: when the error on a small
-        hidden share of the observed entries has not fallen for `patience` iterations; the best iterate is returned.
-    epsilon
-        ε, the residual to stop at.
-    max_iterations
+    stop : {"held-out", "residual"}, default="held-out"
+        ``"residual"``: when ‖P_Ω(D − A)‖ / ‖D‖ < ε, as published. ``"held-out"``: when the error on a small hidden
+        share of the observed entries has not fallen for `patience` iterations; the best iterate is kept.
+    epsilon : float in (0, 1), default=1e-4
+        The residual ε to stop at.
+    max_iterations : int, default=1000
         The most iterations.
-    first_rank, increment
-        sv₀ and R of equation 13.
-    max_rank
-        The most singular values to compute, which bounds memory and time; None for no limit (``"none"`` where None
-        leaves a preset's: in `impute`, `IALM` and on the command line).
-    validation
-        Share of each gene's observed entries to hide, for the held-out stop.
-    patience
+    first_rank, increment : int, default=5, 200
+        Of equation 13: sv₀ and R.
+    max_rank : int or None, default=128
+        The most singular values to compute, which bounds memory and time. None is no limit; in `impute`, `IALM` and on
+        the command line that is ``"none"``, and None is what the preset has.
+    validation : float in (0, 1), default=0.02
+        Share of each gene's observed entries to hide for the held-out stop.
+    patience : int, default=2
         Iterations without a lower held-out error before stopping.
-    scaling
-        Exponents (g, c): each gene is scaled by (mean of its observed entries)^−g and each cell by (size factor)^−c
-        before, and the factors scaled back after. (½, ½) makes counting noise even; (0, 0) is as published. None:
-        (½, ½), but cells only as far as their totals are known.
-    svd_passes
+    scaling : (float, float) or None, default=None
+        Exponents (g, c). Each gene is divided by (mean of its observed entries)^g and each cell by (size factor)^c
+        before, and the factors multiplied after. (½, ½) makes counting noise even; (0, 0) is as published. None: (½,
+        ½), but cells only as far as their totals are known.
+    svd_passes : int, default=2
         The most passes over the data for one SVD.
-    svd_tolerance
-        An SVD stops early once its thresholded values have moved by less than this; 0 makes all passes.
-    seed
+    svd_tolerance : float in [0, 1], default=0
+        An SVD stops early once its thresholded values have moved by less than this. 0 makes all passes.
+    seed : int, default=0
         Fixes every random draw.
 
     Raises
     ------
     InputError
-        If a value cannot be: of another type, outside its limits, or none of its choices.
+        If a value has another type, lies outside its limits, or is none of its choices.
+
+    References
+    ----------
+    .. [1] Liu, Wang and Gao, Computational and Structural Biotechnology Journal, 2024.
+
+    Examples
+    --------
+    >>> from scialm_dask import Settings
+    >>> Settings(method="denoise", max_rank=64).max_rank
+    64
+    >>> Settings(max_rank=0)
+    Traceback (most recent call last):
+        ...
+    scialm_dask.errors.InputError: max_rank is 0; give a whole number of at least 1 or None
     """
 
     method: Method = "complete"
@@ -101,12 +114,12 @@ class Settings:
 
     @property
     def exponents(self) -> tuple[float, float]:
-        """Of genes and of cells."""
+        """Exponents (g, c) of genes and of cells."""
         return (0.5, 0.5) if self.scaling is None else self.scaling
 
     @property
     def idle(self) -> dict[str, tuple[str, str]]:
-        """Settings that have no effect with these: of each, what makes it so, and what it goes with."""
+        """Settings that have no effect beside the others: for each, why, and what it goes with."""
         idle: dict[str, tuple[str, str]] = {}
         if self.method == "denoise":
             return dict.fromkeys(_OF_COMPLETION, ("method denoise", "the presets complete and paper"))
@@ -121,27 +134,42 @@ class Settings:
         return idle
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and for the result's ``uns``."""
+        """Return plain values, for JSON and for the result's ``uns``.
+
+        Returns
+        -------
+        dict
+            Every field.
+
+        Examples
+        --------
+        >>> Settings().as_dict()["scaling"]
+        (0.5, 0.5)
+        """
         return asdict(self) | {"scaling": self.exponents}
 
 
 def preset(name: str, **changes: Any) -> Settings:
-    """Give a named set of settings, with changes.
+    """Return a named set of settings, with changes.
 
     Parameters
     ----------
-    name
+    name : {"denoise", "complete", "paper"}
         ``"denoise"``: expression levels, from raw counts. ``"complete"``: lost entries; stops before noise is fitted.
-        ``"paper"``: as published (Algorithm 3, ε = 1e-4). What ``"auto"`` means depends on the matrix; see
-        `scialm_dask.impute`.
+        ``"paper"``: as published (Algorithm 3, ε = 1e-4).
     **changes
-        Fields of `Settings` to set otherwise; None leaves the preset's. `max_rank` may be ``"none"``, for no limit.
-        `scaling` may be ``"none"``, ``"poisson"`` or two numbers with a comma between.
+        Fields of `Settings`. None keeps the preset's. `max_rank` may be ``"none"``, for no limit, and `scaling`
+        ``"none"``, ``"poisson"`` or two numbers with a comma between.
+
+    Returns
+    -------
+    Settings
+        Valid, and without a change that has no effect.
 
     Raises
     ------
     InputError
-        If there is no such preset or field, a value cannot be, or a change has no effect; see `Settings.idle`.
+        If there is no such preset or field, or a value cannot be used or has no effect; see `Settings.idle`.
     """
     unknown = [field for field in changes if field not in Settings.__dataclass_fields__]
     if unknown:
@@ -161,10 +189,10 @@ def preset(name: str, **changes: Any) -> Settings:
 
 
 def configured(name: str, given: Any = None) -> Any:
-    """Give `given`, or if it is None, what Dask's configuration has for `name` in the namespace ``scialm``.
+    """Return `given`, or if it is None, what Dask's configuration has for `name` in the namespace ``scialm``.
 
-    That is the environment (``DASK_SCIALM__WORKER_MEMORY``), else a file in ``~/.config/dask``, else what is shipped as
-    ``scialm.yaml``, of which a commented copy is put there.
+    That is the environment (``DASK_SCIALM__WORKER_MEMORY``), else a file in ``~/.config/dask``, else the shipped
+    ``scialm.yaml``. A commented copy of the latter is put there.
     """
     import dask
 

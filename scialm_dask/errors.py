@@ -4,14 +4,23 @@ from __future__ import annotations
 
 
 class ScialmError(Exception):
-    """Base of every error this package raises on purpose.
+    """Base of every error that this package raises on purpose.
 
     The command line prints the message and exits with `exit_code`.
 
     Parameters
     ----------
-    message
+    message : str
         What is wrong, the limit and the remedy. It is made one line, as the words of other packages in it may not be.
+
+    Examples
+    --------
+    >>> import scialm_dask
+    >>> try:
+    ...     scialm_dask.Imputation.open("absent.zarr")
+    ... except scialm_dask.ScialmError as error:
+    ...     print(error)
+    absent.zarr: no such file or folder; check the path
     """
 
     exit_code = 2
@@ -21,7 +30,21 @@ class ScialmError(Exception):
 
 
 class InputError(ScialmError, ValueError):
-    """The matrix, a setting or a file given to us cannot be used."""
+    """The matrix, a setting or a file cannot be used.
+
+    Parameters
+    ----------
+    message : str
+        See `ScialmError`.
+
+    Examples
+    --------
+    >>> import scialm_dask
+    >>> scialm_dask.Settings(seed=-1)
+    Traceback (most recent call last):
+        ...
+    scialm_dask.errors.InputError: seed is -1; give a whole number of at least 0
+    """
 
 
 class OutputError(ScialmError, OSError):
@@ -33,7 +56,7 @@ class DoesNotFitError(ScialmError, MemoryError):
 
 
 class ClusterError(ScialmError, ConnectionError):
-    """Scheduler or workers cannot be reached, or were lost. The same command may well succeed later."""
+    """The scheduler or workers cannot be reached, or were lost. The same command may succeed later."""
 
     exit_code = 69  # EX_UNAVAILABLE
 
@@ -43,6 +66,6 @@ class CheckpointError(InputError):
 
 
 class StoppedError(ScialmError, RuntimeError):
-    """A run was stopped before its end through no fault of its input, and can go on from a checkpoint."""
+    """A run was stopped before its end, its input being fine, and can go on from a checkpoint."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: the same again, later

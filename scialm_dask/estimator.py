@@ -11,7 +11,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from scialm_dask.api import impute
 from scialm_dask.data.annotated import as_matrix, is_anndata, named
-from scialm_dask.data.matrix import ExpressionMatrix, Observed
+from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.values import Observed
 from scialm_dask.imputation import Imputation
 
 if TYPE_CHECKING:
@@ -20,44 +21,47 @@ if TYPE_CHECKING:
 
 
 class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """Complete an expression matrix by low-rank matrix completion (scIALM), as a scikit-learn transformer.
+    """Denoise or complete expression matrices, as a scikit-learn transformer.
 
-    `fit` learns gene factors, `transform` completes cells with them, those of the fit or others. What these give is
-    a lazy Dask array, cells × genes, float32; nothing of it is computed until it is asked for.
+    `fit` learns gene factors and `transform` imputes cells with them, those of the fit or others. Both give lazy Dask
+    arrays, cells × genes, float32.
 
     Parameters
     ----------
-    preset
-        ``"auto"``: ``"denoise"`` for raw counts, else ``"complete"``; see `impute`. ``"paper"``: the published method.
-    max_rank, max_iterations, scaling, validation
-        As in `Settings`; None leaves the preset's. A `max_rank` of ``"none"`` is no limit.
-    observed
+    preset : {"auto", "denoise", "complete", "paper"}, default="auto"
+        As in `impute`.
+    max_rank, max_iterations, scaling, validation : optional
+        As in `Settings`; None keeps the preset's. A `max_rank` of ``"none"`` is no limit.
+    observed : {"nonzero", "finite"}, default="nonzero"
         ``"nonzero"``: zeros are missing. ``"finite"``: NaN is missing, zeros and negative values are observed.
-    memory_limit
-        Bytes that each process may take in all, or words such as ``"8 GB"``; what is free by default.
-    random_state
+    memory_limit : int or str, optional
+        Bytes that each process may take in all, or words such as ``"8 GB"``. By default what is free.
+    random_state : int, default=0
         Fixes every random draw; the `seed` of `Settings`.
 
     Attributes
     ----------
     imputation_ : Imputation
-        The fit: the completed matrix in factors, its history and summary.
-    components_ : ndarray
-        Gene factors, float32, shape ``(r, n)``.
-    n_iter_ : int
-        Iterations made; 1 where counts were denoised.
+        The fit: the imputed matrix as factors, with its history and summary.
     n_features_in_ : int
-        Number of genes, n.
-    feature_names_in_ : ndarray
+        Number of genes.
+    feature_names_in_ : ndarray of shape (n_genes,), object
         Their names, if the cells of the fit came with any.
 
     Notes
     -----
-    ``fit_transform(X)`` is the completed X, as `impute` gives it. ``fit(X).transform(X)`` solves for each cell anew
-    with the gene factors alone, as for any other cell, and is near it but not the same.
+    ``fit_transform(X)`` is the imputed X, as `impute` gives it. ``fit(X).transform(X)`` solves for each cell anew with
+    the gene factors alone, as for any other cell; it is close to that but not the same.
 
-    The cells, ``X``, may be a NumPy or SciPy sparse array, a data frame, a Dask array, an AnnData (its X; it is left
-    as it is), a path to a store, or an `ExpressionMatrix`.
+    X is what `impute` takes. An AnnData stays as it is.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scialm_dask import IALM
+    >>> counts = np.random.default_rng(0).poisson([[1, 5] * 20, [5, 1] * 20] * 30)  # two types of cells, 40 genes
+    >>> IALM(max_rank=10).fit_transform(counts).compute().shape
+    (60, 40)
     """
 
     def __init__(
@@ -82,19 +86,29 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
         self.random_state = random_state
 
     def fit(self, X: Any, y: object = None) -> Self:
-        """Complete the cells X, and learn gene factors from them.
+        """Impute the cells X and learn gene factors from them.
 
         Parameters
         ----------
-        X
-            Cells × genes; see the class.
-        y
+        X : matrix of shape (n_cells, n_genes)
+            The cells; see the class.
+        y : None
             Ignored.
+
+        Returns
+        -------
+        IALM
+            The estimator.
 
         Raises
         ------
         InputError
             If X or a parameter cannot be used.
+
+        Examples
+        --------
+        >>> IALM(max_rank=10).fit(counts).n_features_in_
+        40
         """
         self.imputation_: Imputation = impute(
             self._matrix(X, reset=True),
@@ -109,47 +123,57 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
         return self
 
     def fit_transform(self, X: Any, y: object = None) -> da.Array:
-        """Complete the cells X; see the class for how this differs from ``fit(X).transform(X)``.
+        """Impute the cells X; see the class for how this differs from ``fit(X).transform(X)``.
 
         Parameters
         ----------
-        X
-            Cells × genes.
-        y
+        X : matrix of shape (n_cells, n_genes)
+            The cells.
+        y : None
             Ignored.
 
         Returns
         -------
-        dask.array.Array
-            Lazy, cells × genes, float32.
+        dask.array.Array of shape (n_cells, n_genes), float32
+            Lazy.
+
+        Examples
+        --------
+        >>> IALM(max_rank=10).fit_transform(counts)[0, :3].compute().round(1)
+        array([1. , 4.1, 1.2], dtype=float32)
         """
         return self.fit(X).imputation_.to_dask()
 
     def transform(self, X: Any) -> da.Array:
-        """Complete cells with the gene factors of the fit: one pass, a small problem for each cell.
+        """Impute cells with the gene factors of the fit: one pass over them, a small least-squares problem for each.
 
         Parameters
         ----------
-        X
-            Cells × genes, on the scale of the cells of the fit. The genes of an AnnData or a store are matched by
-            name, and some may be missing; other kinds must have those of the fit in their order.
+        X : matrix of shape (n_cells, n_genes)
+            Cells on the scale of the fit. The genes of an AnnData or a store are matched by name, and some may be
+            missing. Other kinds must have those of the fit in their order.
 
         Returns
         -------
-        dask.array.Array
-            Lazy, cells × genes of the fit, float32.
+        dask.array.Array of shape (n_cells, n_genes of the fit), float32
+            Lazy.
 
         Raises
         ------
         InputError
             If X cannot be used.
+
+        Examples
+        --------
+        >>> IALM(max_rank=10).fit(counts[::2]).transform(counts[1::2]).shape
+        (30, 40)
         """
         check_is_fitted(self)
         return self.imputation_.transform(self._matrix(X, reset=False)).to_dask()
 
     @property
     def components_(self) -> NDArray[np.float32]:
-        """Gene factors."""
+        """Gene factors, float32, of shape (rank, n_genes)."""
         return self.imputation_.right.T
 
     @property

@@ -23,24 +23,29 @@ _KNOWN = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
 def show_progress(*, json_lines: bool = False) -> Display:
-    """Show the progress of long work on standard error: give it to whatever takes `listen`.
+    """Return a listener that shows the progress of long work on standard error.
 
-    Progress that can no longer be written, since its reader is gone or the disk of the log is full, ends; the work goes
-    on.
+    Give it to whatever takes `listen`. It falls silent when nobody reads it any more or the disk of the log is full;
+    the work goes on.
 
     Parameters
     ----------
-    json_lines
-        One JSON object on a line for each event: ``time`` (UTC), ``event`` (the name of its class in
-        `scialm_dask.events`, in small letters), ``stage``, ``seconds_left`` (null as long as nothing is known of it)
-        and the fields of the event. Otherwise a bar on a terminal, a widget in a notebook that has ipywidgets, and
-        plain lines elsewhere.
+    json_lines : bool, default=False
+        Write one JSON object on a line for each event: ``time`` (UTC), ``event`` (its class in `scialm_dask.events`, in
+        small letters), ``stage``, ``seconds_left`` (null while unknown) and the fields of the event. Otherwise there is
+        a bar on a terminal, a widget in a notebook that has ipywidgets, and plain lines elsewhere.
+
+    Returns
+    -------
+    Display
+        A callable and a context manager.
 
     Examples
     --------
-    >>> import scipy.sparse as sp, scialm_dask
+    >>> import numpy as np, scialm_dask
+    >>> counts = np.random.default_rng(0).poisson([[1, 5] * 20, [5, 1] * 20] * 30)
     >>> with scialm_dask.show_progress() as listen:
-    ...     result = scialm_dask.impute(sp.random(60, 40, 0.5, random_state=0), max_rank=4, listen=listen)
+    ...     result = scialm_dask.impute(counts, listen=listen)
     """
     if json_lines or sys.stderr is None:
         return _JSONLines(sys.stderr)

@@ -68,9 +68,3 @@ def test_public_things_are_documented(name, thing):
     text = inspect.getdoc(thing)
     assert text
     assert text.splitlines()[0].endswith((".", ":"))
-    # every argument is described; of a class, by the class
-    if inspect.isfunction(thing):
-        arguments = [p for p in inspect.signature(thing).parameters if p not in ("self", "cls")]
-        if len(arguments) > 1:
-            described = {word.strip(" *") for line in text.splitlines() for word in line.split(",")}
-            assert set(arguments) <= described or all(f"`{each}`" in text for each in set(arguments) - described)

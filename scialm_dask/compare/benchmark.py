@@ -55,30 +55,39 @@ _folder_in = partial(tempfile.TemporaryDirectory, None, None, ignore_cleanup_err
 
 @dataclass
 class Evaluation:
-    """What came out of `evaluate_imputation`.
+    """What `evaluate_imputation` has found.
 
-    Attributes
+    Parameters
     ----------
-    scores
-        One row for each experiment, seed and method. ``experiment`` is ``masking`` (scored on the hidden non-zeros),
-        ``count split`` or ``truth`` (on all entries), or ``all data`` (not scored). ``mse``, ``mae``, ``pearson`` and
-        ``cosine`` are over all entries that are scored, on the scale of normalised counts; ``gene_…`` the median
-        over genes. Where all entries are scored, ``relative_error``; ``gene_correlation`` and ``cell_correlation``, the
-        median over genes of Pearson's r across cells, and over cells across genes; ``zeros_pearson`` (over entries
-        that were zero) and ``mean_ratio`` (mean imputed over mean true). Genes and cells that are constant in the
-        truth, or empty as given, are left out of the medians for every method alike; a constant estimate of the others
-        counts as 0. ``seconds`` and ``peak_bytes`` are those of the method alone, over what its imports take.
-        ``status`` is ``ok``, ``failed``, ``out of memory``, ``timed out``, ``not installed``, ``needs counts`` or
-        ``quoted``; ``note`` says more.
-    genes
+    scores : pandas.DataFrame
+        One row for each experiment, seed and method. ``experiment`` is ``masking``, scored on the hidden non-zeros,
+        ``count split`` or ``truth``, scored on all entries, or ``all data``, not scored. ``mse``, ``mae``, ``pearson``
+        and ``cosine`` are over all entries that are scored, on the scale of normalised counts; ``gene_…`` is the median
+        over genes. Where all entries are scored there are ``relative_error``; ``gene_correlation`` and
+        ``cell_correlation``, the median of Pearson's r across cells and across genes; ``zeros_pearson``, over entries
+        that were zero; and ``mean_ratio``, mean imputed over mean true. Genes and cells that are constant in the truth,
+        or empty as given, are left out of the medians of every method; a constant estimate of the others counts as 0.
+        ``seconds`` and ``peak_bytes`` are those of the method alone, over what its imports take. ``status`` is ``ok``,
+        ``failed``, ``out of memory``, ``timed out``, ``not installed``, ``needs counts`` or ``quoted``; ``note`` says
+        more.
+    genes : pandas.DataFrame
         Scores of each gene, over the seeds together.
-    clusters
-        ARI, NMI and silhouette, if labels were given. Setting ``X_scialm`` is the embedding of a result, all else
+    clusters : pandas.DataFrame
+        ARI, NMI and silhouette, if labels were given. Setting ``X_scialm`` is the embedding of a result; all else is
         the principal components of the log-normalised matrix.
-    umap
-        Pictures of the cells by (experiment, method), each of shape ``(cells, 2)``.
-    labels
-        Of the cells.
+    umap : dict
+        Pictures of the cells, arrays of shape (n_cells, 2), by (experiment, method).
+    labels : pandas.Series or None
+        The labels of the cells.
+
+    Examples
+    --------
+    >>> import numpy as np, scialm_dask
+    >>> counts = np.random.default_rng(0).poisson([[1, 5] * 20, [5, 1] * 20] * 30)  # two types of cells, 40 genes
+    >>> found = scialm_dask.evaluate_imputation(counts, methods=["gene-mean"], split=False)
+    >>> found.scores[["experiment", "method", "n", "status"]]
+      experiment     method    n status
+    0    masking  gene-mean  180     ok
     """
 
     scores: pd.DataFrame
@@ -88,7 +97,19 @@ class Evaluation:
     labels: pd.Series | None
 
     def summary(self) -> pd.DataFrame:
-        """Means over the seeds, one row for each experiment and method, best first."""
+        """Return means over the seeds, best first.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row for each experiment and method.
+
+        Examples
+        --------
+        >>> found.summary()[["method", "n", "seeds"]]
+              method      n  seeds
+        0  gene-mean  180.0      1
+        """
         grouped = self.scores.groupby(list(KEY), dropna=False, sort=False)
         table = grouped[["n", *METRICS, "gene_pearson", *WHOLE, "seconds", "peak_bytes"]].mean()
         table["seeds"] = grouped.size()
@@ -113,53 +134,61 @@ def evaluate_imputation(
     scratch_folder: str | os.PathLike[str] | None = None,
     listen: Listener = silent,
 ) -> Evaluation:
-    """See on one's own data whether imputation helps, and against what else could be done.
+    """Measure on your own data whether imputation helps, beside other methods.
 
     Parameters
     ----------
-    source
-        Cells × genes as `impute` takes them: raw counts, or counts normalised as ``scialm-dask qc`` does. For
-        comparable figures run quality control first.
-    methods
-        Our presets ``denoise``, ``complete``, ``paper``; ``gene-mean`` (always there), ``magic``, ``scvi``, ``alra``,
-        ``knn``, ``softimpute``; ``dca``, ``saver``, ``scimpute``, whose rows quote the publication; ``peers`` and
-        ``all`` for groups; or ``module:function``, a function of your own that takes a
-        `scialm_dask.compare.peers.Task` and returns the completed matrix.
-    shares
-        Of the non-zeros of each gene to hide, once for each.
-    seeds
+    source : matrix of shape (n_cells, n_genes)
+        Raw counts, or counts normalised as ``scialm-dask qc`` does, as `impute` takes them. Do quality control first
+        for figures that can be compared.
+    methods : sequence of str, default=("denoise", "complete")
+        The presets ``denoise``, ``complete`` and ``paper``; ``gene-mean``, always there; ``magic``, ``scvi``, ``alra``,
+        ``knn``, ``softimpute``; ``dca``, ``saver``, ``scimpute``, whose rows quote the publication; the groups
+        ``peers`` and ``all``; or ``module:function``, a function of yours that takes a `scialm_dask.compare.peers.Task`
+        and returns the completed matrix.
+    shares : sequence of float in (0, 1), default=(0.1,)
+        Shares of each gene's non-zeros to hide, each an experiment.
+    seeds : sequence of int, default=(0,)
         Each experiment is done once for each.
-    split
-        Whether to split counts into molecules to learn from and molecules to predict, which tests zeros too. Done by
-        default if the counts are known.
-    reference
-        The truth, as `source`: the same cells and genes, sequenced deeper, matched by name.
-    labels
-        Column of obs with known types of cells: they are clustered as observed, masked and imputed, into as many
-        clusters as there are types.
-    sweeps
-        Such as ``"max_rank=10,20,…,50"``: our presets at each value of a field of `Settings`.
-    layer
-        Read this layer instead of X.
-    memory_limit
-        Bytes of data that each method may hold over what its imports take, or words such as ``"8 GB"``; a method that
-        needs more is a row that says so.
-    method_timeout
-        Seconds that each method may take each time; one that needs more is a row that says so.
-    scratch_folder
-        For matrices while they are worked on; the system's by default.
-    listen
-        Called with every event of the work, `Scored` for each row; see `scialm_dask.events`.
+    split : bool, optional
+        Split counts into molecules to learn from and molecules to predict, which tests zeros too. By default if the
+        counts are known.
+    reference : matrix, optional
+        The truth: the same cells and genes, sequenced deeper, matched by name.
+    labels : str, optional
+        Column of obs with known cell types. Cells are clustered as observed, masked and imputed, into as many clusters
+        as there are types.
+    sweeps : sequence of str, default=()
+        Such as ``"max_rank=10,20,…,50"``: the presets at each value of a field of `Settings`.
+    layer : str, optional
+        The layer to read instead of X.
+    memory_limit : float or str, optional
+        Bytes of data that each method may hold over what its imports take, or words such as ``"8 GB"``. A method that
+        needs more gets a row that says so.
+    method_timeout : float, optional
+        Seconds that each method may take each time. One that needs more gets a row that says so.
+    scratch_folder : str or path-like, optional
+        Folder for matrices while they are worked on. By default the system's.
+    listen : callable, optional
+        Called with every event of the work, a `Scored` for each row.
 
     Returns
     -------
     Evaluation
-        Scores of all methods in all experiments, with the clusters and pictures of cells where there are labels.
+        Scores of all methods in all experiments; clusters and pictures of cells if labels were given.
 
     Raises
     ------
     InputError
         If the source, the reference, the labels, a method or a setting cannot be used.
+
+    Examples
+    --------
+    >>> import numpy as np, scialm_dask
+    >>> counts = np.random.default_rng(0).poisson([[1, 5] * 20, [5, 1] * 20] * 30)  # two types of cells, 40 genes
+    >>> found = scialm_dask.evaluate_imputation(counts, methods=["gene-mean"], split=False)
+    >>> list(found.scores["experiment"])
+    ['masking']
     """
     listed, limit = contestants(dict.fromkeys([*methods, "gene-mean"]), sweeps), parse_limit(memory_limit)
     if not seeds:

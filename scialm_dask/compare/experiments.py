@@ -218,7 +218,7 @@ def check_truth(truth: ExpressionMatrix, given: ExpressionMatrix) -> ExpressionM
         If the cells or genes are not the same; see `aligned`.
     """
     if len(truth.obs) == len(given.obs) and not truth.obs.index.isin(given.obs.index).any():
-        truth = truth.annotated(Annotation(given.obs[[]], truth.var))
+        truth = replace(truth, annotation=Annotation(given.obs[[]], truth.var))
     return aligned(truth, given)
 
 

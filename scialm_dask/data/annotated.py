@@ -13,10 +13,11 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotation import Annotation, swapped_axes
-from scialm_dask.data.matrix import ExpressionMatrix, Observed, check_array, held_array
+from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.rows import Rows, layers_of, reordered
 from scialm_dask.data.storable import as_text, storable
 from scialm_dask.data.store import open_store, readable
+from scialm_dask.data.values import Observed, check_array, held_array
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note
 
@@ -91,7 +92,7 @@ def named(matrix: ExpressionMatrix, given: Any) -> ExpressionMatrix:
         return matrix
     import pandas as pd
 
-    return matrix.annotated(Annotation(*(pd.DataFrame(index=axis.astype(str)) for axis in given.axes)))
+    return replace(matrix, annotation=Annotation(*(pd.DataFrame(index=axis.astype(str)) for axis in given.axes)))
 
 
 def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -> ExpressionMatrix:
@@ -112,14 +113,14 @@ def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -
                 f"{adata.filename}: this is a view of a backed AnnData; give view.to_memory(), or write the view to a "
                 "file by view.copy(filename) and give that"
             )
-        return ExpressionMatrix.open(adata.filename, layer, observed=observed).annotated(annotation)
+        return replace(ExpressionMatrix.open(adata.filename, layer, observed=observed), annotation=annotation)
     if raw:
         values, name = adata.raw.X, "AnnData:raw/X"
     else:
         values, name = (adata.X, "AnnData:X") if layer is None else (adata.layers[layer], f"AnnData:layers/{layer}")
     if values is None:
         raise InputError(f"AnnData: has no X; name one of its layers: {layers or 'there are none'}")
-    return ExpressionMatrix.of(values, observed=observed, name=name).annotated(annotation)
+    return replace(ExpressionMatrix.of(values, observed=observed, name=name), annotation=annotation)
 
 
 def match_names(names: pd.Index, wanted: pd.Index, what: str, owner: str) -> NDArray[np.intp] | None:
@@ -326,7 +327,7 @@ def storable_annotation(matrix: ExpressionMatrix, listen: Listener) -> Expressio
     (obs, of_obs), (var, of_var) = storable(matrix.obs, "obs"), storable(matrix.var, "var")
     for note in of_obs + of_var + swapped_axes(obs, var):
         listen(Note(f"{matrix.name}: {note}"))
-    return matrix.annotated(Annotation(obs, var))
+    return replace(matrix, annotation=Annotation(obs, var))
 
 
 def add_result(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import zarr
 from numcodecs import Shuffle, Zstd
+from numpy.typing import NDArray
 from zarr.abc.store import RangeByteRequest
 from zarr.codecs import ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
@@ -46,6 +47,19 @@ def new_array(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tupl
     )
     set_encoding(array, "array", "0.2.0")
     return array
+
+
+def write_chunk(array: Any, number: int, values: NDArray[Any]) -> None:
+    """Write a chunk, by its number, of a one-dimensional array of Zarr format 2, in the thread that calls.
+
+    By way of the Zarr library it takes twice the processor's time, and half of that is of one thread for all.
+    """
+    lacking = array.chunks[0] - len(values)
+    chunk = np.pad(values, (0, lacking)) if lacking else values
+    for codec in (*array.filters, *array.compressors):
+        chunk = codec.encode(chunk)
+    place = array.store_path / array.metadata.encode_chunk_key((number,))
+    sync(place.set(default_buffer_prototype().buffer.from_bytes(bytes(chunk))))
 
 
 def write_element(group: Any, name: str, value: Any) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import zarr
+from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
-from scialm_dask.data.arrays import new_array, set_encoding
+from scialm_dask.data.arrays import new_array, set_encoding, write_chunk
 
 CHUNK_VALUES = 1 << 18  # values in one chunk of `data` or `indices`; a block reads few values it does not want
 CHUNK_ROWS = 1 << 16
+_MOST_THREADS = 4  # that compress
 
 
 def row_of(csr: sp.csr_matrix) -> NDArray[np.intp]:
@@ -55,13 +59,14 @@ class CSRWriter:
         self._columns = n_columns
         self._rows = 0
         self._stored = 0
-        self._data = _Appender(self._group, "data", np.dtype(dtype), CHUNK_VALUES)
-        self._indices = _Appender(self._group, "indices", np.dtype(np.int32), CHUNK_VALUES)
-        self._indptr = _Appender(self._group, "indptr", np.dtype(np.int64), CHUNK_ROWS)
+        self._threads = _Threads()
+        self._data = _Appender(self._threads, self._group, "data", np.dtype(dtype), CHUNK_VALUES)
+        self._indices = _Appender(self._threads, self._group, "indices", np.dtype(np.int32), CHUNK_VALUES)
+        self._indptr = _Appender(self._threads, self._group, "indptr", np.dtype(np.int64), CHUNK_ROWS)
         self._indptr.append(np.zeros(1, np.int64))
 
     def append(self, rows: sp.csr_matrix) -> None:
-        """Add the next rows, a CSR matrix with `n_columns` columns."""
+        """Add the next rows, a CSR matrix with `n_columns` columns, which is not to be changed afterwards."""
         self._data.append(rows.data)
         self._indices.append(rows.indices)
         self._indptr.append(rows.indptr[1:].astype(np.int64) - int(rows.indptr[0]) + self._stored)
@@ -72,51 +77,80 @@ class CSRWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            for appender in (self._data, self._indices, self._indptr):
-                appender.close()
-            if self._stored <= np.iinfo(np.int32).max:
-                self._narrow_indptr()
-            set_encoding(self._group, "csr_matrix", "0.1.0", shape=[self._rows, self._columns])
+        try:
+            if kind is None:
+                for appender in (self._data, self._indices, self._indptr):
+                    appender.close()
+                if self._stored <= np.iinfo(np.int32).max:
+                    self._narrow_indptr()
+                set_encoding(self._group, "csr_matrix", "0.1.0", shape=[self._rows, self._columns])
+        finally:
+            self._threads.end()
 
     def _narrow_indptr(self) -> None:
         """Give indptr the type of the indices: SciPy fails on a matrix that has two, as AnnData would read it."""
         wide: Any = self._group["indptr"]
         values = wide[...]
         del self._group["indptr"]
-        narrow = _Appender(self._group, "indptr", np.dtype(np.int32), CHUNK_ROWS)
+        narrow = _Appender(self._threads, self._group, "indptr", np.dtype(np.int32), CHUNK_ROWS)
         narrow.append(values)
         narrow.close()
+
+
+class _Threads:
+    """A few threads that write; no more chunks wait for them than there are of them."""
+
+    def __init__(self) -> None:
+        self._most = min(CPU_COUNT, _MOST_THREADS)
+        self._pool = ThreadPoolExecutor(self._most)
+        self._under_way: deque[Future[None]] = deque()
+
+    def write(self, array: Any, number: int, values: np.ndarray[Any, Any]) -> None:
+        self._under_way.append(self._pool.submit(write_chunk, array, number, values))
+        self.wait(self._most)
+
+    def wait(self, most: int = 0) -> None:
+        """Wait until so many chunks are left; raises what writing one has raised."""
+        while len(self._under_way) > most:
+            self._under_way.popleft().result()
+
+    def end(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 class _Appender:
     """A 1-D Zarr array that grows by whole chunks; what does not fill one waits in memory."""
 
-    def __init__(self, group: zarr.Group, name: str, dtype: np.dtype[Any], chunk: int) -> None:
+    def __init__(self, threads: _Threads, group: zarr.Group, name: str, dtype: np.dtype[Any], chunk: int) -> None:
         self._array = new_array(group, name, (0,), (chunk,), dtype)
-        self._chunk = chunk
+        self._threads, self._chunk, self._chunks, self._length = threads, chunk, 0, 0
         self._waiting: list[np.ndarray[Any, Any]] = []
 
     def append(self, values: np.ndarray[Any, Any]) -> None:
         values = np.asarray(values, self._array.dtype)
+        self._length += len(values)
         if self._waiting:
             missing = self._chunk - sum(map(len, self._waiting))
             self._waiting.append(values[:missing].copy())
             values = values[missing:]
             if len(self._waiting[-1]) == missing:
-                self.close()
+                self._write_waiting()
         whole = len(values) - len(values) % self._chunk
-        self._write(values[:whole])
+        for start in range(0, whole, self._chunk):
+            self._write(values[start : start + self._chunk])
         if whole < len(values):
             self._waiting.append(values[whole:].copy())
 
     def close(self) -> None:
+        self._write_waiting()
+        self._array.resize((self._length,))
+        self._threads.wait()
+
+    def _write_waiting(self) -> None:
         if self._waiting:
             self._write(np.concatenate(self._waiting))
             self._waiting = []
 
     def _write(self, values: np.ndarray[Any, Any]) -> None:
-        if len(values):
-            start = self._array.shape[0]
-            self._array.resize((start + len(values),))
-            self._array[start:] = values
+        self._threads.write(self._array, self._chunks, values)
+        self._chunks += 1

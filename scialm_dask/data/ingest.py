@@ -16,7 +16,6 @@ from scialm_dask.data.csr import CSRWriter
 from scialm_dask.data.fingerprint import Stamp
 from scialm_dask.data.formats import genes_among, locate
 from scialm_dask.data.joining import Matrix, Source, joined, sample_names, with_genes
-from scialm_dask.data.matrix import check_values
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.rows import StoredRows, blocks_of, check_chunks, numeric, sum_duplicates
 from scialm_dask.data.storable import storable
@@ -31,6 +30,7 @@ from scialm_dask.data.store import (
 )
 from scialm_dask.data.text import Axis, TextMatrix, open_text
 from scialm_dask.data.transpose import Entries, columns_of, csr_of, rows_in_order
+from scialm_dask.data.values import check_values
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, Note, begin, silent
 from scialm_dask.reduction import in_order

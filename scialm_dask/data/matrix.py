@@ -6,22 +6,23 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import dask
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import checked, short_repr
+from scialm_dask.arguments import checked
 from scialm_dask.data.annotation import Annotation, AnnotationHere, read_annotation
 from scialm_dask.data.fingerprint import Stamp
 from scialm_dask.data.formats import locate
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.rows import MemoryRows, RenamedRows, Rows, StoredRows, blocks_of, check_chunks, sum_duplicates
+from scialm_dask.data.rows import MemoryRows, RenamedRows, Rows, blocks_of, check_chunks, sum_duplicates
 from scialm_dask.data.store import lasting, open_store, readable
 from scialm_dask.data.temporary import check_seen, temporary_csr
-from scialm_dask.data.transpose import Entries, rows_in_order, spill_to_csr
+from scialm_dask.data.transpose import spill_to_csr
+from scialm_dask.data.values import Observed, check_size, check_values, computed, finite_entries, held_array, unmasked
 from scialm_dask.errors import InputError
 from scialm_dask.reduction import current_client, in_order, tree_reduce
 
@@ -29,10 +30,7 @@ if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
-Observed = Literal["nonzero", "finite"]
 T = TypeVar("T")
-
-_LARGEST = 1e15  # value; of larger ones, and of smaller than its inverse, products leave what float32 holds
 
 
 @dataclass(frozen=True)
@@ -46,27 +44,30 @@ class Origin:
 
 @dataclass(frozen=True)
 class ExpressionMatrix:
-    """A cells × genes matrix, cut into row blocks that are read where they are needed.
+    """A cells × genes matrix in row blocks that are read where they are needed.
+
+    `open` and `of` make one. It is small and can be sent to workers.
 
     Parameters
     ----------
-    rows
+    rows : Rows
         What reads the rows.
-    blocks
+    blocks : RowBlocks
         The partition of the cells.
-    observed
-        Which entries are observed (Ω). ``"nonzero"``: the non-zeros, as in the paper. ``"finite"``: all that
-        are not NaN, zeros included, for general matrices.
-    annotation
-        Of cells and genes: data frames (`Annotation`), where a store has them (`StoredAnnotation`), or None for none.
-    origin
-        What it was opened from; None if that was in memory.
-    stamp
-        What that was like then; see `check_unchanged`.
+    observed : {"nonzero", "finite"}, default="nonzero"
+        The observed entries, Ω. ``"nonzero"``: the non-zeros, as in the paper. ``"finite"``: all that are not NaN,
+        zeros included, for general matrices.
+    annotation : Annotation, StoredAnnotation or None, default=None
+        Data frames of cells and genes, or the store that has them.
+    origin, stamp : optional
+        What it was opened from, and the state of that then; None if it was in memory.
 
-    Notes
-    -----
-    Create one by `ExpressionMatrix.open` or `ExpressionMatrix.of`. It is small and can be sent to workers.
+    Examples
+    --------
+    >>> import numpy as np, scialm_dask
+    >>> matrix = scialm_dask.ExpressionMatrix.of(np.arange(12).reshape(4, 3), blocks=2)
+    >>> matrix.shape, matrix.n_stored, len(matrix.blocks)
+    ((4, 3), 11, 2)
     """
 
     rows: Rows
@@ -87,36 +88,41 @@ class ExpressionMatrix:
         observed: Observed = "nonzero",
         missing_chunks_are_zeros: bool = False,
     ) -> ExpressionMatrix:
-        """Open X, or a layer, of an AnnData store (.zarr, format 2 or 3, or .h5ad), or whatever else holds one matrix.
-
-        That is a bare 2-D Zarr array, a 10x .h5, of which features other than genes are left out, or a loom file.
+        """Open X or a layer of an AnnData store, or another file that holds one matrix.
 
         Parameters
         ----------
-        path
-            The store, or its URL, if it is Zarr. It is only read.
-        layer
-            Name of the layer, or ``"raw"`` for ``.raw.X`` with its own genes; X by default.
-        blocks
-            Number of row blocks; chosen by the number of stored values if None.
-        observed
+        path : str or path-like
+            An AnnData store (.zarr, format 2 or 3, or .h5ad), a bare 2-D Zarr array, a 10x .h5, of which only features
+            that are genes are taken, or a loom file. It is only read. Zarr may be at a URL.
+        layer : str, optional
+            The layer to read instead of X; ``"raw"`` for ``.raw.X`` with its own genes.
+        blocks : int, optional
+            Number of row blocks. By default chosen by the number of stored values.
+        observed : {"nonzero", "finite"}, default="nonzero"
             See the class.
-        missing_chunks_are_zeros
-            Read the absent chunks of a dense store as zeros, which some programs do not write, instead of
-            refusing them.
+        missing_chunks_are_zeros : bool, default=False
+            Read absent chunks of a dense store as zeros, which some programs do not write, instead of refusing them.
 
         Returns
         -------
         ExpressionMatrix
-            Nothing of it is read yet, but a matrix stored by genes is copied to a temporary store, by cells.
+            No values are read yet; a matrix stored by genes is copied to a temporary store, by cells.
 
         Raises
         ------
         InputError
-            If the store or the layer cannot be used: not there, damaged, or no matrix of numbers. Values are checked
-            when they are read; see `read_block`.
+            If the store or the layer is absent, damaged, or no matrix of numbers. Values are checked when they are
+            read; see `read_block`.
         OutputError
             If the disk of the temporary store is full.
+
+        Examples
+        --------
+        >>> import anndata
+        >>> anndata.AnnData(np.eye(3, dtype="float32")).write_h5ad("cells.h5ad")
+        >>> scialm_dask.ExpressionMatrix.open("cells.h5ad").n_stored
+        9
         """
         store = open_store(path)
         path = lasting(path)
@@ -137,21 +143,18 @@ class ExpressionMatrix:
     def of(
         cls, matrix: Any, *, blocks: int | None = None, observed: Observed = "nonzero", name: str = "matrix"
     ) -> ExpressionMatrix:
-        """Take a NumPy array or SciPy sparse matrix that is in memory, or a Dask array with chunks of either kind.
+        """Take a matrix in memory, or a Dask array of dense or sparse chunks.
 
-        A Dask array is computed here, once, a row of chunks at a time, into a temporary store; see `temporary_csr`.
+        A Dask array is computed here, once, a row of chunks at a time, into a temporary store.
 
         Parameters
         ----------
-        matrix
-            Cells × genes; a list of lists or a data frame, dense or sparse, will do as well. Masked entries are
-            unknown: zeros, or NaN where zeros are observed.
-        blocks
-            Number of row blocks; chosen by the number of stored values if None.
-        observed
-            See the class.
-        name
-            What to call it in messages.
+        matrix : array or data frame of shape (n_cells, n_genes)
+            NumPy, SciPy sparse or Dask, a list of lists, or a dense or sparse data frame. Masked entries are unknown.
+        blocks, observed : optional
+            As in `open`.
+        name : str, default="matrix"
+            Its name in messages.
 
         Returns
         -------
@@ -165,11 +168,16 @@ class ExpressionMatrix:
             `read_block`.
         OutputError
             If the disk of the temporary store is full.
+
+        Examples
+        --------
+        >>> scialm_dask.ExpressionMatrix.of([[1, 0], [2, 3]]).shape
+        (2, 2)
         """
         if dask.is_dask_collection(matrix):
-            rows = _computed(matrix, name, observed)
+            rows = computed(matrix, name, observed)
             return cls(rows, blocks_of(rows, open_store(rows.path)["X"], blocks), observed)
-        csr = sp.csr_matrix(held_array(_unmasked(matrix, observed), name))
+        csr = sp.csr_matrix(held_array(unmasked(matrix, observed), name))
         cuts = RowBlocks.by_nonzeros(csr.indptr, blocks)
         return cls(MemoryRows(csr, name), cuts, observed)
 
@@ -178,7 +186,7 @@ class ExpressionMatrix:
 
     @property
     def name(self) -> str:
-        """What to call it in messages."""
+        """Its name in messages."""
         return self.rows.name
 
     @property
@@ -188,56 +196,98 @@ class ExpressionMatrix:
 
     @property
     def n_stored(self) -> int:
-        """Number of stored values, the most that can be observed; reads no values."""
+        """Number of stored values, the most that can be observed. No values are read for it."""
         return self.rows.n_stored if self.observed == "nonzero" else self.shape[0] * self.shape[1]
 
     @functools.cached_property
     def obs(self) -> pd.DataFrame:
-        """Annotation of the cells, read when first asked for."""
+        """Annotation of the cells, read when first used."""
         return read_annotation(self.annotation, "obs", self.shape[0])
 
     @functools.cached_property
     def var(self) -> pd.DataFrame:
-        """Annotation of the genes, read when first asked for."""
+        """Annotation of the genes, read when first used."""
         return read_annotation(self.annotation, "var", self.shape[1])
 
     def with_blocks(self, blocks: RowBlocks) -> ExpressionMatrix:
-        """Return the same matrix, cut otherwise."""
+        """Return the matrix in other row blocks.
+
+        Parameters
+        ----------
+        blocks : RowBlocks
+            The partition of the cells.
+
+        Returns
+        -------
+        ExpressionMatrix
+            The same matrix.
+
+        Examples
+        --------
+        >>> whole = matrix.with_blocks(scialm_dask.data.layout.RowBlocks((0, 4)))
+        """
         return replace(self, blocks=blocks)
 
     def check_unchanged(self) -> None:
-        """Raise `InputError` if the store that this was opened from has changed since, and may have been read mixed."""
+        """Check that the store has not changed since it was opened, as it may have been read in two states.
+
+        Raises
+        ------
+        InputError
+            If it has.
+
+        Examples
+        --------
+        >>> matrix.check_unchanged()
+        """
         if self.stamp is not None:
             self.stamp.check()
-
-    def annotated(self, annotation: Annotation) -> ExpressionMatrix:
-        """Return the same matrix with this annotation of cells and genes."""
-        return replace(self, annotation=annotation)
 
     def of_genes(self, columns: NDArray[np.intp], n_genes: int) -> ExpressionMatrix:
         """Return the same cells × other genes.
 
         Parameters
         ----------
-        columns
-            For each gene of this matrix its number among the others, or −1 if it is none of them.
-        n_genes
-            Number of the others; those that none here is are zero.
+        columns : ndarray of shape (n_genes of this matrix,), int
+            For each gene its number among the others, or −1 if it is none of them.
+        n_genes : int
+            Number of the others. Those that this matrix lacks are zero.
+
+        Returns
+        -------
+        ExpressionMatrix
+            Without annotation, unless the genes are those of this matrix.
+
+        Examples
+        --------
+        >>> matrix.of_genes(np.array([1, -1, 0]), 2).take(slice(0, 2)).toarray()
+        array([[2., 0.],
+               [5., 3.]], dtype=float32)
         """
         if np.array_equal(columns, np.arange(n_genes)):
             return self
         return replace(self, rows=RenamedRows(self.rows, columns, n_genes), annotation=None)
 
     def for_workers(self) -> ExpressionMatrix:
-        """Return the same matrix, small enough to go into tasks.
+        """Return the matrix in a form small enough to go into tasks.
 
-        If a `distributed.Client` is in force, what is in memory is written to a temporary store, from which workers
-        read their blocks; see `temporary_csr`. Names of cells and genes that are in memory stay in this process.
+        With a `distributed.Client`, what is in memory is written to a temporary store from which workers read their
+        blocks. Names of cells and genes that are in memory stay in this process.
+
+        Returns
+        -------
+        ExpressionMatrix
+            This one where nothing has to change.
 
         Raises
         ------
         InputError
-            If workers of the Dask cluster do not see that store, or one that was made before there was a cluster.
+            If workers do not see the temporary store, or one that was made before there was a cluster.
+
+        Examples
+        --------
+        >>> matrix.for_workers() is matrix  # threads of this process
+        True
         """
         if current_client() is None:
             return self
@@ -254,27 +304,47 @@ class ExpressionMatrix:
 
         Parameters
         ----------
-        block
+        block : int
             Its number.
-        as_stored
+        as_stored : bool, default=False
             Keep the type of the values instead of turning them into float32.
 
         Returns
         -------
         scipy.sparse.csr_matrix
-            Indices sorted and unique (duplicates summed). What it stores is what is observed: no zeros if
-            ``observed == "nonzero"``; explicit zeros, and no NaN, if ``"finite"``.
+            Indices sorted, duplicates summed. It stores what is observed: no zeros under ``"nonzero"``; explicit zeros,
+            and no NaN, under ``"finite"``.
 
         Raises
         ------
         InputError
-            If a value is negative, NaN (under ``"nonzero"``) or infinite, or is not a number; or if the values are so
-            large or small, beyond 1e15 or 1e-15, that they cannot be computed with.
+            If a value is no number, infinite, beyond 1e15 or 1e-15 in size, or, under ``"nonzero"``, negative or NaN.
+
+        Examples
+        --------
+        >>> matrix.read_block(1).toarray()
+        array([[ 9., 10., 11.]], dtype=float32)
         """
         return self._read(*self.blocks[block], as_stored=as_stored)
 
     def take(self, cells: slice | NDArray[np.intp]) -> sp.csr_matrix:
-        """Read some cells, given by a slice or by their numbers; see `read_block`."""
+        """Read some cells; see `read_block`.
+
+        Parameters
+        ----------
+        cells : slice or ndarray of int
+            Their numbers.
+
+        Returns
+        -------
+        scipy.sparse.csr_matrix
+            One row for each, float32.
+
+        Examples
+        --------
+        >>> matrix.take(slice(0, 1)).toarray()
+        array([[0., 1., 2.]], dtype=float32)
+        """
         if isinstance(cells, slice):
             cells = np.arange(self.shape[0])[cells]
         ends = np.flatnonzero(np.diff(cells) != 1) + 1  # consecutive ones are read together
@@ -291,21 +361,28 @@ class ExpressionMatrix:
             csr = sp.csr_matrix((csr.data.astype(dtype), csr.indices, csr.indptr), shape=csr.shape)
         sum_duplicates(csr, self.name)
         if self.observed == "finite":
-            csr = _finite_entries(csr, self.name)
+            csr = finite_entries(csr, self.name)
         else:
             check_values(csr, self.name, start)
             if not csr.data.all():
                 csr.eliminate_zeros()
-        largest = np.abs(csr.data).max(initial=0)
-        if largest and not as_stored and not 1 / _LARGEST <= largest <= _LARGEST:
-            raise InputError(
-                f"{self.name}: cells {start} to {stop - 1} have values up to {largest:g}, whose squares are beyond "
-                f"float32; multiply the matrix so that they lie between {1 / _LARGEST:g} and {_LARGEST:g}"
-            )
+        if not as_stored:
+            check_size(csr, self.name, start)
         return csr
 
     def to_dask(self) -> da.Array:
-        """Give the matrix as a Dask array of float32 CSR chunks, one for each block."""
+        """Return the matrix as a lazy Dask array.
+
+        Returns
+        -------
+        dask.array.Array of shape (n_cells, n_genes), float32
+            CSR chunks, one for each block.
+
+        Examples
+        --------
+        >>> matrix.to_dask().chunks
+        ((3, 1), (3,))
+        """
         import dask.array as da
 
         read = dask.delayed(ExpressionMatrix.read_block, pure=True)
@@ -318,18 +395,42 @@ class ExpressionMatrix:
         return da.concatenate(chunks, axis=0)
 
     def stream(self, *, as_stored: bool = False) -> Iterator[sp.csr_matrix]:
-        """Read all blocks in order, a few ahead of the one handed out; see `read_block`."""
-        return in_order(functools.partial(self.read_block, as_stored=as_stored), range(len(self.blocks)))
-
-    def reduce(self, visit: Callable[[sp.csr_matrix, int], T], combine: Callable[[T, T], T]) -> T:
-        """Visit every block once and combine what the visits return, pairwise, in a fixed order.
+        """Read all blocks in order, a few ahead of the one handed out; see `read_block`.
 
         Parameters
         ----------
-        visit
-            Called with a block and the number of its first row.
-        combine
-            Called with two results of neighbouring blocks.
+        as_stored : bool, default=False
+            Keep the type of the values.
+
+        Returns
+        -------
+        iterator of scipy.sparse.csr_matrix
+            One block after another.
+
+        Examples
+        --------
+        >>> [block.nnz for block in matrix.stream()]
+        [8, 3]
+        """
+        return in_order(functools.partial(self.read_block, as_stored=as_stored), range(len(self.blocks)))
+
+    def reduce(self, visit: Callable[[sp.csr_matrix, int], T], combine: Callable[[T, T], T]) -> T:
+        """Visit every block once and combine the results of neighbours, in a fixed order.
+
+        Parameters
+        ----------
+        visit, combine : callable
+            Called with a block and the number of its first row, and with two results.
+
+        Returns
+        -------
+        object
+            The last result.
+
+        Examples
+        --------
+        >>> float(matrix.reduce(lambda block, first: block.sum(), lambda one, other: one + other))
+        66.0
         """
         matrix = self.for_workers()
 
@@ -338,101 +439,3 @@ class ExpressionMatrix:
 
         parts = [dask.delayed(task)(block) for block in range(len(self.blocks))]
         return tree_reduce(parts, combine).compute()  # type: ignore[no-any-return]
-
-
-def held_array(matrix: Any, name: str) -> Any:
-    """Take what is in memory, SciPy sparse or anything that NumPy takes; raises `InputError` as `check_array`.
-
-    A sparse data frame stays sparse, and the bytes of numbers are put into the order of this machine.
-    """
-    if np.ma.is_masked(matrix):
-        raise InputError(f"{name}: has masked entries; fill them, with zeros or NaN, whatever stands for the unknown")
-    if hasattr(matrix, "columns") and all(
-        hasattr(kind, "fill_value") and kind.fill_value == 0 for kind in matrix.dtypes
-    ):
-        matrix = matrix.sparse.to_coo().tocsr()
-    try:
-        held = matrix if sp.issparse(matrix) else np.asarray(matrix)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name}: a {type(matrix).__name__}, not a matrix of numbers ({error})") from error
-    if held.ndim == 0:
-        raise InputError(f"{name} is {short_repr(matrix)}; give a matrix of numbers")
-    check_array(held, name)
-    return held.astype(held.dtype.newbyteorder("="), copy=False)
-
-
-def _unmasked(matrix: Any, observed: Observed) -> Any:
-    """Put what stands for the unknown where a masked array is masked."""
-    if not isinstance(matrix, np.ma.MaskedArray):
-        return matrix
-    if observed == "nonzero":
-        return matrix.filled(0)
-    filled = matrix.filled(0).astype(np.float64)
-    filled[np.ma.getmaskarray(matrix)] = np.nan
-    return filled
-
-
-def check_array(array: Any, name: str) -> None:
-    """Raise `InputError` if an array, of NumPy, SciPy or Dask, is not a matrix of numbers of known size."""
-    if array.ndim != 2 or any(np.isnan(n) or n == 0 for n in array.shape):
-        raise InputError(
-            f"{name}: shape {array.shape}; give a matrix: two dimensions of known size, one cell and gene at least"
-        )
-    if array.dtype.kind not in "buif" or array.dtype == np.float16:
-        raise InputError(
-            f"{name}: values are of type {array.dtype}, not numbers that can be computed with; convert them first"
-        )
-
-
-def _computed(array: Any, name: str, observed: Observed) -> StoredRows:
-    if hasattr(array, "to_dask_array"):
-        raise InputError(f"{name}: a Dask data frame, of unknown length; give frame.to_dask_array(lengths=True)")
-    check_array(array, name)
-
-    def chunk(*place: int) -> sp.csr_matrix:
-        return sp.csr_matrix(_unmasked(array.blocks[place].compute(), observed))
-
-    dtype = np.dtype(np.float64) if observed == "finite" else array.dtype.newbyteorder("=")
-    if array.numblocks[0] > 1 or array.numblocks[1] == 1:
-        array = array.rechunk({1: -1})
-        return temporary_csr((chunk(i) for i in range(array.numblocks[0])), array.shape[1], dtype, name)
-    starts = np.cumsum([0, *array.chunks[1]])  # stored by genes, as CSC is
-
-    def pieces() -> Iterator[Entries]:
-        for number, start in enumerate(starts[:-1]):
-            entries = chunk(0, number).tocoo()
-            yield Entries(entries.row, (entries.col + start).astype(np.int32), entries.data)
-
-    n_values = array.shape[0] * array.shape[1] // 10  # nobody knows before they are read
-    return temporary_csr(rows_in_order(pieces(), array.shape, dtype, n_values, name), array.shape[1], dtype, name)
-
-
-def check_values(csr: sp.csr_matrix, name: str, first_row: int) -> None:
-    """Raise `InputError` if a value is negative, NaN or infinite."""
-    smallest, largest = (csr.data.min(), csr.data.max()) if csr.nnz else (0, 0)
-    if smallest >= 0 and largest < np.inf:  # false for NaN too
-        return
-    at = int(np.flatnonzero(~((csr.data >= 0) & (csr.data < np.inf)))[0])
-    row = int(np.searchsorted(csr.indptr, at, side="right")) - 1
-    raise InputError(
-        f"{name}: value {csr.data[at]} at cell {first_row + row}, gene {csr.indices[at]}; expression must be "
-        "finite and not negative: give counts or normalised counts, not scaled or centred data"
-    )
-
-
-def check_observed(n_observed: int, name: str) -> None:
-    """Raise `InputError` if a matrix turned out to have no observed entry."""
-    if n_observed == 0:
-        raise InputError(
-            f"{name}: no entry is observed, all are zero; give a matrix with non-zeros, e.g. another layer"
-        )
-
-
-def _finite_entries(csr: sp.csr_matrix, name: str) -> sp.csr_matrix:
-    """All entries that are not NaN, zeros stored explicitly."""
-    dense = csr.toarray()
-    if np.isinf(dense).any():
-        raise InputError(f"{name}: holds an infinite value; mark missing entries as NaN")
-    keep = ~np.isnan(dense)
-    indptr = np.concatenate([[0], np.cumsum(keep.sum(axis=1))])
-    return sp.csr_matrix((dense[keep], np.nonzero(keep)[1].astype(np.int32), indptr), shape=csr.shape)

@@ -13,6 +13,7 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.arrays import MOST_MISSING, is_checksummed, missing_chunks, n_chunks
+from scialm_dask.data.inflate import read_span
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.store import open_store, readable
 from scialm_dask.errors import DoesNotFitError, InputError
@@ -98,7 +99,7 @@ class StoredRows:
             indptr = np.asarray(element["indptr"][start : stop + 1], dtype=np.int64)
             _check_rising(self.name, indptr, element["data"].shape[0])
             span = slice(int(indptr[0]), int(indptr[-1]))
-            data, indices = element["data"][span], element["indices"][span]
+            data, indices = read_span(element["data"], span), read_span(element["indices"], span)
         return _assemble(self, data, indices, indptr - indptr[0], start)
 
 

@@ -31,19 +31,16 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of recovered x against true y for each gene, or for whatever else the entries are grouped by.
+    """Scores of recovered x against true y, by gene or another grouping of entries.
+
+    ``n``, ``mse``, ``mae``, ``pearson`` and ``cosine`` are arrays of shape (n_groups,), NaN where there is nothing to
+    tell: no entry, or a constant on either side. Scores of other entries of the same groups can be added.
 
     Parameters
     ----------
-    moments
-        Float64, shape ``(8, n)``, for each of n groups: number of entries, mean of x and of y, sums of squares of
-        their deviations from it and of the product of these, and the sums of ``|x - y|`` and of its square. Scores of
-        other entries of the same groups can be added.
-
-    Notes
-    -----
-    ``n``, ``mse``, ``mae``, ``pearson`` and ``cosine`` are arrays of shape ``(n,)``, NaN where there is nothing to
-    tell: no entry, or a constant on either side.
+    moments : ndarray of shape (8, n_groups), float64
+        Number of entries, means of x and of y, sums of squares of their deviations, sum of the products of these, and
+        sums of ``|x - y|`` and of its square.
     """
 
     moments: Doubles
@@ -95,7 +92,7 @@ class Scores:
 
     @property
     def pearson(self) -> Doubles:
-        """Correlation, equation 11."""
+        """Pearson's correlation, equation 11."""
         n, x, y, xx, yy, xy, *_ = self.moments
         varies = (xx > _ROUNDING * n * x**2) & (yy > _ROUNDING * n * y**2)
         return self._over(xy, np.sqrt(xx * yy) * varies)
@@ -125,7 +122,7 @@ class Scores:
         return np.where(yy > _ROUNDING * n * y**2, np.nan_to_num(self.pearson), np.nan)
 
     def as_dict(self) -> dict[str, float]:
-        """Return ``n`` and the four scores over all entries."""
+        """Return ``n``, ``mse``, ``mae``, ``pearson`` and ``cosine`` over all entries."""
         whole = self.overall
         return {"n": int(whole.n[0]), **{name: float(getattr(whole, name)[0]) for name in METRICS}}
 
@@ -147,19 +144,20 @@ def _pooled(parts: Doubles) -> Doubles:
 
 
 def gene_scores(truth: Any, recovered: Any) -> Scores:
-    """Compare recovered expression to the truth, gene by gene.
+    """Score recovered expression against the truth, gene by gene.
 
     Parameters
     ----------
-    truth, recovered
-        Cells × genes: NumPy, SciPy sparse or Dask arrays (of dense or sparse chunks), data frames, AnnData, paths to
-        stores, or anything with `to_dask()`. Where both have names, these are matched.
+    truth, recovered : matrix of shape (n_cells, n_genes)
+        Arrays, data frames, AnnData, paths to stores, or anything with ``to_dask()``. Names are matched where both have
+        them.
 
     Returns
     -------
     Scores
-        ``pearson``, float64 of shape ``(n_genes,)``: the correlation across cells, NaN where either side is constant;
-        ``mse``, ``mae``, ``cosine`` alike; ``relative_error``, ‖X − M‖_F / ‖M‖_F; ``mean_ratio``.
+        ``pearson``, float64 of shape (n_genes,), is the correlation across cells, NaN where either side is constant;
+        ``mse``, ``mae`` and ``cosine`` alike. ``relative_error`` is ‖X − M‖_F / ‖M‖_F, ``mean_ratio`` that of the
+        means.
 
     Raises
     ------

@@ -37,31 +37,39 @@ class Fit:
 class PooledALS:
     """Recover expression from pools as a non-negative factorisation of given rank.
 
-    Minimises ‖D − U Vᵀ P‖_F² + ridge (‖U‖_F² + ‖V‖_F²) over U ≥ 0 (cells × rank) and V ≥ 0 (genes × rank) by turns.
-    U is a small least-squares problem for each cell. V needs only UᵀU and UᵀD; as pools are fewer than genes it is
-    not unique, and the one nearest the last V is taken.
+    Minimises ‖D − U Vᵀ P‖_F² + ridge (‖U‖_F² + ‖V‖_F²) over U ≥ 0 (cells × rank) and V ≥ 0 (genes × rank) by turns. U
+    is a small least-squares problem for each cell. V needs only UᵀU and UᵀD. As pools are fewer than genes it is not
+    unique; the one nearest to the last V is taken.
 
     Parameters
     ----------
-    rank
+    rank : int
         Number of components.
-    random_state
-        Seed of the start. V starts near 1, that is, with all genes nearly alike; what the pools do not tell apart
-        stays so.
-    ridge
-        Weight of the penalty, in squared units of D over cells; 0 for none.
-    restarts
-        Number of starts; the fit of the lowest objective is kept.
-    max_sweeps
-        Most sweeps of each start. A sweep reads D once.
-    tol
-        Stop when a sweep lowers the objective by less than this fraction of it, or when the objective is below
-        `tol`² ‖D‖_F².
+    random_state : int, default=0
+        Seed of the start. V starts near 1, with all genes nearly alike; what the pools do not tell apart stays so.
+    ridge : float, default=0
+        Weight of the penalty, in squared units of D over cells.
+    restarts : int, default=1
+        Number of starts. The fit of the lowest objective is kept.
+    max_sweeps : int, default=100
+        The most sweeps of each start. A sweep reads D once.
+    tol : float, default=1e-4
+        Stop when a sweep lowers the objective by less than this fraction of it, or the objective is below `tol`²
+        ‖D‖_F².
 
     Notes
     -----
-    The objective never rises. The answer does not depend on the blocks of D or the number of workers, except by
-    rounding.
+    The objective never rises. Blocks of D and the number of workers change the answer by rounding only.
+
+    Examples
+    --------
+    >>> import numpy as np, scialm_dask
+    >>> counts = np.random.default_rng(0).poisson([[1, 5] * 20, [5, 1] * 20] * 30)  # two types of cells, 40 genes
+    >>> P = scialm_dask.balanced_pools(40, 20, per_gene=3)
+    >>> D = scialm_dask.measure(counts, P)
+    >>> als = scialm_dask.PooledALS(rank=2)
+    >>> als.fit(D, P).to_dask().shape
+    (60, 40)
     """
 
     @checked
@@ -81,16 +89,16 @@ class PooledALS:
         self.pools_: Float | None = None
 
     def fit(self, D: Any, P: ArrayLike, *, listen: Listener = silent) -> PooledResult:
-        """Recover expression.
+        """Recover expression, and learn gene loadings V.
 
         Parameters
         ----------
-        D
-            Measurements, cells × pools: a Dask or NumPy array, the path of a Zarr store, or anything with
-            `to_dask()`. Read once a sweep; persist it first if it is costly to make.
-        P
-            The design, genes × pools, binary.
-        listen
+        D : matrix of shape (n_cells, n_pools)
+            Measurements: a Dask or NumPy array, the path of a Zarr store, or anything with ``to_dask()``. Read once a
+            sweep; persist it first if it is costly to make.
+        P : array-like of shape (n_genes, n_pools)
+            The design, binary.
+        listen : callable, optional
             Called with every event of the work; see `scialm_dask.events`.
 
         Returns
@@ -107,6 +115,12 @@ class PooledALS:
         -----
         UserWarning
             If the rank is above the number of pools.
+
+        Examples
+        --------
+        >>> fitted = als.fit(D, P)
+        >>> fitted.right.shape, fitted.converged
+        ((40, 2), True)
         """
         P = check_pools(P)
         measured = Measurements.of(D, P.shape[1])
@@ -126,8 +140,8 @@ class PooledALS:
 
         Parameters
         ----------
-        D
-            Measurements of the cells through the same pools; see `fit`.
+        D : matrix of shape (n_cells, n_pools)
+            Measurements of the cells through the same pools.
 
         Returns
         -------
@@ -138,6 +152,11 @@ class PooledALS:
         ------
         InputError
             If D cannot be used, or nothing was fitted.
+
+        Examples
+        --------
+        >>> als.transform(D[:5]).shape
+        (5, 40)
         """
         if self.pools_ is None or self.loadings_ is None:
             raise InputError("nothing was fitted; call fit first")

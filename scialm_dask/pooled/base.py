@@ -32,24 +32,24 @@ BATCH = 4096  # cells in work at a time within a block: bounds the memory of a t
 
 @dataclass(frozen=True)
 class PooledResult:
-    """Expression recovered from pools, M = max(left · rightᵀ, 0), computed where it is asked for.
+    """Expression recovered from pools, M = max(left · rightᵀ, 0), computed where it is used.
 
     Attributes
     ----------
-    left
-        Cells × rank, float64, a lazy Dask array in the row blocks of D.
-    right
-        Genes × rank, float64.
-    objective
+    left : dask.array.Array of shape (n_cells, rank), float64
+        Lazy, in the row blocks of D.
+    right : ndarray of shape (n_genes, rank), float64
+        Gene loadings.
+    objective : float
         What was minimised: ‖D − UVᵀP‖_F² plus the ridge (least squares), or ‖X‖_* (nuclear norm).
-    feasibility
+    feasibility : float
         ‖XP − D‖_F.
-    certificate
-        Nuclear norm: the objective is at most this much above the smallest possible one, by a dual feasible
-        point. None for alternating least squares, which is not convex.
-    history
+    certificate : float or None
+        Nuclear norm: a bound, by a dual feasible point, of how far the objective is above the smallest possible one.
+        None for least squares, which are not convex.
+    history : tuple of dict
         One record for each iteration.
-    converged
+    converged : bool
         Whether the stopping rule was met.
     """
 
@@ -67,19 +67,24 @@ class PooledResult:
         return self.left.shape[0], len(self.right)
 
     def to_dask(self) -> da.Array:
-        """Give the recovered matrix: cells × genes, float64, non-negative, one chunk for each row block."""
+        """Return the recovered matrix: cells × genes, float64, non-negative, one chunk for each row block."""
         left = self.left
         return left.map_blocks(_expand, self.right, chunks=(left.chunks[0], (len(self.right),)), meta=np.empty((0, 0)))
 
     def to_imputation(self, obs: pd.DataFrame | None = None, var: pd.DataFrame | None = None) -> Imputation:
-        """Give the same result as an `Imputation`, which can be written and indexed by names.
+        """Return the result as an `Imputation`, which can be written and indexed by names.
 
         Its factors are float32, so that constraints hold to about 1e-7 of ‖D‖_F.
 
         Parameters
         ----------
-        obs, var
-            Annotation of cells and genes; numbered if None.
+        obs, var : pandas.DataFrame, optional
+            Annotation of cells and genes; by default they are numbered.
+
+        Returns
+        -------
+        Imputation
+            The same matrix.
         """
         import pandas as pd
 

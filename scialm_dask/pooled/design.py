@@ -26,15 +26,15 @@ class PoolReport:
 
     Attributes
     ----------
-    genes, pools, rank
-        Size of P and its rank; no more than `rank` components of expression can be identified.
-    pools_per_gene, genes_per_pool
+    genes, pools, rank : int
+        Size of P and its rank. No more than `rank` components of expression can be identified.
+    pools_per_gene, genes_per_pool : (int, int)
         Smallest and largest.
-    coherence, mean_coherence
+    coherence, mean_coherence : float
         Largest and mean cosine between the pools of two genes; 1 means that two genes are measured alike.
-    alike
+    alike : int
         Number of genes whose pools are also those of another gene.
-    condition
+    condition : float
         Largest over smallest non-zero singular value of P: how far noise is amplified.
     """
 
@@ -97,26 +97,37 @@ def check_pools(pools: ArrayLike, genes: int | None = None) -> NDArray[np.float6
 
 @checked
 def random_pools(genes: Count, pools: Count, *, density: float = 0.25, random_state: Natural = 0) -> NDArray[np.int8]:
-    """Put every gene into every pool with one probability; genes that fall into no pool are drawn again.
+    """Draw a design in which each gene is in each pool with the same probability.
+
+    Genes that fall into no pool are drawn again.
 
     Parameters
     ----------
-    genes, pools
+    genes, pools : int
         Size of the design.
-    density
-        Probability of a gene to be in a pool.
-    random_state
+    density : float in (0, 1], default=0.25
+        The probability.
+    random_state : int, default=0
         Seed; the draws are keyed by gene.
 
     Returns
     -------
-    numpy.ndarray
-        P, genes × pools, int8.
+    ndarray of shape (genes, pools), int8
+        P: 1 where a gene is in a pool, else 0.
 
     Raises
     ------
     InputError
         If the design cannot exist, or leaves a pool empty.
+
+    Examples
+    --------
+    >>> import scialm_dask
+    >>> scialm_dask.random_pools(4, 3, density=0.5)
+    array([[0, 1, 1],
+           [0, 1, 1],
+           [1, 1, 0],
+           [0, 0, 1]], dtype=int8)
     """
     if not 0 < density <= 1:
         raise InputError(f"density {density} is outside (0, 1]; about a quarter is usual")
@@ -131,29 +142,35 @@ def random_pools(genes: Count, pools: Count, *, density: float = 0.25, random_st
 
 @checked
 def balanced_pools(genes: Count, pools: Count, *, per_gene: Count, random_state: Natural = 0) -> NDArray[np.int8]:
-    """Put every gene into the same number of pools, and about as many genes into each pool.
+    """Draw a design in which all genes are in the same number of pools, and pool sizes differ by at most one.
 
-    Genes are placed one after another into the emptiest pools; of a few random ways to break ties the one that
-    overlaps least with the genes placed before is taken. Pool sizes differ by at most one.
+    Genes are placed one after another into the emptiest pools. Of a few random ways to break ties the one that overlaps
+    least with earlier genes is taken.
 
     Parameters
     ----------
-    genes, pools
+    genes, pools : int
         Size of the design.
-    per_gene
+    per_gene : int
         Number of pools of each gene.
-    random_state
+    random_state : int, default=0
         Seed.
 
     Returns
     -------
-    numpy.ndarray
-        P, genes × pools, int8.
+    ndarray of shape (genes, pools), int8
+        P: 1 where a gene is in a pool, else 0.
 
     Raises
     ------
     InputError
         If the design cannot exist.
+
+    Examples
+    --------
+    >>> import scialm_dask
+    >>> scialm_dask.balanced_pools(40, 20, per_gene=3).sum(axis=0)
+    array([6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6])
     """
     if per_gene > pools:
         raise InputError(f"per_gene is {per_gene}; give no more than the number of pools, {pools}")
@@ -175,8 +192,8 @@ def pool_report(pools: ArrayLike) -> PoolReport:
 
     Parameters
     ----------
-    pools
-        P, genes × pools, binary.
+    pools : array-like of shape (n_genes, n_pools)
+        P, binary.
 
     Returns
     -------
@@ -186,7 +203,14 @@ def pool_report(pools: ArrayLike) -> PoolReport:
     Raises
     ------
     InputError
-        See `check_pools`.
+        If P is not binary, or has an empty pool or a gene in no pool.
+
+    Examples
+    --------
+    >>> import scialm_dask
+    >>> report = scialm_dask.pool_report(scialm_dask.balanced_pools(40, 20, per_gene=3))
+    >>> report.rank, report.alike
+    (20, 0)
     """
     P = check_pools(pools)
     per_gene, per_pool = P.sum(axis=1), P.sum(axis=0)
@@ -213,21 +237,26 @@ def measure(expression: Any, pools: ArrayLike) -> da.Array:
 
     Parameters
     ----------
-    expression
-        M, cells × genes: a NumPy, SciPy sparse or Dask array (of dense or sparse chunks), a data frame, an AnnData, a
-        path to a store, or anything with `to_dask()`.
-    pools
-        P, genes × pools.
+    expression : matrix of shape (n_cells, n_genes)
+        M: an array, data frame, AnnData, path to a store, or anything with ``to_dask()``.
+    pools : array-like of shape (n_genes, n_pools)
+        P, binary.
 
     Returns
     -------
-    dask.array.Array
-        D, cells × pools, float64, in the row blocks of M.
+    dask.array.Array of shape (n_cells, n_pools), float64
+        D, in the row blocks of M.
 
     Raises
     ------
     InputError
-        If the shapes do not fit, or see `check_pools`.
+        If the shapes do not fit, or P is not a design; see `pool_report`.
+
+    Examples
+    --------
+    >>> import scialm_dask
+    >>> scialm_dask.measure([[1, 2, 3]], [[1, 0], [0, 1], [1, 1]]).compute()
+    array([[4., 5.]])
     """
     array = as_dask(expression, "expression")
     P = check_pools(pools, array.shape[1])

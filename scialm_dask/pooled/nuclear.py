@@ -46,24 +46,33 @@ class PooledNuclearNorm:
 
     Without X ≥ 0 only DᵀD matters: the answer is D P⁺ where δ is negligible, otherwise D times a pools × genes matrix
     found on the driver. If that is non-negative, it is the answer, for two passes over D. If not, the alternating
-    direction method of multipliers takes over from it. One of its passes projects every cell onto {x ≥ 0, xP + r = d}
-    (a small non-negative least-squares problem), and sums genes × genes Grams; the singular value thresholding of all
-    cells is then one genes × genes matrix.
+    direction method of multipliers goes on from it. Each of its passes projects every cell onto {x ≥ 0, xP + r = d}, a
+    small non-negative least-squares problem, and sums genes × genes Grams; the singular value thresholding of all cells
+    is then one genes × genes matrix.
 
     Parameters
     ----------
-    delta
-        δ ≥ 0, in units of D over all cells. 0 stands for equality to rounding (1e-10 ‖D‖_F).
-    tol
-        Accuracy of the objective. Stop when the duality gap is below half this fraction of it, or when the primal and
-        dual residuals are below a tenth of it relative to ‖X‖_F.
-    max_iterations
-        Most iterations; each is one pass over D.
+    delta : float
+        The bound δ ≥ 0, in units of D over all cells. 0 is equality to rounding (1e-10 ‖D‖_F).
+    tol : float in (0, 1), default=1e-4
+        Accuracy of the objective. Stop when the duality gap is below half this fraction of it, or the primal and dual
+        residuals are below a tenth of it relative to ‖X‖_F.
+    max_iterations : int, default=1000
+        The most iterations; each is one pass over D.
 
     Notes
     -----
-    Between passes a cell is kept as one float32 for each gene and pool, in its row block. The answer does not depend
-    on the blocks of D or the number of workers, except by rounding.
+    Between passes a cell is kept as one float32 for each gene and pool, in its row block. Blocks of D and the number of
+    workers change the answer by rounding only.
+
+    Examples
+    --------
+    >>> import numpy as np, scialm_dask
+    >>> counts = np.random.default_rng(0).poisson([[1, 5] * 5, [5, 1] * 5] * 10)  # two types of cells, 10 genes
+    >>> P = scialm_dask.balanced_pools(10, 6, per_gene=2)
+    >>> D = scialm_dask.measure(counts, P)
+    >>> scialm_dask.PooledNuclearNorm(delta=20).fit(D, P).shape
+    (20, 10)
     """
 
     @checked
@@ -77,14 +86,14 @@ class PooledNuclearNorm:
 
         Parameters
         ----------
-        D
-            Measurements, cells × pools: a Dask or NumPy array, the path of a Zarr store, or anything with
-            `to_dask()`. Read once a pass; persist it first if it is costly to make.
-        P
-            The design, genes × pools, binary.
-        start
+        D : matrix of shape (n_cells, n_pools)
+            Measurements: a Dask or NumPy array, the path of a Zarr store, or anything with ``to_dask()``. Read once a
+            pass; persist it first if it is costly to make.
+        P : array-like of shape (n_genes, n_pools)
+            The design, binary.
+        start : PooledResult, optional
             Where to start when non-negativity binds, such as the result for another δ.
-        listen
+        listen : callable, optional
             Called with every event of the work; see `scialm_dask.events`.
 
         Returns
@@ -101,6 +110,12 @@ class PooledNuclearNorm:
         -----
         UserWarning
             If the iterations end before the stopping rule is met.
+
+        Examples
+        --------
+        >>> recovered = scialm_dask.PooledNuclearNorm(delta=20).fit(D, P)
+        >>> round(recovered.objective), recovered.converged
+        (72, True)
         """
         P, start = check_pools(P), validated("start", start, PooledResult | None)
         measured = Measurements.of(D, P.shape[1])

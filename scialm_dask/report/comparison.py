@@ -164,7 +164,7 @@ def _by_gene(
     for start, stop in RowBlocks.panels(n_cells, n_genes, _PANEL_BYTES):
         rows = slice(start, stop)
         before = observed[rows].toarray()
-        after = result.rows(cells[rows]) if result.X is None else _rows_of(result.X, cells[rows]).toarray()
+        after = result[cells[rows]] if result.X is None else _rows_of(result.X, cells[rows]).toarray()
         kept[rows], totals[rows] = after[:, wanted], after.sum(axis=1, dtype=np.float64)
         imputed += after.sum(axis=0, dtype=np.float64)
         squares += np.square(after - before).sum(axis=0, dtype=np.float64)

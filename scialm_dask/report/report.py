@@ -45,22 +45,22 @@ def write_report(
     overwrite: bool = False,
     listen: Listener = silent,
 ) -> dict[str, Any]:
-    """Write a report on a result as one self-contained HTML file. The same result gives the same file on a day.
+    """Write a report on a result as one self-contained HTML file.
 
     Parameters
     ----------
-    result
-        What `impute` gives or has written.
-    path
+    result : Imputation or path
+        What `impute` has returned or written.
+    path : str or path-like
         The .html file to write.
-    source
-        The matrix that the result was made from, as `impute` takes it; by default looked for where it was. Without
-        it there is nothing about single genes and cells. A sample of 2,000 cells is looked at, in one pass.
-    color
-        Column of ``obs``, or gene by its name or symbol, to colour cells by; by the number of genes seen if None.
-    overwrite
+    source : matrix, optional
+        The matrix that was imputed, as `impute` takes it. By default it is looked for where it was. Without it the
+        report says nothing about single genes and cells. A sample of 2,000 cells is read, in one pass.
+    color : str, optional
+        Column of ``obs``, or gene by name or symbol, to colour cells by. By default the number of genes seen.
+    overwrite : bool, default=False
         Replace `path` if it exists.
-    listen
+    listen : callable, optional
         Called with every event of the work; see `scialm_dask.events`.
 
     Returns
@@ -75,12 +75,17 @@ def write_report(
     OutputError
         If `path` cannot be written.
 
+    Notes
+    -----
+    The same result gives the same file on the same day.
+
     Examples
     --------
-    >>> import tempfile, numpy as np, scialm_dask
-    >>> counts = np.random.default_rng(0).poisson(2, (60, 40))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     told = scialm_dask.write_report(scialm_dask.impute(counts), f"{folder}/report.html", source=counts)
+    >>> import numpy as np, scialm_dask
+    >>> counts = np.random.default_rng(0).poisson([[1, 5] * 20, [5, 1] * 20] * 30)
+    >>> result = scialm_dask.impute(counts)
+    >>> scialm_dask.write_report(result, "report.html", source=counts)["destination"]
+    'report.html'
     """
     given = tuple(os.fspath(each) for each in (result, source) if isinstance(each, str | os.PathLike))
     check_output(path, overwrite=overwrite, sources=given)

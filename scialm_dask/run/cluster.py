@@ -74,36 +74,35 @@ def connect(
     tls: bool | None = None,
     notify: Callable[[str], None] = _say_nothing,
 ) -> Iterator[Client | None]:
-    """Find workers for what is computed within the block: ``with scialm_dask.connect(cluster="local"): …``.
+    """Find or start workers for what is computed within a ``with`` block.
 
-    What is not given is taken from Dask's configuration, namespace ``scialm``. All that is started here listens on
-    the loopback interface, or on the one that dask-jobqueue's configuration names, and is closed at the end.
+    Options that are not given come from Dask's configuration, namespace ``scialm``. A cluster started here listens on
+    the loopback interface, or on the one that dask-jobqueue's configuration names, and is closed at its end.
 
     Parameters
     ----------
-    scheduler
+    scheduler : str, optional
         Address of a running scheduler.
-    scheduler_file
+    scheduler_file : str or path-like, optional
         The file that ``dask scheduler --scheduler-file`` has written, or will in a moment.
-    cluster
-        Start one: ``"local"``, or ``"slurm"``, ``"pbs"``, ``"sge"`` or ``"lsf"`` as dask-jobqueue's own configuration
-        describes it. Without any of the three: threads of this process.
-    workers
+    cluster : {"local", "slurm", "pbs", "sge", "lsf"}, optional
+        Start one, as dask-jobqueue's own configuration describes it. Without any of the three: threads of this process.
+    workers : int, optional
         Number of worker processes of `cluster`, or to wait for at a running scheduler.
-    threads
-        Of each of them; without a cluster, of this process.
-    worker_memory
-        Of each of them, such as ``"8GB"``.
-    tls
+    threads : int, optional
+        Threads of each worker; without a cluster, of this process.
+    worker_memory : str, optional
+        Memory of each worker, such as ``"8GB"``.
+    tls : bool, optional
         Encrypt and authenticate all connections: by a certificate made for this cluster alone, or, for a running
         scheduler, by the files that Dask's configuration names under ``distributed.comm.tls``.
-    notify
-        Called with a line of text when people should know why it waits, or that it goes on with fewer workers.
+    notify : callable, optional
+        Called with a line of text when the user should know why it waits, or that it goes on with fewer workers.
 
     Yields
     ------
     distributed.Client or None
-        None: threads of this process.
+        None for threads of this process.
 
     Raises
     ------
@@ -111,6 +110,13 @@ def connect(
         If the options contradict one another, or a program or package that they need is missing.
     ClusterError
         If the scheduler does not answer, no worker comes, or they are lost on the way.
+
+    Examples
+    --------
+    >>> import numpy as np, scialm_dask
+    >>> counts = np.random.default_rng(0).poisson([[1, 5] * 20, [5, 1] * 20] * 30)
+    >>> with scialm_dask.connect(threads=1):
+    ...     result = scialm_dask.impute(counts)
     """
     import dask
 

@@ -44,16 +44,16 @@ PASSES = 10  # at most, besides reading
 
 @dataclass(frozen=True)
 class BiologicalZeros:
-    """Tells, of any cells, which entries a completed matrix may fill.
+    """Tells which entries a completed matrix may fill.
 
     Parameters
     ----------
-    matrix
-        Whose zeros they are.
-    left, right
-        Factors of the rank-k approximation of its pattern: a Dask array, float32, ``(m, k)``, and ``(n, k)``.
-    thresholds
-        Of each gene, float32, shape ``(n,)``.
+    matrix : ExpressionMatrix
+        The matrix whose zeros they are.
+    left, right : dask.array.Array of shape (n_cells, k) and ndarray of shape (n_genes, k), float32
+        Factors of the rank-k approximation of its pattern.
+    thresholds : ndarray of shape (n_genes,), float32
+        What an entry must exceed to be filled.
     """
 
     matrix: ExpressionMatrix
@@ -63,15 +63,15 @@ class BiologicalZeros:
 
     @property
     def rank(self) -> int:
-        """The k of the approximation."""
+        """Rank of the approximation, k."""
         return int(self.right.shape[1])
 
     def expressed(self, start: int, stop: int) -> NDArray[np.bool_]:
-        """Where cells `start` to `stop` may be other than zero, shape ``(stop − start, n)``; not what is observed."""
+        """Return where cells `start` to `stop` may be other than zero, bool, of shape (stop − start, n_genes)."""
         return self.allowed()(self.left[start:stop].compute())
 
     def allowed(self) -> Callable[[Floats], NDArray[np.bool_]]:
-        """Return what tells of rows of `left` where their cells may be other than zero, as `expressed`."""
+        """Return a function that tells, of rows of `left`, where their cells may be other than zero."""
         return functools.partial(_over, self.right, self.thresholds)
 
 
@@ -105,18 +105,18 @@ class _Detected:
 def biological_zeros(
     matrix: ExpressionMatrix, *, seed: int = 0, scratch_folder: str | None = None, listen: Listener = silent
 ) -> BiologicalZeros:
-    """Find the biological zeros of a matrix, with a dozen passes over it.
+    """Find the biological zeros of a matrix by ALRA's rule [1]_, with a dozen passes over it.
 
     Parameters
     ----------
-    matrix
-        Cells × genes, the one that is completed.
-    seed
-        Of the directions that the singular value decomposition starts from.
-    scratch_folder
-        Where to keep the working state, while the matrix is read anew in every pass; both are held in memory if
-        None. What is kept there goes when nothing that is lazy needs it any more.
-    listen
+    matrix : ExpressionMatrix
+        The matrix that is completed.
+    seed : int, default=0
+        Fixes the directions that the singular value decomposition starts from.
+    scratch_folder : str, optional
+        Folder for the working state, while the matrix is read anew in every pass. By default both are held in memory.
+        What is kept there goes when nothing lazy needs it any more.
+    listen : callable, optional
         Called with every event of the work; see `scialm_dask.events`.
 
     Returns
@@ -128,9 +128,24 @@ def biological_zeros(
     ------
     InputError
         If zeros of the matrix count as measured, it is too small to tell a signal from noise, or `scratch_folder` is
-        not there.
+        absent.
     OutputError
         If that cannot be written, or the disk is full.
+
+    References
+    ----------
+    .. [1] G. C. Linderman et al., "Zero-preserving imputation of single-cell RNA-seq data", Nature Communications,
+       2022.
+
+    Examples
+    --------
+    >>> import numpy as np, scialm_dask
+    >>> counts = np.random.default_rng(0).poisson([[1, 5] * 20, [5, 1] * 20] * 30)  # two types of cells, 40 genes
+    >>> matrix = scialm_dask.ExpressionMatrix.of(counts)
+    >>> result = scialm_dask.impute(matrix, preset="complete")
+    >>> zeros = scialm_dask.biological_zeros(matrix)
+    >>> result.to_zarr("sparse.zarr", preserve_zeros=zeros)["X"]["written"]
+    'preserve_zeros'
     """
     if matrix.observed != "nonzero":
         raise InputError(f"{matrix.name}: its zeros are observed values; only zeros that are unknown can be preserved")

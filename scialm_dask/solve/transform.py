@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.data.annotation import total_counts
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import ExpressionMatrix, Observed
+from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.values import Observed
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, silent
 from scialm_dask.linalg.kernels import Doubles, Floats

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import json
 
-NAMES = ("kernels", "published", "dense_dask", "scaling", "workers", "overhead", "atlas", "pooled")
+NAMES = ("kernels", "published", "dense_dask", "scaling", "workers", "overhead", "atlas", "pooled", "convert")
 
 
 def main() -> None:

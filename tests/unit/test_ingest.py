@@ -468,6 +468,7 @@ def test_memory_does_not_grow_with_cells(tmp_path, monkeypatch, store_of, form):
     monkeypatch.setattr(transpose, "_PIECE", 50_000)
     monkeypatch.setattr(transpose, "_BUCKET", 100_000)
     monkeypatch.setattr(text, "_PIECE", 50_000)
+    monkeypatch.setattr(csr, "CHUNK_VALUES", 50_000)  # several chunks are written at once, also of the smaller
 
     def peak(n_cells):
         X = sp.random(n_cells, 500, 0.1, random_state=0, format="csr", dtype=np.float32)

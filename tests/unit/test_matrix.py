@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
@@ -16,7 +17,8 @@ import scipy.sparse as sp
 import zarr
 
 from scialm_dask.data.annotation import Annotation
-from scialm_dask.data.matrix import ExpressionMatrix, check_observed
+from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.values import check_observed
 from scialm_dask.errors import InputError
 
 
@@ -102,7 +104,7 @@ def test_it_travels_small(counts, store_of):
 
 def test_a_pickled_matrix_keeps_names_and_origin(counts, store_of):
     names = pd.DataFrame(index=[f"g{j}" for j in range(40)])
-    given = ExpressionMatrix.of(counts).annotated(Annotation(pd.DataFrame(index=range(120)), names))
+    given = replace(ExpressionMatrix.of(counts), annotation=Annotation(pd.DataFrame(index=range(120)), names))
     assert list(pickle.loads(pickle.dumps(given)).var.index) == list(names.index)
     path = store_of(counts)
     opened = ExpressionMatrix.open(path)
@@ -114,7 +116,7 @@ def test_a_pickled_matrix_keeps_names_and_origin(counts, store_of):
 def test_names_in_memory_do_not_go_to_workers(counts, monkeypatch):
     frames = Annotation(*(pd.DataFrame(index=[f"{n}" for n in range(size)]) for size in counts.shape))
     monkeypatch.setattr("scialm_dask.data.matrix.current_client", object)
-    shipped = ExpressionMatrix.of(counts).annotated(frames).for_workers()
+    shipped = replace(ExpressionMatrix.of(counts), annotation=frames).for_workers()
     assert list(shipped.var.index) == list(frames.var.index)
     assert pickle.loads(pickle.dumps(shipped)).annotation is None
     assert same(whole(pickle.loads(pickle.dumps(shipped))), counts)

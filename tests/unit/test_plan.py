@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import dask
 import numpy as np
@@ -242,7 +243,7 @@ def test_a_plan_that_does_not_fit_times_no_block(counts, monkeypatch):
 def test_annotation_is_in_the_forecast(counts):
     words = pd.DataFrame({f"c{j}": ["x" * 1000] * 120 for j in range(60)}, index=[f"cell{i}" for i in range(120)])
     bare = ExpressionMatrix.of(counts)
-    wide = bare.annotated(Annotation(words, pd.DataFrame(index=map(str, range(40)))))
+    wide = replace(bare, annotation=Annotation(words, pd.DataFrame(index=map(str, range(40)))))
     settings, here = preset("paper"), Workers(1, 1, None)
     more = forecast(wide, settings, here).on_disk - forecast(bare, settings, here).on_disk
     assert more > 120 * 60 * 1000

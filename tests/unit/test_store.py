@@ -192,7 +192,7 @@ def test_rows_written_in_pieces_are_read_back(counts, tmp_path, small_chunks, cu
 
 
 def test_an_interrupted_matrix_is_not_marked_whole(counts, tmp_path):
-    root = zarr.open_group(tmp_path / "s.zarr", mode="w")
+    root = zarr.open_group(tmp_path / "s.zarr", mode="w", zarr_format=2)
     with pytest.raises(KeyboardInterrupt), CSRWriter(root, "X", n_columns=40) as writer:
         writer.append(counts)
         raise KeyboardInterrupt
