@@ -217,9 +217,14 @@ def unique(frame):
 
 
 def equal(kind, one, other):
-    return np.allclose(one[0], other[0], 0, TOLERANCE.get(kind.split()[0], 0) * other[0].max()) and all(
-        list(a.index) == list(b.index) and all(list(a[column]) == list(b[column]) for column in a if column in b)
-        for a, b in zip(one[1:], other[1:], strict=True)
+    close = TOLERANCE.get(kind.split()[0], 0) * other[0].max()
+    return (
+        one[0].shape == other[0].shape
+        and np.allclose(one[0], other[0], rtol=0, atol=close)
+        and all(
+            list(a.index) == list(b.index) and all(list(a[column]) == list(b[column]) for column in a if column in b)
+            for a, b in zip(one[1:], other[1:], strict=True)
+        )
     )
 
 

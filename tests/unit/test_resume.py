@@ -307,6 +307,15 @@ def test_another_matrix(stopped, store_of):
     assert newest_two(stopped) == before
 
 
+def test_a_matrix_that_is_given_keeps_what_its_source_was_like(stopped, matrix):
+    """Though it was opened for other entries: what is written later sees whether that has changed."""
+    again = ExpressionMatrix.open(matrix.rows.path, observed="finite")
+    with Checkpoints(stopped) as checkpoints:
+        found = job.job_of(checkpoints.read(newest_two(stopped)[0]), again, {}).matrix
+    assert (found.observed, found.blocks) == ("nonzero", matrix.blocks)
+    assert found.stamp == again.stamp is not None
+
+
 def test_folders_without_checkpoints(tmp_path):
     with pytest.raises(InputError, match="no such folder of checkpoints"):
         resume(tmp_path / "c")
