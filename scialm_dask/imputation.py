@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from scialm_dask.arguments import checked, validated
 from scialm_dask.data.annotated import add_result, aligned, as_matrix, match_names
 from scialm_dask.data.annotation import positions_of
-from scialm_dask.data.matrix import ExpressionMatrix, Observed
+from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.values import Observed
 from scialm_dask.data.written import CHUNK_BYTES, ZeroRule
 from scialm_dask.events import Listener, silent
 from scialm_dask.reduction import check_held, stacked
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     import anndata
     import dask.array as da
     import pandas as pd
-
-__all__ = ["LONG", "Imputation"]
 
 LONG = ("settings", "singular_values", "weights")  # of a summary; told elsewhere, or not to everybody
 

@@ -20,8 +20,6 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.evaluate.metrics import gene_means
 from scialm_dask.solve.biological_zeros import spectral_gap_rank
 
-__all__ = ["Task", "alra", "gene_mean", "knn", "magic", "scvi", "softimpute"]
-
 Floats = NDArray[np.float32]
 Pair = tuple[Floats, Floats]
 
