@@ -35,14 +35,14 @@ class Task:
 
     Parameters
     ----------
-    path
+    path : str or path-like
         AnnData store whose X it is: counts, or counts normalised to one total.
-    seed
+    seed : int, default=0
         Fixes random draws.
-    zeros_matter
+    zeros_matter : bool, default=False
         Whether all entries will be scored, and not only hidden ones that are known to be no zeros.
-    settings
-        Fields that are to differ from the method's own.
+    settings : dict
+        Fields that differ from the method's own.
     """
 
     path: str | Path

@@ -271,7 +271,7 @@ class ExpressionMatrix:
     def for_workers(self) -> ExpressionMatrix:
         """Return the matrix in a form small enough to go into tasks.
 
-        With a `distributed.Client`, what is in memory is written to a temporary store from which workers read their
+        With a ``distributed.Client``, what is in memory is written to a temporary store from which workers read their
         blocks. Names of cells and genes that are in memory stay in this process.
 
         Returns

@@ -54,7 +54,7 @@ class PooledALS:
     max_sweeps : int, default=100
         The most sweeps of each start. A sweep reads D once.
     tol : float, default=1e-4
-        Stop when a sweep lowers the objective by less than this fraction of it, or the objective is below `tol`²
+        Stop when a sweep lowers the objective by less than this fraction of it, or the objective is below tol²
         ‖D‖_F².
 
     Notes
