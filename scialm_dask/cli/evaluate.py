@@ -86,7 +86,8 @@ def evaluate(
     from scialm_dask.compare.benchmark import evaluate_imputation
     from scialm_dask.compare.tables import summary_table, write_evaluation
     from scialm_dask.data.matrix import ExpressionMatrix
-    from scialm_dask.data.store import check_output, kept_output, scratch_folder_for
+    from scialm_dask.data.scratch import scratch_folder_for
+    from scialm_dask.data.store import check_output, kept_output
 
     hidden = _numbers_of("--mask", shares)
     sources = tuple(path for path in (src, reference) if path)

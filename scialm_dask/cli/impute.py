@@ -165,7 +165,8 @@ def impute(
 ) -> dict[str, Any]:
     """Denoise or complete the matrix SRC and write the result, in factors, to DST.zarr."""
     from scialm_dask.api import impute
-    from scialm_dask.data.store import check_output, lasting, scratch_folder_for
+    from scialm_dask.data.scratch import scratch_folder_for
+    from scialm_dask.data.store import check_output, lasting
     from scialm_dask.run.checkpointing import Checkpointing
     from scialm_dask.run.job import checkpoints_of
 
@@ -318,7 +319,7 @@ def _write(
 
 def _zeros_of(matrix: Any, result: Any, dst: str, listen: Listener) -> Any:
     """Find biological zeros, with the working state where that of the fit was."""
-    from scialm_dask.data.store import scratch_folder_for
+    from scialm_dask.data.scratch import scratch_folder_for
     from scialm_dask.solve.biological_zeros import biological_zeros
 
     folder = scratch_folder_for(dst) if result.summary["scratch"] == "zarr" else None
@@ -388,7 +389,7 @@ def plan(
     from scialm_dask.api import parse_limit
     from scialm_dask.config import configured
     from scialm_dask.config import preset as settings_of
-    from scialm_dask.data.store import scratch_folder_for
+    from scialm_dask.data.scratch import scratch_folder_for
     from scialm_dask.run.checkpointing import Job
     from scialm_dask.run.plan import plan
 
@@ -407,7 +408,7 @@ def plan(
 @reports
 @shows_progress
 def demo(folder: str, overwrite: bool, listen: Listener) -> dict[str, Any]:
-    """Impute 700 real blood cells, offline, and score the result. Makes FOLDER."""
+    """Denoise a thousand simulated cells, offline, and compare with the truth. Makes FOLDER."""
     from scialm_dask.run.demo import demo
 
     return demo(folder, overwrite=overwrite, listen=listen)

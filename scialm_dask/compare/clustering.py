@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     import anndata
     import dask.array as da
 
-__all__ = ["check_libraries", "cluster", "embedding_of", "labels_of", "principal_components"]
-
 Floats = NDArray[np.float32]
 _NEEDS = ("sklearn", "dask_ml", "igraph", "umap", "scanpy")
 _TOTAL = 1e4  # of each cell before the logarithm

@@ -15,19 +15,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-__all__ = [
-    "Annotation",
-    "AnnotationHere",
-    "StoredAnnotation",
-    "looks_like",
-    "positions_of",
-    "read_annotation",
-    "swapped_axes",
-    "symbols",
-    "total_counts",
-    "unique_names",
-]
-
 _LOOKED_AT = 50_000  # names, to see what they are of
 _BARCODE = r"(?:^|[^A-Z])[ACGTN]{8,}(?:[^A-Z]|$)"
 _GENE_ID = r"^(?:ENS[A-Z]*G|FBGN|WBGENE)\d{6,}"

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     import anndata
     import pandas as pd
 
-__all__ = ["add_source", "place_of"]
-
 
 def place_of(name: str) -> tuple[str, str | None]:
     """Return the path and the layer of a matrix that is called ``path:X``, ``path:layers/counts`` or ``path:raw/X``."""

@@ -24,8 +24,6 @@ from scialm_dask.data.values import check_observed
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, begin, silent
 
-__all__ = ["CellMeasures", "Thresholds", "chosen_cells", "measure_cells", "mitochondrial", "quality_control"]
-
 _PASSES = 4
 
 

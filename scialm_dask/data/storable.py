@@ -11,8 +11,6 @@ from scialm_dask.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["as_text", "first_line", "storable"]
-
 _LONGEST_NAME = 200  # bytes; a column is a folder, and few disks take more than 255
 
 

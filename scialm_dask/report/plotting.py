@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["Colouring", "Picture", "cell_pictures", "convergence", "dots", "effort", "lines", "new_figure", "save"]
-
 Draw = Callable[[Any, Mapping[str, str]], None]  # on axes, in colours that are given by name
 
 _NAMES = "ink muted line accent second low high".split() + [f"group{number}" for number in range(10)]

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     import jinja2
     import pandas as pd
 
-__all__ = ["write_report"]
-
 _LEAST_DETECTED = 0.01  # share of cells in which a gene must be seen for its change to mean something
 _MOST_GENES = 20
 _ELSEWHERE = {*LONG, "verdict", "unseen", "weights", "residual_share", "command", "date", "stop_reason", "run"}
