@@ -17,19 +17,6 @@ from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar, Unio
 
 from scialm_dask.errors import InputError
 
-__all__ = [
-    "Count",
-    "Interval",
-    "Natural",
-    "Ratio",
-    "Share",
-    "Weight",
-    "check_fields",
-    "checked",
-    "short_repr",
-    "validated",
-]
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -11,8 +11,6 @@ from typing import Any, Literal
 from scialm_dask.arguments import Count, Natural, Ratio, Share, check_fields, validated
 from scialm_dask.errors import InputError
 
-__all__ = ["Preset", "Settings", "bytes_of", "configured", "preset", "seconds_of"]
-
 RankPolicy = Literal["paper", "adaptive"]
 Method = Literal["denoise", "complete"]
 Stop = Literal["residual", "held-out"]

@@ -2,16 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "CheckpointError",
-    "ClusterError",
-    "DoesNotFitError",
-    "InputError",
-    "OutputError",
-    "ScialmError",
-    "StoppedError",
-]
-
 
 class ScialmError(Exception):
     """Base of every error that this package raises on purpose.

@@ -5,21 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = [
-    "Advance",
-    "Advanced",
-    "Event",
-    "Iteration",
-    "Listener",
-    "Note",
-    "Pass",
-    "Scored",
-    "Stage",
-    "Sweep",
-    "begin",
-    "silent",
-]
-
 
 @dataclass(frozen=True)
 class Event:

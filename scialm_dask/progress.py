@@ -16,8 +16,6 @@ from typing import Any, Self, TextIO
 
 from scialm_dask.events import Advanced, Event, Iteration, Note, Pass, Scored, Stage, Sweep
 
-__all__ = ["Display", "duration", "in_words", "label", "printable", "show_progress"]
-
 _SILENCE = 10.0  # seconds after which plain lines give a sign of life
 _LAST = 3  # iterations whose mean time the next ones are expected to take
 _UNKNOWN = "{desc} {elapsed}{postfix}"

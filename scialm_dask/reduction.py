@@ -23,33 +23,14 @@ from scialm_dask.errors import InputError
 
 if TYPE_CHECKING:
     import dask.array as da
-
-__all__ = [
-    "OF_PARENT",
-    "OURS",
-    "Group",
-    "at",
-    "at_home",
-    "check_held",
-    "execute",
-    "in_order",
-    "moved",
-    "n_threads",
-    "on_cluster",
-    "spread",
-    "stacked",
-    "stretches",
-    "sum_of_groups",
-    "threads_anywhere",
-    "tree_reduce",
-]
+    from distributed import Client
 
 T = TypeVar("T")
 _MOST_THREADS = 4  # one thread takes what they make, so more would only hold more memory
 A = TypeVar("A")
 B = TypeVar("B")
 OURS = {"scialm": True}  # the annotation by which a scheduler knows our tasks from others
-OF_PARENT: WeakSet[Any] = WeakSet()  # clients made before this process was forked
+_OF_PARENT: WeakSet[Any] = WeakSet()  # clients made before this process was forked
 _SERVED = 8  # workers to which the scheduler sends the inputs of a pass itself
 _BUNCH = 16  # workers that otherwise get them from the first of them
 
@@ -59,7 +40,7 @@ def _after_fork() -> None:
     dask.threaded.default_pool, dask.threaded.pools_lock = None, threading.Lock()
     dask.threaded.pools.clear()
     if "distributed" in sys.modules:
-        OF_PARENT.update(sys.modules["distributed"].Client._instances)
+        _OF_PARENT.update(sys.modules["distributed"].Client._instances)
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -94,9 +75,25 @@ def n_threads() -> int:
     return sum(workers.values()) or here
 
 
-def on_cluster() -> bool:
-    """Whether tasks run in other processes, which may die."""
-    return hasattr(getattr(get_scheduler(), "__self__", None), "persist")
+def current_client() -> Client | None:
+    """Return the `distributed.Client` that Dask would compute with just now; None if it would use threads."""
+    if "distributed" not in sys.modules:  # then nobody has made one
+        return None
+    from distributed import Client
+
+    try:
+        owner = getattr(get_scheduler(), "__self__", None)
+    except RuntimeError as error:
+        raise InputError(
+            "the distributed.Client in force is asynchronous, and this waits for results; give Client(…) without "
+            "asynchronous=True, or compute on threads: dask.config.set(scheduler='threads')"
+        ) from error
+    if owner in _OF_PARENT:
+        raise InputError(
+            "the distributed.Client in force is of the process that this one was forked from, and does not work here; "
+            "make one here, or start processes by multiprocessing.get_context('spawn')"
+        )
+    return owner if isinstance(owner, Client) else None
 
 
 def execute(values: Sequence[Any], how: Callable[..., Any] = dask.persist) -> tuple[Any, ...]:
@@ -115,7 +112,7 @@ def check_held(collection: Any) -> None:
     from distributed.client import futures_of
 
     clients = {None if future.cancelled() else future.client for future in futures_of(collection)}
-    if any(client is None or client.status == "closed" or client in OF_PARENT for client in clients):
+    if any(client is None or client.status == "closed" or client in _OF_PARENT for client in clients):
         raise InputError(
             "the factors of this result are held by workers that this process does not reach any more: their cluster "
             "was closed or started anew, or the process forked; impute again, and write the result (to_zarr) before"

@@ -44,7 +44,11 @@ _OPTIONS = (
     click.option("--epsilon", type=float, help="Residual to stop at.  [default: 1e-4]"),
     click.option("--validation", type=float, help="Share hidden to know when to stop.  [default: 0.02]"),
     click.option("--max-iterations", type=int, help="Most iterations.  [default: 1000]"),
-    click.option("--rank-policy", type=click.Choice(["paper", "adaptive"])),
+    click.option(
+        "--rank-policy",
+        type=click.Choice(["paper", "adaptive"]),
+        help="How the number of singular values to compute follows what was kept.  [default: by preset]",
+    ),
     click.option("--increment", type=int, help="R of the paper's rank policy."),
     click.option(
         "--max-rank",
@@ -134,7 +138,7 @@ def _in_short(result: dict[str, Any]) -> list[str]:
     return [*lines, f"written to {where}; look at it by `scialm-dask report {where} -o report.html`"]
 
 
-@main.command()
+@main.command(epilog="impute cells.h5ad denoised.zarr --memory-limit 8GB")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
 @imputes
@@ -161,7 +165,8 @@ def impute(
 ) -> dict[str, Any]:
     """Denoise or complete the matrix SRC and write the result, in factors, to DST.zarr."""
     from scialm_dask.api import impute
-    from scialm_dask.data.store import check_output, lasting, scratch_folder_for
+    from scialm_dask.data.scratch import scratch_folder_for
+    from scialm_dask.data.store import check_output, lasting
     from scialm_dask.run.checkpointing import Checkpointing
     from scialm_dask.run.job import checkpoints_of
 
@@ -193,7 +198,7 @@ def impute(
         return _write(result, matrix, asked, src, checkpoints, listen)
 
 
-@main.command()
+@main.command(epilog="resume run1")
 @click.argument("folder", metavar="DIR")
 @click.argument("dst", metavar="[DST.zarr]", required=False)
 @click.option("--scratch", help="Instead of what the run was begun with.")
@@ -314,14 +319,14 @@ def _write(
 
 def _zeros_of(matrix: Any, result: Any, dst: str, listen: Listener) -> Any:
     """Find biological zeros, with the working state where that of the fit was."""
-    from scialm_dask.data.store import scratch_folder_for
+    from scialm_dask.data.scratch import scratch_folder_for
     from scialm_dask.solve.biological_zeros import biological_zeros
 
     folder = scratch_folder_for(dst) if result.summary["scratch"] == "zarr" else None
     return biological_zeros(matrix, seed=result.summary["settings"]["seed"], scratch_folder=folder, listen=listen)
 
 
-@main.command()
+@main.command(epilog="transform denoised.zarr new_cells.h5ad new_denoised.zarr")
 @click.argument("result", metavar="RESULT.zarr")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
@@ -358,7 +363,7 @@ def transform(
     return {"destination": dst, **completed.summary}
 
 
-@main.command()
+@main.command(epilog="plan cells.h5ad --memory-limit 8GB")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="[DST.zarr]", required=False)
 @imputes
@@ -384,7 +389,7 @@ def plan(
     from scialm_dask.api import parse_limit
     from scialm_dask.config import configured
     from scialm_dask.config import preset as settings_of
-    from scialm_dask.data.store import scratch_folder_for
+    from scialm_dask.data.scratch import scratch_folder_for
     from scialm_dask.run.checkpointing import Job
     from scialm_dask.run.plan import plan
 
@@ -397,13 +402,13 @@ def plan(
         return plan(job, preserve_zeros=preserve_zeros)
 
 
-@main.command()
+@main.command(epilog="demo")
 @click.argument("folder", default="scialm-demo")
 @overwrite_option
 @reports
 @shows_progress
 def demo(folder: str, overwrite: bool, listen: Listener) -> dict[str, Any]:
-    """Impute 700 real blood cells, offline, and score the result. Makes FOLDER."""
+    """Denoise a thousand simulated cells, offline, and compare with the truth. Makes FOLDER."""
     from scialm_dask.run.demo import demo
 
     return demo(folder, overwrite=overwrite, listen=listen)

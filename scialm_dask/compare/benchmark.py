@@ -34,12 +34,11 @@ from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.metrics import METRICS, Scores, compare, compare_stored
 from scialm_dask.events import Listener, Note, Scored, Stage, silent
+from scialm_dask.progress import duration
 
 if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
-
-__all__ = ["KEY", "WHOLE", "Evaluation", "evaluate_imputation"]
 
 KEY = ("dataset", "experiment", "share", "method", "setting")
 WHOLE = ("relative_error", "gene_correlation", "cell_correlation", "zeros_pearson", "mean_ratio")
@@ -261,12 +260,9 @@ class _Bench:
         """Tell how long it may take, and what takes longest."""
         seconds = [self._expected(each) * self.experiments for each in self.listed]
         longest = int(np.argmax(seconds))
-        self.listen(
-            Note(
-                f"about {_time(sum(seconds))} for {self.experiments * len(seconds)} runs, of which "
-                f"{_time(seconds[longest])} for {_label(self.listed[longest])}; --methods picks, --method-timeout ends"
-            )
-        )
+        runs, most = self.experiments * len(seconds), _label(self.listed[longest])
+        words = f"about {duration(sum(seconds))} for {runs} runs, of which {duration(seconds[longest])} for {most}"
+        self.listen(Note(f"{words}; --methods picks, --method-timeout ends"))
 
     def _expected(self, contestant: Contestant) -> float:
         m, n = self.source.matrix.shape
@@ -286,7 +282,7 @@ class _Bench:
                 continue  # all cells alike, nothing to cluster
             ahead = sum(map(self._expected, self.listed)) * (self.experiments * len(self.listed) - self.done + 1)
             words = (
-                f"{self.done} of {self.experiments * len(self.listed)}, about {_time(ahead / len(self.listed))} left"
+                f"{self.done} of {self.experiments * len(self.listed)}, about {duration(ahead / len(self.listed))} left"
             )
             self.listen(Stage(_label(contestant), words))
             with _folder_in(place) as folder:
@@ -381,13 +377,3 @@ def _label(contestant: Contestant) -> str:
 def _median(values: NDArray[np.float64]) -> float:
     known = values[np.isfinite(values)]
     return float(np.median(known)) if len(known) else np.nan
-
-
-def _time(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )

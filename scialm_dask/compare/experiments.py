@@ -25,8 +25,6 @@ from scialm_dask.errors import InputError
 from scialm_dask.evaluate.mask import mask
 from scialm_dask.solve.scaling import Molecules
 
-__all__ = ["Experiment", "Source", "against_truth", "as_it_is", "check_truth", "count_split", "masked", "open_source"]
-
 Doubles = NDArray[np.float64]
 TRAIN_SHARE = 0.8
 _OTHER = 0x5CA1E  # bits by which the seed of a split differs from that of methods

@@ -36,8 +36,6 @@ from scialm_dask.run.result import peak_memory
 if TYPE_CHECKING:
     import dask.array as da
 
-__all__ = ["Outcome", "panels", "read_answer", "run_isolated", "watched_folder"]
-
 _REQUEST, _ANSWER, _LOG = "request.json", "answer.json", "log.txt"
 _INSTALL = "install it by `pip install 'scialm-dask[bench]'`"
 _PANEL_BYTES = 16 << 20

@@ -17,8 +17,6 @@ from scialm_dask.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["METHODS", "QUOTED", "Contestant", "Method", "contestants", "find_method", "label_of", "labelled"]
-
 OURS = ("denoise", "complete", "paper")
 _ELLIPSES = ("...", "…")
 

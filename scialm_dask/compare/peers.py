@@ -20,8 +20,6 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.evaluate.metrics import gene_means
 from scialm_dask.solve.biological_zeros import spectral_gap_rank
 
-__all__ = ["Task", "alra", "gene_mean", "knn", "magic", "scvi", "softimpute"]
-
 Floats = NDArray[np.float32]
 Pair = tuple[Floats, Floats]
 
@@ -37,14 +35,14 @@ class Task:
 
     Parameters
     ----------
-    path
+    path : str or path-like
         AnnData store whose X it is: counts, or counts normalised to one total.
-    seed
+    seed : int, default=0
         Fixes random draws.
-    zeros_matter
+    zeros_matter : bool, default=False
         Whether all entries will be scored, and not only hidden ones that are known to be no zeros.
-    settings
-        Fields that are to differ from the method's own.
+    settings : dict
+        Fields that differ from the method's own.
     """
 
     path: str | Path

@@ -17,8 +17,6 @@ from scialm_dask.data.csr import entries_where
 from scialm_dask.linalg.kernels import Block, sampled_product
 from scialm_dask.linalg.random import hidden_entries, n_to_hide
 
-__all__ = ["soft_impute"]
-
 Floats = NDArray[np.float32]
 _VALIDATION = 0.05
 _STEP, _LOWEST = 0.75, 1e-3  # from one λ to the next, and the last one relative to the first

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["figures_of", "markdown", "summary_table", "write_evaluation"]
-
 _VERSIONS = (
     *("scialm-dask", "numpy", "scipy", "scikit-learn", "scanpy", "dask", "dask-ml"),
     *("magic-impute", "scvi-tools", "torch"),

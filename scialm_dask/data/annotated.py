@@ -27,23 +27,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-__all__ = [
-    "add_result",
-    "aligned",
-    "as_dask",
-    "as_matrix",
-    "axes_of",
-    "counts_beside",
-    "evidence_of_logarithms",
-    "is_anndata",
-    "looks_like_counts",
-    "match_names",
-    "named",
-    "refuse_logarithms",
-    "some_cells",
-    "storable_annotation",
-]
-
 _AXES = ("obs", "var")
 _LOOKED_AT = 1 << 10  # cells at the start, to see whether they are whole numbers
 _RUNS = 16  # in which those are, where any of them may have been changed

@@ -20,18 +20,6 @@ from zarr.core.sync import sync
 
 from scialm_dask.errors import InputError
 
-__all__ = [
-    "MOST_MISSING",
-    "ZARR_FORMAT",
-    "check_whole",
-    "missing_chunks",
-    "n_chunks",
-    "new_array",
-    "set_encoding",
-    "write_chunk",
-    "write_element",
-]
-
 ZARR_FORMAT: Literal[2] = 2  # what AnnData writes by default: the widest choice of readers
 MOST_MISSING = 10_000  # chunks that are named: a shape that lies may want 1e12 of them
 _MOST_ASKED = 1_000_000  # chunks that a web server, which cannot list them, is asked for_LONGEST_WRITE = 30  # seconds

@@ -38,8 +38,6 @@ from scialm_dask.data.remote import RemoteStore, all_of, is_url
 from scialm_dask.data.store import output_error
 from scialm_dask.errors import CheckpointError, InputError, OutputError
 
-__all__ = ["ArrayFolder", "Checkpoint", "Checkpoints", "Piece"]
-
 FORMAT = 2
 _KIND = "scialm-dask checkpoint"
 _KEPT = 2

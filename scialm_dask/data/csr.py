@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.arrays import new_array, set_encoding, write_chunk
 
-__all__ = ["CHUNK_ROWS", "CHUNK_VALUES", "CSRWriter", "entries_where", "row_of", "scaled_rows"]
-
 CHUNK_VALUES = 1 << 18  # values in one chunk of `data` or `indices`; a block reads few values it does not want
 CHUNK_ROWS = 1 << 16
 _MOST_THREADS = 4  # that compress

@@ -13,8 +13,6 @@ from scialm_dask.data.remote import RemoteStore, is_url
 from scialm_dask.data.rows import Rows, StoredRows
 from scialm_dask.errors import InputError
 
-__all__ = ["Stamp", "fingerprint"]
-
 _METADATA = {".zarray", ".zattrs", ".zgroup", "zarr.json"}
 
 

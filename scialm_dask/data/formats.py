@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-__all__ = ["GENES", "Located", "genes_among", "is_10x_h5", "locate"]
-
 GENES = "Gene Expression"  # what 10x calls features that are genes
 
 

@@ -10,8 +10,6 @@ import zarr
 from numcodecs import Shuffle
 from numpy.typing import NDArray
 
-__all__ = ["read_span"]
-
 
 def read_span(array: Any, span: slice) -> NDArray[Any]:
     """Return ``array[span]``, of a one-dimensional array of Zarr or HDF5; `span` has a start and a stop within it."""

@@ -38,8 +38,6 @@ from scialm_dask.reduction import in_order
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["convert"]
-
 
 class _OutOfOrderError(Exception):
     pass

@@ -16,8 +16,6 @@ from scialm_dask.events import Advance
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Matrix", "Source", "joined", "sample_names", "with_genes"]
-
 Blocks = Callable[[Advance], Iterator[sp.csr_matrix]]
 
 

@@ -9,8 +9,6 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RowBlocks"]
-
 _MOST_NONZEROS = 2_000_000  # some 80 MB of a task's memory: any worker has that
 _LEAST_NONZEROS = 500_000  # below this a task is overhead
 _USEFUL_BLOCKS = 8  # enough for every core to have work on a small matrix

@@ -19,8 +19,6 @@ from zarr.core.sync import sync
 from scialm_dask.data.remote import all_of
 from scialm_dask.errors import OutputError
 
-__all__ = ["Lease", "is_alive", "lease", "this_process"]
-
 BEAT = 10.0  # seconds after which a lease is renewed
 _DEAD = 3.5  # beats without renewal after which its holder is taken for dead
 _PREFIX = ".lease-"

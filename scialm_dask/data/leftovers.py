@@ -15,8 +15,6 @@ from scialm_dask.data.lease import is_alive, this_process
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note
 
-__all__ = ["clean", "held_name", "tell_leftovers"]
-
 _HOLDER = r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>[0-9a-f]+)-"
 _PARTIAL = re.compile(rf"\.(?P<final>.+)\.{_HOLDER}[0-9a-f]{{4}}\.(partial|replaced)")
 _SCRATCH = re.compile(rf"scialm-{_HOLDER}.*")

@@ -20,17 +20,15 @@ from scialm_dask.data.formats import locate
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, RenamedRows, Rows, blocks_of, check_chunks, sum_duplicates
 from scialm_dask.data.store import lasting, open_store, readable
-from scialm_dask.data.temporary import check_seen, current_client, temporary_csr
+from scialm_dask.data.temporary import check_seen, temporary_csr
 from scialm_dask.data.transpose import spill_to_csr
 from scialm_dask.data.values import Observed, check_size, check_values, computed, finite_entries, held_array, unmasked
 from scialm_dask.errors import InputError
-from scialm_dask.reduction import in_order, tree_reduce
+from scialm_dask.reduction import current_client, in_order, tree_reduce
 
 if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
-
-__all__ = ["ExpressionMatrix", "Observed", "Origin"]
 
 T = TypeVar("T")
 
@@ -273,7 +271,7 @@ class ExpressionMatrix:
     def for_workers(self) -> ExpressionMatrix:
         """Return the matrix in a form small enough to go into tasks.
 
-        With a `distributed.Client`, what is in memory is written to a temporary store from which workers read their
+        With a ``distributed.Client``, what is in memory is written to a temporary store from which workers read their
         blocks. Names of cells and genes that are in memory stay in this process.
 
         Returns

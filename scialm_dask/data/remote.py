@@ -20,8 +20,6 @@ from zarr.storage import FsspecStore, MemoryStore, WrapperStore
 from scialm_dask.data.arrays import await_writes
 from scialm_dask.errors import InputError, OutputError, ScialmError
 
-__all__ = ["NewStore", "RemoteStore", "all_of", "check_new", "is_metadata", "is_url", "new_store"]
-
 _METADATA = (".zarray", ".zgroup", ".zattrs", ".zmetadata", "zarr.json")
 _MARKERS = (".zmetadata", ".zgroup", "zarr.json")  # of the root; without them nothing opens
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}

@@ -18,23 +18,6 @@ from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.store import open_store, readable
 from scialm_dask.errors import DoesNotFitError, InputError
 
-__all__ = [
-    "MemoryRows",
-    "RenamedRows",
-    "Rows",
-    "StoredRows",
-    "blocks_of",
-    "check_chunks",
-    "chunk_bytes",
-    "describe",
-    "layers_of",
-    "narrowed",
-    "numeric",
-    "read_indptr",
-    "reordered",
-    "widened",
-]
-
 _BYTES_EACH = 24  # of memory, for a cell or a gene, while a matrix is opened
 
 

@@ -17,16 +17,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import dask
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from scialm_dask.data.leftovers import held_name
+from scialm_dask.data.remote import is_url
 from scialm_dask.data.rows import MemoryRows, Rows
 from scialm_dask.data.store import output_error
 from scialm_dask.errors import InputError, OutputError
-
-__all__ = ["MemoryScratch", "ZarrScratch", "new_scratch"]
 
 Array = NDArray[Any]
 R = TypeVar("R")  # a dataclass, of which some fields are arrays
@@ -193,3 +193,11 @@ def _keep(rows: Rows, store: object) -> None:
 
 def _let_go(_: object) -> None:
     """Hold something until called."""
+
+
+def scratch_folder_for(destination: str | os.PathLike[str] | None) -> str:
+    """Where the working state goes by default: beside a local output, else where temporary files do."""
+    path = "" if destination is None else os.fspath(destination).removeprefix("file://")
+    if not path or is_url(path):
+        return dask.config.get("temporary-directory", None) or tempfile.gettempdir()
+    return os.path.dirname(os.path.abspath(path))

@@ -7,14 +7,12 @@ import functools
 import glob
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import dask
 import zarr
 from zarr.storage import ZipStore
 
@@ -24,21 +22,6 @@ from scialm_dask.data.remote import NewStore, RemoteStore, check_new, is_url, ne
 from scialm_dask.data.storable import storable
 from scialm_dask.errors import InputError, OutputError, ScialmError
 from scialm_dask.events import Listener, Note
-
-__all__ = [
-    "MARKERS",
-    "atomic_output",
-    "atomic_store",
-    "check_apart",
-    "check_output",
-    "kept_output",
-    "lasting",
-    "new_anndata",
-    "open_store",
-    "output_error",
-    "readable",
-    "scratch_folder_for",
-]
 
 MARKERS = (".zgroup", ".zarray", "zarr.json")  # of a Zarr group or array
 _DEEPEST = 100  # groups in groups of an HDF5 file
@@ -315,14 +298,6 @@ def lasting(path: str | os.PathLike[str]) -> str:
     """Spell a path so that it holds in any folder: of workers, and of the next start. A URL is left as it is."""
     path = _plain(path)
     return path if is_url(path) else os.path.abspath(path)
-
-
-def scratch_folder_for(destination: str | os.PathLike[str] | None) -> str:
-    """Where the working state goes by default: beside a local output, else where temporary files do."""
-    destination = None if destination is None else _plain(destination)
-    if destination is None or is_url(destination):
-        return dask.config.get("temporary-directory", None) or tempfile.gettempdir()
-    return os.path.dirname(os.path.abspath(destination))
 
 
 def _final(destination: str | os.PathLike[str], overwrite: bool) -> Path:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dask
 import numpy as np
@@ -23,12 +22,7 @@ from scialm_dask.data.leftovers import held_name
 from scialm_dask.data.rows import Rows, StoredRows, numeric
 from scialm_dask.data.store import output_error
 from scialm_dask.errors import InputError
-from scialm_dask.reduction import OF_PARENT
-
-if TYPE_CHECKING:
-    from distributed import Client
-
-__all__ = ["check_seen", "current_client", "is_seen", "temporary_csr", "temporary_folder"]
+from scialm_dask.reduction import current_client
 
 
 @contextmanager
@@ -90,29 +84,6 @@ def temporary_csr(blocks: Iterable[sp.csr_matrix], n_columns: int, dtype: np.dty
     rows = StoredRows(path, "X", "csr_matrix", (n_rows, n_columns), label=name)
     weakref.finalize(rows, shutil.rmtree, folder, ignore_errors=True)
     return rows
-
-
-def current_client() -> Client | None:
-    """Give the `distributed.Client` that Dask would compute with just now; None if it would use threads."""
-    from dask.base import get_scheduler
-
-    if "distributed" not in sys.modules:  # then nobody has made one
-        return None
-    from distributed import Client
-
-    try:
-        owner = getattr(get_scheduler(), "__self__", None)
-    except RuntimeError as error:
-        raise InputError(
-            "the distributed.Client in force is asynchronous, and this waits for results; give Client(…) without "
-            "asynchronous=True, or compute on threads: dask.config.set(scheduler='threads')"
-        ) from error
-    if owner in OF_PARENT:
-        raise InputError(
-            "the distributed.Client in force is of the process that this one was forked from, and does not work here; "
-            "make one here, or start processes by multiprocessing.get_context('spawn')"
-        )
-    return owner if isinstance(owner, Client) else None
 
 
 def check_seen(rows: Rows) -> None:

@@ -23,8 +23,6 @@ from scialm_dask.events import Advance
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Axis", "TextMatrix", "open_text"]
-
 Axis = Literal["cells", "genes"]
 
 _PIECE = 1 << 20  # entries parsed at once

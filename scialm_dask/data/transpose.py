@@ -17,8 +17,6 @@ from scialm_dask.data.store import open_store, readable
 from scialm_dask.data.temporary import temporary_csr, temporary_folder
 from scialm_dask.errors import InputError, OutputError
 
-__all__ = ["Entries", "columns_of", "csr_of", "rows_in_order", "spill_to_csr"]
-
 _PIECE = 1 << 20  # entries handled at once
 _BUCKET = 1 << 21  # entries sorted at once
 _MOST_BUCKETS = 512

@@ -14,17 +14,6 @@ from scialm_dask.data.temporary import temporary_csr
 from scialm_dask.data.transpose import Entries, rows_in_order
 from scialm_dask.errors import InputError
 
-__all__ = [
-    "Observed",
-    "check_array",
-    "check_observed",
-    "check_size",
-    "check_values",
-    "finite_entries",
-    "held_array",
-    "unmasked",
-]
-
 Observed = Literal["nonzero", "finite"]
 
 _LARGEST = 1e15  # value; of larger ones, and of smaller than its inverse, products leave what float32 holds

@@ -20,15 +20,12 @@ from scialm_dask.data.arrays import new_array, set_encoding
 from scialm_dask.data.csr import CHUNK_ROWS, CHUNK_VALUES, row_of
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.temporary import current_client
 from scialm_dask.events import Advance
-from scialm_dask.reduction import execute, n_threads
+from scialm_dask.reduction import current_client, execute, n_threads
 
 if TYPE_CHECKING:
     import dask.array as da
     import scipy.sparse as sp
-
-__all__ = ["CHUNK_BYTES", "ZeroRule", "write_dense", "write_left", "write_sparse"]
 
 CHUNK_BYTES = 4 << 20
 _DENSE_CHUNK_ROWS = 1024

@@ -19,8 +19,6 @@ from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin, silent
 from scialm_dask.linalg.random import hidden_entries, n_to_hide
 
-__all__ = ["gene_counts", "mask"]
-
 
 def gene_counts(matrix: ExpressionMatrix, advance: Advance = lambda _: None) -> NDArray[np.int64]:
     """Count the observed entries of each gene, in one pass."""

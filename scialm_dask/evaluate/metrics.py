@@ -18,21 +18,11 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, silent
 from scialm_dask.imputation import Imputation
+from scialm_dask.linalg.tasks import add
 from scialm_dask.reduction import tree_reduce
 
 if TYPE_CHECKING:
     import dask.array as da
-
-__all__ = [
-    "METRICS",
-    "Comparison",
-    "Scores",
-    "compare",
-    "compare_stored",
-    "gene_means",
-    "gene_scores",
-    "score_held_out",
-]
 
 METRICS = ("mse", "mae", "pearson", "cosine")
 _ROUNDING = 1e-12  # what sums may leave of the variance of a constant, relative to its square
@@ -307,7 +297,7 @@ def score_held_out(
     visit, hidden = dask.delayed(_scores_of_block), dask.delayed(held_out, traverse=False)
     means = dask.delayed(gene_means(observed))
     parts = [visit(hidden, b, piece, means) for b, piece in enumerate(_pieces(result, held_out.blocks))]
-    ours, baseline = (scores.as_dict() for scores in tree_reduce(parts, _add).compute())
+    ours, baseline = (scores.as_dict() for scores in tree_reduce(parts, add).compute())
     if ours["n"] == 0:
         raise InputError(f"{held_out.name}: holds no entries; hide some with `scialm-dask mask`")
     return {**ours, **{f"gene_mean_{name}": baseline[name] for name in METRICS}}
@@ -321,10 +311,6 @@ def _pieces(result: Imputation, blocks: RowBlocks) -> list[Any]:
     estimate = dask.delayed(result.estimate, traverse=False)
     lefts = result.left.rechunk((blocks.sizes, -1)).to_delayed().ravel()
     return [(estimate, left, slice(*cells)) for left, cells in zip(lefts, blocks, strict=True)]
-
-
-def _add(one: tuple[Scores, Scores], other: tuple[Scores, Scores]) -> tuple[Scores, Scores]:
-    return one[0] + other[0], one[1] + other[1]
 
 
 def _scores_of_block(
@@ -349,6 +335,6 @@ def gene_means(matrix: ExpressionMatrix) -> NDArray[np.float32]:
         sums = np.bincount(csr.indices, weights=csr.data, minlength=n).astype(np.float64)
         return sums, np.bincount(csr.indices, minlength=n)
 
-    sums, counts = matrix.reduce(visit, lambda one, other: (one[0] + other[0], one[1] + other[1]))
+    sums, counts = matrix.reduce(visit, add)
     means: NDArray[np.float64] = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
     return means.astype(np.float32)

@@ -20,8 +20,6 @@ from scialm_dask.linalg.compiled import compiled
 from scialm_dask.linalg.random import mixed
 from scialm_dask.reduction import in_order
 
-__all__ = ["Programs", "draw_cells", "simulate"]
-
 _GROUP = 256  # cells whose factors are drawn together; part of what a seed means
 _BLOCK_VALUES = 1_000_000
 _GENE_SD = 2.0  # of the log of the gene means: 1.7 to 2.1 in 10x, inDrop and Microwell data

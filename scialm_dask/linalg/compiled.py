@@ -9,8 +9,6 @@ from typing import Any
 import numba
 from numba.core.caching import FunctionCache
 
-__all__ = ["compiled"]
-
 
 class _Cache(FunctionCache):  # type: ignore[misc]
     """A cache that drops files that cannot be read, such as those cut short by a full disk, and writes what it can."""

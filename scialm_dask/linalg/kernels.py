@@ -17,22 +17,6 @@ from numpy.typing import NDArray
 from scialm_dask.linalg.compiled import compiled
 from scialm_dask.linalg.sparse_products import sddmm, spmm, spmm_t
 
-__all__ = [
-    "Block",
-    "BlockState",
-    "Halves",
-    "PassInputs",
-    "ReleaseHeldOut",
-    "Sums",
-    "Update",
-    "add_product",
-    "compare_halves",
-    "gram",
-    "product",
-    "sampled_product",
-    "visit",
-]
-
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 

@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 
 from scialm_dask.linalg.compiled import compiled
 
-__all__ = ["nnls_gram"]
-
 Float = NDArray[np.float64]
 
 ROUND_OFF = 1e-13  # added to the diagonal, relative to its mean: a singular Gram then has one answer, a small one

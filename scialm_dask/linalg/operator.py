@@ -16,9 +16,16 @@ from dask.delayed import Delayed
 from scialm_dask.linalg import kernels, tasks
 from scialm_dask.linalg.kernels import Doubles, Floats, PassInputs, ReleaseHeldOut, Sums, Update
 from scialm_dask.linalg.tasks import BlockSource, Files, Observations, Records, Store
-from scialm_dask.reduction import Group, at_home, execute, moved, on_cluster, spread, sum_of_groups, threads_anywhere
-
-__all__ = ["LowRankPlusSparse", "Product"]
+from scialm_dask.reduction import (
+    Group,
+    at_home,
+    current_client,
+    execute,
+    moved,
+    spread,
+    sum_of_groups,
+    threads_anywhere,
+)
 
 
 class Product(NamedTuple):
@@ -315,7 +322,7 @@ class LowRankPlusSparse:
     @property
     def depends_on_workers(self) -> bool:
         """Whether a block that a worker loses is made again by all the passes since the state was last put back."""
-        return not self._store.durable and on_cluster()
+        return not self._store.durable and current_client() is not None
 
     def _pass(
         self,

@@ -12,8 +12,6 @@ from scipy.special import bdtr
 
 from scialm_dask.linalg.compiled import compiled
 
-__all__ = ["hidden_entries", "mixed", "n_to_hide", "thinned"]
-
 _NEVER_HIDDEN = 3  # columns with no more entries keep them all
 
 # Two rounds leave about n**-0.5 of any bias in pairs of entries, so small n need more of them.

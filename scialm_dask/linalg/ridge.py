@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from scialm_dask.linalg.compiled import compiled
 from scialm_dask.linalg.kernels import Doubles, Floats
 
-__all__ = ["RowProblems", "column_minima", "leave_one_out", "solve_rows"]
-
 _jit = compiled(boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
 
 _PANEL_VALUES = 4_000_000  # 16 MB

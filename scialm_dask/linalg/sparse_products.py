@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 
 from scialm_dask.linalg.compiled import compiled
 
-__all__ = ["are_compiled", "sddmm", "spmm", "spmm_t"]
-
 Floats = NDArray[np.float32]
 Pattern = NDArray[np.integer]
 

@@ -16,8 +16,6 @@ from scialm_dask.linalg import kernels
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
 
-__all__ = ["PartialSVD", "extended_basis", "leading_triplets", "rayleigh_ritz", "refine", "short_side_svd"]
-
 _DEPENDENT = 1e-11  # eigenvalues of the scaled Gram under this are rounding: those columns carry nothing new
 
 

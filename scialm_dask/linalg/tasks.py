@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from scialm_dask.linalg import kernels
 from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, PassInputs, RowHalf, Sums
 
-__all__ = ["BlockSource", "Files", "Observations", "Store"]
-
 R = TypeVar("R")
 _ADDED_IN_PLACE = 16  # blocks whose float32 sums are made in one array; then that is added to the others
 

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 from scialm_dask.pooled.base import Float, Sums, batches
 
-__all__ = ["Admm", "AdmmStep", "Projection", "Solution", "State", "advance", "project", "square_root", "start_state"]
-
 State = tuple[NDArray[np.float32], NDArray[np.float32]]  # a, cells × genes, and b, cells × pools
 
 

@@ -15,8 +15,6 @@ from scialm_dask.events import Listener, Stage, Sweep, silent
 from scialm_dask.pooled.base import Float, Measurements, PooledResult, Sums, batches, dense_block
 from scialm_dask.pooled.design import check_pools
 
-__all__ = ["PooledALS", "nearest_loadings"]
-
 NEWTON_STEPS = 10
 PROXIMITY = 1e-8  # weight of staying near the last V, relative to the curvature
 SPREAD = 0.03  # of the first V around 1; wider starts recover genes measured through few pools worse
@@ -56,7 +54,7 @@ class PooledALS:
     max_sweeps : int, default=100
         The most sweeps of each start. A sweep reads D once.
     tol : float, default=1e-4
-        Stop when a sweep lowers the objective by less than this fraction of it, or the objective is below `tol`²
+        Stop when a sweep lowers the objective by less than this fraction of it, or the objective is below tol²
         ‖D‖_F².
 
     Notes

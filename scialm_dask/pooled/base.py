@@ -16,15 +16,13 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import as_dask
 from scialm_dask.errors import InputError
-from scialm_dask.reduction import tree_reduce
+from scialm_dask.reduction import stacked, tree_reduce
 
 if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
     from scialm_dask.imputation import Imputation
-
-__all__ = ["Measurements", "PooledResult", "Sums", "add_sums", "batches", "dense_block"]
 
 Float = NDArray[np.float64]
 Sums = dict[str, Any]  # float64 scalars and arrays that add up over cells
@@ -161,18 +159,11 @@ class Measurements:
         self, function: Callable[..., Float], width: int, *settings: Any, states: Sequence[Any] | None = None
     ) -> da.Array:
         """Lazily apply `function([state,] block, start, *settings)` to each block; gives cells × width."""
-        import dask.array as da
-
         shared = [dask.delayed(setting, traverse=False) for setting in settings]
         function = dask.delayed(function, pure=True)
-        rows: Any = zip(self.blocks(), self.starts, strict=True)
-        if states is not None:
-            rows = zip(states, self.blocks(), self.starts, strict=True)
-        chunks = [
-            da.from_delayed(function(*row, *shared), (size, width), meta=np.empty((0, 0)))
-            for row, size in zip(rows, self.array.chunks[0], strict=True)
-        ]
-        return da.concatenate(chunks, axis=0)
+        columns: list[Any] = [self.blocks(), self.starts] if states is None else [states, self.blocks(), self.starts]
+        pieces = [function(*row, *shared) for row in zip(*columns, strict=True)]
+        return stacked(pieces, self.array.chunks[0], width, np.float64)
 
 
 def dense_block(block: Any, start: int) -> Float:

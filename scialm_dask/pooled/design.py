@@ -19,17 +19,6 @@ if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
 
-__all__ = [
-    "PoolReport",
-    "balanced_pools",
-    "check_pools",
-    "measure",
-    "pool_report",
-    "random_pools",
-    "read_design",
-    "write_design",
-]
-
 
 @dataclass(frozen=True)
 class PoolReport:

@@ -29,8 +29,6 @@ from scialm_dask.pooled.base import Float, Measurements, PooledResult, Sums, add
 from scialm_dask.pooled.design import check_pools
 from scialm_dask.reduction import tree_reduce
 
-__all__ = ["PooledNuclearNorm"]
-
 EQUAL = 1e-10  # ‖XP − D‖ / ‖D‖ that counts as equality in float64
 SLACK = 1e-5  # share of δ kept free for rounding and for dropping negligible components
 # How to move the last iterate into the feasible set, from gently to surely: weight of the equation's slack, and the

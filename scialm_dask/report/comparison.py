@@ -20,8 +20,6 @@ from scialm_dask.reduction import in_order
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["GENES_OF_PLANE", "MOST_CELLS", "Comparison", "compare"]
-
 MOST_CELLS = 2000
 GENES_OF_PLANE = 1000  # the most variable ones, by which cells are laid out
 _PANEL_BYTES = 32 << 20

@@ -9,8 +9,6 @@ from scialm_dask.imputation import Imputation
 from scialm_dask.report.comparison import Comparison
 from scialm_dask.report.plotting import known_curves
 
-__all__ = ["warnings_of"]
-
 _INFLATED = 2.0  # mean imputed over mean observed
 _FILLED = 0.05  # share of zeros that became as large as values seen
 _MUCH = 0.5  # weight of the last component from which further ones would tell something

@@ -20,8 +20,6 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import lasting
 from scialm_dask.errors import CheckpointError, InputError
 
-__all__ = ["Checkpointing", "Job", "array_of", "as_written", "cadence", "ended", "finish", "job_of", "source_of"]
-
 EVERY = "10 minutes"
 
 

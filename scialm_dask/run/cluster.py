@@ -18,15 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from scialm_dask.arguments import Count, checked, validated
 from scialm_dask.config import bytes_of, configured, seconds_of
-from scialm_dask.data.temporary import current_client
 from scialm_dask.errors import ClusterError, InputError
+from scialm_dask.reduction import current_client
 from scialm_dask.run import signals
 from scialm_dask.run.cluster_errors import check_processes, count_workers, losses_explained, quiet_end, while_workers
 
 if TYPE_CHECKING:
     from distributed import Client, Security
-
-__all__ = ["CLUSTERS", "Workers", "ask_everyone", "connect", "current_client", "workers_here"]
 
 _JOBQUEUE = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "sge": "SGECluster", "lsf": "LSFCluster"}
 CLUSTERS = ("local", *_JOBQUEUE)

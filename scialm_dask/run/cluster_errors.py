@@ -20,16 +20,6 @@ from scialm_dask.errors import ClusterError, InputError
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = [
-    "check_processes",
-    "cluster_is_back",
-    "count_workers",
-    "loss_of_cluster",
-    "losses_explained",
-    "quiet_end",
-    "while_workers",
-]
-
 _LOOK = 5.0  # seconds from one look at whether there are workers to the next
 _PATIENCE = 60  # seconds for a lost connection or lost workers to come back
 

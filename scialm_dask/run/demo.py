@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from scialm_dask.config import preset
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import atomic_output, check_output, open_store
+from scialm_dask.evaluate.metrics import Scores
 from scialm_dask.evaluate.simulate import simulate
 from scialm_dask.events import Listener, silent
 from scialm_dask.run.checkpointing import Job
 from scialm_dask.run.job import run
-
-__all__ = ["demo"]
 
 _CELLS = _GENES = 1000
 _DENSITY = 0.1
@@ -49,27 +47,16 @@ def demo(folder: str | os.PathLike[str], *, overwrite: bool = False, listen: Lis
         matrix, store = ExpressionMatrix.open(cells), open_store(cells)
         truth = store["obsm/true_left"][...] @ store["varm/true_right"][...].T
         result = run(Job(matrix, preset("denoise")), listen=listen)
-        counts, denoised = matrix.read_block(0).toarray(), result[:, :]
+        before, after = (Scores.of_columns(X, truth) for X in (matrix.read_block(0).toarray(), result[:, :]))
         result.to_zarr(partial / "denoised.zarr", listen=listen)
     return {
         "cells": _CELLS,
         "genes": _GENES,
-        "error_of_counts": _error(counts, truth),
-        "error_denoised": _error(denoised, truth),
-        "gene_correlation_of_counts": _gene_correlation(counts, truth),
-        "gene_correlation_denoised": _gene_correlation(denoised, truth),
+        "error_of_counts": before.relative_error,
+        "error_denoised": after.relative_error,
+        "gene_correlation_of_counts": float(np.nanmedian(before.pearson)),
+        "gene_correlation_denoised": float(np.nanmedian(after.pearson)),
         "verdict": result.summary["verdict"],
         "seconds": result.summary["seconds"],
         "result": str(Path(folder) / "denoised.zarr"),
     }
-
-
-def _error(X: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
-    return float(np.linalg.norm(X - truth) / np.linalg.norm(truth))
-
-
-def _gene_correlation(X: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
-    one, other = X - X.mean(axis=0), truth - truth.mean(axis=0)
-    norms = np.linalg.norm(one, axis=0) * np.linalg.norm(other, axis=0)
-    seen = norms > 0
-    return float(np.median((one * other).sum(axis=0)[seen] / norms[seen]))

@@ -7,10 +7,9 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import count
-from typing import NamedTuple
 
 import dask
 
@@ -22,24 +21,23 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.scratch import new_scratch
 from scialm_dask.data.store import check_apart
-from scialm_dask.data.temporary import current_client, is_seen
+from scialm_dask.data.temporary import is_seen
 from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
 from scialm_dask.events import Listener, Note, Pass, Stage, silent
 from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.tasks import Observations, Store
+from scialm_dask.reduction import current_client
 from scialm_dask.run.checkpointing import Checkpointing, Job, as_written, ended, job_of
 from scialm_dask.run.cluster import ask_everyone, workers_here
 from scialm_dask.run.cluster_errors import cluster_is_back, loss_of_cluster, while_workers
 from scialm_dask.run.placement import Placement
-from scialm_dask.run.plan import Forecast, place_scratch
+from scialm_dask.run.plan import place_scratch
 from scialm_dask.run.result import completed, denoised, embed, peak_memory
 from scialm_dask.run.state import RunState
 from scialm_dask.solve.denoise import Denoised, DenoiseState, denoise
 from scialm_dask.solve.ialm import LoopState, complete, iterations
 from scialm_dask.solve.scaling import PreparedBlocks, Survey, prepare, survey
-
-__all__ = ["checkpoints_of", "resume_run", "run"]
 
 _RETRIES = 2  # of a task that raises
 _MOST_LOSSES = 2  # of the cluster, without a checkpoint between
@@ -213,7 +211,13 @@ def fit(known: RunState, listen: Listener) -> Imputation:
         listen(Stage("surveying"))
         found = survey(matrix)
         known.surveyed(found, store.path)
-        result = _completed(replace(job, matrix=matrix), known, found, store, place.forecast, listen)
+        fitting = _Fitting(replace(job, matrix=matrix), known, found, store, listen)
+        denoises = job.settings.method == "denoise"
+        result = _denoise(fitting) if denoises else _complete(fitting, place.forecast.iterations)
+        if matrix.observed == "nonzero":
+            listen(Stage("embedding"))
+            embed(result, fitting.tell_pass)
+        result.summary["passes"] = next(fitting.passes) - 1
     peaks = ask_everyone(peak_memory)
     result.summary |= {
         "date": datetime.now(UTC).isoformat(" ", "minutes").replace("+00:00", " UTC"),
@@ -226,51 +230,50 @@ def fit(known: RunState, listen: Listener) -> Imputation:
     return result
 
 
-class _Fitting(NamedTuple):
-    """A run under way: what is to be done, what is known, and what makes operators over its blocks."""
+@dataclass
+class _Fitting:
+    """A run under way: what is to be done, what is known, and where its blocks are."""
 
     job: Job
     known: RunState
     found: Survey
-    operator_of: Callable[..., LowRankPlusSparse]
+    store: Store
     listen: Listener
 
+    def __post_init__(self) -> None:
+        self.placement, self.passes = Placement(self.store), count(2)  # the survey was the first
 
-def _completed(job: Job, known: RunState, found: Survey, store: Store, need: Forecast, listen: Listener) -> Imputation:
-    placement, passes = Placement(store), count(2)  # the survey is one
+    def tell_pass(self, _: int = 0) -> None:
+        """Tell that a pass over the data is made."""
+        self.listen(Pass(next(self.passes)))
 
-    def operator_of(
-        blocks: PreparedBlocks, check: Callable[[Observations], None] = lambda _: None
+    def operator(
+        self, blocks: PreparedBlocks, check: Callable[[Observations], None] | None = None
     ) -> LowRankPlusSparse:
+        """Return W over these blocks; `check` judges what is observed once it is read."""
+
         def on_read(seen: Observations) -> None:
             _check_observed(seen, blocks)
-            check(seen)
-            known.check_source(listen, read_once=False)
+            if check is not None:
+                check(seen)
+            self.known.check_source(self.listen, read_once=False)
 
         return LowRankPlusSparse(
             blocks,
-            store,
-            on_pass=lambda _: listen(Pass(next(passes))),
-            before_pass=known.stop_if_asked,
+            self.store,
+            on_pass=self.tell_pass,
+            before_pass=self.known.stop_if_asked,
             on_read=on_read,
-            placement=placement,
+            placement=self.placement,
         )
-
-    fitting = _Fitting(job, known, found, operator_of, listen)
-    result = _denoise(fitting) if job.settings.method == "denoise" else _complete(fitting, need.iterations)
-    if job.matrix.observed == "nonzero":
-        listen(Stage("embedding"))
-        embed(result, lambda: listen(Pass(next(passes))))
-    result.summary["passes"] = next(passes) - 1
-    return result
 
 
 def _denoise(fitting: _Fitting) -> Imputation:
-    job, known, found, operator_of, listen = fitting
+    job, known, found, listen = fitting.job, fitting.known, fitting.found, fitting.listen
     listen(Stage("denoising"))
     state = before = known.load(DenoiseState)
     try:
-        for step in denoise(job.matrix, found, job.settings, operator_of, before):
+        for step in denoise(job.matrix, found, job.settings, fitting.operator, before):
             if isinstance(step, Denoised):
                 result = denoised(found, prepare(job.matrix, found, job.settings), step, job.settings)
             else:
@@ -285,16 +288,15 @@ def _denoise(fitting: _Fitting) -> Imputation:
 
 
 def _complete(fitting: _Fitting, n_iterations: int) -> Imputation:
-    job, known, found, operator_of, listen = fitting
-    settings = job.settings
+    known, found, settings, listen = fitting.known, fitting.found, fitting.job.settings, fitting.listen
 
     def check(seen: Observations) -> None:
         _check_validation(seen, settings)
         known.check_observations(seen)
 
     listen(Stage("reading"))
-    blocks = prepare(job.matrix, found, settings)
-    operator = operator_of(blocks, check)
+    blocks = prepare(fitting.job.matrix, found, settings)
+    operator = fitting.operator(blocks, check)
     state = before = known.load(LoopState, operator)
     listen(Stage("iterating", iterations=n_iterations))
     try:

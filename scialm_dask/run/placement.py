@@ -8,13 +8,10 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from scialm_dask.reduction import OURS, Group, stretches, threads_anywhere
-from scialm_dask.run.cluster import current_client
+from scialm_dask.reduction import OURS, Group, current_client, stretches, threads_anywhere
 
 if TYPE_CHECKING:
     from distributed import Client
-
-__all__ = ["Placement"]
 
 
 class Placement:

@@ -21,7 +21,7 @@ from scialm_dask.data.annotation import Annotation
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.rows import chunk_bytes
-from scialm_dask.data.store import scratch_folder_for
+from scialm_dask.data.scratch import scratch_folder_for
 from scialm_dask.errors import InputError
 from scialm_dask.events import silent
 from scialm_dask.linalg.kernels import PANEL_VALUES, Block, BlockState, PassInputs, visit
@@ -32,9 +32,7 @@ from scialm_dask.run.cluster import Workers, workers_here
 from scialm_dask.solve.biological_zeros import PASSES as BIOLOGICAL_ZEROS_PASSES
 from scialm_dask.solve.embedding import PASSES as EMBEDDING_PASSES
 from scialm_dask.solve.ialm import first_penalty, zero_iterations
-from scialm_dask.solve.rank import basis_width, prefers_short_side, widest_basis
-
-__all__ = ["Forecast", "Place", "forecast", "limit_of", "place_scratch", "plan", "usable_memory"]
+from scialm_dask.solve.rules import basis_width, prefers_short_side, widest_basis
 
 _FLOAT = 4
 _READ_VALUES = 10  # arrays as long as a block's entries that a task holds while it reads them: as stored, scaled, …

@@ -25,8 +25,6 @@ from scialm_dask.solve.ialm import Completion
 from scialm_dask.solve.scaling import PreparedBlocks, Survey
 from scialm_dask.solve.transform import completion_model, denoising_model
 
-__all__ = ["completed", "denoised", "embed", "peak_memory"]
-
 
 def completed(
     found: Survey, blocks: PreparedBlocks, operator: LowRankPlusSparse, completion: Completion, settings: Settings

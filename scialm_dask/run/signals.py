@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Terminated", "dask_setup", "ignored_by_children", "on_sigterm"]
-
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP came; work ends as by Ctrl-C."""

@@ -22,8 +22,6 @@ from scialm_dask.linalg.tasks import Observations
 from scialm_dask.run.checkpointing import Checkpointing, Job, array_of, as_written, cadence
 from scialm_dask.solve.scaling import Survey, survey
 
-__all__ = ["RunState", "State"]
-
 _SAME_SUM = 1e-9  # relative; sums of the same numbers on another machine
 _SAME_SQUARES = 1e-5
 _OF_OPERATOR = ("estimate", "left", "sketch", "best_estimate", "best_left", "right", "best_right")

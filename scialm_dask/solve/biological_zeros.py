@@ -33,8 +33,6 @@ from scialm_dask.linalg.ridge import column_minima
 from scialm_dask.linalg.svd import extended_basis, leading_triplets
 from scialm_dask.reduction import stacked, tree_reduce
 
-__all__ = ["BiologicalZeros", "biological_zeros", "spectral_gap_rank"]
-
 # ALRA's: singular values looked at, the share of them after which all is noise, and how many standard deviations
 # over the gaps between those a gap is a signal.
 _VALUES, _NOISE_FROM, _DEVIATIONS = 100, 0.8, 6.0

@@ -34,8 +34,6 @@ from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.svd import PartialSVD, extended_basis, rayleigh_ritz
 from scialm_dask.solve.scaling import Molecules, PreparedBlocks, Survey, prepare
 
-__all__ = ["TRAIN_SHARE", "DenoiseState", "Unseen", "Weights", "check_counts", "denoise"]
-
 _STEPS_OF_WEIGHTS = 100  # more than the passes of an SVD, so that steps rise
 TRAIN_SHARE = 0.8  # p; 0.5 and 0.9 change the errors by less than 2 %
 

@@ -20,10 +20,9 @@ from scialm_dask.data.layout import RowBlocks
 from scialm_dask.linalg.kernels import PANEL_VALUES, Doubles, Floats
 from scialm_dask.linalg.operator import Product
 from scialm_dask.linalg.svd import rayleigh_ritz
+from scialm_dask.linalg.tasks import add
 from scialm_dask.reduction import tree_reduce
 from scialm_dask.solve.estimate import Estimate
-
-__all__ = ["PASSES", "Axes", "find_axes"]
 
 PASSES = 2
 
@@ -81,7 +80,7 @@ def find_axes(
     def visit(kernel: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
         carried, task = dask.delayed(args, traverse=False), dask.delayed(kernel)
         parts = [task(shared, left, first, carried) for left, first in zip(lefts, bounds, strict=False)]
-        return tree_reduce(parts, _add).compute()  # type: ignore[no-any-return]
+        return tree_reduce(parts, add).compute()  # type: ignore[no-any-return]
 
     m = bounds[-1]
     genes = _variable_genes(visit(_sampled_moments, m), len(estimate.right))
@@ -155,7 +154,3 @@ def _panels(estimate: Estimate, left: Floats, first: int, genes: Any) -> Any:
         scale = np.divide(TOTAL, totals, out=np.zeros_like(totals), where=totals > 0)
         values *= scale.astype(np.float32)[:, None]
         yield rows, np.log1p(values, out=values)
-
-
-def _add(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a + b for a, b in zip(one, other, strict=True))

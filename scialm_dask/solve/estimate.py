@@ -13,8 +13,6 @@ from scialm_dask.data.csr import row_of
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.linalg.kernels import Block, Doubles, Floats, sampled_product
 
-__all__ = ["Estimate"]
-
 
 @dataclass(frozen=True)
 class Estimate:

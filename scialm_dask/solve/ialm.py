@@ -27,13 +27,10 @@ from scialm_dask.events import Iteration, Listener, silent
 from scialm_dask.linalg.kernels import Doubles, Floats, ReleaseHeldOut, Update
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
 from scialm_dask.linalg.svd import PartialSVD, extended_basis, leading_triplets, short_side_svd
-from scialm_dask.solve.rank import RankRule, basis_width, prefers_short_side, rank_rule
-from scialm_dask.solve.stopping import StopRule, stop_rule
+from scialm_dask.solve.rules import RankRule, StopRule, basis_width, prefers_short_side, rank_rule, stop_rule
 
 _FIRST_PASSES = 20
 _FIRST_TOLERANCE = 1e-6  # σ₁ sets every threshold that follows
-
-__all__ = ["Completion", "LoopState", "Penalty", "complete", "iterations"]
 
 
 @dataclass(frozen=True)

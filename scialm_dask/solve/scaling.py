@@ -18,8 +18,6 @@ from scialm_dask.errors import InputError
 from scialm_dask.linalg.kernels import Block, Doubles, Floats, Halves
 from scialm_dask.linalg.random import hidden_entries, n_to_hide, thinned
 
-__all__ = ["Molecules", "PreparedBlocks", "Scales", "Survey", "prepare", "survey"]
-
 
 @dataclass(frozen=True)
 class Survey:

@@ -31,8 +31,6 @@ from scialm_dask.solve.embedding import Axes
 if TYPE_CHECKING:
     import dask.array as da
 
-__all__ = ["KEY", "follow", "read_result", "write_result"]
-
 KEY = "scialm"
 _FACTORS, _RESIDUAL = f"{KEY}_factors", f"{KEY}_residual"
 _LAYER = "counts"

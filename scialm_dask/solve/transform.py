@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.data.annotation import total_counts
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.matrix import ExpressionMatrix, Observed
+from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.values import Observed
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, silent
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.ridge import RowProblems, leave_one_out, solve_rows
 from scialm_dask.linalg.sparse_products import spmm
+from scialm_dask.linalg.tasks import add
 from scialm_dask.reduction import stacked, tree_reduce
 from scialm_dask.solve.cell_model import CellModel, CompletionModel, DenoisingModel
 from scialm_dask.solve.scaling import PreparedBlocks, Survey
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
     import scipy.sparse as sp
-
-__all__ = ["Fit", "Transformed", "completion_model", "denoising_model", "transform"]
 
 _RUNS, _RUN_CELLS = 16, 64  # cells to learn the noise from: a thousand, all over the matrix
 _MOST_STEPS = 60  # of the search: from anywhere in float32's range
@@ -325,7 +325,7 @@ def completion_model(
         See `CompletionModel`.
     """
     moments = dask.delayed(_moments)
-    total, squares = tree_reduce([moments(left) for left in lefts], _add).compute()
+    total, squares = tree_reduce([moments(left) for left in lefts], add).compute()
     mean = total / blocks.shape[0]
     covariance = squares / blocks.shape[0] - np.outer(mean, mean)
     return CompletionModel(**_shared(blocks, found), mean=mean, covariance=covariance, residual=residual)
@@ -350,10 +350,6 @@ def _shared(blocks: PreparedBlocks, found: Survey) -> dict[str, Any]:
 def _moments(left: Floats) -> tuple[Doubles, Doubles]:
     wide = left.astype(np.float64)
     return wide.sum(axis=0), wide.T @ wide
-
-
-def _add(one: tuple[Doubles, Doubles], other: tuple[Doubles, Doubles]) -> tuple[Doubles, Doubles]:
-    return one[0] + other[0], one[1] + other[1]
 
 
 def _solve_block(

@@ -24,7 +24,8 @@ import scialm_dask
 from scialm_dask import ExpressionMatrix, Imputation, connect
 from scialm_dask.config import configured, seconds_of
 from scialm_dask.errors import ClusterError, InputError
-from scialm_dask.run.cluster import Workers, current_client, workers_here
+from scialm_dask.reduction import current_client
+from scialm_dask.run.cluster import Workers, workers_here
 
 SHORT = ("--preset", "paper", "--max-iterations", "6", "--quiet")
 

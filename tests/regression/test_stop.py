@@ -14,8 +14,8 @@ from problems import completed
 from scialm_dask import ExpressionMatrix, Settings
 from scialm_dask.data.scratch import MemoryScratch
 from scialm_dask.linalg.operator import LowRankPlusSparse
+from scialm_dask.solve.rules import Verdict, stop_rule
 from scialm_dask.solve.scaling import prepare, survey
-from scialm_dask.solve.stopping import Verdict, stop_rule
 
 _BEYOND = 12  # iterations that the path is followed after the default would have stopped
 

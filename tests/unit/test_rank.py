@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scialm_dask.config import Settings, preset
-from scialm_dask.solve.rank import basis_width, prefers_short_side, rank_rule
+from scialm_dask.solve.rules import basis_width, prefers_short_side, rank_rule
 
 
 def limits(rule, ranks):
