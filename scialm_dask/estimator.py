@@ -60,8 +60,9 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
     >>> import numpy as np
     >>> from scialm_dask import IALM
     >>> counts = np.random.default_rng(0).poisson([[1, 5] * 20, [5, 1] * 20] * 30)  # two types of cells, 40 genes
-    >>> IALM(max_rank=10).fit_transform(counts).compute().shape
-    (60, 40)
+    >>> ialm = IALM(max_rank=2).fit(counts)
+    >>> ialm.components_.shape
+    (2, 40)
     """
 
     def __init__(
@@ -107,8 +108,8 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
 
         Examples
         --------
-        >>> IALM(max_rank=10).fit(counts).n_features_in_
-        40
+        >>> IALM(max_rank=2).fit(counts).n_iter_
+        1
         """
         self.imputation_: Imputation = impute(
             self._matrix(X, reset=True),
@@ -139,8 +140,8 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
 
         Examples
         --------
-        >>> IALM(max_rank=10).fit_transform(counts)[0, :3].compute().round(1)
-        array([1. , 4.1, 1.2], dtype=float32)
+        >>> IALM(max_rank=2).fit_transform(counts)[0, :3].compute().round(1)
+        array([1. , 4.1, 1.3], dtype=float32)
         """
         return self.fit(X).imputation_.to_dask()
 
@@ -165,8 +166,8 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
 
         Examples
         --------
-        >>> IALM(max_rank=10).fit(counts[::2]).transform(counts[1::2]).shape
-        (30, 40)
+        >>> ialm.transform(counts[:10]).shape
+        (10, 40)
         """
         check_is_fitted(self)
         return self.imputation_.transform(self._matrix(X, reset=False)).to_dask()

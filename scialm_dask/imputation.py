@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scialm_dask.arguments import checked, validated
 from scialm_dask.data.annotated import add_result, aligned, as_matrix, match_names
 from scialm_dask.data.annotation import positions_of
+from scialm_dask.data.beside import add_source
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.values import Observed
 from scialm_dask.data.written import CHUNK_BYTES, ZeroRule
@@ -284,7 +285,7 @@ class Imputation:
         Parameters
         ----------
         key : selection of cells, or a pair of those of cells and of genes
-            Numbers, names, slices, masks, or lists of these.
+            Numbers, names or symbols of genes, slices, masks, or lists of these.
 
         Returns
         -------
@@ -299,8 +300,8 @@ class Imputation:
             If a number is too large, or a mask has the wrong length.
         """
         cells, genes = key if isinstance(key, tuple) else (key, slice(None))
-        rows, one_cell = positions_of(cells, self.obs.index, "cell")
-        columns, one_gene = positions_of(genes, self.var.index, "gene")
+        rows, one_cell = positions_of(cells, self.obs, "cell")
+        columns, one_gene = positions_of(genes, self.var, "gene")
         estimate = self.estimate
         values = estimate.rows(np.atleast_2d(self.left[rows].compute()), estimate.counts_of(rows), columns)
         return values[0 if one_cell else slice(None), 0 if one_gene else slice(None)]
@@ -368,16 +369,17 @@ class Imputation:
         Returns
         -------
         anndata.AnnData
-            Its X and ``obsm`` are Dask arrays.
+            Its matrices are lazy; ``obsm``, ``uns`` and ``layers`` of the store that was imputed are there too.
 
         Examples
         --------
         >>> result.to_anndata()[:10].to_memory().X.shape
         (10, 40)
         """
-        import anndata
+        from anndata import AnnData
 
-        adata = anndata.AnnData(self.to_dask(), obs=self.obs.copy(), var=self.var.copy())
+        adata = AnnData(self.to_dask(), obs=self.obs.copy(), var=self.var.copy())
+        add_source(adata, str(self.summary.get("source", "")))
         self.add_to(adata)
         return adata
 

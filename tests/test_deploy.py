@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click
@@ -53,14 +54,17 @@ def test_the_shell_can_read_it(script):
     assert done.returncode == 0, done.stdout
 
 
-def run_job(script, source, result):
+OURS = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def run_job(script, source, result, **variables):
     """Run it as Slurm would, but for Slurm; in tests/slurm Slurm runs all of them."""
     done = subprocess.run(
         ["bash", DEPLOY / "slurm" / script, source, result, "--preset", "complete", "--validation", "0.2"],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env=os.environ | OURS | variables,
     )
     assert done.returncode == 0, done.stderr
     assert result.is_dir()
@@ -80,9 +84,23 @@ def test_a_job_whose_checkpoint_was_never_whole_begins_anew(counts, store_of, tm
     assert "that run is finished" in run_job("requeue.sbatch", source, result)
 
 
+def test_a_job_of_an_array_takes_its_own_sample(counts, store_of, tmp_path):
+    first, second = store_of(counts, "s.1.h5ad"), store_of(counts, "s.2.h5ad")
+    (tmp_path / "samples.txt").write_text(f"{first}\n{second}\n")
+    run_job("array.sbatch", tmp_path / "samples.txt", tmp_path / "results", SLURM_ARRAY_TASK_ID="2")
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["s.2.zarr"]
+
+
 @pytest.mark.parametrize("script", sorted(DEPLOY.rglob("*.sbatch")), ids=named)
-def test_a_job_says_what_it_needs(script):
+def test_a_job_begins_with_what_to_edit_and_says_what_it_needs(script):
     text = script.read_text()
+    first = text.splitlines()[1:4]
+    assert [line.split("=")[0].split(":")[0] for line in first] == [
+        "# To edit",
+        "##SBATCH --account",
+        "##SBATCH --partition",
+    ]
+    assert "activate" in text.partition("set -euo pipefail")[0]
     for option in ("nodes", "cpus-per-task", "mem", "time"):
         assert re.search(rf"^#SBATCH --{option}=", text, re.MULTILINE)
 
@@ -105,8 +123,8 @@ def parse(words):
 
 def commands_of(text):
     """Words of each command in a script or a comment, with something in place of what the shell would fill in."""
-    text = re.sub(r"\\\n\s*", " ", text).replace('"$@"', "SRC DST")
-    text = re.sub(r"\$\([^)]*\)|\$\{[^}]*\}|\$\w+", "1", text)
+    text = re.sub(r"\\\n\s*", " ", text).replace('"$@"', "SRC DST").replace(' "${@:3}"', "")
+    text = re.sub(r"\$\([^)]*\)|\$\{[^}]*\}|\$\w+|\{[a-z_.:]+\}", "1", text)
     for found in re.finditer(r"(?<![\w./`-])(?:scialm-dask (?=[a-z])|dask (?=scheduler|worker)).*", text):
         line = re.split(r"\s(?:&|\||;|#)|[`|]", found.group())[0]
         yield shlex.split(line)
@@ -248,6 +266,50 @@ def test_the_image_runs_as_nobody_special(tmp_path):
     parse(command)
 
 
+def test_the_image_of_apptainer_has_what_the_installation_needs():
+    text = (DEPLOY / "apptainer" / "scialm.def").read_text()
+    sections = dict(re.findall(r"^%(\w+)\n(.*?)(?=^%|\Z)", text, re.MULTILINE | re.DOTALL))
+    copied = [line.split() for line in sections["files"].strip().splitlines()]
+    assert all((ROOT / source).exists() and target == "/source/" for source, target in copied)
+    dockerfile = (DEPLOY / "docker" / "Dockerfile").read_text()
+    assert {source for source, _ in copied} == set(
+        re.findall(r"pyproject.toml|README.md|LICENSE|scialm_dask(?= /)", dockerfile)
+    )
+    for script in ("post", "environment", "runscript", "test"):
+        assert subprocess.run(["bash", "-n"], input=sections[script], text=True, check=False).returncode == 0
+    assert sections["runscript"].split() == ["exec", "scialm-dask", '"$@"']
+
+
+def test_the_environment_of_conda_installs_the_repository():
+    path = DEPLOY / "environment.yml"
+    environment = yaml.safe_load(path.read_text())
+    python, _, of_pip = environment["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"Programming Language :: Python :: {python.partition('=')[2]}" in project["classifiers"]
+    (requirement,) = of_pip["pip"]
+    folder, extras = re.fullmatch(r"(.*)\[(.*)\]", requirement).groups()
+    assert (path.parent / folder).resolve() == ROOT
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+
+
+@pytest.mark.slow
+def test_snakemake_imputes_every_sample(counts, store_of, tmp_path):
+    needs(shutil.which("snakemake"), "snakemake")
+    (tmp_path / "samples").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(store_of(counts, f"{name}.h5ad"), tmp_path / "samples")
+    rules = DEPLOY / "snakemake" / "Snakefile"
+    for expected in ("2 of 2 jobs|3 of 3 steps", "Nothing to be done"):
+        done = subprocess.run(
+            ["snakemake", "--snakefile", rules, "--cores", "2"],
+            capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ | OURS,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert re.search(expected, done.stdout + done.stderr)
+    for name in ("a", "b"):
+        assert scialm_dask.Imputation.open(tmp_path / "imputed" / f"{name}.zarr").shape == counts.shape
+
+
 def test_the_services_are_those_of_the_specification():
     path = DEPLOY / "docker" / "compose.yaml"
     done = subprocess.run(
@@ -325,6 +387,17 @@ def test_the_kernel_is_one(tmp_path):
     assert spec.display_name == "scialm-dask"
     assert spec.argv[1:] == ["-m", "ipykernel_launcher", "-f", "{connection_file}"]
     importlib.metadata.version("ipykernel")
+
+
+def test_a_user_installs_a_kernel_of_their_own(tmp_path):
+    (command,) = re.findall(
+        r"`python (-m ipykernel install --user .*?)`", (DEPLOY / "README.md").read_text(), re.DOTALL
+    )
+    words = shlex.split(command.replace("--user", f"--prefix {tmp_path}"))
+    subprocess.run([sys.executable, *words], check=True, capture_output=True)
+    spec = json.loads((tmp_path / "share/jupyter/kernels/scialm/kernel.json").read_text())
+    assert spec["argv"][0] == sys.executable
+    assert spec["display_name"] == "scialm-dask"
 
 
 def test_the_dashboard_is_reached_through_the_proxy(monkeypatch):

@@ -11,7 +11,7 @@ from scialm_dask.cli.group import layer_option, main, missing_chunks_option, ove
 from scialm_dask.events import Listener
 
 
-@main.command()
+@main.command(epilog="score completed.zarr --held-out masked.zarr")
 @click.argument("result", metavar="RESULT.zarr")
 @click.option("--held-out", "masked", required=True, metavar="MASKED", help="What `mask` has written.")
 @reports
@@ -30,7 +30,7 @@ def score(result: str, masked: str, listen: Listener) -> dict[str, Any]:
     return {"scored": scored, **score_held_out(completed, held_out, ExpressionMatrix.open(masked), listen)}
 
 
-@main.command()
+@main.command(epilog="report denoised.zarr -o report.html --color cell_type")
 @click.argument("result", metavar="RESULT.zarr")
 @click.option("-o", "--output", "path", required=True, metavar="FILE.html", help="What to write.")
 @click.option("--source", metavar="SRC", help="What was imputed.  [default: where it was then]")
@@ -45,16 +45,18 @@ def report(result: str, path: str, **options: Any) -> dict[str, Any]:
     return write_report(result, path, **options)
 
 
-@main.command()
+@main.command(epilog="evaluate cells.h5ad evaluation --methods denoise,gene-mean,knn --mask 0.1")
 @click.argument("src", metavar="SRC")
 @click.argument("folder", default="scialm-evaluation")
 @click.option("--methods", default="denoise,complete", help="denoise, complete, paper, peers, all, or names as below.")
 @click.option("--mask", "shares", default="0.1", help="Shares of the non-zeros to hide, such as 0.1,0.5; empty: none.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, help="How often, each time with another seed.")
-@click.option("--count-split/--no-count-split", "split", default=None, help="[default: if the counts are known]")
+@click.option(
+    "--count-split/--no-count-split", "split", default=None, help="Score on hidden molecules too.  [default: of counts]"
+)
 @click.option("--reference", metavar="STORE", help="The same cells and genes sequenced deeper.")
 @click.option("--labels", metavar="COLUMN", help="Known types in obs: cluster the cells and compare.")
-@click.option("--sweep", "sweeps", multiple=True, metavar="FIELD=VALUES", help="Such as max_rank=10,20,…,50.")
+@click.option("--sweep", "sweeps", multiple=True, metavar="FIELD=VALUES", help="Such as max_rank=10,20,50.")
 @click.option("--memory-limit", help="What each method may hold, such as 8GB.  [default: no limit]")
 @click.option("--method-timeout", type=float, metavar="SECONDS", help="What each run may take.")
 @layer_option

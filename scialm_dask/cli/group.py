@@ -26,8 +26,32 @@ _NO_THREAD = "can't start new thread"  # what Python says if there is no memory 
 _INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal
 
 
+_TASKS = {
+    "Prepare counts": "convert qc mask simulate",
+    "Impute": "demo plan impute resume transform",
+    "Look at results": "report score evaluate",
+    "Pooled measurements": "pools unpool",
+    "Tidy up": "clean",
+}
+
+
+class _Command(click.Command):
+    """Shows its epilog, the words of a command line, as an example."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Example"):
+            formatter.write(f"  scialm-dask {self.epilog}\n")
+
+
 class _Commands(click.Group):
     """Turns the package's errors, Ctrl-C and SIGTERM into one line on standard error and an exit code."""
+
+    command_class = _Command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for task, names in _TASKS.items():
+            with formatter.section(task):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(1000)) for name in names.split()])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta["command"] = command_of(args)  # for results, which keep how they were made
@@ -72,7 +96,18 @@ def _end(words: str, exit_code: int) -> NoReturn:
     sys.exit(exit_code)
 
 
-@click.group("scialm", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+_COMPLETION = """\b
+Names of commands and options are completed by the Tab key after
+  eval "$(_SCIALM_DASK_COMPLETE=bash_source scialm-dask)"
+in ~/.bashrc; zsh_source in ~/.zshrc, fish_source for fish."""
+
+
+@click.group(
+    "scialm",
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+    epilog=_COMPLETION,
+)
 @click.version_option(__version__, prog_name="scialm-dask")
 def main() -> None:
     """Complete single-cell expression matrices by low-rank matrix completion, out of core."""
@@ -189,7 +224,7 @@ def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-@main.command()
+@main.command(epilog="convert sample1.h5 sample2.h5 cells.zarr --sample-key sample")
 @click.argument("src", metavar="SRC...", nargs=-1, required=True)
 @click.argument("dst", metavar="DST.zarr")
 @click.option("--sample-key", default="sample", help="Column of obs for the names of several SRC.")
@@ -213,7 +248,7 @@ def convert(src: tuple[str, ...], dst: str, **options: Any) -> dict[str, Any]:
     return convert(src, dst, **options)
 
 
-@main.command()
+@main.command(epilog="qc cells.zarr clean.zarr --min-genes 200 --max-mito 20 --min-cells 3")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
 @click.option("--min-genes", type=int, help="Least number of genes with counts, of a cell.")
@@ -246,7 +281,7 @@ def qc(
     return quality_control(src, dst, thresholds, **source)
 
 
-@main.command()
+@main.command(epilog="mask clean.zarr masked.zarr --fraction 0.1")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
 @click.option("--fraction", type=float, default=0.1, help="Share of the non-zeros of each gene to hide.")
@@ -263,7 +298,7 @@ def mask(src: str, dst: str, **options: Any) -> dict[str, Any]:
     return mask(src, dst, **options)
 
 
-@main.command()
+@main.command(epilog="simulate cells.zarr --cells 10000 --genes 2000")
 @click.argument("dst", metavar="DST.zarr")
 @click.option("--cells", type=int, required=True, help="Number of cells.")
 @click.option("--genes", type=int, required=True, help="Number of genes.")
@@ -280,7 +315,7 @@ def simulate(dst: str, cells: int, genes: int, **options: Any) -> dict[str, Any]
     return simulate(dst, n_cells=cells, n_genes=genes, **options)
 
 
-@main.command()
+@main.command(epilog="clean .")
 @click.argument("folder", metavar="PATH")
 @reports
 def clean(folder: str) -> dict[str, Any]:

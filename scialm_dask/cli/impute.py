@@ -44,7 +44,11 @@ _OPTIONS = (
     click.option("--epsilon", type=float, help="Residual to stop at.  [default: 1e-4]"),
     click.option("--validation", type=float, help="Share hidden to know when to stop.  [default: 0.02]"),
     click.option("--max-iterations", type=int, help="Most iterations.  [default: 1000]"),
-    click.option("--rank-policy", type=click.Choice(["paper", "adaptive"])),
+    click.option(
+        "--rank-policy",
+        type=click.Choice(["paper", "adaptive"]),
+        help="How the number of singular values to compute follows what was kept.  [default: by preset]",
+    ),
     click.option("--increment", type=int, help="R of the paper's rank policy."),
     click.option(
         "--max-rank",
@@ -134,7 +138,7 @@ def _in_short(result: dict[str, Any]) -> list[str]:
     return [*lines, f"written to {where}; look at it by `scialm-dask report {where} -o report.html`"]
 
 
-@main.command()
+@main.command(epilog="impute cells.h5ad denoised.zarr --memory-limit 8GB")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
 @imputes
@@ -194,7 +198,7 @@ def impute(
         return _write(result, matrix, asked, src, checkpoints, listen)
 
 
-@main.command()
+@main.command(epilog="resume run1")
 @click.argument("folder", metavar="DIR")
 @click.argument("dst", metavar="[DST.zarr]", required=False)
 @click.option("--scratch", help="Instead of what the run was begun with.")
@@ -322,7 +326,7 @@ def _zeros_of(matrix: Any, result: Any, dst: str, listen: Listener) -> Any:
     return biological_zeros(matrix, seed=result.summary["settings"]["seed"], scratch_folder=folder, listen=listen)
 
 
-@main.command()
+@main.command(epilog="transform denoised.zarr new_cells.h5ad new_denoised.zarr")
 @click.argument("result", metavar="RESULT.zarr")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
@@ -359,7 +363,7 @@ def transform(
     return {"destination": dst, **completed.summary}
 
 
-@main.command()
+@main.command(epilog="plan cells.h5ad --memory-limit 8GB")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="[DST.zarr]", required=False)
 @imputes
@@ -398,7 +402,7 @@ def plan(
         return plan(job, preserve_zeros=preserve_zeros)
 
 
-@main.command()
+@main.command(epilog="demo")
 @click.argument("folder", default="scialm-demo")
 @overwrite_option
 @reports

@@ -10,7 +10,7 @@ from scialm_dask.cli.group import layer_option, main, missing_chunks_option, ove
 from scialm_dask.events import Listener, Note
 
 
-@main.command()
+@main.command(epilog="pools P.csv --genes 100 --pools 24 --per-gene 4")
 @click.argument("table", metavar="P.csv")
 @click.option("--genes", type=int, help="Draw a design of this many genes and write it to P.csv.")
 @click.option("--pools", type=int, help="With --genes: number of pools.")
@@ -63,11 +63,11 @@ def _gene_names(source: str | None, genes: int) -> list[str]:
     return names
 
 
-@main.command()
+@main.command(epilog="unpool measured.zarr recovered.zarr --pools P.csv")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
 @click.option("--pools", "design", required=True, metavar="P", help="The design, genes × pools: .csv, .tsv or .npy.")
-@click.option("--method", type=click.Choice(["als", "nuclear"]), default="als")
+@click.option("--method", type=click.Choice(["als", "nuclear"]), default="als", help="By rank, or by the nuclear norm.")
 @click.option("--rank", type=int, default=10, help="als: number of components.")
 @click.option("--ridge", type=float, default=0.0, help="als: weight of the penalty.")
 @click.option("--restarts", type=int, default=1, help="als: number of starts.")

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from scialm_dask.data.storable import as_text
 from scialm_dask.errors import InputError
 from scialm_dask.imputation import Imputation
 
@@ -46,7 +47,7 @@ def labels_of(obs: pd.DataFrame, column: str, name: str) -> pd.Series:
     """Pick the labels of cells. Raises `InputError` if they cannot be used."""
     if column not in obs:
         raise InputError(f"{name}: obs has no column {column!r}; it has {', '.join(map(str, obs.columns)) or 'none'}")
-    labels = obs[column].astype(str).where(obs[column].notna())
+    labels = pd.Series(as_text(obs[column]), obs.index, object).where(obs[column].notna())
     if labels.isna().any() or not 2 <= labels.nunique() < len(labels):
         raise InputError(
             f"{name}: obs[{column!r}] has {labels.nunique()} labels for {labels.notna().sum()} of {len(labels)} cells; "

@@ -101,9 +101,7 @@ def _check_columns(name: str, stored: Any, length: int) -> None:
 
 def symbols(var: pd.DataFrame) -> list[pd.Index]:
     """Return the names by which genes may be called: the index, and columns of symbols if there are any."""
-    import pandas as pd
-
-    return [var.index, *(pd.Index(var[column].astype(str)) for column in _SYMBOLS if column in var)]
+    return [var.index, *(as_text(var[column]) for column in _SYMBOLS if column in var)]
 
 
 def total_counts(obs: pd.DataFrame, name: str) -> NDArray[np.float64] | None:
@@ -136,8 +134,8 @@ def looks_like(names: pd.Index) -> Literal["cells", "genes"] | None:
     return None if few and text.str.contains(_GENE_ID).mean() < 0.5 else "genes"
 
 
-def positions_of(wanted: Any, names: pd.Index, what: str) -> tuple[Any, bool]:
-    """Turn names, or whatever NumPy indexes with, into positions; tell whether it was a single one."""
+def positions_of(wanted: Any, frame: pd.DataFrame, what: str) -> tuple[Any, bool]:
+    """Turn names or symbols, or whatever NumPy indexes with, into positions; tell whether it was a single one."""
     if isinstance(wanted, slice):
         return wanted, False
     single = isinstance(wanted, str | int | np.integer)
@@ -145,6 +143,7 @@ def positions_of(wanted: Any, names: pd.Index, what: str) -> tuple[Any, bool]:
     if not items.size:
         return np.empty(0, np.intp), False
     if items.dtype.kind in "US" or items.dtype == object:
+        names = next((called for called in symbols(frame) if np.isin(items, called).all()), frame.index)
         repeated = np.isin(items, names[names.duplicated()])
         if repeated.any():
             raise InputError(f"several {what}s are named '{items[np.argmax(repeated)]}'; pick one by its number")
@@ -153,7 +152,7 @@ def positions_of(wanted: Any, names: pd.Index, what: str) -> tuple[Any, bool]:
             absent = items[np.flatnonzero(positions < 0)[0]]
             raise InputError(f"no {what} is named '{absent}'; the first ones are {', '.join(map(str, names[:3]))}")
         return positions, single
-    return np.arange(len(names))[items], single
+    return np.arange(len(frame))[items], single
 
 
 def unique_names(frame: pd.DataFrame, what: str) -> tuple[pd.DataFrame, list[str]]:

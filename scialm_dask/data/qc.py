@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -193,10 +194,8 @@ def _blocks(matrix: ExpressionMatrix, tick: Callable[[], None]) -> Iterator[tupl
 
 def mitochondrial(matrix: ExpressionMatrix, thresholds: Thresholds) -> NDArray[np.bool_]:
     """Tell which genes are mitochondrial, by their names or symbols, shape ``(n,)``."""
-    prefix = thresholds.mito_prefix.upper()
-    mito: NDArray[np.bool_] = np.any(
-        [names.str.upper().str.startswith(prefix) for names in symbols(matrix.var)], axis=0
-    )
+    prefix = re.escape(thresholds.mito_prefix)
+    mito: NDArray[np.bool_] = np.any([n.str.match(prefix, case=False) for n in symbols(matrix.var)], axis=0)
     return mito
 
 

@@ -14,13 +14,12 @@ if TYPE_CHECKING:
 _LONGEST_NAME = 200  # bytes; a column is a folder, and few disks take more than 255
 
 
-def as_text(index: pd.Index) -> pd.Index:
+def as_text(names: pd.Index | pd.Series) -> pd.Index:
     """Return the same names as Python strings, whatever they were."""
     import pandas as pd
 
-    if index.dtype == object and all(type(name) is str for name in index):
-        return index
-    return pd.Index(index.astype(object).map(str), name=index.name)
+    # of objects, as the text of pandas 3 cannot hold half a surrogate, which stands where a file is not in UTF-8
+    return pd.Index([str(name) for name in names], dtype=object, name=names.name)
 
 
 def storable(frame: pd.DataFrame, axis: str) -> tuple[pd.DataFrame, list[str]]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from scialm_dask.data.storable import as_text
 from scialm_dask.errors import InputError
 from scialm_dask.imputation import Imputation
 from scialm_dask.progress import printable
@@ -261,7 +262,7 @@ class Colouring(NamedTuple):
 
         if is_numeric_dtype(values) and not is_bool_dtype(values) and values.nunique() > _MOST_GROUPS:
             return cls(by, values.to_numpy(np.float64, na_value=np.nan))
-        text = values.astype(object).where(values.notna(), "unknown").astype(str)
+        text = as_text(values).where(values.notna().to_numpy(), "unknown")
         counts = text.value_counts()
         common = sorted(counts.index, key=lambda label: (-counts[label], label))
         if len(common) > _MOST_GROUPS:
@@ -290,9 +291,6 @@ def cells(points: NDArray[np.float64], shares: tuple[float, float], colouring: C
         axes.spines[:].set(visible=True, color=colours["line"])
 
     return draw
-
-
-# Methods side by side
 
 
 def _title(column: str, words: str, less: str, more: str) -> str:
@@ -439,7 +437,7 @@ def cell_pictures(umap: Mapping[str, NDArray[np.float32]], labels: pd.Series, ti
     for axes in grid.ravel()[len(umap) :]:
         axes.set_visible(False)
     for (name, points), axes in zip(umap.items(), grid.ravel(), strict=False):
-        size, colour = float(np.clip(6000 / len(labels), 0.2, 6)), [colours[kind] for kind in labels.astype(str)]
+        size, colour = float(np.clip(6000 / len(labels), 0.2, 6)), [colours[str(kind)] for kind in labels]
         axes.scatter(*points.T, s=size, c=colour, linewidths=0, rasterized=True)
         axes.set(title=short_name(name), xticks=[], yticks=[])
         axes.spines[:].set(visible=True, color=LIGHT["line"])

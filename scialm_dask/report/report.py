@@ -15,6 +15,7 @@ from scialm_dask import __version__
 from scialm_dask.arguments import checked
 from scialm_dask.data.annotated import as_matrix, is_anndata
 from scialm_dask.data.annotation import symbols
+from scialm_dask.data.beside import place_of
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import atomic_output, check_output
 from scialm_dask.errors import InputError
@@ -134,14 +135,12 @@ def _compare(result: Imputation, source: Any, gene: int | None, listen: Listener
     """Compare with the source, or tell why not."""
     if result.observed == "finite":
         return None, "Zeros of this matrix are observed values, so this is about no expression that could be inflated."
-    where = str(result.summary.get("source", ""))
-    found = re.search(r":(X|raw/X|layers/[^:]+)$", where)
-    layer = None if found is None or found[1] == "X" else found[1].removeprefix("layers/").removesuffix("/X")
+    where, layer = place_of(str(result.summary.get("source", "")))
     if source is not None:
         layered = isinstance(source, str | os.PathLike) or is_anndata(source)
         return compare(result, as_matrix(source, layer if layered else None), gene=gene, listen=listen), ""
     try:
-        matrix = ExpressionMatrix.open(where[: found.start()] if found else where, layer)
+        matrix = ExpressionMatrix.open(where, layer)
         return compare(result, matrix, gene=gene, listen=listen), ""
     except InputError as error:
         why = f"The matrix that was imputed cannot be read ({error})" if where else "The result names no source"

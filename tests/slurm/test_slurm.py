@@ -98,6 +98,18 @@ def test_a_job_of_one_node(on_slurm, cells, expected, tmp_path):
     same(tmp_path / "r.zarr", expected)
 
 
+def test_an_array_of_jobs_takes_a_sample_each(on_slurm, cells, expected, tmp_path):
+    (tmp_path / "other.h5ad").symlink_to(cells)
+    (tmp_path / "samples.txt").write_text(f"{cells}\n{tmp_path / 'other.h5ad'}\n")
+    options = (*THIS_NODE, "--cpus-per-task=1", "--time=10", "--array=1-2%1")
+    job = on_slurm.submit(
+        DEPLOY / "slurm" / "array.sbatch", "samples.txt", "results", *WORDS, options=options, cwd=tmp_path
+    )
+    for task, name in ((1, cells.stem), (2, "other")):
+        assert on_slurm.finished(f"{job}_{task}") == "COMPLETED", (tmp_path / f"scialm-{job}-{task}.log").read_text()
+        same(tmp_path / "results" / f"{name}.zarr", expected)
+
+
 @pytest.mark.timeout(1500)  # Slurm looks at walltimes twice a minute, and waits before it starts a job again
 def test_a_walltime_ends_and_a_second_run_of_the_job_resumes(on_slurm, shared, tmp_path):
     cells = shared / "reference" / "pbmc_donor_a_mask10.h5ad"

@@ -124,7 +124,9 @@ HOSTILE = [
 
 def test_names_of_all_kinds_are_drawn_as_they_are(scores, tmp_path):
     """Mathematics, markup, escapes for a terminal, letters that the font lacks: neither an error nor another name."""
-    figure = plotting.cell_pictures({name: np.zeros((10, 2)) for name in HOSTILE}, pd.Series(HOSTILE), HOSTILE[1])
+    figure = plotting.cell_pictures(
+        {name: np.zeros((10, 2)) for name in HOSTILE}, pd.Series(HOSTILE, dtype=object), HOSTILE[1]
+    )
     plotting.save(figure, tmp_path / "cells")
     svg = (tmp_path / "cells.svg").read_text()
     for shown in ("$x^2$", "$\\frac{1}{$", "_hidden", "\\alpha", "&lt;b&gt;&amp;", "\\x1b[31mred\\x07", "細胞"):
