@@ -1,4 +1,4 @@
-"""Low-rank completion of single-cell expression matrices, out of core and distributed."""
+"""Denoising and imputation of single-cell counts by low-rank matrices, out of core and distributed."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from scialm_dask.events import Listener
 def score(result: str, masked: str, listen: Listener) -> dict[str, Any]:
     """Score a result on the hidden entries of MASKED, beside the prediction of each gene's mean.
 
-    Its X is scored where it was written with one, its factors where not; `scored` says which.
+    Its X is scored if it has one, else its factors; `scored` says which.
     """
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.evaluate.metrics import score_held_out
@@ -50,7 +50,7 @@ def report(result: str, path: str, **options: Any) -> dict[str, Any]:
 @click.argument("folder", default="scialm-evaluation")
 @click.option("--methods", default="denoise,complete", help="denoise, complete, paper, peers, all, or names as below.")
 @click.option("--mask", "shares", default="0.1", help="Shares of the non-zeros to hide, such as 0.1,0.5; empty: none.")
-@click.option("--seeds", type=click.IntRange(min=1), default=1, help="How often, each time with another seed.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, help="Runs of each experiment, each with another seed.")
 @click.option(
     "--count-split/--no-count-split", "split", default=None, help="Score on hidden molecules too.  [default: of counts]"
 )

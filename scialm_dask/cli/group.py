@@ -110,7 +110,7 @@ in ~/.bashrc; zsh_source in ~/.zshrc, fish_source for fish."""
 )
 @click.version_option(__version__, prog_name="scialm-dask")
 def main() -> None:
-    """Complete single-cell expression matrices by low-rank matrix completion, out of core."""
+    """Denoise and impute single-cell counts, out of core."""
 
 
 def reports(
@@ -158,11 +158,11 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @click.option("--scheduler", metavar="ADDRESS", help="Compute on this running scheduler.")
-    @click.option("--scheduler-file", metavar="FILE", help="The same, by the file that it has written.")
+    @click.option("--scheduler-file", metavar="FILE", help="The same, found by the file that it has written.")
     @click.option("--cluster", metavar="KIND", help="Start local, slurm, pbs, sge or lsf workers.")
     @click.option("--workers", type=click.IntRange(min=1), help="Processes to start, or to wait for.")
-    @click.option("--threads", type=click.IntRange(min=1), help="Of each worker, or of this process.")
-    @click.option("--worker-memory", help="Of each worker of --cluster, such as 8GB.")
+    @click.option("--threads", type=click.IntRange(min=1), help="Threads of each worker, or of this process.")
+    @click.option("--worker-memory", help="Memory of each worker of --cluster, such as 8GB.")
     @click.option("--tls/--no-tls", default=None, help="Encrypt and authenticate all connections.")
     @functools.wraps(command)
     def wrapper(
@@ -285,7 +285,7 @@ def qc(
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
 @click.option("--fraction", type=float, default=0.1, help="Share of the non-zeros of each gene to hide.")
-@click.option("--seed", type=int, default=0, help="Of the random choice.")
+@click.option("--seed", type=int, default=0, help="Seed of the random choice.")
 @layer_option
 @missing_chunks_option
 @overwrite_option
@@ -304,7 +304,7 @@ def mask(src: str, dst: str, **options: Any) -> dict[str, Any]:
 @click.option("--genes", type=int, required=True, help="Number of genes.")
 @click.option("--density", type=float, default=0.05, help="Share of the entries that are not zero.")
 @click.option("--rank", type=int, default=20, help="Number of expression programs.")
-@click.option("--seed", type=int, default=0, help="Of all random draws.")
+@click.option("--seed", type=int, default=0, help="Seed of all random draws.")
 @overwrite_option
 @reports
 @shows_progress
@@ -319,7 +319,7 @@ def simulate(dst: str, cells: int, genes: int, **options: Any) -> dict[str, Any]
 @click.argument("folder", metavar="PATH")
 @reports
 def clean(folder: str) -> dict[str, Any]:
-    """Remove unfinished results and scratch of killed runs from folder PATH: what no living process holds."""
+    """Remove from folder PATH what killed runs have left: unfinished results and scratch."""
     from scialm_dask.data.leftovers import clean
 
     return clean(folder)

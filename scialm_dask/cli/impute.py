@@ -55,7 +55,7 @@ _OPTIONS = (
         help="Most singular values to keep, or none for no limit.  [default: 64; complete: 128; paper: none]",
     ),
     click.option("--scaling", help="none, poisson, or exponents of genes and cells such as 0.75,0.5."),
-    click.option("--seed", type=int, help="Of all random draws.  [default: 0]"),
+    click.option("--seed", type=int, help="Seed of all random draws.  [default: 0]"),
     click.option("--scratch", help="Where the working state is kept: auto, memory, or zarr:PATH."),
     click.option("--memory-limit", help="Most memory to use, such as 8GB.  [default: what is free]"),
     click.option("--blocks", type=click.IntRange(min=1), help="Number of row blocks."),

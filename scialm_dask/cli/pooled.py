@@ -17,7 +17,7 @@ from scialm_dask.events import Listener, Note
 @click.option("--per-gene", type=int, help="With --genes: balanced, each gene in this many pools.")
 @click.option("--density", type=float, default=0.25, help="With --genes: random, a gene is in a pool at this rate.")
 @click.option("--names-of", metavar="SRC", help="With --genes: take the names of genes from SRC.")
-@click.option("--seed", type=int, default=0, help="Of the random draws.")
+@click.option("--seed", type=int, default=0, help="Seed of the random draws.")
 @overwrite_option
 @reports
 def pools(

@@ -267,7 +267,7 @@ def test_of_two_runs_one_goes_on(bucket):
 def test_a_failure_leaves_nothing(bucket, counts, error):
     with pytest.raises(error), atomic_store("s3://bucket/out") as place:
         fill(place, counts)
-        raise error("of the disk")
+        raise error("in the middle")
     assert keys() == []
 
 

@@ -42,7 +42,7 @@ def test_nothing_is_there_before_the_end(tmp_path):
 def test_a_failure_leaves_nothing(tmp_path, error):
     with pytest.raises(error), atomic_output(tmp_path / "out") as partial:
         fill(partial)
-        raise error
+        raise error("in the middle")
     assert names(tmp_path) == []
 
 
