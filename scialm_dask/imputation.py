@@ -23,8 +23,7 @@ from scialm_dask.data.written import CHUNK_BYTES, ZeroRule
 from scialm_dask.events import Listener, silent
 from scialm_dask.reduction import check_held, stacked
 from scialm_dask.solve.cell_model import CellModel
-from scialm_dask.solve.embedding import Axes
-from scialm_dask.solve.estimate import Estimate
+from scialm_dask.solve.estimate import Axes, Estimate
 from scialm_dask.solve.stored import KEY, follow, read_result, write_result
 from scialm_dask.solve.transform import Fit, transform
 

@@ -30,7 +30,7 @@ from scialm_dask.linalg.sparse_products import are_compiled
 from scialm_dask.run.checkpointing import Job
 from scialm_dask.run.cluster import Workers, workers_here
 from scialm_dask.solve.biological_zeros import PASSES as BIOLOGICAL_ZEROS_PASSES
-from scialm_dask.solve.embedding import PASSES as EMBEDDING_PASSES
+from scialm_dask.solve.estimate import PASSES as EMBEDDING_PASSES
 from scialm_dask.solve.ialm import first_penalty, zero_iterations
 from scialm_dask.solve.rules import basis_width, prefers_short_side, widest_basis
 

@@ -18,12 +18,13 @@ from scialm_dask.events import Iteration
 from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
-from scialm_dask.reduction import stacked
+from scialm_dask.linalg.tasks import add
+from scialm_dask.reduction import stacked, tree_reduce
+from scialm_dask.solve.cell_model import CompletionModel, DenoisingModel
 from scialm_dask.solve.denoise import Denoised, as_plain
-from scialm_dask.solve.embedding import find_axes
+from scialm_dask.solve.estimate import find_axes
 from scialm_dask.solve.ialm import Completion
 from scialm_dask.solve.scaling import PreparedBlocks, Survey
-from scialm_dask.solve.transform import completion_model, denoising_model
 
 
 def completed(
@@ -31,7 +32,7 @@ def completed(
 ) -> Imputation:
     """Return the result of a completion: its factors on the scale of the input, and what was done and found."""
     lefts, right = operator.factors()
-    model = completion_model(lefts, blocks, found, residual=completion.returned.residual)
+    model = _completion_model(lefts, blocks, found, residual=completion.returned.residual)
     last = completion.returned
     summary = _summary(found, blocks, settings) | {
         "n_blocks": operator.n_blocks,
@@ -60,7 +61,7 @@ def denoised(found: Survey, blocks: PreparedBlocks, outcome: Denoised, settings:
         svd.right,
         summary,
         history={},
-        model=denoising_model(blocks, found, weights.component),
+        model=_denoising_model(blocks, found, weights.component),
         residual_weight=weights.residual,
         counts=blocks.matrix,
     )
@@ -94,6 +95,38 @@ def embed(result: Imputation, on_pass: Callable[[], None]) -> None:
     """Find the principal axes of the log-normalised result."""
     chunks = np.cumsum([0, *result.left.chunks[0]]).tolist()
     result.axes = find_axes(result.estimate, result.left.to_delayed().ravel().tolist(), chunks, on_pass)
+
+
+def _completion_model(
+    lefts: list[Delayed], blocks: PreparedBlocks, found: Survey, *, residual: float
+) -> CompletionModel:
+    """Sum up the rows of a fitted left factor, not yet scaled back, block by block."""
+    moments = dask.delayed(_moments)
+    total, squares = tree_reduce([moments(left) for left in lefts], add).compute()
+    mean = total / blocks.shape[0]
+    covariance = squares / blocks.shape[0] - np.outer(mean, mean)
+    return CompletionModel(**_of_cells(blocks, found), mean=mean, covariance=covariance, residual=residual)
+
+
+def _denoising_model(blocks: PreparedBlocks, found: Survey, weights: Doubles) -> DenoisingModel:
+    """Return what completes other cells as these were denoised, with these weights of components."""
+    return DenoisingModel(**_of_cells(blocks, found), weights=weights)
+
+
+def _of_cells(blocks: PreparedBlocks, found: Survey) -> dict[str, Any]:
+    scales = blocks.scales
+    return {
+        "gene_scale": np.ones(blocks.shape[1], np.float32) if scales.gene is None else scales.gene,
+        "gene_share": found.gene_sums / (found.gene_sums.sum() or 1.0),
+        "raw_counts": found.integer,
+        "cell_exponent": scales.cell_exponent,
+        "centre": scales.centre,
+    }
+
+
+def _moments(left: Floats) -> tuple[Doubles, Doubles]:
+    wide = left.astype(np.float64)
+    return wide.sum(axis=0), wide.T @ wide
 
 
 def _summary(found: Survey, blocks: PreparedBlocks, settings: Settings) -> dict[str, Any]:

@@ -1,17 +1,40 @@
-"""Imputed cells from factors, residual weights and counts: low rank plus sparse, dense only where it is asked for."""
+"""Imputed cells from factors, residual weights and counts, dense only where they are asked for; and their embedding.
+
+The embedding is the principal components of the log-normalised imputed matrix, which is never whole. Cells are scaled
+to the same total, x becomes log(1 + x), and genes are centred, as scanpy's ``normalize_total``, ``log1p`` and ``pca``
+do. The left factor spans nearly the space that the components of that matrix span, so that two passes of subspace
+iteration from there are enough. Genes that hardly vary are left out, as they hardly matter.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import dask
 import numpy as np
 import scipy.sparse as sp
+from dask.delayed import Delayed
 from numpy.typing import NDArray
 
 from scialm_dask.data.csr import row_of
+from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.linalg.kernels import Block, Doubles, Floats, sampled_product
+from scialm_dask.linalg.kernels import PANEL_VALUES, Block, Doubles, Floats, sampled_product
+from scialm_dask.linalg.operator import Product
+from scialm_dask.linalg.svd import rayleigh_ritz
+from scialm_dask.linalg.tasks import add
+from scialm_dask.reduction import tree_reduce
+
+PASSES = 2
+
+TOTAL = 1e4  # of each cell before the logarithm
+_COMPONENTS = 50  # as scanpy's
+_WIDTH = 64  # columns of the left factor to start from
+_GENES = 2000  # that vary most: four fifths of the variance of real cells, which cluster as by all genes
+_ROUNDING = 1e-6  # relative, of sums of float32
+_RUNS, _RUN_CELLS = 32, 64  # cells to tell the variance of genes from, all over the matrix
 
 
 @dataclass(frozen=True)
@@ -88,3 +111,125 @@ class Estimate:
             return left @ self.right.sum(axis=0, dtype=np.float64)  # type: ignore[no-any-return]
         residual = self.residual.astype(np.float64)
         return left @ ((1 - residual) @ self.right) + counts @ residual  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Principal axes of the log-normalised imputed matrix.
+
+    Parameters
+    ----------
+    genes
+        Numbers of the genes that have loadings, rising, shape ``(g,)``.
+    loadings
+        Orthonormal, float32, shape ``(g, k)``.
+    mean
+        Of the log-normalised values of these genes, float32, shape ``(g,)``.
+    """
+
+    genes: NDArray[np.intp]
+    loadings: Floats
+    mean: Floats
+
+    def place(self, estimate: Estimate, left: Floats, first: int) -> Floats:
+        """Return the coordinates of consecutive cells, from number `first` on: float32, of shape ``(cells, k)``."""
+        panels = [values @ self.loadings for _, values in _panels(estimate, left, first, self.genes)]
+        coordinates: Floats = np.concatenate(panels) - self.mean @ self.loadings
+        return coordinates
+
+
+def find_axes(
+    estimate: Estimate, lefts: Sequence[Delayed], bounds: Sequence[int], on_pass: Callable[[], None] = lambda: None
+) -> Axes:
+    """Find the principal axes by two passes over the cells.
+
+    Parameters
+    ----------
+    estimate
+        The imputed matrix.
+    lefts
+        Its left factor, a delayed float32 array of shape ``(rows of the block, r)`` for each block.
+    bounds
+        First row of each block, and the number of rows.
+    on_pass
+        Called after each.
+    """
+    shared = dask.delayed(estimate, traverse=False)
+
+    def visit(kernel: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
+        carried, task = dask.delayed(args, traverse=False), dask.delayed(kernel)
+        parts = [task(shared, left, first, carried) for left, first in zip(lefts, bounds, strict=False)]
+        return tree_reduce(parts, add).compute()  # type: ignore[no-any-return]
+
+    m = bounds[-1]
+    genes = _variable_genes(visit(_sampled_moments, m), len(estimate.right))
+    cross, sums, left_sums = visit(_from_left, genes)
+    on_pass()
+    mean = sums / m
+    basis, _ = np.linalg.qr(cross - np.outer(mean, left_sums))
+    cross, gram, along = visit(_multiply, genes, basis.astype(np.float32))
+    on_pass()
+    gram_of_mean = np.outer(along, along) / m
+    varies = np.diag(gram) > (1 + _ROUNDING) * np.diag(gram_of_mean)
+    cross, gram = (cross - np.outer(mean, along))[:, varies], (gram - gram_of_mean)[np.ix_(varies, varies)]
+    loadings = rayleigh_ritz(Product(cross, gram, 0.0, 0.0)).right[:, :_COMPONENTS]
+    return Axes(genes, np.ascontiguousarray(loadings), mean.astype(np.float32))
+
+
+def _variable_genes(moments: tuple[Any, ...], n_genes: int) -> NDArray[np.intp]:
+    count, sums, squares = moments
+    variance = squares / count - (sums / count) ** 2
+    order = np.argsort(-variance, kind="stable")[: min(_GENES, n_genes)]
+    return np.sort(order)
+
+
+def _sampled_moments(estimate: Estimate, left: Floats, first: int, carried: tuple[int]) -> tuple[int, Doubles, Doubles]:
+    """Sum up the log-normalised values of the sampled cells of a block, and their squares."""
+    n_genes, (n_cells,) = len(estimate.right), carried
+    count, sums, squares = 0, np.zeros(n_genes), np.zeros(n_genes)
+    for start in sorted({n_cells * run // _RUNS for run in range(_RUNS)}):
+        rows = slice(max(start, first) - first, min(start + _RUN_CELLS, first + len(left)) - first)
+        for _, values in (
+            _panels(estimate, left[rows], first + rows.start, slice(None)) if rows.start < rows.stop else ()
+        ):
+            count += len(values)
+            sums += values.sum(axis=0, dtype=np.float64)
+            squares += np.square(values, dtype=np.float64).sum(axis=0)
+    return count, sums, squares
+
+
+def _from_left(estimate: Estimate, left: Floats, first: int, carried: tuple[Any]) -> tuple[Doubles, ...]:
+    """Return XᵀL and the sums of X and L over the cells of a block, L being the first columns of the left factor."""
+    start = left[:, :_WIDTH]
+    cross, sums = np.zeros((len(carried[0]), start.shape[1])), np.zeros(len(carried[0]))
+    for rows, values in _panels(estimate, left, first, carried[0]):
+        cross += values.T @ start[rows]
+        sums += values.sum(axis=0, dtype=np.float64)
+    return cross, sums, start.sum(axis=0, dtype=np.float64)
+
+
+def _multiply(estimate: Estimate, left: Floats, first: int, carried: tuple[Any, Floats]) -> tuple[Doubles, ...]:
+    """Return XᵀY, YᵀY and the sums of Y = XQ over the cells of a block."""
+    genes, basis = carried
+    cross, gram = np.zeros(basis.shape), np.zeros((basis.shape[1],) * 2)
+    along = np.zeros(basis.shape[1])
+    for _, values in _panels(estimate, left, first, genes):
+        sketch = values @ basis
+        wide = sketch.astype(np.float64)
+        cross += values.T @ sketch
+        gram += wide.T @ wide
+        along += wide.sum(axis=0)
+    return cross, gram, along
+
+
+def _panels(estimate: Estimate, left: Floats, first: int, genes: Any) -> Any:
+    """Yield log-normalised values of some cells at a time, with their rows in `left`."""
+    counts = estimate.counts_of(slice(first, first + len(left)))
+    totals_of_all = estimate.totals(left, counts)
+    for start, stop in RowBlocks.panels(len(left), len(estimate.right[genes]), 4 * PANEL_VALUES):
+        rows = slice(start, stop)
+        totals = totals_of_all[rows]
+        values = estimate.rows(left[rows], None if counts is None else counts[rows], genes)
+        scale = np.divide(TOTAL, totals, out=np.zeros_like(totals), where=totals > 0)
+        values *= scale.astype(np.float32)[:, None]
+        yield rows, np.log1p(values, out=values)

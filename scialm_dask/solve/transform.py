@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dask
 import numpy as np
-from dask.delayed import Delayed
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
@@ -21,10 +20,8 @@ from scialm_dask.events import Listener, Note, silent
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.ridge import RowProblems, leave_one_out, solve_rows
 from scialm_dask.linalg.sparse_products import spmm
-from scialm_dask.linalg.tasks import add
-from scialm_dask.reduction import stacked, tree_reduce
+from scialm_dask.reduction import stacked
 from scialm_dask.solve.cell_model import CellModel, CompletionModel, DenoisingModel
-from scialm_dask.solve.scaling import PreparedBlocks, Survey
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -308,48 +305,6 @@ def _size_factors(model: CellModel, sample: list[_Run], obs: pd.DataFrame) -> tu
         return np.full(len(obs), model.centre), "cells not scaled, as obs has no total_counts"
     sizes = np.divide(1.0, totals, out=np.zeros_like(totals), where=totals > 0)
     return sizes, "cells scaled by obs['total_counts']"
-
-
-def completion_model(
-    lefts: list[Delayed], blocks: PreparedBlocks, found: Survey, *, residual: float
-) -> CompletionModel:
-    """Sum up the rows of a fitted left factor, not yet scaled back, block by block.
-
-    Parameters
-    ----------
-    lefts
-        The blocks of the left factor, float32, ``(rows, r)``.
-    blocks, found
-        What was fitted, and its survey.
-    residual
-        See `CompletionModel`.
-    """
-    moments = dask.delayed(_moments)
-    total, squares = tree_reduce([moments(left) for left in lefts], add).compute()
-    mean = total / blocks.shape[0]
-    covariance = squares / blocks.shape[0] - np.outer(mean, mean)
-    return CompletionModel(**_shared(blocks, found), mean=mean, covariance=covariance, residual=residual)
-
-
-def denoising_model(blocks: PreparedBlocks, found: Survey, weights: Doubles) -> DenoisingModel:
-    """Return what completes other cells as these were denoised, with these weights of components."""
-    return DenoisingModel(**_shared(blocks, found), weights=weights)
-
-
-def _shared(blocks: PreparedBlocks, found: Survey) -> dict[str, Any]:
-    scales = blocks.scales
-    return {
-        "gene_scale": np.ones(blocks.shape[1], np.float32) if scales.gene is None else scales.gene,
-        "gene_share": found.gene_sums / (found.gene_sums.sum() or 1.0),
-        "raw_counts": found.integer,
-        "cell_exponent": scales.cell_exponent,
-        "centre": scales.centre,
-    }
-
-
-def _moments(left: Floats) -> tuple[Doubles, Doubles]:
-    wide = left.astype(np.float64)
-    return wide.sum(axis=0), wide.T @ wide
 
 
 def _solve_block(
