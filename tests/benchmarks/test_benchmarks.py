@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 import bench_atlas
+import bench_convert
 import bench_dense_dask
 import bench_kernels
 import bench_overhead
@@ -72,3 +73,10 @@ def test_an_atlas_is_imputed(counts_store, tmp_path):
 def test_a_child_over_the_cap_is_ended():
     record = in_child("bench_kernels", "block_of", memory_cap=0.001, n_genes=10, n_values=10, density=0.1)
     assert not record["survived"]
+
+
+def test_ways_of_converting_give_a_record_each(tmp_path):
+    choice = argparse.Namespace(small=True, density=0.05, compression=["gzip"], ways=["own"], folder=str(tmp_path))
+    (record,) = bench_convert.run(choice)
+    assert record["survived"]
+    assert (record["way"], record["compression"]) == ("own", "gzip")
