@@ -21,14 +21,18 @@ def read_span(array: Any, span: slice) -> NDArray[Any]:
     for first in range(span.start - span.start % chunk, span.stop, chunk):
         skipped, stored = array.id.read_direct_chunk((first,))
         # A filter may be left out of a chunk; HDF5 knows how to read that.
-        inflated: Any = zlib.decompress(stored, bufsize=chunk * dtype.itemsize) if not skipped else None
-        whole = array[first : first + chunk] if inflated is None else _unshuffled(inflated, shuffled, dtype)
+        whole = array[first : first + chunk] if skipped else _unpacked(stored, shuffled, dtype, chunk)
         start, stop = max(first, span.start), min(first + chunk, span.stop)
         values[start - span.start : stop - span.start] = whole[start - first : stop - first]
     return values
 
 
-def _unshuffled(inflated: bytes, shuffled: bool, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _unpacked(stored: bytes, shuffled: bool, dtype: np.dtype[Any], chunk: int) -> NDArray[Any]:
+    n_bytes = chunk * dtype.itemsize
+    stream = zlib.decompressobj()
+    inflated: Any = stream.decompress(stored, n_bytes + 1)  # no more than that, whatever the bytes make of it
+    if len(inflated) != n_bytes or not stream.eof:
+        raise ValueError(f"a chunk of {n_bytes} bytes inflates to another size")
     return np.frombuffer(Shuffle(dtype.itemsize).decode(inflated) if shuffled else inflated, dtype)
 
 

@@ -23,11 +23,12 @@ def inflated(monkeypatch):
     """Sizes of what was inflated here."""
     sizes = []
 
-    def decompress(*args, **kwargs):
-        sizes.append(len(found := zlib.decompress(*args, **kwargs)))
+    def counted(*args):
+        sizes.append((found := unpacked(*args)).nbytes)
         return found
 
-    monkeypatch.setattr(inflate, "zlib", type("counted", (), {"decompress": staticmethod(decompress)}))
+    unpacked = inflate._unpacked
+    monkeypatch.setattr(inflate, "_unpacked", counted)
     return sizes
 
 
@@ -51,3 +52,12 @@ def test_a_chunk_that_was_stored_as_it_is_is_read(tmp_path):
         array = file.create_dataset("a", data=values * 0, chunks=(64,), compression="gzip")
         array.id.write_direct_chunk((64,), values[64:].tobytes(), filter_mask=1)
         np.testing.assert_array_equal(read_span(array, slice(60, 128)), np.r_[[0] * 4, values[64:]])
+
+
+@pytest.mark.parametrize("n_values", [0, 63, 65, 1 << 20])
+def test_a_chunk_that_inflates_to_another_size_is_refused(tmp_path, n_values):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        array = file.create_dataset("a", data=np.zeros(128, np.int32), chunks=(64,), compression="gzip")
+        array.id.write_direct_chunk((64,), zlib.compress(bytes(4 * n_values)))
+        with pytest.raises(ValueError, match="a chunk of 256 bytes inflates to another size"):
+            read_span(array, slice(0, 128))
