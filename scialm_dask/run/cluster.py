@@ -299,13 +299,13 @@ def _local(
     stack: ExitStack, _: str, workers: int | None, threads: int | None, memory: str | None, security: Security | None
 ) -> tuple[Client, int]:
     """Start worker processes on this machine."""
-    check_processes()
     import dask
     from distributed import Client, LocalCluster
 
     preload = [*(dask.config.get("distributed.worker.preload") or ()), signals.__name__]
     stack.enter_context(dask.config.set({**_RESTARTS, "distributed.worker.preload": preload}))
     with signals.ignored_by_children():
+        check_processes()
         started = stack.enter_context(
             LocalCluster(
                 n_workers=workers,
