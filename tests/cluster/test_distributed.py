@@ -214,13 +214,14 @@ def test_an_asynchronous_client_is_refused_in_one_line():
 
 @pytest.mark.parametrize("end", ["restart", "close"])
 def test_a_result_whose_workers_are_gone_says_so_in_one_line(path, tmp_path, end):
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
-        connected = Client(cluster)
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster,
+        Client(cluster) as connected,
+    ):
         result = impute(path, scratch="memory", preset="denoise")
         assert np.isfinite(result[0, 0])
         getattr(connected, end)()
         for use in (lambda: result[0, 0], lambda: result.left, lambda: result.to_zarr(tmp_path / "r.zarr")):
             with pytest.raises(InputError, match=r"does not reach any more: their cluster was closed or started anew"):
                 use()
-        connected.close()
     assert not (tmp_path / "r.zarr").exists()

@@ -67,8 +67,9 @@ def test_anndata_of_any_form(cli, counts, store_of, tmp_path, small_pieces, form
     assert got.X.dtype == np.int32
     assert got.X.has_canonical_format
     assert same(got.layers["scaled"], counts * -0.5)
-    pd.testing.assert_frame_equal(got.obs, source.obs)
-    pd.testing.assert_frame_equal(got.var, source.var, check_column_type=False)
+    # Names are Python strings here, and what pandas makes of them where AnnData reads them.
+    pd.testing.assert_frame_equal(got.obs, source.obs, check_index_type=False)
+    pd.testing.assert_frame_equal(got.var, source.var, check_index_type=False, check_column_type=False)
     assert result.stderr == ""
 
 
@@ -486,10 +487,9 @@ def test_memory_does_not_grow_with_cells(tmp_path, monkeypatch, store_of, form):
             tracemalloc.stop()
 
     peak(1000)  # what is imported and kept
-    small, large = peak(8000), peak(16_000)  # in both, every buffer is full
-    n_stored = 16_000 * 50
-    assert large - small < 8_000 * 150  # names and row pointers, for 8,000 cells more
-    assert large < 12 * n_stored + 12_000 * 300
+    small, large = peak(16_000), peak(24_000)  # in both, every buffer is full
+    assert large - small < 8_000 * 300  # names and row pointers, for 8,000 cells more
+    assert large < 8 * 24_000 * 50  # of the values and indices alone
 
 
 def test_reading_by_cells_again_needs_no_more_than_a_bucket(counts, store_of, small_pieces):

@@ -27,7 +27,7 @@ POINTS = {
     "a checkpoint before its manifest": ("data.checkpoint:_manifest_of", 4),
     "before an old checkpoint is removed": ("data.checkpoint:Checkpoints.remove", 2),
     "while an old checkpoint is removed": ("data.checkpoint:Checkpoints._delete", 2),
-    "the result": ("imputation:write_left", 1),
+    "the result": ("solve.stored:write_left", 1),
     "after the result": ("run.checkpointing:finish", 1),
 }
 

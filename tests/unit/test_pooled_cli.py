@@ -82,7 +82,7 @@ def test_bad_input_is_one_line(cli, tmp_path, experiment):
         (["--pools", tmp_path / "P.npy"], "10 columns, the design has 9 pools"),
         (["--pools", tmp_path / "none.csv"], "cannot be read as a design"),
         (["--pools", source], "unknown kind of file"),
-        (["--pools", table, "--method", "nuclear", "--delta", "-1"], "negative"),
+        (["--pools", table, "--method", "nuclear", "--delta", "-1"], "delta is -1.0; give a number of at least 0"),
         (["--pools", table, "--rank", "0"], "rank is 0; give a whole number of at least 1"),
     ]:
         done = cli("unpool", source, tmp_path / "out.zarr", *words)

@@ -365,8 +365,8 @@ def test_it_is_out_of_core(result, monkeypatch):
     from scialm_dask.report import comparison as module
 
     monkeypatch.setattr(module, "_PANEL_BYTES", 4 * 60 * 7)
-    heights, rows = [], Imputation.rows
-    monkeypatch.setattr(Imputation, "rows", lambda self, cells: heights.append(len(cells)) or rows(self, cells))
+    heights, rows = [], Imputation.__getitem__
+    monkeypatch.setattr(Imputation, "__getitem__", lambda self, cells: heights.append(len(cells)) or rows(self, cells))
     panelled = compare(result, ExpressionMatrix.of(COUNTS, blocks=3))
     assert max(heights) == 7
     monkeypatch.undo()
