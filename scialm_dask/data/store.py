@@ -24,6 +24,7 @@ from scialm_dask.errors import InputError, OutputError, ScialmError
 from scialm_dask.events import Listener, Note
 
 MARKERS = (".zgroup", ".zarray", "zarr.json")  # of a Zarr group or array
+_NO_MEMORY = ("can't start new thread", "memory allocation failed")  # in words of Python and of HDF5
 _DEEPEST = 100  # groups in groups of an HDF5 file
 
 
@@ -83,7 +84,7 @@ def _why_unreadable(error: Exception) -> str:
         return f"no permission to read {error.filename or 'it'}; ask its owner, or give a copy"
     if isinstance(error, BlockingIOError) or "unable to lock file" in cause:
         return "locked by a program that has it open for writing; close that first, or give a copy"
-    if isinstance(error, MemoryError) or "can't start new thread" in cause:
+    if isinstance(error, MemoryError) or any(words in cause for words in _NO_MEMORY):
         return "needs more memory than there is, or its sizes are damaged; free some, or write it again"
     if "required filter" in cause or "plugin" in cause:  # HDF5 looks for it in a folder of plug-ins
         return f"compressed by an HDF5 filter that is not installed ({cause}); write it again with gzip"

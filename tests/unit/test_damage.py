@@ -262,6 +262,7 @@ def test_a_filter_that_is_not_installed_is_named(counts, store_of):
         (OSError(5, "Input/output error"), r"cannot be read \(Input/output error\); check the disk"),
         (MemoryError(), "needs more memory than there is"),
         (RuntimeError("can't start new thread"), "needs more memory than there is"),
+        (OSError("Can't synchronously read data (memory allocation failed)"), "needs more memory than there is"),
         (FileNotFoundError(2, "No such file", "a/X/0"), "a/X/0 is gone"),
         (UnicodeDecodeError("utf-8", b"", 0, 1, "bad"), "it is damaged, write it again"),
         (RecursionError("too deep\nby far"), r"\(RecursionError: too deep by far\); it is damaged"),
