@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -31,6 +30,7 @@ from scialm_dask.errors import InputError, OutputError
 Array = NDArray[Any]
 R = TypeVar("R")  # a dataclass, of which some fields are arrays
 _NOTHING = np.zeros((0, 0), np.float32)
+_PIECE = 1 << 18  # bytes: what was read is still in cache when its checksum is taken
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,23 @@ class _OnDisk:
 
     def read(self) -> Array:
         """Read the array; raises `OutputError` if that is no longer what is there."""
+        array = np.empty(self.shape, self.dtype)
+        left: Any = array.reshape(-1).view(np.uint8)
+        crc32c = 0
         try:
-            array = np.fromfile(self.chunk, self.dtype)
+            with open(self.chunk, "rb", buffering=0) as stream:
+                while n_read := stream.readinto(left[:_PIECE]):
+                    crc32c, left = google_crc32c.extend(crc32c, left[:n_read]), left[n_read:]
+                whole = not left.size and not stream.read(1)
         except OSError as error:
             raise OutputError(
                 f"{self.chunk}: cannot be read ({error.strerror}); check that disk, or put the scratch on another"
             ) from error
-        if array.size != math.prod(self.shape) or google_crc32c.value(array) != self.crc32c:
+        if not whole or crc32c != self.crc32c:
             raise OutputError(
                 f"{self.chunk}: is not what was written there; check that disk, or put the scratch on another"
             )
-        return array.reshape(self.shape)
+        return array
 
 
 @dataclass(frozen=True)
