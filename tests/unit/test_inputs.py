@@ -79,7 +79,8 @@ def test_a_lazy_matrix_by_genes_is_read_some_genes_at_a_time(counts, tmp_path, m
 
 
 def test_collections_and_lazy_frames_are_refused_in_one_line(counts):
-    dd = pytest.importorskip("dask.dataframe")
+    import dask.dataframe as dd
+
     frame = dd.from_pandas(pd.DataFrame(counts.toarray()), npartitions=2)
     with pytest.raises(InputError, match=r"a Dask data frame, of unknown length; give frame\.to_dask_array"):
         as_matrix(frame)
