@@ -17,12 +17,13 @@ from zarr.abc.store import RangeByteRequest
 from zarr.codecs import ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
+from zarr.storage import LocalStore
 
 from scialm_dask.errors import InputError
 
 ZARR_FORMAT: Literal[2] = 2  # what AnnData writes by default: the widest choice of readers
 MOST_MISSING = 10_000  # chunks that are named: a shape that lies may want 1e12 of them
-_MOST_ASKED = 1_000_000  # chunks that a web server, which cannot list them, is asked for_LONGEST_WRITE = 30  # seconds
+_MOST_ASKED = 1_000_000  # chunks that a web server, which cannot list them, is asked for
 
 _LONGEST_WRITE = 30  # seconds
 _EVERY_CHUNK: Any = {"write_empty_chunks": True}  # so that an absent chunk is a lost one
@@ -53,13 +54,17 @@ def write_chunk(array: Any, number: int, values: NDArray[Any]) -> None:
     """Write a chunk, by its number, of a one-dimensional array of Zarr format 2, in the thread that calls.
 
     By way of the Zarr library it takes twice the processor's time, and half of that is of one thread for all.
+    A chunk half written is seen by nobody: its store gets its name when it is whole.
     """
     lacking = array.chunks[0] - len(values)
     chunk = np.pad(values, (0, lacking)) if lacking else values
     for codec in (*array.filters, *array.compressors):
         chunk = codec.encode(chunk)
     place = array.store_path / array.metadata.encode_chunk_key((number,))
-    sync(place.set(default_buffer_prototype().buffer.from_bytes(bytes(chunk))))
+    if isinstance(place.store, LocalStore):
+        (place.store.root / place.path).write_bytes(chunk)
+    else:
+        sync(place.set(default_buffer_prototype().buffer.from_bytes(bytes(chunk))))
 
 
 def write_element(group: Any, name: str, value: Any) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import numpy as np
 import zarr
+from isal import isal_zlib
 from numcodecs import Shuffle
 from numpy.typing import NDArray
 
@@ -29,7 +29,7 @@ def read_span(array: Any, span: slice) -> NDArray[Any]:
 
 def _unpacked(stored: bytes, shuffled: bool, dtype: np.dtype[Any], chunk: int) -> NDArray[Any]:
     n_bytes = chunk * dtype.itemsize
-    stream = zlib.decompressobj()
+    stream = isal_zlib.decompressobj()
     inflated: Any = stream.decompress(stored, n_bytes + 1)  # no more than that, whatever the bytes make of it
     if len(inflated) != n_bytes or not stream.eof:
         raise ValueError(f"a chunk of {n_bytes} bytes inflates to another size")

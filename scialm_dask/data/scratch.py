@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import dask
-import google_crc32c
 import numpy as np
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from scialm_dask.data.leftovers import held_name
@@ -55,24 +55,24 @@ class MemoryScratch:
 class _OnDisk:
     """The one chunk of an array, and what its metadata say. Dask does not look into it, as it does into dataclasses."""
 
-    def __init__(self, chunk: str, shape: tuple[int, ...], dtype: str, crc32c: int) -> None:
-        self.chunk, self.shape, self.dtype, self.crc32c = chunk, shape, dtype, crc32c
+    def __init__(self, chunk: str, shape: tuple[int, ...], dtype: str, crc: int) -> None:
+        self.chunk, self.shape, self.dtype, self.crc = chunk, shape, dtype, crc
 
     def read(self) -> Array:
         """Read the array; raises `OutputError` if that is no longer what is there."""
         array = np.empty(self.shape, self.dtype)
         left: Any = array.reshape(-1).view(np.uint8)
-        crc32c = 0
+        crc = 0
         try:
             with open(self.chunk, "rb", buffering=0) as stream:
                 while n_read := stream.readinto(left[:_PIECE]):
-                    crc32c, left = google_crc32c.extend(crc32c, left[:n_read]), left[n_read:]
+                    crc, left = crc32(left[:n_read], crc), left[n_read:]
                 whole = not left.size and not stream.read(1)
         except OSError as error:
             raise OutputError(
                 f"{self.chunk}: cannot be read ({error.strerror}); check that disk, or put the scratch on another"
             ) from error
-        if not whole or crc32c != self.crc32c:
+        if not whole or crc != self.crc:
             raise OutputError(
                 f"{self.chunk}: is not what was written there; check that disk, or put the scratch on another"
             )
@@ -84,7 +84,7 @@ class ZarrScratch:
     """Arrays on disk, uncompressed, one Zarr array for each block: memory does not depend on the number of cells.
 
     The one chunk of an array is written and read as it is. By way of the Zarr library that took five times as long,
-    and more threads did not help, since they take turns at its event loop. Its CRC-32C is compared each time, for 2 to
+    and more threads did not help, since they take turns at its event loop. Its CRC-32 is compared each time, for 2 to
     4 % of a pass with 48 columns and more: an index that a disk has changed would end in a segmentation fault.
 
     Parameters
@@ -125,7 +125,7 @@ class ZarrScratch:
         array = np.ascontiguousarray(array)
         with open(chunk, "wb") as file:
             file.write(array.data.cast("B") if array.size else b"")
-        return _OnDisk(chunk, array.shape, array.dtype.str, google_crc32c.value(array))
+        return _OnDisk(chunk, array.shape, array.dtype.str, crc32(array))
 
     def get(self, kept: R, without: Collection[str] = ()) -> R:
         """Read what `put` wrote, but for the arrays named in `without`; raises `OutputError` if it is not there."""

@@ -7,9 +7,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_crc32c
 import numpy as np
 import scipy.sparse as sp
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from scialm_dask.data.rows import StoredRows, narrowed, numeric, read_indptr, widened
@@ -106,24 +106,24 @@ def csr_of(entries: Entries, span: tuple[int, int], n_columns: int, dtype: np.dt
 
 
 class _Bucket:
-    """A file of entries, and the CRC-32C of what was written there."""
+    """A file of entries, and the CRC-32 of what was written there."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._crc32c, self.n_bytes = path, 0, 0
+        self._path, self._crc, self.n_bytes = path, 0, 0
         path.touch()
 
     def append(self, records: NDArray[Any]) -> None:
         with self._path.open("ab") as file:
             file.write(records.data)  # tofile hides why it fails
-        self._crc32c, self.n_bytes = google_crc32c.extend(self._crc32c, records), self.n_bytes + records.nbytes
+        self._crc, self.n_bytes = crc32(records, self._crc), self.n_bytes + records.nbytes
 
     def read(self, record: np.dtype[Any], at_once: int) -> Iterator[Entries]:
-        crc32c = 0
+        crc = 0
         with self._path.open("rb") as stream:
             while len(records := np.fromfile(stream, record, at_once)):
-                crc32c = google_crc32c.extend(crc32c, records)
+                crc = crc32(records, crc)
                 yield Entries(records["row"], records["column"], records["value"])
-        if crc32c != self._crc32c:
+        if crc != self._crc:
             raise OutputError(f"{self._path}: is not what was written there; check that disk, or sort on another")
 
     def remove(self) -> None:
