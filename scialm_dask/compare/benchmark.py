@@ -27,8 +27,20 @@ from scialm_dask.compare.experiments import (
     masked,
     open_source,
 )
-from scialm_dask.compare.isolated import Outcome, by_panels, read_answer, run_isolated, watched_folder
-from scialm_dask.compare.methods import METHODS, QUOTED, Contestant, Method, contestants, expanded, find_method
+from scialm_dask.compare.methods import (
+    METHODS,
+    QUOTED,
+    Contestant,
+    Method,
+    Outcome,
+    by_panels,
+    contestants,
+    expanded,
+    find_method,
+    read_answer,
+    run_isolated,
+    watched_folder,
+)
 from scialm_dask.compare.peers import Task
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.errors import InputError

@@ -22,8 +22,7 @@ from scialm_dask.events import Listener, Stage, silent
 from scialm_dask.imputation import LONG, Imputation
 from scialm_dask.progress import duration, in_words, label, printable
 from scialm_dask.report import plotting
-from scialm_dask.report.comparison import GENES_OF_PLANE, Comparison, compare
-from scialm_dask.report.diagnostics import warnings_of
+from scialm_dask.report.diagnostics import GENES_OF_PLANE, Comparison, compare, warnings_of
 from scialm_dask.report.plotting import Colouring, Picture
 
 if TYPE_CHECKING:
