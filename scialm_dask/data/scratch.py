@@ -21,7 +21,7 @@ import numpy as np
 from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
-from scialm_dask.data.leftovers import held_name
+from scialm_dask.data.lease import held_name
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.rows import MemoryRows, Rows
 from scialm_dask.data.store import output_error
