@@ -209,7 +209,7 @@ def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--log-json", is_flag=True, help="Show progress as JSON lines on standard error.")
     @functools.wraps(command)
     def wrapper(*args: Any, quiet: bool, log_json: bool, **kwargs: Any) -> Any:
-        from scialm_dask.data.leftovers import tell_leftovers
+        from scialm_dask.data.lease import tell_leftovers
         from scialm_dask.progress import show_progress
 
         if quiet and log_json:
@@ -320,6 +320,6 @@ def simulate(dst: str, cells: int, genes: int, **options: Any) -> dict[str, Any]
 @reports
 def clean(folder: str) -> dict[str, Any]:
     """Remove from folder PATH what killed runs have left: unfinished results and scratch."""
-    from scialm_dask.data.leftovers import clean
+    from scialm_dask.data.lease import clean
 
     return clean(folder)

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from scialm_dask.data.storable import as_text
+from scialm_dask.data.annotation import as_text
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.metrics import ratio
 from scialm_dask.imputation import Imputation

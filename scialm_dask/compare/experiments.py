@@ -17,10 +17,9 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import aligned, as_matrix, refuse_logarithms
-from scialm_dask.data.annotation import Annotation, total_counts
+from scialm_dask.data.annotation import Annotation, new_anndata, total_counts
 from scialm_dask.data.csr import CSRWriter, row_of, scaled_rows
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.store import new_anndata
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.mask import mask
 from scialm_dask.evaluate.metrics import ratio

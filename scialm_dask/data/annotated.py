@@ -12,12 +12,12 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scialm_dask.data.annotation import Annotation, swapped_axes
+from scialm_dask.data.annotation import Annotation, as_text, storable, swapped_axes
+from scialm_dask.data.csr import Observed, check_array, held_array
+from scialm_dask.data.formats import layers_of
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.rows import Rows, layers_of, reordered
-from scialm_dask.data.storable import as_text, storable
+from scialm_dask.data.rows import Rows, reordered
 from scialm_dask.data.store import open_store, readable
-from scialm_dask.data.values import Observed, check_array, held_array
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note
 

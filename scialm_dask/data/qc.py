@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from scialm_dask.arguments import Interval, Natural, check_fields, checked
 from scialm_dask.data.annotated import refuse_logarithms, storable_annotation
-from scialm_dask.data.annotation import symbols
-from scialm_dask.data.csr import CSRWriter, scaled_rows
+from scialm_dask.data.annotation import new_anndata, symbols
+from scialm_dask.data.csr import CSRWriter, check_observed, scaled_rows
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.store import atomic_store, check_output, new_anndata
-from scialm_dask.data.values import check_observed
+from scialm_dask.data.store import atomic_store, check_output
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, begin, silent
 

@@ -21,7 +21,7 @@ import numpy as np
 from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
-from scialm_dask.data.leftovers import held_name
+from scialm_dask.data.lease import held_name
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.rows import MemoryRows, Rows
 from scialm_dask.data.store import output_error
@@ -84,8 +84,8 @@ class ZarrScratch:
     """Arrays on disk, uncompressed, one Zarr array for each block: memory does not depend on the number of cells.
 
     The one chunk of an array is written and read as it is. By way of the Zarr library that took five times as long,
-    and more threads did not help, since they take turns at its event loop. Its CRC-32 is compared each time, for 2 to
-    4 % of a pass with 48 columns and more: an index that a disk has changed would end in a segmentation fault.
+    and more threads did not help, since they take turns at its event loop. Its CRC-32 is compared each time, for 1
+    to 3 % of a pass: an index that a disk has changed would end in a segmentation fault.
 
     Parameters
     ----------

@@ -16,10 +16,9 @@ from typing import Any
 import zarr
 from zarr.storage import ZipStore
 
-from scialm_dask.data.arrays import ZARR_FORMAT, await_writes, set_encoding, write_element
-from scialm_dask.data.leftovers import held_name
+from scialm_dask.data.arrays import await_writes
+from scialm_dask.data.lease import held_name
 from scialm_dask.data.remote import NewStore, RemoteStore, check_new, is_url, new_store
-from scialm_dask.data.storable import storable
 from scialm_dask.errors import InputError, OutputError, ScialmError
 from scialm_dask.events import Listener, Note
 
@@ -371,28 +370,3 @@ def output_error(path: str | os.PathLike[str], error: OSError) -> OSError:
     if cause is None:
         return error
     return OutputError(f"{os.fspath(path)}: could not be written, {cause}; free some space or choose another disk")
-
-
-def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any, raw_var: Any = None) -> zarr.Group:
-    """Create an AnnData Zarr store with annotation but no matrix yet.
-
-    Parameters
-    ----------
-    place
-        A path, where there must be nothing yet, or what `atomic_store` has given.
-    obs, var
-        Data frames of cells and genes, index included; see `storable`.
-    raw_var
-        Genes of ``.raw``, if there is to be one.
-    """
-    root = zarr.open_group(place, mode="w-", zarr_format=ZARR_FORMAT)
-    set_encoding(root, "anndata", "0.1.0")
-    for name, value in {"obs": obs, "var": var}.items():
-        write_element(root, name, storable(value, name)[0])
-    if raw_var is not None:
-        set_encoding(root.create_group("raw"), "raw", "0.1.0")
-        write_element(root["raw"], "var", storable(raw_var, "raw/var")[0])
-        set_encoding(root.create_group("raw/varm"), "dict", "0.1.0")
-    for name in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
-        set_encoding(root.create_group(name), "dict", "0.1.0")
-    return root

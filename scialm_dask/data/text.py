@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from scialm_dask.data.annotation import looks_like
-from scialm_dask.data.transpose import Entries
+from scialm_dask.data.temporary import Entries
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scialm_dask.data.storable import as_text
+from scialm_dask.data.annotation import as_text
 from scialm_dask.errors import InputError
 from scialm_dask.imputation import Imputation
 from scialm_dask.progress import printable

@@ -14,8 +14,7 @@ import numpy as np
 from scialm_dask import __version__
 from scialm_dask.arguments import checked
 from scialm_dask.data.annotated import as_matrix, is_anndata
-from scialm_dask.data.annotation import symbols
-from scialm_dask.data.beside import place_of
+from scialm_dask.data.annotation import place_of, symbols
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.store import atomic_output, check_output
 from scialm_dask.errors import InputError

@@ -16,7 +16,7 @@ import dask
 from scialm_dask.config import Settings
 from scialm_dask.data.annotated import storable_annotation
 from scialm_dask.data.checkpoint import Checkpoint, Checkpoints
-from scialm_dask.data.leftovers import tell_leftovers
+from scialm_dask.data.lease import tell_leftovers
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.scratch import new_scratch
@@ -27,11 +27,10 @@ from scialm_dask.events import Listener, Note, Pass, Stage, silent
 from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.tasks import Observations, Store
-from scialm_dask.reduction import current_client
+from scialm_dask.reduction import Placement, current_client
 from scialm_dask.run.checkpointing import Checkpointing, Job, as_written, ended, job_of
 from scialm_dask.run.cluster import ask_everyone, workers_here
 from scialm_dask.run.cluster_errors import cluster_is_back, loss_of_cluster, while_workers
-from scialm_dask.run.placement import Placement
 from scialm_dask.run.plan import place_scratch
 from scialm_dask.run.result import completed, denoised, embed, peak_memory
 from scialm_dask.run.state import RunState

@@ -14,7 +14,7 @@ from scialm_dask import __version__
 from scialm_dask.arguments import validated
 from scialm_dask.config import Settings
 from scialm_dask.data.checkpoint import ArrayFolder, Checkpoint, Checkpoints, Piece
-from scialm_dask.data.fingerprint import fingerprint
+from scialm_dask.data.rows import fingerprint
 from scialm_dask.errors import CheckpointError, InputError, StoppedError
 from scialm_dask.events import Listener, Note
 from scialm_dask.linalg.operator import LowRankPlusSparse

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from scialm_dask.config import Settings
 from scialm_dask.data.annotation import total_counts
+from scialm_dask.data.csr import check_observed
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.values import check_observed
 from scialm_dask.errors import InputError
 from scialm_dask.linalg.kernels import Block, Doubles, Floats, Halves
 from scialm_dask.linalg.random import hidden_entries, n_to_hide, thinned

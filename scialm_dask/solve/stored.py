@@ -12,21 +12,21 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import aligned
-from scialm_dask.data.annotation import StoredAnnotation, read_annotation
+from scialm_dask.data.annotation import StoredAnnotation, new_anndata, read_annotation
 from scialm_dask.data.arrays import check_whole, write_element
 from scialm_dask.data.csr import CSRWriter
-from scialm_dask.data.fingerprint import fingerprint
 from scialm_dask.data.formats import locate
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
-from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store, readable
+from scialm_dask.data.rows import fingerprint
+from scialm_dask.data.store import atomic_store, lasting, open_store, readable
 from scialm_dask.data.written import CHUNK_BYTES, ZeroRule, write_dense, write_left, write_sparse
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin
 from scialm_dask.reduction import stacked
-from scialm_dask.solve.cell_model import model_of
 from scialm_dask.solve.estimate import Axes
+from scialm_dask.solve.transform import model_of
 
 if TYPE_CHECKING:
     import dask.array as da

@@ -1,9 +1,10 @@
-"""Cells that were not in the fit, completed with its gene factors: one pass over them, a small problem for each."""
+"""What a fit knows of cells, and cells that were not in it, completed with its gene factors in one pass over them."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dask
@@ -12,16 +13,15 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.data.annotation import total_counts
+from scialm_dask.data.csr import Observed
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.values import Observed
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, silent
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.ridge import RowProblems, leave_one_out, solve_rows
 from scialm_dask.linalg.sparse_products import spmm
 from scialm_dask.reduction import stacked
-from scialm_dask.solve.cell_model import CellModel, CompletionModel, DenoisingModel
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -315,3 +315,66 @@ def _solve_block(
     left = solver.solve(problems) / scale[:, None]
     left[np.diff(problems.indptr) == 0] = 0
     return left.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class CellModel:
+    """What a fit has learnt of cells, on the scale on which it made their noise even.
+
+    Parameters
+    ----------
+    gene_scale
+        What genes were multiplied with, float32, shape ``(n,)``.
+    gene_share
+        Share of each gene in the sum of the matrix, float64, shape ``(n,)``: where genes are missing, the size of a
+        cell is its total over the others, divided by their share.
+    raw_counts
+        Whether it was made from raw counts.
+    cell_exponent
+        Cells were multiplied with (size factor / `centre`)^−cell_exponent.
+    centre
+        Geometric mean of the size factors.
+    """
+
+    gene_scale: NDArray[np.float32]
+    gene_share: NDArray[np.float64]
+    raw_counts: bool
+    cell_exponent: float
+    centre: float
+
+
+@dataclass(frozen=True)
+class CompletionModel(CellModel):
+    """Of a completion, where zeros are unknown.
+
+    Parameters
+    ----------
+    mean, covariance
+        Of the rows of the left factor, float64, shapes ``(r,)`` and ``(r, r)``.
+    residual
+        What the fit left of the observed entries, relative to their norm.
+    """
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    residual: float
+
+
+@dataclass(frozen=True)
+class DenoisingModel(CellModel):
+    """Of a denoised matrix.
+
+    Parameters
+    ----------
+    weights
+        Of the components, float64, shape ``(r,)``.
+    """
+
+    weights: NDArray[np.float64]
+
+
+def model_of(stored: Mapping[str, Any]) -> CellModel:
+    """Return the model that AnnData has read."""
+    kind = DenoisingModel if "weights" in stored else CompletionModel
+    plain: dict[str, Any] = {"raw_counts": bool, "cell_exponent": float, "centre": float, "residual": float}
+    return kind(**{field.name: plain.get(field.name, np.asarray)(stored[field.name]) for field in fields(kind)})
