@@ -197,10 +197,8 @@ def _figures(result: Imputation, compared: Comparison | None) -> Iterator[tuple[
         ratios = ratios[np.isfinite(ratios) & (compared.genes["detected"] >= _LEAST_DETECTED)]
         if len(ratios):
             low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-            words = (
-                f"Histogram of {len(ratios):,} genes by mean imputed over mean observed. The median is {middle:.3g}; "
-            )
-            words += f"half of the genes lie between {low:.3g} and {high:.3g}."
+            words = f"Histogram of {len(ratios):,} genes by mean imputed over mean observed. "
+            words += f"The median is {middle:.3g}; half of the genes lie between {low:.3g} and {high:.3g}."
             picture = Picture.of("Levels, gene by gene", words, plotting.inflation(ratios))
             yield picture, _about_levels(result, compared)
 
