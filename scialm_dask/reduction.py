@@ -158,16 +158,9 @@ def _relayed(arguments: Any) -> Any:
 
 
 def tree_reduce(parts: Sequence[Any], combine: Callable[[T, T], T], homes: Sequence[str | None] = ()) -> Any:
-    """Combine delayed parts pairwise, neighbours first: a fixed order, and few parts alive at a time.
+    """Combine delayed parts, one at least, pairwise, neighbours first: a fixed order, and few parts alive at a time.
 
-    Parameters
-    ----------
-    parts
-        One at least.
-    combine
-        Called with two neighbours.
-    homes
-        For each part the address of the worker that has it; each pair is combined where its first part is.
+    `homes` has for each part the address of the worker that has it; each pair is combined where its first part is.
     """
     merge = dask.delayed(combine)
     placed = list(zip(parts, homes or [None] * len(parts), strict=True))
@@ -204,16 +197,9 @@ def moved(
     pick: Callable[..., Any],
     join: Callable[..., Any],
 ) -> list[Delayed]:
-    """Share out anew what is held of each group.
+    """Share out anew what is held of each group of `before`, delayed, among those of `after`.
 
-    Parameters
-    ----------
-    held
-        Delayed, for each group of `before`.
-    before, after
-        The groups.
-    pick, join
-        ``pick(part, blocks)`` takes what is held of some blocks out of a part, ``join(*parts)`` puts such together.
+    ``pick(part, blocks)`` takes what is held of some blocks out of a part, ``join(*parts)`` puts such together.
     """
     whole = {group.blocks: part for group, part in zip(before, held, strict=True)}
     pick, join = dask.delayed(pick), dask.delayed(join)
@@ -255,12 +241,7 @@ class Placement:
     """Assigns blocks to the threads of workers, about the same weight to each, for as long as their worker lives.
 
     Blocks move only when a worker is lost, to those with the least to do, or when one comes that has none, from those
-    with the most.
-
-    Parameters
-    ----------
-    store
-        Of the state of the blocks: as long as it is there, what was lost may have to be made again.
+    with the most. As long as the store of their state is there, what was lost may have to be made again.
     """
 
     def __init__(self, store: object) -> None:
@@ -269,13 +250,7 @@ class Placement:
         self._store = weakref.ref(store)
 
     def __call__(self, weights: Sequence[float]) -> tuple[Group, ...]:
-        """Return the groups of blocks, one for each thread.
-
-        Parameters
-        ----------
-        weights
-            Of the blocks.
-        """
+        """Return the groups of blocks of these weights, one for each thread."""
         client = current_client()
         workers = {} if client is None else client.scheduler_info(n_workers=-1)["workers"]
         if client is None or not workers:

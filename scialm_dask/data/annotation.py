@@ -53,10 +53,7 @@ class StoredAnnotation(NamedTuple):
 def read_annotation(place: StoredAnnotation | Annotation | None, axis: str, length: int) -> pd.DataFrame:
     """Read ``obs`` or ``var``, names as text, unless they are given; number the rows if there are none.
 
-    Raises
-    ------
-    InputError
-        If the store has none, or none that can be read, or of another length.
+    Raises `InputError` if the store has none, or none that can be read, or of another length.
     """
     import pandas as pd
 
@@ -113,10 +110,7 @@ def symbols(var: pd.DataFrame) -> list[pd.Index]:
 def total_counts(obs: pd.DataFrame, name: str) -> NDArray[np.float64] | None:
     """Return ``obs["total_counts"]``, the raw total of each cell, shape ``(m,)``; None if there are none.
 
-    Raises
-    ------
-    InputError
-        If they are not numbers; `name` is what to call the matrix.
+    Raises `InputError` if they are not numbers.
     """
     if "total_counts" not in obs:
         return None
@@ -187,16 +181,9 @@ def swapped_axes(obs: pd.DataFrame, var: pd.DataFrame) -> list[str]:
 
 
 def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any, raw_var: Any = None) -> zarr.Group:
-    """Create an AnnData Zarr store with annotation but no matrix yet.
+    """Create an AnnData Zarr store with annotation but no matrix yet, at a new path or what `atomic_store` has given.
 
-    Parameters
-    ----------
-    place
-        A path, where there must be nothing yet, or what `atomic_store` has given.
-    obs, var
-        Data frames of cells and genes, index included; see `storable`.
-    raw_var
-        Genes of ``.raw``, if there is to be one.
+    `raw_var` has the genes of ``.raw``, if there is to be one.
     """
     root = zarr.open_group(place, mode="w-", zarr_format=ZARR_FORMAT)
     set_encoding(root, "anndata", "0.1.0")
@@ -223,19 +210,8 @@ def storable(frame: pd.DataFrame, axis: str) -> tuple[pd.DataFrame, list[str]]:
     """Put a data frame into names and forms that AnnData writes to Zarr; tell in notes what had to change.
 
     Numbers, truth values, text and categories stay as they are; everything else, such as dates, is kept as text, and
-    text with missing values as categories. A slash in the name of a column becomes ``_``.
-
-    Parameters
-    ----------
-    frame
-        Of cells or genes.
-    axis
-        ``"obs"`` or ``"var"``, for messages.
-
-    Raises
-    ------
-    InputError
-        If it cannot be written even so.
+    text with missing values as categories. A slash in the name of a column becomes ``_``. Raises `InputError` if
+    `axis`, ``"obs"`` or ``"var"``, cannot be written even so.
     """
     kept = frame.copy(deep=False)
     names: list[str] = []

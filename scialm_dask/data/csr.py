@@ -44,19 +44,8 @@ def scaled_rows(csr: sp.csr_matrix, factors: NDArray[np.floating]) -> sp.csr_mat
 class CSRWriter:
     """Writes a CSR matrix into an AnnData Zarr store, rows in order, whole chunks at a time.
 
-    Memory is a few chunks, whatever the number of rows. Use as a context manager; the matrix is whole only
-    after it has been left.
-
-    Parameters
-    ----------
-    parent
-        Zarr group to write under.
-    name
-        Name of the element, ``"X"`` or ``"layers/…"``.
-    n_columns
-        Number of columns (genes).
-    dtype
-        Of the values.
+    Memory is a few chunks, whatever the number of rows. Use as a context manager; the matrix is whole only after it has
+    been left.
     """
 
     def __init__(self, parent: zarr.Group, name: str, *, n_columns: int, dtype: Any = np.float32) -> None:

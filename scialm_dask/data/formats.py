@@ -32,21 +32,9 @@ class Located(NamedTuple):
 
 
 def locate(path: str, store: Any, layer: str | None, genome: str | None = None) -> Located:
-    """Find X, or a layer, in an open store.
+    """Find X, or a layer, in a store that `open_store` has opened; raises `InputError` if it is not there, or damaged.
 
-    Parameters
-    ----------
-    path, store
-        The store, by its path and as `open_store` has opened it.
-    layer
-        Its name; ``"raw"`` is ``.raw.X`` if no layer is called so; None for X.
-    genome
-        Of a 10x file: take the genes of this one alone.
-
-    Raises
-    ------
-    InputError
-        If it is not there, or damaged.
+    ``"raw"`` is ``.raw.X`` if no layer is called so. Of a 10x file that holds several genomes, `genome` chooses one.
     """
     if is_10x_h5(store):
         return _in_10x_h5(path, store, layer, genome)

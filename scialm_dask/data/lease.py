@@ -99,15 +99,10 @@ class Lease:
 
 @contextlib.contextmanager
 def lease(store: Any, where: str) -> Iterator[Lease]:
-    """Hold a store while the block runs, so that no other process does.
+    """Hold a store while the block runs, so that no other process does; raises `OutputError` if one does already.
 
     Of a holder on this machine it is known whether it lives. One on another machine, which a lock of the file system
     may not reach, is dead if it does not renew its lease for half a minute.
-
-    Raises
-    ------
-    OutputError
-        If another process holds it.
     """
     held = Lease(store, where)
     held.write()
@@ -149,23 +144,10 @@ def held_name() -> str:
 
 
 def clean(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Remove what runs that were killed have left in a folder, and what no living process holds.
+    """Remove what runs that were killed have left in a folder of results or scratch, and what no living process holds.
 
-    Parameters
-    ----------
-    folder
-        Where results and scratch were to be.
-
-    Returns
-    -------
-    dict
-        ``removed``, and ``kept``: names of what is held by processes that live, or that are of another machine, where
-        this is to be called then.
-
-    Raises
-    ------
-    InputError
-        If there is no such folder.
+    Returned are the names in ``removed``, and in ``kept`` what is held by processes that live, or that are of another
+    machine, where this is to be called then. Raises `InputError` if there is no such folder.
     """
     if not os.path.isdir(folder):
         raise InputError(f"{os.fspath(folder)}: no such folder; give the one in which results or scratch were to be")

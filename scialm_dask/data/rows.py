@@ -49,33 +49,16 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows of one element of a store on disk, opened anew wherever it is read.
+    """Rows of one element of a store on disk, opened anew wherever it is read."""
 
-    Parameters
-    ----------
-    path
-        Of the store, or its URL.
-    element
-        Its name in the store, such as ``X``; empty for a bare array.
-    encoding
-        ``"csr_matrix"``, ``"csc_matrix"`` or ``"array"``.
-    shape
-        Cells × genes.
-    label
-        Of a temporary copy alone: what it is a copy of, to call it by.
-    features
-        Of a 10x file that has other features too: one byte for each, 1 for genes, which alone are read.
-    transposed
-        Whether a dense element is stored as genes × cells.
-    """
-
-    path: str
-    element: str
-    encoding: str
-    shape: tuple[int, int]
-    label: str | None = None
+    path: str  # of the store, or its URL
+    element: str  # its name in the store, such as X; empty for a bare array
+    encoding: str  # "csr_matrix", "csc_matrix" or "array"
+    shape: tuple[int, int]  # cells × genes
+    label: str | None = None  # of a temporary copy alone: what it is a copy of, to call it by
+    # of a 10x file that has other features too: one byte for each, 1 for genes, which alone are read
     features: bytes | None = None
-    transposed: bool = False
+    transposed: bool = False  # whether a dense element is stored as genes × cells
 
     @property
     def name(self) -> str:
@@ -271,13 +254,7 @@ def blocks_of(rows: StoredRows, element: Any, blocks: int | None = None) -> RowB
 
 
 def read_indptr(rows: StoredRows, element: Any) -> NDArray[np.int64]:
-    """Read where each row, or column, of a sparse element begins.
-
-    Raises
-    ------
-    InputError
-        If it does not fit the shape or the number of values.
-    """
+    """Read where each row, or column, of a sparse element begins; raises `InputError` if it does not fit the sizes."""
     lines, what = (rows.shape[0], "cells") if rows.encoding == "csr_matrix" else (rows.shape[1], "genes")
     stored = element["data"].shape[0]
     fits = element["indptr"].shape == (lines + 1,) and element["indices"].shape == (stored,)  # before it takes memory
@@ -347,13 +324,7 @@ def widened(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def narrowed(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:
-    """Give sums their type back.
-
-    Raises
-    ------
-    InputError
-        If one is beyond what the type holds.
-    """
+    """Give sums their type back; raises `InputError` if one is beyond what the type holds."""
     if dtype.kind in "iu" and len(values):
         limits = np.iinfo(dtype)
         if values.min() < limits.min or values.max() > limits.max:

@@ -28,16 +28,9 @@ _DEEPEST = 100  # groups in groups of an HDF5 file
 
 
 def open_store(path: str | os.PathLike[str]) -> Any:
-    """Open an AnnData store, or a bare array, for reading.
+    """Open an AnnData store, or a bare array, for reading: as a Zarr group or array, or an HDF5 file.
 
-    Returns
-    -------
-    zarr.Group, zarr.Array or h5py.File
-
-    Raises
-    ------
-    InputError
-        If there is nothing at `path`, or it is neither Zarr nor HDF5.
+    Raises `InputError` if there is nothing at `path`, or it is neither Zarr nor HDF5.
     """
     path = _plain(path)
     if is_url(path):
@@ -57,17 +50,9 @@ def open_store(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def readable(name: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn whatever libraries raise while they read what is damaged, locked or gone into one line.
+    """Turn whatever libraries raise while they read what is damaged, locked or gone into one line of `InputError`.
 
-    Parameters
-    ----------
-    name
-        What is read, to be named in the message.
-
-    Raises
-    ------
-    InputError
-        In place of any other exception than this package's own.
+    It names what is read. This package's own exceptions pass.
     """
     try:
         yield
@@ -168,23 +153,11 @@ def atomic_output(
 ) -> Iterator[Path]:
     """Give a path to write to, and move what is there to `destination` once the block ends well.
 
-    After an exception (Ctrl-C too) the unfinished output is removed and `destination` is as it was.
-
-    Parameters
-    ----------
-    destination
-        The final path.
-    overwrite
-        Replace what is at `destination`, or what a symbolic link there leads to. The old one is removed only after the
-        new one is in place.
-    sources
-        Paths that are read meanwhile, which `destination` must not be or lie within.
-
-    Raises
-    ------
-    OutputError
-        If `destination` exists (and not `overwrite`), is one of `sources`, cannot be written, or the disk is full.
-        Of two that are written at once the first to end keeps the name, and the other is put beside it.
+    After an exception (Ctrl-C too) the unfinished output is removed and `destination` is as it was. With `overwrite`
+    what is there, or what a symbolic link there leads to, is removed only after the new one is in place. Raises
+    `OutputError` if `destination` exists (and not `overwrite`), is or lies within one of `sources`, which are read
+    meanwhile, cannot be written, or the disk is full. Of two that are written at once the first to end keeps the name,
+    and the other is put beside it.
     """
     if is_url(destination := _plain(destination)):
         raise OutputError(f"{destination}: only Zarr stores are written to a URL; give a path")

@@ -34,13 +34,7 @@ _MOST_BUCKETS = 512
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Give a folder for temporary files, where Dask is configured to have them, removed at the end.
-
-    Raises
-    ------
-    OutputError
-        If the disk is full.
-    """
+    """Give a folder for temporary files, where Dask has them, removed at the end; `OutputError` if the disk is full."""
     folder = _new_folder()
     try:
         yield folder
@@ -54,25 +48,8 @@ def temporary_csr(blocks: Iterable[sp.csr_matrix], n_columns: int, dtype: np.dty
     """Write blocks of rows, in order, as one matrix of a temporary store.
 
     It lies in the ``temporary-directory`` of Dask's configuration, else in the system's, and is removed when nobody
-    here refers to the rows any more, at the latest when the process ends.
-
-    Parameters
-    ----------
-    blocks
-        The rows.
-    n_columns
-        Number of genes.
-    dtype
-        Of the values.
-    name
-        What to call the matrix in messages.
-
-    Raises
-    ------
-    InputError
-        If workers of the Dask cluster do not see the folder.
-    OutputError
-        If the disk is full.
+    here refers to the rows any more, at the latest when the process ends. Raises `InputError` if workers of the Dask
+    cluster do not see the folder, `OutputError` if the disk is full.
     """
     folder = _new_folder()
     path, n_rows = os.fspath(folder / "rows.zarr"), 0
@@ -163,10 +140,7 @@ def spill_to_csr(rows: StoredRows) -> StoredRows:
 def columns_of(rows: StoredRows) -> Iterator[Entries]:
     """Read the entries of a CSC element in the order in which they are stored, some at a time.
 
-    Raises
-    ------
-    InputError
-        If indptr or indices do not fit the shape.
+    Raises `InputError` if indptr or indices do not fit the shape.
     """
     with readable(rows.name):
         element = open_store(rows.path)[rows.element]
@@ -189,28 +163,11 @@ def columns_of(rows: StoredRows) -> Iterator[Entries]:
 def rows_in_order(
     pieces: Iterable[Entries], shape: tuple[int, int], dtype: np.dtype[Any], n_expected: int, name: str
 ) -> Iterator[sp.csr_matrix]:
-    """Sort entries by row and column on disk and hand out the rows, block after block.
+    """Sort entries by row and column on disk and yield all rows, also those without entries, block after block.
 
-    The entries are first dealt out to bucket files, each of a range of rows, then each file is sorted in memory;
-    one that is too big for that is dealt out once more.
-
-    Parameters
-    ----------
-    pieces
-        The entries in any order, indices within `shape`. Those at the same place are added.
-    shape
-        Rows × columns.
-    dtype
-        Of the values handed out.
-    n_expected
-        About how many entries there are.
-    name
-        What to call the matrix in messages.
-
-    Yields
-    ------
-    scipy.sparse.csr_matrix
-        The next rows, all of them in the end, also those without entries.
+    The entries, which come in any order, about `n_expected` of them, are first dealt out to bucket files, each of a
+    range of rows, then each file is sorted in memory; one that is too big for that is dealt out once more. Those at the
+    same place are added.
     """
     record = np.dtype([("row", np.int64), ("column", np.int32), ("value", dtype)])
     with temporary_folder() as folder:

@@ -33,39 +33,21 @@ _MOST_STEPS = 60  # of the search: from anywhere in float32's range
 
 
 class Fit(NamedTuple):
-    """What of a result completes other cells.
+    """What of a result completes other cells."""
 
-    Parameters
-    ----------
-    right
-        Right factor, float32, shape ``(n, r)``, on the scale of the input.
-    genes
-        Names of the genes.
-    model
-        What the fit has learnt of cells.
-    observed
-        Which entries were observed; see `ExpressionMatrix`.
-    source
-        What the matrix of the fit is called.
-    """
-
-    right: Floats
-    genes: pd.Index
-    model: CellModel | None
-    observed: Observed
-    source: str | None
+    right: Floats  # right factor, float32, shape (n, r), on the scale of the input
+    genes: pd.Index  # their names
+    model: CellModel | None  # what the fit has learnt of cells
+    observed: Observed  # which entries were; see ExpressionMatrix
+    source: str | None  # what the matrix of the fit is called
 
 
 class Transformed(NamedTuple):
-    """Cells that were imputed: left factor, a lazy float32 array ``(cells, r)``, counts, annotation and summary.
+    """Cells that were imputed."""
 
-    The counts, cells × genes of the fit, are None where they have no part in what is imputed. `measured` tells which of
-    these genes the cells had.
-    """
-
-    left: da.Array
-    counts: ExpressionMatrix | None
-    measured: NDArray[np.bool_]
+    left: da.Array  # left factor, float32, shape (cells, r), lazy
+    counts: ExpressionMatrix | None  # × genes of the fit; None where they have no part in what is imputed
+    measured: NDArray[np.bool_]  # which of these genes the cells had
     obs: pd.DataFrame
     summary: dict[str, Any]
 
@@ -319,58 +301,30 @@ def _solve_block(
 
 @dataclass(frozen=True)
 class CellModel:
-    """What a fit has learnt of cells, on the scale on which it made their noise even.
+    """What a fit has learnt of cells, on the scale on which it made their noise even."""
 
-    Parameters
-    ----------
-    gene_scale
-        What genes were multiplied with, float32, shape ``(n,)``.
-    gene_share
-        Share of each gene in the sum of the matrix, float64, shape ``(n,)``: where genes are missing, the size of a
-        cell is its total over the others, divided by their share.
-    raw_counts
-        Whether it was made from raw counts.
-    cell_exponent
-        Cells were multiplied with (size factor / `centre`)^−cell_exponent.
-    centre
-        Geometric mean of the size factors.
-    """
-
-    gene_scale: NDArray[np.float32]
+    gene_scale: NDArray[np.float32]  # what genes were multiplied with, shape (n,)
+    # of each gene in the sum of the matrix: where genes are missing, a cell's size is its total over their share
     gene_share: NDArray[np.float64]
-    raw_counts: bool
-    cell_exponent: float
-    centre: float
+    raw_counts: bool  # whether it was made from these
+    cell_exponent: float  # cells were multiplied with (size factor / centre)^−cell_exponent
+    centre: float  # geometric mean of the size factors
 
 
 @dataclass(frozen=True)
 class CompletionModel(CellModel):
-    """Of a completion, where zeros are unknown.
+    """Of a completion, where zeros are unknown."""
 
-    Parameters
-    ----------
-    mean, covariance
-        Of the rows of the left factor, float64, shapes ``(r,)`` and ``(r, r)``.
-    residual
-        What the fit left of the observed entries, relative to their norm.
-    """
-
-    mean: NDArray[np.float64]
-    covariance: NDArray[np.float64]
-    residual: float
+    mean: NDArray[np.float64]  # of the rows of the left factor, shape (r,)
+    covariance: NDArray[np.float64]  # of these rows, shape (r, r)
+    residual: float  # what the fit left of the observed entries, relative to their norm
 
 
 @dataclass(frozen=True)
 class DenoisingModel(CellModel):
-    """Of a denoised matrix.
+    """Of a denoised matrix."""
 
-    Parameters
-    ----------
-    weights
-        Of the components, float64, shape ``(r,)``.
-    """
-
-    weights: NDArray[np.float64]
+    weights: NDArray[np.float64]  # of the components, shape (r,)
 
 
 def model_of(stored: Mapping[str, Any]) -> CellModel:
