@@ -11,8 +11,8 @@ from scialm_dask.arguments import checked, validated
 from scialm_dask.config import bytes_of, configured
 from scialm_dask.config import preset as settings_of
 from scialm_dask.data.annotated import as_matrix, counts_beside, is_anndata, looks_like_counts, refuse_logarithms
+from scialm_dask.data.csr import Observed
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.values import Observed
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, silent
 from scialm_dask.imputation import Imputation

@@ -73,22 +73,11 @@ def check_fields(made: Any) -> None:
 
 
 def validated(name: str, value: Any, kind: Any) -> Any:
-    """Return `value` as what it is annotated with.
+    """Return `value` as what it is annotated with; raises `InputError`, which calls it `name`, if it is something else.
 
-    Parameters
-    ----------
-    name
-        What to call it in messages.
-    value
-        Numbers of NumPy become Python's, and what can be iterated over a tuple. Truth values are no numbers here.
-    kind
-        A class, `Annotated` with an `Interval`, `Literal`, ``tuple``, ``Sequence``, ``Callable``, or a union of these.
-        What only type checkers can see may be anything.
-
-    Raises
-    ------
-    InputError
-        If it is something else.
+    Numbers of NumPy become Python's, and what can be iterated over a tuple. Truth values are no numbers here. A `kind`
+    is a class, `Annotated` with an `Interval`, `Literal`, ``tuple``, ``Sequence``, ``Callable``, or a union of these;
+    what only type checkers can see may be anything.
     """
     try:
         return _as(value, kind)

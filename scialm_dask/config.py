@@ -150,26 +150,11 @@ class Settings:
 
 
 def preset(name: str, **changes: Any) -> Settings:
-    """Return a named set of settings, with changes.
+    """Return a named set of settings, with changes, of which None keeps the preset's.
 
-    Parameters
-    ----------
-    name : {"denoise", "complete", "paper"}
-        ``"denoise"``: expression levels, from raw counts. ``"complete"``: lost entries; stops before noise is fitted.
-        ``"paper"``: as published (Algorithm 3, ε = 1e-4).
-    **changes
-        Fields of `Settings`. None keeps the preset's. `max_rank` may be ``"none"``, for no limit, and `scaling`
-        ``"none"``, ``"poisson"`` or two numbers with a comma between.
-
-    Returns
-    -------
-    Settings
-        Valid, and without a change that has no effect.
-
-    Raises
-    ------
-    InputError
-        If there is no such preset or field, or a value cannot be used or has no effect; see `Settings.idle`.
+    `max_rank` may be ``"none"``, for no limit, and `scaling` ``"none"``, ``"poisson"`` or two numbers with a comma
+    between. Raises `InputError` if there is no such preset or field, or a value cannot be used or has no effect; see
+    `Settings.idle`.
     """
     unknown = [field for field in changes if field not in Settings.__dataclass_fields__]
     if unknown:
@@ -210,13 +195,7 @@ def configured(name: str, given: Any = None) -> Any:
 
 
 def bytes_of(name: str, limit: float | str | None) -> int | None:
-    """Return words such as ``"8 GB"`` as bytes; None stays None.
-
-    Raises
-    ------
-    InputError
-        If they are no number, or less than 1 MB.
-    """
+    """Return words such as ``"8 GB"`` as bytes, None as None; raises `InputError` for no number, or less than 1 MB."""
     from dask.utils import parse_bytes
 
     try:

@@ -11,8 +11,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from scialm_dask.api import impute
 from scialm_dask.data.annotated import as_matrix, is_anndata, named
+from scialm_dask.data.csr import Observed
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.values import Observed
 from scialm_dask.imputation import Imputation
 
 if TYPE_CHECKING:

@@ -13,21 +13,11 @@ class Event:
 
 @dataclass(frozen=True)
 class Stage(Event):
-    """Another part of the work begins.
+    """Another part of the work begins."""
 
-    Parameters
-    ----------
-    name
-        Such as ``"surveying"`` or ``"iterating"``.
-    detail
-        What is particular to it this time.
-    iterations
-        How many are expected; None if nobody knows.
-    """
-
-    name: str
-    detail: str = ""
-    iterations: int | None = None
+    name: str  # such as "surveying" or "iterating"
+    detail: str = ""  # what is particular to it this time
+    iterations: int | None = None  # expected; None if nobody knows
 
 
 @dataclass(frozen=True)
@@ -46,30 +36,14 @@ class Pass(Event):
 
 @dataclass(frozen=True)
 class Iteration(Event):
-    """One iteration of Algorithm 3, a line of the history.
+    """One iteration of Algorithm 3, a line of the history."""
 
-    Parameters
-    ----------
-    iteration
-        From 1, as in the paper.
-    rank
-        svp, the number of singular values over the threshold that were kept.
-    threshold
-        1/μ.
-    residual
-        ‖P_Ω(D − A)‖ / ‖D‖.
-    held_out
-        The same over the held-out entries; NaN if there are none.
-    passes
-        Passes over the data so far.
-    """
-
-    iteration: int
-    rank: int
-    threshold: float
-    residual: float
-    held_out: float
-    passes: int
+    iteration: int  # from 1, as in the paper
+    rank: int  # svp, the number of singular values over the threshold that were kept
+    threshold: float  # 1/μ
+    residual: float  # ‖P_Ω(D − A)‖ / ‖D‖
+    held_out: float  # the same over the held-out entries; NaN if there are none
+    passes: int  # over the data so far
 
 
 @dataclass(frozen=True)
@@ -89,31 +63,15 @@ class Note(Event):
 
 @dataclass(frozen=True)
 class Scored(Event):
-    """A method has been tried on an experiment of an evaluation; numbers are NaN where there are none.
+    """A method has been tried on an experiment of an evaluation; numbers are NaN where there are none."""
 
-    Parameters
-    ----------
-    experiment
-        What was asked, with the share hidden and the seed.
-    method
-        With its setting.
-    status
-        ``"ok"``, or what went wrong.
-    mse, relative_error
-        Over the entries asked for.
-    seconds
-        That it took.
-    note
-        What it says of itself, or what went wrong.
-    """
-
-    experiment: str
-    method: str
-    status: str
-    mse: float
-    relative_error: float
+    experiment: str  # what was asked, with the share hidden and the seed
+    method: str  # with its setting
+    status: str  # "ok", or what went wrong
+    mse: float  # over the entries asked for
+    relative_error: float  # over the same
     seconds: float
-    note: str
+    note: str  # what it says of itself, or what went wrong
 
 
 Listener = Callable[[Event], None]

@@ -15,17 +15,15 @@ from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked, validated
 from scialm_dask.data.annotated import add_result, aligned, as_matrix, match_names
-from scialm_dask.data.annotation import positions_of
-from scialm_dask.data.beside import add_source
+from scialm_dask.data.annotation import add_source, positions_of
+from scialm_dask.data.csr import Observed
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.values import Observed
 from scialm_dask.data.written import CHUNK_BYTES, ZeroRule
 from scialm_dask.events import Listener, silent
 from scialm_dask.reduction import check_held, stacked
-from scialm_dask.solve.cell_model import CellModel
 from scialm_dask.solve.estimate import Axes, Estimate
 from scialm_dask.solve.stored import KEY, follow, read_result, write_result
-from scialm_dask.solve.transform import Fit, transform
+from scialm_dask.solve.transform import CellModel, Fit, transform
 
 if TYPE_CHECKING:
     import anndata

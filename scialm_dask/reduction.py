@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
+import uuid
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -121,7 +124,7 @@ def check_held(collection: Any) -> None:
 
 @contextmanager
 def at(home: str | None) -> Iterator[None]:
-    """Send tasks that are made meanwhile to this worker, or elsewhere if it is no more; see `run.placement`."""
+    """Send tasks that are made meanwhile to this worker, or elsewhere if it is no more; see `Placement`."""
     if home is None:
         yield
     else:
@@ -155,16 +158,9 @@ def _relayed(arguments: Any) -> Any:
 
 
 def tree_reduce(parts: Sequence[Any], combine: Callable[[T, T], T], homes: Sequence[str | None] = ()) -> Any:
-    """Combine delayed parts pairwise, neighbours first: a fixed order, and few parts alive at a time.
+    """Combine delayed parts, one at least, pairwise, neighbours first: a fixed order, and few parts alive at a time.
 
-    Parameters
-    ----------
-    parts
-        One at least.
-    combine
-        Called with two neighbours.
-    homes
-        For each part the address of the worker that has it; each pair is combined where its first part is.
+    `homes` has for each part the address of the worker that has it; each pair is combined where its first part is.
     """
     merge = dask.delayed(combine)
     placed = list(zip(parts, homes or [None] * len(parts), strict=True))
@@ -201,16 +197,9 @@ def moved(
     pick: Callable[..., Any],
     join: Callable[..., Any],
 ) -> list[Delayed]:
-    """Share out anew what is held of each group.
+    """Share out anew what is held of each group of `before`, delayed, among those of `after`.
 
-    Parameters
-    ----------
-    held
-        Delayed, for each group of `before`.
-    before, after
-        The groups.
-    pick, join
-        ``pick(part, blocks)`` takes what is held of some blocks out of a part, ``join(*parts)`` puts such together.
+    ``pick(part, blocks)`` takes what is held of some blocks out of a part, ``join(*parts)`` puts such together.
     """
     whole = {group.blocks: part for group, part in zip(before, held, strict=True)}
     pick, join = dask.delayed(pick), dask.delayed(join)
@@ -246,3 +235,95 @@ def in_order(make: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class Placement:
+    """Assigns blocks to the threads of workers, about the same weight to each, for as long as their worker lives.
+
+    Blocks move only when a worker is lost, to those with the least to do, or when one comes that has none, from those
+    with the most. As long as the store of their state is there, what was lost may have to be made again.
+    """
+
+    def __init__(self, store: object) -> None:
+        self._known: tuple[Group, ...] = ()
+        self._client: Client | None = None
+        self._store = weakref.ref(store)
+
+    def __call__(self, weights: Sequence[float]) -> tuple[Group, ...]:
+        """Return the groups of blocks of these weights, one for each thread."""
+        client = current_client()
+        workers = {} if client is None else client.scheduler_info(n_workers=-1)["workers"]
+        if client is None or not workers:
+            return threads_anywhere(weights)
+        if client is not self._client:
+            if (store := self._store()) is not None:
+                weakref.finalize(store, _forget, client, _rehouse(client))
+            self._client = client
+        threads = {address: int(workers[address]["nthreads"]) for address in sorted(workers)}
+        if sum(len(group.blocks) for group in self._known) != len(weights):
+            self._known = stretches(weights, [home for home, count in threads.items() for _ in range(count)])
+        else:
+            self._known = balanced(self._known, weights, threads)
+        return self._known
+
+
+def balanced(known: Sequence[Group], weights: Sequence[float], threads: Mapping[str, int]) -> tuple[Group, ...]:
+    """Keep groups whose worker is there; share out the blocks of the others, and give some to workers without any."""
+    mine = [group for group in known if group.home in threads]
+    homes, blocks = [str(group.home) for group in mine], [list(group.blocks) for group in mine]
+    idle = [home for home, count in threads.items() for _ in range(count - homes.count(home))]
+    if len(mine) == len(known) and (not idle or len(known) == len(weights)):
+        return tuple(known)
+    homes, blocks = homes + idle, blocks + [[] for _ in idle]
+    load = [sum(weights[b] for b in own) for own in blocks]
+
+    def give(block: int) -> None:
+        to = load.index(min(load))
+        blocks[to].append(block)
+        load[to] += weights[block]
+
+    for group in known:
+        if group.home not in threads:
+            for block in group.blocks:
+                give(block)
+    while True:
+        most = load.index(max(load))
+        block = blocks[most][-1]
+        if load[most] - min(load) <= weights[block]:
+            break
+        load[most] -= weights[blocks[most].pop()]
+        give(block)
+    return tuple(Group(home, tuple(sorted(own))) for home, own in zip(homes, blocks, strict=True) if own)
+
+
+def _rehouse(client: Client) -> str:
+    """Let our tasks whose home is lost run on a worker that comes later; returns the name of the plugin that does so.
+
+    The scheduler sends them elsewhere at once, if there is anywhere. If all workers are lost together they wait, and
+    when another comes it asks only whether that is their home: they would wait for ever.
+    """
+    from distributed import SchedulerPlugin
+
+    ours, own = dict(OURS), f"scialm-rehouse-{uuid.uuid4().hex[:12]}"
+
+    class Rehouse(SchedulerPlugin):  # type: ignore[misc]  # made here, so that it is sent as it is: the scheduler may know nothing of us
+        name = own
+
+        def add_worker(self, scheduler: Any, worker: str) -> None:
+            for task in scheduler.unrunnable:
+                if task.loose_restrictions and ours.items() <= (task.annotations or {}).items():
+                    task.worker_restrictions = None
+
+    client.register_plugin(Rehouse())
+    return own
+
+
+def _forget(client: Client, plugin: str) -> None:
+    """Take a plugin off the scheduler, from whichever thread collects garbage, without waiting for it."""
+
+    async def unregister() -> None:
+        with contextlib.suppress(Exception):  # a scheduler that is gone has none
+            await client.scheduler.unregister_scheduler_plugin(name=plugin)
+
+    if client.status == "running":
+        client.loop.add_callback(unregister)

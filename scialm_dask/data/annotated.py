@@ -12,12 +12,12 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scialm_dask.data.annotation import Annotation, swapped_axes
+from scialm_dask.data.annotation import Annotation, as_text, storable, swapped_axes
+from scialm_dask.data.csr import Observed, check_array, held_array
+from scialm_dask.data.formats import layers_of
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.rows import Rows, layers_of, reordered
-from scialm_dask.data.storable import as_text, storable
+from scialm_dask.data.rows import Rows, reordered
 from scialm_dask.data.store import open_store, readable
-from scialm_dask.data.values import Observed, check_array, held_array
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note
 
@@ -47,22 +47,11 @@ def is_anndata(thing: Any) -> bool:
 
 
 def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed | None = None) -> ExpressionMatrix:
-    """Take whatever holds cells × genes.
+    """Take whatever holds cells × genes: an `ExpressionMatrix`, as it is, an AnnData, a path to a store, or an array.
 
-    Parameters
-    ----------
-    matrix
-        An `ExpressionMatrix`, as it is; an AnnData; a path to a store; a data frame; or an array, as
-        `ExpressionMatrix.of` takes them.
-    layer
-        Of a store or an AnnData, instead of X; ``"raw"`` is ``.raw.X``, unless there is a layer of that name.
-    observed
-        See `ExpressionMatrix`. None: what an `ExpressionMatrix` was opened with, ``"nonzero"`` for all else.
-
-    Raises
-    ------
-    InputError
-        If it cannot be used, or an `ExpressionMatrix` was opened with another layer or `observed`.
+    `layer` is read instead of X of a store or an AnnData; ``"raw"`` is ``.raw.X``, unless there is a layer of that
+    name. If `observed` is None it is what an `ExpressionMatrix` was opened with, ``"nonzero"`` for all else. Raises
+    `InputError` if that cannot be used, or an `ExpressionMatrix` was opened with another layer or `observed`.
     """
     if isinstance(matrix, ExpressionMatrix):
         return _as_opened(matrix, layer, observed)
@@ -124,23 +113,11 @@ def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -
 
 
 def match_names(names: pd.Index, wanted: pd.Index, what: str, owner: str) -> NDArray[np.intp] | None:
-    """Return the position of each wanted name, or None where positions agree already.
+    """Return the position of each wanted name of `what`, ``"cell"`` or ``"gene"``; None where positions agree already.
 
-    That is so where the names are the same, or where either side has none but the numbers of its rows.
-
-    Parameters
-    ----------
-    names, wanted
-        Of the same cells or genes, in two orders.
-    what
-        ``"cell"`` or ``"gene"``.
-    owner
-        What has `names`, for messages.
-
-    Raises
-    ------
-    InputError
-        If the lengths differ, a wanted name is absent, or names that are in another order repeat.
+    That is so where the names are the same, or where either side has none but the numbers of its rows. Raises
+    `InputError`, about `owner`, if the lengths differ, a wanted name is absent, or names that are in another order
+    repeat.
     """
     if len(names) != len(wanted):
         raise InputError(f"{owner}: {len(names)} {what}s where there should be {len(wanted)}; give the same {what}s")
@@ -172,19 +149,9 @@ def axes_of(thing: Any) -> tuple[pd.Index | None, pd.Index | None]:
 
 
 def aligned(matrix: ExpressionMatrix, to: Any) -> ExpressionMatrix:
-    """Return a matrix with its cells and genes in the order of another thing's, which is matched by names.
+    """Return a matrix with its cells and genes in the order of those of another thing, matched by names.
 
-    Parameters
-    ----------
-    matrix
-        To be put beside `to`.
-    to
-        Has ``obs`` and ``var``, such as an `Imputation` or an `ExpressionMatrix`.
-
-    Raises
-    ------
-    InputError
-        If cells or genes are not the same; see `match_names`.
+    Raises `InputError` if they are not the same; see `match_names`.
     """
     if matrix.shape != to.shape:
         (m, n), (cells, genes) = matrix.shape, to.shape
@@ -210,18 +177,8 @@ def _in_memory(frame: Any) -> Any:
 def as_dask(matrix: Any, name: str) -> da.Array:
     """Take whatever holds numbers, cells × something, as a Dask array of its own precision.
 
-    Parameters
-    ----------
-    matrix
-        A Dask array, as it is; anything with `to_dask()`; an AnnData (its X) or a path to a store; or what is in
-        memory: a NumPy or SciPy sparse array, a data frame, a list.
-    name
-        What to call it in messages.
-
-    Raises
-    ------
-    InputError
-        If it is not a matrix of numbers of known size.
+    That is a Dask array, as it is; anything with `to_dask()`; an AnnData (its X) or a path to a store; or what is in
+    memory. Raises `InputError` if it is no matrix of numbers of known size.
     """
     import dask.array as da
     import scipy.sparse as sp
@@ -249,15 +206,7 @@ def looks_like_counts(matrix: ExpressionMatrix) -> bool:
 
 
 def counts_beside(matrix: ExpressionMatrix, given: Any = None) -> ExpressionMatrix | None:
-    """Return layer counts of what a matrix is the X of, cut alike; None if there is no such layer.
-
-    Parameters
-    ----------
-    matrix
-        X of a store or an AnnData.
-    given
-        The AnnData.
-    """
+    """Return layer counts of the store or AnnData that a matrix is the X of, cut alike; None if there is none."""
     if is_anndata(given) and matrix.origin is None:
         beside = as_matrix(given, _COUNTS) if _COUNTS in given.layers else None
     elif matrix.origin is not None and matrix.origin.layer is None and matrix.annotation is not None:
@@ -271,14 +220,8 @@ def counts_beside(matrix: ExpressionMatrix, given: Any = None) -> ExpressionMatr
 def refuse_logarithms(matrix: ExpressionMatrix, given: Any, layer: str | None) -> None:
     """Raise `InputError` if a matrix holds logarithms, by its values or by ``uns["log1p"]``, scanpy's mark of X.
 
-    Parameters
-    ----------
-    matrix
-        Made of `given`. If zeros are observed, it may hold anything.
-    given
-        An AnnData, which has ``uns``; else the matrix's own store is looked at.
-    layer
-        The mark is about X, not about layers.
+    The mark is looked for in `given`, if that is an AnnData, else in the matrix's own store, and says nothing of
+    layers. Where zeros are observed a matrix may hold anything.
     """
     if matrix.observed == "finite":
         return
@@ -317,10 +260,7 @@ def _layers(matrix: ExpressionMatrix, given: Any) -> list[str]:
 def storable_annotation(matrix: ExpressionMatrix, listen: Listener) -> ExpressionMatrix:
     """Return the matrix with its annotation read, in a form that can be written; `listen` hears what had to change.
 
-    Raises
-    ------
-    InputError
-        If it cannot be read or written, which is better known before long work than after it.
+    Raises `InputError` if that cannot be done, which is better known before long work than after it.
     """
     if matrix.annotation is None:
         return matrix
@@ -333,18 +273,9 @@ def storable_annotation(matrix: ExpressionMatrix, listen: Listener) -> Expressio
 def add_result(
     adata: anndata.AnnData, *, obsm: dict[str, da.Array], by_gene: dict[str, Any], uns: dict[str, Any]
 ) -> None:
-    """Put a result into an AnnData. A view becomes an AnnData of its own.
+    """Put a result into an AnnData, what is by gene into ``var`` or ``varm``. A view becomes an AnnData of its own.
 
-    Parameters
-    ----------
-    adata
-        To change.
-    obsm
-        By name; computed, unless the AnnData is lazy itself.
-    by_gene
-        By name, for ``var`` if one-dimensional and else for ``varm``.
-    uns
-        By name.
+    Arrays are computed, unless the AnnData is lazy itself.
     """
     import anndata
     import dask

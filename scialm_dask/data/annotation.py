@@ -1,17 +1,22 @@
-"""Annotation of cells and genes: read from stores."""
+"""Annotation of cells and genes: read from stores, put into forms that Zarr takes, and what lies beside a matrix."""
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+import zarr
 
-from scialm_dask.data.arrays import check_whole
-from scialm_dask.data.storable import as_text, first_line
+from scialm_dask.data.arrays import ZARR_FORMAT, check_whole, set_encoding, write_element
+from scialm_dask.data.remote import NewStore
 from scialm_dask.data.store import open_store, readable
 from scialm_dask.errors import InputError
 
 if TYPE_CHECKING:
+    import anndata
     import pandas as pd
     from numpy.typing import NDArray
 
@@ -20,6 +25,7 @@ _BARCODE = r"(?:^|[^A-Z])[ACGTN]{8,}(?:[^A-Z]|$)"
 _GENE_ID = r"^(?:ENS[A-Z]*G|FBGN|WBGENE)\d{6,}"
 _COMMON_GENES = frozenset("ACTB GAPDH B2M MALAT1 EEF1A1 TPT1 RPLP0 RPS6 UBC HSPA8 MT-CO1 PPIA TMSB4X FTL".split())
 _SYMBOLS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name")  # of CELLxGENE, scanpy and loom
+_LONGEST_NAME = 200  # bytes; a column is a folder, and few disks take more than 255
 
 
 class Annotation(NamedTuple):
@@ -47,10 +53,7 @@ class StoredAnnotation(NamedTuple):
 def read_annotation(place: StoredAnnotation | Annotation | None, axis: str, length: int) -> pd.DataFrame:
     """Read ``obs`` or ``var``, names as text, unless they are given; number the rows if there are none.
 
-    Raises
-    ------
-    InputError
-        If the store has none, or none that can be read, or of another length.
+    Raises `InputError` if the store has none, or none that can be read, or of another length.
     """
     import pandas as pd
 
@@ -108,10 +111,7 @@ def symbols(var: pd.DataFrame) -> list[pd.Index]:
 def total_counts(obs: pd.DataFrame, name: str) -> NDArray[np.float64] | None:
     """Return ``obs["total_counts"]``, the raw total of each cell, shape ``(m,)``; None if there are none.
 
-    Raises
-    ------
-    InputError
-        If they are not numbers; `name` is what to call the matrix.
+    Raises `InputError` if they are not numbers.
     """
     if "total_counts" not in obs:
         return None
@@ -179,3 +179,162 @@ def swapped_axes(obs: pd.DataFrame, var: pd.DataFrame) -> list[str]:
     return [
         f"cells are called {obs.index[0]}, … and genes {var.index[0]}, …: if this is genes × cells, give its transpose"
     ]
+
+
+def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any, raw_var: Any = None) -> zarr.Group:
+    """Create an AnnData Zarr store with annotation but no matrix yet, at a new path or what `atomic_store` has given.
+
+    `raw_var` has the genes of ``.raw``, if there is to be one.
+    """
+    root = zarr.open_group(place, mode="w-", zarr_format=ZARR_FORMAT)
+    set_encoding(root, "anndata", "0.1.0")
+    for name, value in {"obs": obs, "var": var}.items():
+        write_element(root, name, storable(value, name)[0])
+    if raw_var is not None:
+        set_encoding(root.create_group("raw"), "raw", "0.1.0")
+        write_element(root["raw"], "var", storable(raw_var, "raw/var")[0])
+        set_encoding(root.create_group("raw/varm"), "dict", "0.1.0")
+    for name in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
+        set_encoding(root.create_group(name), "dict", "0.1.0")
+    return root
+
+
+def as_text(names: pd.Index | pd.Series) -> pd.Index:
+    """Return the same names as Python strings, whatever they were."""
+    import pandas as pd
+
+    # of objects, as the text of pandas 3 cannot hold half a surrogate, which stands where a file is not in UTF-8
+    return pd.Index([str(name) for name in names], dtype=object, name=names.name)
+
+
+def storable(frame: pd.DataFrame, axis: str) -> tuple[pd.DataFrame, list[str]]:
+    """Put a data frame into names and forms that AnnData writes to Zarr; tell in notes what had to change.
+
+    Numbers, truth values, text and categories stay as they are; everything else, such as dates, is kept as text, and
+    text with missing values as categories. A slash in the name of a column becomes ``_``. Raises `InputError` if
+    `axis`, ``"obs"`` or ``"var"``, cannot be written even so.
+    """
+    kept = frame.copy(deep=False)
+    names: list[str] = []
+    notes: list[str] = []
+    for position, given in enumerate(frame.columns):
+        names.append(_plain_name(given, names))
+        column = frame.iloc[:, position]
+        values = _plain_values(column)
+        if values is not None:
+            kept.isetitem(position, values)
+        how = [f"as {names[-1]!r}"] if names[-1] != given else []
+        how += ["as text"] if values is not None and column.dtype.kind not in "fU" and not _is_text(column) else []
+        if how:
+            notes.append(f"{axis}[{str(given)!r}] is kept {' '.join(how)}")
+    kept.columns = names
+    kept.index = as_text(frame.index)
+    if kept.index.name is not None and _plain_name(kept.index.name, names) != kept.index.name:
+        kept.index.name = None
+    _try_to_write(kept, axis)
+    return kept, notes
+
+
+def _try_to_write(frame: pd.DataFrame, axis: str) -> None:
+    import anndata
+    import zarr
+
+    try:
+        anndata.io.write_elem(zarr.open_group(zarr.storage.MemoryStore(), zarr_format=2), "frame", frame.iloc[:2])
+    except Exception as error:
+        raise InputError(f"{axis} cannot be written to Zarr ({first_line(error)}); drop that column first") from error
+
+
+def _plain_name(given: Any, taken: list[str]) -> str:
+    """Name a column so that a folder can have that name, and no other column has it."""
+    name = str(given).replace("/", "_").replace("\0", "_")
+    name = name.encode(errors="replace")[:_LONGEST_NAME].decode(errors="ignore")
+    if name.startswith(".") or name in ("", "_index", "zarr.json"):
+        name = f"column{name}"
+    unique, number = name, 0
+    while unique in taken:
+        number += 1
+        unique = f"{name}_{number}"
+    return unique
+
+
+def _is_text(column: pd.Series) -> bool:
+    import pandas as pd
+
+    return pd.api.types.infer_dtype(column, skipna=True) in ("string", "empty", "bytes")
+
+
+def _plain_values(column: pd.Series) -> Any:
+    """Values of a column in a form that is written everywhere; None if they are in one already."""
+    import pandas as pd
+
+    dtype: Any = column.dtype
+    if isinstance(dtype, pd.CategoricalDtype):
+        categories = _plain_values(dtype.categories.to_series())
+        if categories is None:
+            return None
+        return pd.Categorical(pd.Series(np.asarray(categories)[column.cat.codes]).where(column.notna().to_numpy()))
+    if isinstance(dtype, pd.SparseDtype):
+        return column.sparse.to_dense().to_numpy()
+    if pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype):
+        if dtype.kind == "f" and (not isinstance(dtype, np.dtype) or dtype.itemsize > 8):
+            return column.to_numpy(np.float64, na_value=np.nan)
+        return _text(column) if dtype.kind == "O" else None
+    text = isinstance(dtype, np.dtype) or getattr(dtype, "na_value", None) is np.nan  # pandas 2 and 3
+    if text and pd.api.types.infer_dtype(column, skipna=False) == "string":
+        return None
+    return _text(column)
+
+
+def _text(column: pd.Series) -> Any:
+    import pandas as pd
+
+    missing = column.isna().to_numpy()
+    words = np.array([v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in column], dtype=object)
+    return pd.Categorical(pd.Series(words).where(~missing)) if missing.any() else words
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, without the lines that libraries append."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def place_of(name: str) -> tuple[str, str | None]:
+    """Return the path and the layer of a matrix that is called ``path:X``, ``path:layers/counts`` or ``path:raw/X``."""
+    path, _, element = re.sub(r":(?=(X|raw/X|layers/[^:]+)$)", "\0", name).partition("\0")
+    return path, None if element in ("", "X") else element.removeprefix("layers/").removesuffix("/X")
+
+
+def add_source(adata: anndata.AnnData, name: str) -> None:
+    """Put what lies beside a matrix of this name in its store into an AnnData: ``obsm``, ``uns`` and ``layers``.
+
+    Arrays stay lazy. Nothing is added where the store is gone or has other cells, and no layer where genes differ.
+    """
+    path, _ = place_of(name)
+    if not _same_names(path, "obs", adata.obs_names):
+        return
+    store: Any = open_store(path)
+    with readable(path):
+        adata.obsm.update(_elements(store, "obsm"))
+        adata.uns.update(_elements(store, "uns"))
+        if _same_names(path, "var", adata.var_names):
+            adata.layers.update(_elements(store, "layers"))
+
+
+def _same_names(path: str, axis: str, names: pd.Index) -> bool:
+    with suppress(InputError):  # gone, or of another length
+        if hasattr(open_store(path), "keys"):
+            return bool(read_annotation(StoredAnnotation(path), axis, len(names)).index.equals(names))
+    return False
+
+
+def _elements(store: Any, group: str) -> dict[str, Any]:
+    from anndata.experimental import read_elem_lazy
+    from anndata.io import read_elem
+
+    found = {}
+    for name in store.get(group, ()):
+        element = store[group][name]
+        lazy = group != "uns" and element.attrs.get("encoding-type") in ("array", "csr_matrix", "csc_matrix")
+        found[name] = read_elem_lazy(element) if lazy else read_elem(element)
+    return found

@@ -65,10 +65,7 @@ Arrays = Mapping[str, Sequence[Piece]]
 class ArrayFolder:
     """Writes and reads the arrays of one checkpoint, in whichever process; small, to be sent to workers.
 
-    Parameters
-    ----------
-    path
-        A folder on a disk that all workers see, or a URL that they reach.
+    The path is a folder on a disk that all workers see, or a URL that they reach.
     """
 
     path: str
@@ -135,17 +132,10 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, locked while this is open.
+    """The checkpoints of one run, locked while this is open, in a folder that all workers see, or at a URL.
 
-    Parameters
-    ----------
-    folder
-        Of this run alone: a folder that all workers see, made if it is not there, but not its parent; or a URL.
-
-    Raises
-    ------
-    OutputError
-        If it cannot be made or written, or another run uses it.
+    The folder is made if it is not there, but not its parent. Raises `OutputError` if that cannot be done, it cannot be
+    written, or another run uses it.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -192,10 +182,7 @@ class Checkpoints:
     def read(self, name: str) -> Checkpoint:
         """Read one, and see that all its arrays are as they were written.
 
-        Raises
-        ------
-        CheckpointError
-            If it is torn, truncated, edited, or of another version of this program.
+        Raises `CheckpointError` if it is torn, truncated, edited, or of another version of this program.
         """
         found = self._manifest(name)
         every = [piece for group in found.arrays.values() for piece in group]
@@ -229,10 +216,8 @@ class Checkpoints:
     def commit(self, files: ArrayFolder, notes: Mapping[str, Any], arrays: Arrays) -> Checkpoint:
         """Complete what was begun, and drop all older ones but one.
 
-        Raises
-        ------
-        OutputError
-            If it cannot be written, workers wrote where this process does not see it, or another run has taken over.
+        Raises `OutputError` if it cannot be written, workers wrote where this process does not see it, or another run
+        has taken over.
         """
         name = os.path.basename(files.path)
         for piece in (piece for group in arrays.values() for piece in group):

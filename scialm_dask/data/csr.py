@@ -1,10 +1,10 @@
-"""CSR blocks: small things that are done to them in many places, and writing them into stores."""
+"""CSR blocks: taken from what people give, their values checked, changed in small ways, and written into stores."""
 
 from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -12,11 +12,16 @@ import zarr
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
+from scialm_dask.arguments import short_repr
 from scialm_dask.data.arrays import new_array, set_encoding, write_chunk
+from scialm_dask.errors import InputError
+
+Observed = Literal["nonzero", "finite"]
 
 CHUNK_VALUES = 1 << 18  # values in one chunk of `data` or `indices`; a block reads few values it does not want
 CHUNK_ROWS = 1 << 16
 _MOST_THREADS = 4  # that compress
+_LARGEST = 1e15  # value; of larger ones, and of smaller than its inverse, products leave what float32 holds
 
 
 def row_of(csr: sp.csr_matrix) -> NDArray[np.intp]:
@@ -39,19 +44,8 @@ def scaled_rows(csr: sp.csr_matrix, factors: NDArray[np.floating]) -> sp.csr_mat
 class CSRWriter:
     """Writes a CSR matrix into an AnnData Zarr store, rows in order, whole chunks at a time.
 
-    Memory is a few chunks, whatever the number of rows. Use as a context manager; the matrix is whole only
-    after it has been left.
-
-    Parameters
-    ----------
-    parent
-        Zarr group to write under.
-    name
-        Name of the element, ``"X"`` or ``"layers/…"``.
-    n_columns
-        Number of columns (genes).
-    dtype
-        Of the values.
+    Memory is a few chunks, whatever the number of rows. Use as a context manager; the matrix is whole only after it has
+    been left.
     """
 
     def __init__(self, parent: zarr.Group, name: str, *, n_columns: int, dtype: Any = np.float32) -> None:
@@ -154,3 +148,88 @@ class _Appender:
     def _write(self, values: np.ndarray[Any, Any]) -> None:
         self._threads.write(self._array, self._chunks, values)
         self._chunks += 1
+
+
+def held_array(matrix: Any, name: str) -> Any:
+    """Take what is in memory, SciPy sparse or anything that NumPy takes; raises `InputError` as `check_array`.
+
+    A sparse data frame stays sparse, and the bytes of numbers are put into the order of this machine.
+    """
+    if np.ma.is_masked(matrix):
+        raise InputError(f"{name}: has masked entries; fill them, with zeros or NaN, whatever stands for the unknown")
+    if hasattr(matrix, "columns") and all(
+        hasattr(kind, "fill_value") and kind.fill_value == 0 for kind in matrix.dtypes
+    ):
+        matrix = matrix.sparse.to_coo().tocsr()
+    try:
+        held = matrix if sp.issparse(matrix) else np.asarray(matrix)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: a {type(matrix).__name__}, not a matrix of numbers ({error})") from error
+    if held.ndim == 0:
+        raise InputError(f"{name} is {short_repr(matrix)}; give a matrix of numbers")
+    check_array(held, name)
+    return held.astype(held.dtype.newbyteorder("="), copy=False)
+
+
+def unmasked(matrix: Any, observed: Observed) -> Any:
+    """Put what stands for the unknown where a masked array is masked."""
+    if not isinstance(matrix, np.ma.MaskedArray):
+        return matrix
+    if observed == "nonzero":
+        return matrix.filled(0)
+    filled = matrix.filled(0).astype(np.float64)
+    filled[np.ma.getmaskarray(matrix)] = np.nan
+    return filled
+
+
+def check_array(array: Any, name: str) -> None:
+    """Raise `InputError` if an array, of NumPy, SciPy or Dask, is not a matrix of numbers of known size."""
+    if array.ndim != 2 or any(np.isnan(n) or n == 0 for n in array.shape):
+        raise InputError(
+            f"{name}: shape {array.shape}; give a matrix: two dimensions of known size, one cell and gene at least"
+        )
+    if array.dtype.kind not in "buif" or array.dtype == np.float16:
+        raise InputError(
+            f"{name}: values are of type {array.dtype}, not numbers that can be computed with; convert them first"
+        )
+
+
+def check_values(csr: sp.csr_matrix, name: str, first_row: int) -> None:
+    """Raise `InputError` if a value is negative, NaN or infinite."""
+    smallest, largest = (csr.data.min(), csr.data.max()) if csr.nnz else (0, 0)
+    if smallest >= 0 and largest < np.inf:  # false for NaN too
+        return
+    at = int(np.flatnonzero(~((csr.data >= 0) & (csr.data < np.inf)))[0])
+    row = int(np.searchsorted(csr.indptr, at, side="right")) - 1
+    raise InputError(
+        f"{name}: value {csr.data[at]} at cell {first_row + row}, gene {csr.indices[at]}; expression must be "
+        "finite and not negative: give counts or normalised counts, not scaled or centred data"
+    )
+
+
+def check_observed(n_observed: int, name: str) -> None:
+    """Raise `InputError` if a matrix turned out to have no observed entry."""
+    if n_observed == 0:
+        raise InputError(
+            f"{name}: no entry is observed, all are zero; give a matrix with non-zeros, e.g. another layer"
+        )
+
+
+def finite_entries(csr: sp.csr_matrix, name: str) -> sp.csr_matrix:
+    """All entries that are not NaN, zeros stored explicitly."""
+    dense = csr.toarray()
+    if np.isinf(dense).any():
+        raise InputError(f"{name}: holds an infinite value; mark missing entries as NaN")
+    keep = ~np.isnan(dense)
+    indptr = np.concatenate([[0], np.cumsum(keep.sum(axis=1))])
+    return sp.csr_matrix((dense[keep], np.nonzero(keep)[1].astype(np.int32), indptr), shape=csr.shape)
+
+
+def check_size(csr: sp.csr_matrix, name: str, first_row: int) -> None:
+    """Raise `InputError` if values are so large or small that they cannot be computed with."""
+    largest, last_row = np.abs(csr.data).max(initial=0), first_row + csr.shape[0] - 1
+    if largest and not 1 / _LARGEST <= largest <= _LARGEST:
+        raise InputError(
+            f"{name}: cells {first_row} to {last_row} have values up to {largest:g}, whose squares are beyond "
+            f"float32; multiply the matrix so that they lie between {1 / _LARGEST:g} and {_LARGEST:g}"
+        )

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import psutil
 import zarr
+from numpy.typing import NDArray
 
 from scialm_dask.data.annotation import Annotation, StoredAnnotation, unique_names
-from scialm_dask.data.rows import StoredRows, describe
-from scialm_dask.errors import InputError
+from scialm_dask.data.rows import StoredRows, arrays_of
+from scialm_dask.errors import DoesNotFitError, InputError
 
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
 GENES = "Gene Expression"  # what 10x calls features that are genes
+_BYTES_EACH = 24  # of memory, for a cell or a gene, while a matrix is opened
 
 
 class Located(NamedTuple):
@@ -28,27 +32,15 @@ class Located(NamedTuple):
 
 
 def locate(path: str, store: Any, layer: str | None, genome: str | None = None) -> Located:
-    """Find X, or a layer, in an open store.
+    """Find X, or a layer, in a store that `open_store` has opened; raises `InputError` if it is not there, or damaged.
 
-    Parameters
-    ----------
-    path, store
-        The store, by its path and as `open_store` has opened it.
-    layer
-        Its name; ``"raw"`` is ``.raw.X`` if no layer is called so; None for X.
-    genome
-        Of a 10x file: take the genes of this one alone.
-
-    Raises
-    ------
-    InputError
-        If it is not there, or damaged.
+    ``"raw"`` is ``.raw.X`` if no layer is called so. Of a 10x file that holds several genomes, `genome` chooses one.
     """
     if is_10x_h5(store):
         return _in_10x_h5(path, store, layer, genome)
     if not isinstance(store, zarr.Array) and "row_attrs" in store and "matrix" in store:
         return _in_loom(path, store, layer)
-    rows, element = describe(path, store, layer)
+    rows, element = _describe(path, store, layer)
     place = StoredAnnotation(path, var="raw/var" if rows.element == "raw/X" else "var")
     return Located(rows, element, None if isinstance(store, zarr.Array) else place, [])
 
@@ -150,3 +142,77 @@ def _in_loom(path: str, store: Any, layer: str | None) -> Located:
     var, repeated = unique_names(frames[1], "gene")
     rows = StoredRows(path, name, "array", element.shape[::-1], transposed=True)
     return Located(rows, element, Annotation(frames[0], var), repeated)
+
+
+def _describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]:
+    """Find the element and how it is stored."""
+    element: Any
+    if isinstance(store, zarr.Array):
+        if layer is not None:
+            raise InputError(f"{path}: a bare array has no layer {layer!r}; leave the layer out")
+        element, name = store, ""
+    else:
+        name = f"layers/{layer}" if layer else "X"
+        if not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise InputError(f"{path}: a layer cannot be named {layer!r}; give a name without . and .. parts")
+        if layer == "raw" and name not in store and "raw/X" in store:
+            name = "raw/X"
+        if name not in store:
+            raise InputError(f"{path}: has no {name}; its layers are: {', '.join(layers_of(store)) or 'none'}")
+        element = store[name]
+    encoding = str(element.attrs.get("encoding-type", "array")).replace("-", "_")
+    if before_0_7 := element.attrs.get("h5sparse_format"):  # of AnnData
+        encoding = f"{before_0_7}_matrix"
+    if encoding in ("csr_matrix", "csc_matrix"):
+        shape, dtype = _described_sparse(f"{path}:{name}", element)
+    elif encoding == "array" and hasattr(element, "shape"):
+        shape, dtype = tuple(element.shape), element.dtype
+    else:
+        raise InputError(
+            f"{path}:{name}: stored as {encoding}, not as numbers in CSR, CSC or a dense array; convert it"
+        )
+    if len(shape) != 2 or min(shape) < 1:
+        raise InputError(f"{path}:{name}: shape {shape}; a matrix of at least one cell and one gene is needed")
+    if dtype.kind not in "buif":
+        raise InputError(f"{path}:{name}: values are of type {dtype}, not numbers; convert them first")
+    rows = StoredRows(path, name, encoding, (shape[0], shape[1]))
+    _check_size(rows, element)
+    return rows, element
+
+
+def _check_size(rows: StoredRows, element: Any) -> None:
+    """Refuse what cannot be read a row or a chunk at a time: its sizes may be damaged, so before it takes memory."""
+    cells, genes = rows.shape
+    need = {
+        f"{cells} cells × {genes} genes": _BYTES_EACH * (cells + genes),
+        **{f"a chunk of {a.chunks}": math.prod(a.chunks or ()) * a.dtype.itemsize for a in arrays_of(rows, element)},
+    }
+    if rows.encoding == "array":
+        need[f"a row of {genes} genes"] = 2 * genes * element.dtype.itemsize
+    what, most = max(need.items(), key=lambda item: item[1])
+    if most > (free := psutil.virtual_memory().available) or genes > np.iinfo(np.int32).max:
+        raise DoesNotFitError(
+            f"{rows.name}: {what} takes {most / 1e9:,.1f} GB before any value is read, and {free / 1e9:,.1f} GB are "
+            "free; write the store again if its sizes are wrong, with smaller chunks if they are right"
+        )
+
+
+def layers_of(store: Any) -> list[str]:
+    """Names of the layers of an open store, ``raw`` if there is a ``.raw``."""
+    if isinstance(store, zarr.Array):
+        return []
+    return [*(sorted(store["layers"]) if "layers" in store else []), *(["raw"] if "raw/X" in store else [])]
+
+
+def _described_sparse(name: str, element: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of a CSR or CSC element of which all parts are there."""
+    parts = set(element) if hasattr(element, "keys") else set()
+    absent = [part for part in ("data", "indices", "indptr") if part not in parts]
+    shape = element.attrs.get("shape", element.attrs.get("h5sparse_shape"))
+    absent += ["shape"] if shape is None else []
+    if absent:
+        raise InputError(f"{name}: has no {', '.join(absent)}; the store is damaged, write it again")
+    for part in ("indices", "indptr"):
+        if element[part].dtype.kind not in "iu" or element[part].ndim != 1:
+            raise InputError(f"{name}: {part} are {element[part].dtype}; the store is damaged, write it again")
+    return tuple(int(n) for n in np.ravel(shape)), element["data"].dtype

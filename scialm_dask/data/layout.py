@@ -18,15 +18,9 @@ _ROW_VALUES = 16  # a row takes as much of a task as so many values, beside its 
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """A partition of the rows of a matrix into consecutive blocks.
+    """A partition of the rows of a matrix into consecutive blocks."""
 
-    Parameters
-    ----------
-    bounds
-        Strictly increasing row numbers; block ``b`` is rows ``bounds[b]`` to ``bounds[b + 1] - 1``.
-    """
-
-    bounds: tuple[int, ...]
+    bounds: tuple[int, ...]  # strictly increasing row numbers; block b is rows bounds[b] to bounds[b + 1] - 1
 
     def __post_init__(self) -> None:
         if len(self.bounds) < 2 or self.bounds[0] != 0 or np.any(np.diff(self.bounds) <= 0):
@@ -56,12 +50,8 @@ class RowBlocks:
     def by_nonzeros(cls, indptr: NDArray[np.integer], n_blocks: int | None = None) -> RowBlocks:
         """Cut so that each block holds about the same number of stored values, of a size made for one task.
 
-        Parameters
-        ----------
-        indptr
-            Cumulative number of stored values, shape ``(n_rows + 1,)``, as in a CSR matrix.
-        n_blocks
-            So many blocks, of whatever size; fewer if single rows hold more than a block's share.
+        `indptr` is as in a CSR matrix. Of so many blocks as `n_blocks` there are fewer if single rows hold more than a
+        share.
         """
         n_rows, total = len(indptr) - 1, int(indptr[-1])
         if n_blocks is not None:

@@ -15,14 +15,12 @@ from numpy.typing import NDArray
 
 from scialm_dask.arguments import checked
 from scialm_dask.data.annotation import Annotation, AnnotationHere, read_annotation
-from scialm_dask.data.fingerprint import Stamp
+from scialm_dask.data.csr import Observed, check_size, check_values, finite_entries, held_array, unmasked
 from scialm_dask.data.formats import locate
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.data.rows import MemoryRows, RenamedRows, Rows, blocks_of, check_chunks, sum_duplicates
+from scialm_dask.data.rows import MemoryRows, RenamedRows, Rows, Stamp, blocks_of, check_chunks, sum_duplicates
 from scialm_dask.data.store import lasting, open_store, readable
-from scialm_dask.data.temporary import check_seen, temporary_csr
-from scialm_dask.data.transpose import spill_to_csr
-from scialm_dask.data.values import Observed, check_size, check_values, computed, finite_entries, held_array, unmasked
+from scialm_dask.data.temporary import check_seen, computed, spill_to_csr, temporary_csr
 from scialm_dask.errors import InputError
 from scialm_dask.reduction import current_client, in_order, tree_reduce
 

@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from scialm_dask.arguments import Interval, Natural, check_fields, checked
 from scialm_dask.data.annotated import refuse_logarithms, storable_annotation
-from scialm_dask.data.annotation import symbols
-from scialm_dask.data.csr import CSRWriter, scaled_rows
+from scialm_dask.data.annotation import new_anndata, symbols
+from scialm_dask.data.csr import CSRWriter, check_observed, scaled_rows
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.store import atomic_store, check_output, new_anndata
-from scialm_dask.data.values import check_observed
+from scialm_dask.data.store import atomic_store, check_output
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, begin, silent
 
@@ -31,24 +30,15 @@ _PASSES = 4
 class Thresholds:
     """What to keep; None means no limit. All limits are inclusive.
 
-    Parameters
-    ----------
-    min_genes, max_genes
-        Genes with counts, of a cell.
-    max_mito
-        Share of the counts of a cell that lies on mitochondrial genes, in percent.
-    mito_prefix
-        How the names of mitochondrial genes begin, in capitals or not; symbols in ``var`` are looked at too, in
-        ``feature_name``, ``gene_symbols`` or ``gene_name``.
-    min_cells
-        Cells with counts, of a gene, among the cells that are kept.
+    Symbols in ``var`` are looked at too for mitochondrial genes, in ``feature_name``, ``gene_symbols`` or
+    ``gene_name``.
     """
 
-    min_genes: Natural | None = None
+    min_genes: Natural | None = None  # genes with counts, of a cell
     max_genes: Natural | None = None
-    max_mito: Annotated[float, Interval(0, 100)] | None = None
-    mito_prefix: str = "MT-"
-    min_cells: Natural | None = None
+    max_mito: Annotated[float, Interval(0, 100)] | None = None  # percent of the counts of a cell on mitochondrial genes
+    mito_prefix: str = "MT-"  # how the names of these begin, in capitals or not
+    min_cells: Natural | None = None  # with counts, of a gene, among the cells that are kept
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -202,17 +192,7 @@ def mitochondrial(matrix: ExpressionMatrix, thresholds: Thresholds) -> NDArray[n
 def measure_cells(
     matrix: ExpressionMatrix, is_mito: NDArray[np.bool_], tick: Callable[[], None] = lambda: None
 ) -> CellMeasures:
-    """Measure what the thresholds are about, in one pass.
-
-    Parameters
-    ----------
-    matrix
-        Counts, cells × genes.
-    is_mito
-        Which genes are mitochondrial, shape ``(n,)``.
-    tick
-        Called after each block.
-    """
+    """Measure what the thresholds are about, in one pass; `tick` is called after each block."""
     n_cells = matrix.shape[0]
     cells = CellMeasures(np.zeros(n_cells, np.int64), np.zeros(n_cells), np.zeros(n_cells))
     for rows, block in _blocks(matrix, tick):

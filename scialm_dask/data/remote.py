@@ -64,12 +64,8 @@ class RemoteStore(WrapperStore[FsspecStore]):
     def at(cls, url: str, *, read_only: bool) -> Self:
         """Return the store at a URL; reads and writes nothing yet.
 
-        Raises
-        ------
-        InputError
-            If the URL cannot name a store, or the package for its protocol is not installed.
-        OutputError
-            If it is to be written, and is of a web server.
+        Raises `InputError` if the URL cannot name a store, or the package for its protocol is not installed;
+        `OutputError` if a web server is to be written to.
         """
         url = url.rstrip("/")
         protocol = _checked(url)
@@ -316,12 +312,8 @@ class NewStore(WrapperStore[RemoteStore]):
 def new_store(url: str) -> Iterator[NewStore]:
     """Give a store to write to, which opens as a store only once the block has ended well.
 
-    After an exception what has been written is deleted; if that fails too, it does not open.
-
-    Raises
-    ------
-    OutputError
-        If there is something at `url` already, or it cannot be written.
+    After an exception what has been written is deleted; if that fails too, it does not open. Raises `OutputError` if
+    there is something at `url` already, or it cannot be written.
     """
     remote = RemoteStore.at(url, read_only=False)
     claim = _claim(remote)

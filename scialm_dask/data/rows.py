@@ -1,24 +1,27 @@
-"""Rows of one matrix of a store: found, checked for damage, and read where they are needed."""
+"""Rows of one matrix of a store: found, checked for damage, read where they are needed; and whether it has changed."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import psutil
 import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
+from zarr.core.sync import sync
 
-from scialm_dask.data.arrays import MOST_MISSING, is_checksummed, missing_chunks, n_chunks
-from scialm_dask.data.inflate import read_span
+from scialm_dask.data.arrays import MOST_MISSING, is_checksummed, missing_chunks, n_chunks, read_span
 from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.remote import RemoteStore, is_url
 from scialm_dask.data.store import open_store, readable
-from scialm_dask.errors import DoesNotFitError, InputError
+from scialm_dask.errors import InputError
 
-_BYTES_EACH = 24  # of memory, for a cell or a gene, while a matrix is opened
+_METADATA = {".zarray", ".zattrs", ".zgroup", "zarr.json"}
 
 
 class Rows(Protocol):
@@ -46,33 +49,16 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows of one element of a store on disk, opened anew wherever it is read.
+    """Rows of one element of a store on disk, opened anew wherever it is read."""
 
-    Parameters
-    ----------
-    path
-        Of the store, or its URL.
-    element
-        Its name in the store, such as ``X``; empty for a bare array.
-    encoding
-        ``"csr_matrix"``, ``"csc_matrix"`` or ``"array"``.
-    shape
-        Cells × genes.
-    label
-        Of a temporary copy alone: what it is a copy of, to call it by.
-    features
-        Of a 10x file that has other features too: one byte for each, 1 for genes, which alone are read.
-    transposed
-        Whether a dense element is stored as genes × cells.
-    """
-
-    path: str
-    element: str
-    encoding: str
-    shape: tuple[int, int]
-    label: str | None = None
+    path: str  # of the store, or its URL
+    element: str  # its name in the store, such as X; empty for a bare array
+    encoding: str  # "csr_matrix", "csc_matrix" or "array"
+    shape: tuple[int, int]  # cells × genes
+    label: str | None = None  # of a temporary copy alone: what it is a copy of, to call it by
+    # of a 10x file that has other features too: one byte for each, 1 for genes, which alone are read
     features: bytes | None = None
-    transposed: bool = False
+    transposed: bool = False  # whether a dense element is stored as genes × cells
 
     @property
     def name(self) -> str:
@@ -240,61 +226,9 @@ def numeric(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(kind).newbyteorder("=")
 
 
-def describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]:
-    """Find the element and how it is stored."""
-    element: Any
-    if isinstance(store, zarr.Array):
-        if layer is not None:
-            raise InputError(f"{path}: a bare array has no layer {layer!r}; leave the layer out")
-        element, name = store, ""
-    else:
-        name = f"layers/{layer}" if layer else "X"
-        if not {"", ".", ".."}.isdisjoint(name.split("/")):
-            raise InputError(f"{path}: a layer cannot be named {layer!r}; give a name without . and .. parts")
-        if layer == "raw" and name not in store and "raw/X" in store:
-            name = "raw/X"
-        if name not in store:
-            raise InputError(f"{path}: has no {name}; its layers are: {', '.join(layers_of(store)) or 'none'}")
-        element = store[name]
-    encoding = str(element.attrs.get("encoding-type", "array")).replace("-", "_")
-    if before_0_7 := element.attrs.get("h5sparse_format"):  # of AnnData
-        encoding = f"{before_0_7}_matrix"
-    if encoding in ("csr_matrix", "csc_matrix"):
-        shape, dtype = _described_sparse(f"{path}:{name}", element)
-    elif encoding == "array" and hasattr(element, "shape"):
-        shape, dtype = tuple(element.shape), element.dtype
-    else:
-        raise InputError(
-            f"{path}:{name}: stored as {encoding}, not as numbers in CSR, CSC or a dense array; convert it"
-        )
-    if len(shape) != 2 or min(shape) < 1:
-        raise InputError(f"{path}:{name}: shape {shape}; a matrix of at least one cell and one gene is needed")
-    if dtype.kind not in "buif":
-        raise InputError(f"{path}:{name}: values are of type {dtype}, not numbers; convert them first")
-    rows = StoredRows(path, name, encoding, (shape[0], shape[1]))
-    _check_size(rows, element)
-    return rows, element
-
-
-def _arrays_of(rows: StoredRows, element: Any) -> list[Any]:
+def arrays_of(rows: StoredRows, element: Any) -> list[Any]:
+    """Return the arrays of which an element is made."""
     return [element] if rows.encoding == "array" else [element[name] for name in ("data", "indices", "indptr")]
-
-
-def _check_size(rows: StoredRows, element: Any) -> None:
-    """Refuse what cannot be read a row or a chunk at a time: its sizes may be damaged, so before it takes memory."""
-    cells, genes = rows.shape
-    need = {
-        f"{cells} cells × {genes} genes": _BYTES_EACH * (cells + genes),
-        **{f"a chunk of {a.chunks}": math.prod(a.chunks or ()) * a.dtype.itemsize for a in _arrays_of(rows, element)},
-    }
-    if rows.encoding == "array":
-        need[f"a row of {genes} genes"] = 2 * genes * element.dtype.itemsize
-    what, most = max(need.items(), key=lambda item: item[1])
-    if most > (free := psutil.virtual_memory().available) or genes > np.iinfo(np.int32).max:
-        raise DoesNotFitError(
-            f"{rows.name}: {what} takes {most / 1e9:,.1f} GB before any value is read, and {free / 1e9:,.1f} GB are "
-            "free; write the store again if its sizes are wrong, with smaller chunks if they are right"
-        )
 
 
 def chunk_bytes(rows: Rows) -> int:
@@ -304,29 +238,8 @@ def chunk_bytes(rows: Rows) -> int:
     if not isinstance(rows, StoredRows):
         return 0
     store = open_store(rows.path)
-    arrays = _arrays_of(rows, store[rows.element] if rows.element else store)[:2]
+    arrays = arrays_of(rows, store[rows.element] if rows.element else store)[:2]
     return sum(math.prod(array.chunks or (0,)) * array.dtype.itemsize for array in arrays)
-
-
-def layers_of(store: Any) -> list[str]:
-    """Names of the layers of an open store, ``raw`` if there is a ``.raw``."""
-    if isinstance(store, zarr.Array):
-        return []
-    return [*(sorted(store["layers"]) if "layers" in store else []), *(["raw"] if "raw/X" in store else [])]
-
-
-def _described_sparse(name: str, element: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of a CSR or CSC element of which all parts are there."""
-    parts = set(element) if hasattr(element, "keys") else set()
-    absent = [part for part in ("data", "indices", "indptr") if part not in parts]
-    shape = element.attrs.get("shape", element.attrs.get("h5sparse_shape"))
-    absent += ["shape"] if shape is None else []
-    if absent:
-        raise InputError(f"{name}: has no {', '.join(absent)}; the store is damaged, write it again")
-    for part in ("indices", "indptr"):
-        if element[part].dtype.kind not in "iu" or element[part].ndim != 1:
-            raise InputError(f"{name}: {part} are {element[part].dtype}; the store is damaged, write it again")
-    return tuple(int(n) for n in np.ravel(shape)), element["data"].dtype
 
 
 def blocks_of(rows: StoredRows, element: Any, blocks: int | None = None) -> RowBlocks:
@@ -341,13 +254,7 @@ def blocks_of(rows: StoredRows, element: Any, blocks: int | None = None) -> RowB
 
 
 def read_indptr(rows: StoredRows, element: Any) -> NDArray[np.int64]:
-    """Read where each row, or column, of a sparse element begins.
-
-    Raises
-    ------
-    InputError
-        If it does not fit the shape or the number of values.
-    """
+    """Read where each row, or column, of a sparse element begins; raises `InputError` if it does not fit the sizes."""
     lines, what = (rows.shape[0], "cells") if rows.encoding == "csr_matrix" else (rows.shape[1], "genes")
     stored = element["data"].shape[0]
     fits = element["indptr"].shape == (lines + 1,) and element["indices"].shape == (stored,)  # before it takes memory
@@ -361,7 +268,7 @@ def read_indptr(rows: StoredRows, element: Any) -> NDArray[np.int64]:
 
 def check_chunks(rows: StoredRows, element: Any, missing_are_zeros: bool) -> None:
     """Refuse an element of which chunks are gone, since Zarr and HDF5 would read them as zeros."""
-    for array in _arrays_of(rows, element):
+    for array in arrays_of(rows, element):
         if missing_are_zeros and rows.encoding == "array":
             continue
         gone = missing_chunks(array)
@@ -417,15 +324,66 @@ def widened(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def narrowed(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:
-    """Give sums their type back.
-
-    Raises
-    ------
-    InputError
-        If one is beyond what the type holds.
-    """
+    """Give sums their type back; raises `InputError` if one is beyond what the type holds."""
     if dtype.kind in "iu" and len(values):
         limits = np.iinfo(dtype)
         if values.min() < limits.min or values.max() > limits.max:
             raise InputError(f"{name}: entries stored twice add up to more than {dtype} holds; store a wider type")
     return values.astype(dtype)
+
+
+def fingerprint(rows: Rows) -> str | None:
+    """Digest what rows are read from, see `Stamp`; None if that is in memory."""
+    return _digest(rows.path, (rows.element,)) if isinstance(rows, StoredRows) else None
+
+
+class Stamp(NamedTuple):
+    """What some elements of a store were like: names, sizes and times of their files, and Zarr's metadata.
+
+    Behind a URL, names, sizes and versions. The digest is None if it has no such things.
+    """
+
+    path: str
+    elements: tuple[str, ...]
+    digest: str | None
+
+    @classmethod
+    def of(cls, path: str, *elements: str) -> Stamp:
+        """Look at these elements; at everything, if none is given."""
+        elements = elements or ("",)
+        return cls(path, elements, _digest(path, elements))
+
+    def check(self) -> None:
+        """Raise `InputError` if it is not like that any more."""
+        if _digest(self.path, self.elements) != self.digest:
+            raise InputError(
+                f"{self.path}: was changed while it was read; begin again when nothing writes to it any more"
+            )
+
+
+def _digest(path: str, elements: tuple[str, ...]) -> str | None:
+    if is_url(path):
+        store = RemoteStore.at(path, read_only=True)
+        found = [sync(store.stamps(element)) for element in elements]
+        words = None if None in found else "\n".join(word for each in found for word in each or ())
+        return None if words is None else hashlib.sha256(words.encode()).hexdigest()
+    digest = hashlib.sha256()
+    for file in (file for element in elements for file in _files(path, element)):
+        try:
+            status = os.stat(file)
+        except FileNotFoundError:
+            continue  # between the listing and now: a change as well
+        digest.update(f"{os.path.relpath(file, path)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        if os.path.basename(file) in _METADATA:
+            with open(file, "rb") as opened:
+                digest.update(opened.read())
+    return digest.hexdigest()
+
+
+def _files(path: str, element: str) -> Iterator[str]:
+    if os.path.isfile(path):
+        yield path
+        return
+    for folder, below, names in os.walk(os.path.join(path, element)):
+        below.sort()
+        yield from (os.path.join(folder, name) for name in sorted(names))

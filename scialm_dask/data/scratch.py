@@ -21,7 +21,7 @@ import numpy as np
 from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
-from scialm_dask.data.leftovers import held_name
+from scialm_dask.data.lease import held_name
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.rows import MemoryRows, Rows
 from scialm_dask.data.store import output_error
@@ -83,14 +83,10 @@ class _OnDisk:
 class ZarrScratch:
     """Arrays on disk, uncompressed, one Zarr array for each block: memory does not depend on the number of cells.
 
-    The one chunk of an array is written and read as it is. By way of the Zarr library that took five times as long,
-    and more threads did not help, since they take turns at its event loop. Its CRC-32 is compared each time, for 2 to
-    4 % of a pass with 48 columns and more: an index that a disk has changed would end in a segmentation fault.
-
-    Parameters
-    ----------
-    path
-        A folder of our own, on a disk that all workers see.
+    The path is a folder of our own, on a disk that all workers see. The one chunk of an array is written and read as it
+    is. By way of the Zarr library that took five times as long, and more threads did not help, since they take turns at
+    its event loop. Its CRC-32 is compared each time, for 1 to 3 % of a pass: an index that a disk has changed would end
+    in a segmentation fault.
     """
 
     path: str
@@ -144,25 +140,12 @@ class ZarrScratch:
 
 @contextlib.contextmanager
 def new_scratch(parent: str | os.PathLike[str] | None, rows: Rows) -> Iterator[MemoryScratch | ZarrScratch]:
-    """Open scratch in a new folder, or in memory.
+    """Open scratch in a new folder below `parent`, or in memory if that is None.
 
     If the block fails the folder is removed. Else it stays as long as the scratch itself, which every task that reads
-    from there holds: lazy factors may outlive the result that they came with.
-
-    Parameters
-    ----------
-    parent
-        Of the folder; None for memory.
-    rows
-        What is worked on. What a lost worker held is made anew from it, so a temporary copy stays as long as the
-        scratch.
-
-    Raises
-    ------
-    InputError
-        If `parent` is not there.
-    OutputError
-        If it cannot be written, or the disk is full.
+    from there holds: lazy factors may outlive the result that they came with. What a lost worker held is made anew from
+    `rows`, so a temporary copy stays as long, too. Raises `InputError` if `parent` is not there, `OutputError` if it
+    cannot be written, or the disk is full.
     """
     if parent is None:
         memory = MemoryScratch()

@@ -16,10 +16,9 @@ from typing import Any
 import zarr
 from zarr.storage import ZipStore
 
-from scialm_dask.data.arrays import ZARR_FORMAT, await_writes, set_encoding, write_element
-from scialm_dask.data.leftovers import held_name
+from scialm_dask.data.arrays import await_writes
+from scialm_dask.data.lease import held_name
 from scialm_dask.data.remote import NewStore, RemoteStore, check_new, is_url, new_store
-from scialm_dask.data.storable import storable
 from scialm_dask.errors import InputError, OutputError, ScialmError
 from scialm_dask.events import Listener, Note
 
@@ -29,16 +28,9 @@ _DEEPEST = 100  # groups in groups of an HDF5 file
 
 
 def open_store(path: str | os.PathLike[str]) -> Any:
-    """Open an AnnData store, or a bare array, for reading.
+    """Open an AnnData store, or a bare array, for reading: as a Zarr group or array, or an HDF5 file.
 
-    Returns
-    -------
-    zarr.Group, zarr.Array or h5py.File
-
-    Raises
-    ------
-    InputError
-        If there is nothing at `path`, or it is neither Zarr nor HDF5.
+    Raises `InputError` if there is nothing at `path`, or it is neither Zarr nor HDF5.
     """
     path = _plain(path)
     if is_url(path):
@@ -58,17 +50,9 @@ def open_store(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def readable(name: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn whatever libraries raise while they read what is damaged, locked or gone into one line.
+    """Turn whatever libraries raise while they read what is damaged, locked or gone into one line of `InputError`.
 
-    Parameters
-    ----------
-    name
-        What is read, to be named in the message.
-
-    Raises
-    ------
-    InputError
-        In place of any other exception than this package's own.
+    It names what is read. This package's own exceptions pass.
     """
     try:
         yield
@@ -169,23 +153,11 @@ def atomic_output(
 ) -> Iterator[Path]:
     """Give a path to write to, and move what is there to `destination` once the block ends well.
 
-    After an exception (Ctrl-C too) the unfinished output is removed and `destination` is as it was.
-
-    Parameters
-    ----------
-    destination
-        The final path.
-    overwrite
-        Replace what is at `destination`, or what a symbolic link there leads to. The old one is removed only after the
-        new one is in place.
-    sources
-        Paths that are read meanwhile, which `destination` must not be or lie within.
-
-    Raises
-    ------
-    OutputError
-        If `destination` exists (and not `overwrite`), is one of `sources`, cannot be written, or the disk is full.
-        Of two that are written at once the first to end keeps the name, and the other is put beside it.
+    After an exception (Ctrl-C too) the unfinished output is removed and `destination` is as it was. With `overwrite`
+    what is there, or what a symbolic link there leads to, is removed only after the new one is in place. Raises
+    `OutputError` if `destination` exists (and not `overwrite`), is or lies within one of `sources`, which are read
+    meanwhile, cannot be written, or the disk is full. Of two that are written at once the first to end keeps the name,
+    and the other is put beside it.
     """
     if is_url(destination := _plain(destination)):
         raise OutputError(f"{destination}: only Zarr stores are written to a URL; give a path")
@@ -371,28 +343,3 @@ def output_error(path: str | os.PathLike[str], error: OSError) -> OSError:
     if cause is None:
         return error
     return OutputError(f"{os.fspath(path)}: could not be written, {cause}; free some space or choose another disk")
-
-
-def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any, raw_var: Any = None) -> zarr.Group:
-    """Create an AnnData Zarr store with annotation but no matrix yet.
-
-    Parameters
-    ----------
-    place
-        A path, where there must be nothing yet, or what `atomic_store` has given.
-    obs, var
-        Data frames of cells and genes, index included; see `storable`.
-    raw_var
-        Genes of ``.raw``, if there is to be one.
-    """
-    root = zarr.open_group(place, mode="w-", zarr_format=ZARR_FORMAT)
-    set_encoding(root, "anndata", "0.1.0")
-    for name, value in {"obs": obs, "var": var}.items():
-        write_element(root, name, storable(value, name)[0])
-    if raw_var is not None:
-        set_encoding(root.create_group("raw"), "raw", "0.1.0")
-        write_element(root["raw"], "var", storable(raw_var, "raw/var")[0])
-        set_encoding(root.create_group("raw/varm"), "dict", "0.1.0")
-    for name in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
-        set_encoding(root.create_group(name), "dict", "0.1.0")
-    return root

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from scialm_dask.data.annotation import looks_like
-from scialm_dask.data.transpose import Entries
+from scialm_dask.data.temporary import Entries
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance
 
@@ -68,15 +68,9 @@ class TextMatrix(Protocol):
 def open_text(path: str, prefix: str | None = None, rows: Axis | None = None) -> TextMatrix | None:
     """Open a folder or a file of text; None if `path` is neither.
 
-    Parameters
-    ----------
-    path
-        A folder with matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, as Cell Ranger and STARsolo write it; one
-        .mtx file; or a table with names in its first line and column.
-    prefix
-        How the names of the files in the folder begin.
-    rows
-        What the rows of a table, or of one .mtx file, are; told by the names by default.
+    That is a folder with matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, as Cell Ranger and STARsolo write it,
+    whose names may begin with `prefix`; one .mtx file; or a table with names in its first line and column. What the
+    rows of a file are is told by the names by default.
     """
     name = os.path.basename(path)
     if os.path.isdir(path):

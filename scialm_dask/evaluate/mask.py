@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from scialm_dask.arguments import Share, checked
 from scialm_dask.data.annotated import refuse_logarithms, storable_annotation
-from scialm_dask.data.csr import CSRWriter, entries_where
+from scialm_dask.data.annotation import new_anndata
+from scialm_dask.data.csr import CSRWriter, check_observed, entries_where
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.store import atomic_store, check_output, new_anndata
-from scialm_dask.data.values import check_observed
+from scialm_dask.data.store import atomic_store, check_output
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin, silent
 from scialm_dask.linalg.random import hidden_entries, n_to_hide

@@ -11,9 +11,10 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scialm_dask.arguments import Count, Interval, Share, checked
+from scialm_dask.data.annotation import new_anndata
 from scialm_dask.data.arrays import new_array, write_element
 from scialm_dask.data.csr import CSRWriter
-from scialm_dask.data.store import atomic_store, check_output, new_anndata
+from scialm_dask.data.store import atomic_store, check_output
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin, silent
 from scialm_dask.linalg.compiled import compiled

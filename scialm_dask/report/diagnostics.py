@@ -1,32 +1,168 @@
-"""What to beware of in a result, in words: facts, and what to do about them."""
+"""What to know of a result: some cells beside the matrix they were imputed from, and what to beware of."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from scialm_dask.data.annotated import aligned
+from scialm_dask.data.csr import row_of
+from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.events import Advance, Listener, begin, silent
 from scialm_dask.imputation import Imputation
-from scialm_dask.report.comparison import Comparison
+from scialm_dask.reduction import in_order
 from scialm_dask.report.plotting import known_curves
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOST_CELLS = 2000
+GENES_OF_PLANE = 1000  # the most variable ones, by which cells are laid out
+_PANEL_BYTES = 32 << 20
 _INFLATED = 2.0  # mean imputed over mean observed
 _FILLED = 0.05  # share of zeros that became as large as values seen
 _MUCH = 0.5  # weight of the last component from which further ones would tell something
 _EMPTY = 0.001  # share of cells or genes without an observed entry
 
 Warnings = Iterator[tuple[str, str]]
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The observed and the imputed matrix side by side, on a sample of k cells.
+
+    `genes` has a row for each gene, over these cells: ``detected`` (share of cells with an observed value),
+    ``mean_observed`` (zeros counted), ``mean_imputed``, ``change`` (root mean square of imputed − observed) and
+    ``filled`` (share of its zeros that were imputed at least as high as the mean of its non-zeros).
+    """
+
+    cells: NDArray[np.intp]  # numbers of the cells, rising
+    genes_seen: NDArray[np.intp]  # number of genes with an observed value in each
+    genes: pd.DataFrame
+    filled: float  # over all genes together
+    before: Doubles  # first two principal components of the cells, (k, 2)
+    after: Doubles
+    shares: tuple[tuple[float, float], tuple[float, float]]  # of the variance, before and after
+    gene_before: Doubles | None = None  # values of the gene that was asked for, if any
+    gene_after: Doubles | None = None
+
+
+def compare(
+    result: Imputation,
+    source: ExpressionMatrix,
+    *,
+    gene: int | None = None,
+    most_cells: int = MOST_CELLS,
+    listen: Listener = silent,
+) -> Comparison:
+    """Compare a result with the matrix that was imputed, in one pass over it.
+
+    What is compared is the X of the result if it was written with one. Which cells are sampled depends on their numbers
+    alone. Values of the gene of number `gene` are returned too. Raises `InputError` if the cells or genes differ.
+    """
+    source = aligned(source, result)
+    cells = sample(result.shape[0], most_cells)
+    observed = _rows_of(source, cells, begin(listen, "comparing"))
+    plane = _variable_genes(observed)
+    wanted = plane if gene is None else np.append(plane, gene)
+    genes, filled, totals, imputed = _by_gene(result, cells, observed, wanted)
+    before, first = _components(_evened(observed[:, plane].toarray(), observed.sum(axis=1, dtype=np.float64).A1))
+    after, second = _components(_evened(imputed[:, : len(plane)], totals))
+    turn = np.where((before * after).sum(axis=0) < 0, -1.0, 1.0)  # the same way round as before
+    of_gene = () if gene is None else (observed[:, gene].toarray().ravel().astype(np.float64), imputed[:, -1])
+    seen = np.diff(observed.indptr).astype(np.intp)
+    return Comparison(cells, seen, genes, filled, before, after * turn, (first, second), *of_gene)
+
+
+def sample(n_cells: int, most: int) -> NDArray[np.intp]:
+    """Draw cells without replacement: those with the lowest of draws that do not depend on the number of cells."""
+    draws = np.random.default_rng(0).random(n_cells)
+    return np.sort(np.argsort(draws, kind="stable")[:most])
+
+
+def _rows_of(source: ExpressionMatrix, cells: NDArray[np.intp], advance: Advance = lambda _: None) -> sp.csr_matrix:
+    """Read the sampled rows, a block at a time."""
+    cuts = np.searchsorted(cells, source.blocks.bounds)
+    needed = [block for block in range(len(source.blocks)) if cuts[block] < cuts[block + 1]]
+    pieces = []
+    for block, csr in zip(needed, in_order(source.read_block, needed), strict=True):
+        pieces.append(csr[cells[cuts[block] : cuts[block + 1]] - source.blocks.bounds[block]])
+        advance(1 / len(needed))
+    return sp.vstack(pieces, format="csr")
+
+
+def _evened(values: NDArray[np.floating], totals: Doubles) -> Doubles:
+    """Return log(1 + x) of cells scaled to their median total."""
+    seen = totals > 0
+    middle = np.median(totals[seen]) if seen.any() else 1.0
+    factor = np.divide(middle, totals, out=np.ones_like(totals), where=seen)
+    even: Doubles = np.log1p(np.maximum(values * factor[:, None], 0))
+    return even
+
+
+def _variable_genes(observed: sp.csr_matrix) -> NDArray[np.intp]:
+    """Return the genes of the largest variance, after the same scaling and logarithm."""
+    from sklearn.utils.sparsefuncs import mean_variance_axis
+
+    even, totals = observed.astype(np.float64), observed.sum(axis=1, dtype=np.float64).A1
+    even.data = _evened(even.data[:, None], totals[row_of(observed)])[:, 0]
+    _, variance = mean_variance_axis(even, axis=0)
+    return np.sort(np.argsort(-variance, kind="stable")[:GENES_OF_PLANE])
+
+
+def _by_gene(
+    result: Imputation, cells: NDArray[np.intp], observed: sp.csr_matrix, wanted: NDArray[np.intp]
+) -> tuple[pd.DataFrame, float, Doubles, Doubles]:
+    """Return the table of genes, the share of zeros filled, and imputed: totals of cells, and the `wanted` genes."""
+    import pandas as pd
+
+    n_cells, n_genes = observed.shape
+    counts = np.bincount(observed.indices, minlength=n_genes)
+    sums = np.bincount(observed.indices, weights=observed.data, minlength=n_genes)
+    typical = np.divide(sums, counts, out=np.full(n_genes, np.inf), where=counts > 0)
+    imputed, squares, filled = np.zeros((3, n_genes))
+    totals, kept = np.empty(n_cells), np.empty((n_cells, len(wanted)))
+    for start, stop in RowBlocks.panels(n_cells, n_genes, _PANEL_BYTES):
+        rows = slice(start, stop)
+        before = observed[rows].toarray()
+        after = result[cells[rows]] if result.X is None else _rows_of(result.X, cells[rows]).toarray()
+        kept[rows], totals[rows] = after[:, wanted], after.sum(axis=1, dtype=np.float64)
+        imputed += after.sum(axis=0, dtype=np.float64)
+        squares += np.square(after - before).sum(axis=0, dtype=np.float64)
+        filled += ((before == 0) & (after >= typical)).sum(axis=0)
+    zeros = n_cells - counts
+    table = {
+        "detected": counts / n_cells,
+        "mean_observed": sums / n_cells,
+        "mean_imputed": imputed / n_cells,
+        "change": np.sqrt(squares / n_cells),
+        "filled": np.divide(filled, zeros, out=np.zeros(n_genes), where=zeros > 0),
+    }
+    return pd.DataFrame(table, index=result.var.index), float(filled.sum() / max(1, zeros.sum())), totals, kept
+
+
+def _components(values: Doubles) -> tuple[Doubles, tuple[float, float]]:
+    """Return the first two principal components, their signs fixed by skewness, and their shares of the variance."""
+    from scipy.linalg import eigh
+
+    centred = values - values.mean(axis=0)
+    squares, axes = eigh(centred.T @ centred)
+    scores = centred @ axes[:, :-3:-1]
+    scores = np.pad(scores, ((0, 0), (0, 2 - scores.shape[1])))
+    scores *= np.where((scores**3).sum(axis=0) < 0, -1.0, 1.0)
+    one, two = np.square(scores).sum(axis=0) / max(squares.sum(), np.finfo(np.float64).tiny)
+    return scores, (float(one), float(two))
 
 
 def warnings_of(result: Imputation, compared: Comparison | None = None) -> list[tuple[str, str]]:
-    """Give what is wrong or doubtful, most important first: pairs of the fact and of what it means or asks for.
-
-    Parameters
-    ----------
-    result
-        As `impute` gives it, or one of its kind.
-    compared
-        Some of its cells beside the matrix it was made from.
-    """
+    """Return what is wrong or doubtful, most important first: pairs of a fact and its meaning or remedy."""
     return [
         *_of_the_end(result),
         *_of_unseen(result.summary.get("unseen") or {}),

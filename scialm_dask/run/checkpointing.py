@@ -27,28 +27,17 @@ EVERY = "10 minutes"
 class Job:
     """A run as it was asked for.
 
-    Parameters
-    ----------
-    matrix, settings
-        Cells × genes, and how to complete them.
-    scratch
-        ``"memory"``: the working state, and the matrix, are held by the workers. ``"zarr:PATH"``: the state is kept
-        in a new folder under PATH, on a disk that all workers see, and the matrix is read anew in every pass.
-        ``"auto"``: in memory if the forecast fits `memory_limit`, else in Zarr under `scratch_folder`.
-    memory_limit
-        Bytes that each process may take in all; what is free by default.
-    scratch_folder
-        Dask's ``temporary-directory`` by default, else the system's.
-    resumed
-        Whether it goes on from a checkpoint that an earlier run has written, by whose blocks and settings it is bound.
+    `scratch` is where the working state goes: ``"memory"``, where the workers hold it, and the matrix; ``"zarr:PATH"``,
+    in a new folder under PATH, on a disk that all workers see, while the matrix is read anew in every pass; or
+    ``"auto"``, in memory if the forecast fits `memory_limit`, else in Zarr under `scratch_folder`.
     """
 
     matrix: ExpressionMatrix
     settings: Settings
     scratch: str = "auto"
-    memory_limit: int | None = None
-    scratch_folder: str | None = None
-    resumed: bool = False
+    memory_limit: int | None = None  # bytes that each process may take in all; what is free by default
+    scratch_folder: str | None = None  # Dask's temporary-directory by default, else the system's
+    resumed: bool = False  # from a checkpoint, by whose blocks and settings it is bound
 
     def notes(self) -> dict[str, Any]:
         """Return plain values, of which `job_of` makes it again."""
@@ -68,37 +57,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """Where and when to write checkpoints.
+    """Where and when to write checkpoints."""
 
-    Parameters
-    ----------
-    folder
-        Of this run alone, on a disk that all workers see; or the checkpoints there, opened.
-    every
-        A number of iterations, or a time such as ``"10 minutes"``.
-    result
-        Notes on what is to become of the result, for whoever resumes the run.
-    stop
-        Asked before every pass whether to write a checkpoint and stop there.
-    """
-
+    # of this run alone, on a disk that all workers see; or those there, opened
     folder: str | os.PathLike[str] | Checkpoints
-    every: int | str = EVERY
+    every: int | str = EVERY  # iterations, or a time such as "10 minutes"
+    # notes on what is to become of it, for whoever resumes the run
     result: Mapping[str, Any] = field(default_factory=dict)
-    stop: Callable[[], bool] = lambda: False
+    stop: Callable[[], bool] = lambda: False  # asked before every pass whether to save and stop there
 
     def __post_init__(self) -> None:
         cadence(self.every)
 
 
 def cadence(every: int | str) -> tuple[float, float]:
-    """Return the most iterations and the most seconds from one checkpoint to the next.
-
-    Raises
-    ------
-    InputError
-        If `every` is neither a number of iterations nor a time.
-    """
+    """Return the most iterations and seconds between checkpoints; `InputError` if that is neither number nor time."""
     from dask.utils import parse_timedelta
 
     words = str(every).strip()
@@ -115,16 +88,9 @@ def cadence(every: int | str) -> tuple[float, float]:
 
 
 def job_of(saved: Checkpoint, matrix: ExpressionMatrix | None, changes: Mapping[str, Any]) -> Job:
-    """Make a job again from a checkpoint.
+    """Make a job again from a checkpoint, of a matrix instead of opening it where it was, if one is given.
 
-    Parameters
-    ----------
-    saved
-        The checkpoint.
-    matrix
-        Instead of opening it where it was.
-    changes
-        Fields that are to differ, where not None.
+    What is not None in `changes`, fields of the job, replaces what was saved.
     """
     with as_written(saved.path):
         run = saved.notes["run"]
@@ -151,13 +117,7 @@ def job_of(saved: Checkpoint, matrix: ExpressionMatrix | None, changes: Mapping[
 
 
 def source_of(notes: Mapping[str, Any]) -> ExpressionMatrix:
-    """Open the matrix of a run again.
-
-    Raises
-    ------
-    InputError
-        If it was in memory, or cannot be opened.
-    """
+    """Open the matrix of a run again; raises `InputError` if it was in memory, or cannot be opened."""
     with as_written("the checkpoint"):
         run = notes["run"]
         name, source = run["name"], run["source"]

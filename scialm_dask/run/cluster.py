@@ -37,24 +37,12 @@ _SAME_EVERYWHERE = ("python", "dask", "distributed", "scialm_dask")
 
 @dataclass(frozen=True)
 class Workers:
-    """Who computes.
+    """Who computes."""
 
-    Parameters
-    ----------
-    workers
-        Number of processes.
-    threads
-        Tasks that each runs at once.
-    memory
-        Bytes that each may take before it stops taking tasks; None if nothing but the machine sets a limit.
-    resident
-        Bytes that the largest of them holds now; None for threads of this process.
-    """
-
-    workers: int
-    threads: int
-    memory: int | None
-    resident: int | None = None
+    workers: int  # processes
+    threads: int  # tasks that each runs at once
+    memory: int | None  # bytes that each may take before it stops taking tasks; None if only the machine sets a limit
+    resident: int | None = None  # bytes that the largest of them holds now; None for threads of this process
 
 
 def _say_nothing(_: str) -> None:
@@ -170,10 +158,7 @@ def workers_here() -> Workers:
 def ask_everyone(question: Callable[[], int]) -> list[int]:
     """Ask this process, and if there is a cluster its workers and scheduler; each once, who does not answer not at all.
 
-    Parameters
-    ----------
-    question
-        A function that workers can import.
+    The question is a function that workers can import.
     """
     client, answers = current_client(), dict([_signed(question)])
     if client is not None:

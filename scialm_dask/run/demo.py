@@ -24,20 +24,9 @@ _DENSITY = 0.1
 def demo(folder: str | os.PathLike[str], *, overwrite: bool = False, listen: Listener = silent) -> dict[str, Any]:
     """Denoise simulated cells, and compare with the truth that they were drawn from. Needs no network.
 
-    Parameters
-    ----------
-    folder
-        To make, with ``cells.zarr`` (counts and truth) and ``denoised.zarr``.
-    overwrite
-        Replace `folder` if it exists.
-    listen
-        Called with every event of the work; see `scialm_dask.events`.
-
-    Returns
-    -------
-    dict
-        Of the counts and of what was denoised: relative error to the truth, and median over genes of the correlation
-        with it. ``verdict`` is what the run itself says without knowing the truth, ``result`` the path of the result.
+    The folder is made, with ``cells.zarr`` (counts and truth) and ``denoised.zarr``. Returned are, of the counts and of
+    what was denoised, the relative error to the truth and the median over genes of the correlation with it; ``verdict``
+    is what the run itself says without knowing the truth, ``result`` the path of the result.
     """
     check_output(folder, overwrite=overwrite)
     with atomic_output(folder, overwrite=overwrite) as partial:

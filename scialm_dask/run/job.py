@@ -16,7 +16,7 @@ import dask
 from scialm_dask.config import Settings
 from scialm_dask.data.annotated import storable_annotation
 from scialm_dask.data.checkpoint import Checkpoint, Checkpoints
-from scialm_dask.data.leftovers import tell_leftovers
+from scialm_dask.data.lease import tell_leftovers
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.scratch import new_scratch
@@ -27,11 +27,10 @@ from scialm_dask.events import Listener, Note, Pass, Stage, silent
 from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.tasks import Observations, Store
-from scialm_dask.reduction import current_client
+from scialm_dask.reduction import Placement, current_client
 from scialm_dask.run.checkpointing import Checkpointing, Job, as_written, ended, job_of
 from scialm_dask.run.cluster import ask_everyone, workers_here
 from scialm_dask.run.cluster_errors import cluster_is_back, loss_of_cluster, while_workers
-from scialm_dask.run.placement import Placement
 from scialm_dask.run.plan import place_scratch
 from scialm_dask.run.result import completed, denoised, embed, peak_memory
 from scialm_dask.run.state import RunState
@@ -44,16 +43,7 @@ _MOST_LOSSES = 2  # of the cluster, without a checkpoint between
 
 
 def run(job: Job, checkpoint: Checkpointing | None = None, listen: Listener = silent) -> Imputation:
-    """Complete a matrix, on whatever scheduler Dask has.
-
-    Parameters
-    ----------
-    job
-        What, and how.
-    checkpoint
-        Where and when to write checkpoints; None for none.
-    listen
-        Called with every event of the work; see `scialm_dask.events`.
+    """Complete a matrix, on whatever scheduler Dask has, with checkpoints if that is asked for.
 
     Raises
     ------
@@ -96,27 +86,10 @@ def resume_run(
     stop: Callable[[], bool] = lambda: False,
     listen: Listener = silent,
 ) -> Imputation:
-    """Go on with a run from its last whole checkpoint, on whatever scheduler Dask has now.
+    """Go on with a run from its last whole checkpoint, on whatever scheduler Dask has now; raises what `run` does.
 
-    Parameters
-    ----------
-    folder
-        Of the checkpoints, which are continued there.
-    matrix
-        Needed only if it was in memory.
-    scratch, memory_limit
-        Instead of what the run was begun with.
-    stop
-        See `Checkpointing`.
-    listen
-        See `run`.
-
-    Raises
-    ------
-    InputError
-        If there is no checkpoint that can be used.
-    DoesNotFitError, OutputError, StoppedError
-        See `run`.
+    The matrix is needed only if it was in memory. `scratch` and `memory_limit` replace what the run was begun with;
+    `stop` is that of `Checkpointing`.
     """
     changes = {"scratch": scratch, "memory_limit": memory_limit}
     with checkpoints_of(folder) as checkpoints:
@@ -129,12 +102,7 @@ def checkpoints_of(
 ) -> AbstractContextManager[Checkpoints]:
     """Open the checkpoints of a run, unless they are open already: those that are there, or none yet, of a new run.
 
-    Raises
-    ------
-    InputError
-        If there is no such folder.
-    OutputError
-        If another run uses it, or, for a new run, there are checkpoints already.
+    Raises `InputError` if there is no such folder, `OutputError` if another run uses it, or a new run finds some there.
     """
     if not isinstance(folder, Checkpoints):
         if new_for is None and not is_url(folder) and not os.path.isdir(folder):

@@ -61,36 +61,17 @@ Change = tuple[int, int | None]  # number of blocks, and max_rank, None as it is
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take.
+    """What a run will take. Memory is that of each process at its peak, in bytes, imported libraries included."""
 
-    Parameters
-    ----------
-    in_memory, on_disk
-        Bytes of memory of each process at its peak, the imported libraries included, with the working state in memory,
-        and in Zarr on disk.
-    scratch
-        Bytes on disk that the state takes there.
-    basis_width
-        Columns that the SVD is expected to compute at most.
-    iterations, passes_per_iteration
-        Expected.
-    passes
-        Expected in all: the first ones, those of choosing zeros and those at the end included.
-    tasks_per_pass
-        One for each thread of each worker, and those that add up.
-    bytes_per_pass
-        That a pass reads and writes if the state is on disk: the matrix, the estimate and the sketch.
-    """
-
-    in_memory: int
-    on_disk: int
-    scratch: int
-    basis_width: int
+    in_memory: int  # with the working state there
+    on_disk: int  # with the working state in Zarr
+    scratch: int  # bytes on disk that it takes there
+    basis_width: int  # columns that the SVD is expected to compute at most
     iterations: int
     passes_per_iteration: int
-    passes: int
-    tasks_per_pass: int
-    bytes_per_pass: int
+    passes: int  # in all: the first ones, those of choosing zeros and those at the end included
+    tasks_per_pass: int  # one for each thread of each worker, and those that add up
+    bytes_per_pass: int  # read and written if the state is on disk: matrix, estimate and sketch
 
 
 def forecast(matrix: ExpressionMatrix, settings: Settings, here: Workers) -> Forecast:
@@ -198,27 +179,13 @@ def _base_memory(resident: int | None) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the working state of a run is to be kept, and whether that fits.
+    """Where the working state of a run is to be kept, and whether that fits."""
 
-    Parameters
-    ----------
-    scratch
-        ``"memory"`` or ``"zarr:PATH"``.
-    forecast
-        Of the run.
-    here
-        Who computes.
-    limit
-        Bytes that each process may take.
-    refusal
-        Why it does not fit and what would, in words; empty if it does.
-    """
-
-    scratch: str
+    scratch: str  # "memory" or "zarr:PATH"
     forecast: Forecast
-    here: Workers
-    limit: int
-    refusal: str = ""
+    here: Workers  # who computes
+    limit: int  # bytes that each process may take
+    refusal: str = ""  # why it does not fit and what would, in words; empty if it does
 
     @property
     def memory(self) -> int:
@@ -233,13 +200,7 @@ class Place:
 
 
 def place_scratch(job: Job, here: Workers) -> Place:
-    """Choose where the working state of a run is kept, and say whether it fits.
-
-    Raises
-    ------
-    InputError
-        If `Job.scratch` is none of ``"auto"``, ``"memory"`` and ``"zarr:PATH"``.
-    """
+    """Choose where the working state is kept, and say whether it fits; raises `InputError` for an unknown `scratch`."""
     scratch = job.scratch
     named = scratch.startswith("zarr:")
     path = scratch.removeprefix("zarr:") if named else os.fspath(job.scratch_folder or scratch_folder_for(None))
@@ -324,18 +285,8 @@ def usable_memory() -> int:
 def plan(job: Job, *, preserve_zeros: bool = False) -> dict[str, Any]:
     """Say what a run will take, for people: the forecast and an estimate of the time after timing one block.
 
-    Parameters
-    ----------
-    job
-        The run.
-    preserve_zeros
-        Whether biological zeros are looked for too, by another SVD.
-
-    Returns
-    -------
-    dict
-        Memory is that of each process, in bytes, but for ``memory_bytes_in_all``; ``refusal``, in words, is there
-        only if the run does not fit, and then no time.
+    With `preserve_zeros` biological zeros are looked for too, by another SVD. Memory is that of each process, in bytes,
+    but for ``memory_bytes_in_all``; ``refusal``, in words, is there only if the run does not fit, and then no time.
     """
     here, matrix = workers_here(), storable_annotation(job.matrix, silent)
     place = place_scratch(replace(job, matrix=matrix), here)

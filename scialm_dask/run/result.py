@@ -20,11 +20,11 @@ from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.tasks import add
 from scialm_dask.reduction import stacked, tree_reduce
-from scialm_dask.solve.cell_model import CompletionModel, DenoisingModel
 from scialm_dask.solve.denoise import Denoised, as_plain
 from scialm_dask.solve.estimate import find_axes
 from scialm_dask.solve.ialm import Completion
 from scialm_dask.solve.scaling import PreparedBlocks, Survey
+from scialm_dask.solve.transform import CompletionModel, DenoisingModel
 
 
 def completed(

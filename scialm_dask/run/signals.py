@@ -17,10 +17,7 @@ class Terminated(KeyboardInterrupt):
 def on_sigterm(*, deferred: bool) -> Iterator[Callable[[], bool]]:
     """Yield a function that tells whether SIGTERM or SIGHUP came. If the latter is ignored, as by ``nohup``, it stays.
 
-    Parameters
-    ----------
-    deferred
-        The first signal is but noted. Else, and at the second one, `Terminated` is raised at once.
+    If `deferred`, the first signal is but noted. Else, and at the second one, `Terminated` is raised at once.
     """
     came = 0
 

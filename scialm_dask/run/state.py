@@ -14,7 +14,7 @@ from scialm_dask import __version__
 from scialm_dask.arguments import validated
 from scialm_dask.config import Settings
 from scialm_dask.data.checkpoint import ArrayFolder, Checkpoint, Checkpoints, Piece
-from scialm_dask.data.fingerprint import fingerprint
+from scialm_dask.data.rows import fingerprint
 from scialm_dask.errors import CheckpointError, InputError, StoppedError
 from scialm_dask.events import Listener, Note
 from scialm_dask.linalg.operator import LowRankPlusSparse
@@ -53,18 +53,7 @@ S = TypeVar("S", bound=State)
 
 
 class RunState:
-    """What a run knows so far.
-
-    Parameters
-    ----------
-    job
-        The run.
-    checkpoints, asked
-        Where to save it, and when; None for nowhere.
-    saved
-        What the run goes on from, if it does.
-
-    """
+    """What a run knows so far; where to save it, and when, None for nowhere; and what it goes on from, if it does."""
 
     def __init__(
         self,
@@ -90,15 +79,7 @@ class RunState:
         self.stop_if_asked()
 
     def load(self, kind: type[S], operator: LowRankPlusSparse | None = None) -> S | None:
-        """Return the state that was saved, and put the operator back where it was then; None if there is none.
-
-        Parameters
-        ----------
-        kind
-            Of the state.
-        operator
-            Over the same blocks as the one that was saved.
-        """
+        """Return the state that was saved, None if there is none, and put the operator back where it was then."""
         if self._saved is None or (notes := self._saved.notes["state"]) is None:
             return None
         with as_written(self._saved.path):
@@ -110,21 +91,10 @@ class RunState:
         return state
 
     def save(self, state: State | None = None, operator: LowRankPlusSparse | None = None, *, now: bool = False) -> None:
-        """Save a state, between two steps, if that is due.
+        """Save a state, the rest of which its operator holds, between two steps, if that is due.
 
-        Parameters
-        ----------
-        state
-            None as long as there is none; then that is due.
-        operator
-            What holds the rest of it.
-        now
-            Whether it is due in any case, unless it is saved already.
-
-        Raises
-        ------
-        OutputError
-            If it cannot be written; those before it are as they were.
+        None, as long as there is no state, is due, and with `now` any state that is not saved already. Raises
+        `OutputError` if it cannot be written; those before it are as they were.
         """
         if self._checkpoints is None or self._asked is None:
             return
@@ -156,17 +126,8 @@ class RunState:
     def check_source(self, listen: Listener, *, read_once: bool) -> None:
         """See that all that was read is of one matrix, though its store has changed since the run began.
 
-        Parameters
-        ----------
-        listen
-            Told if it has changed after it was read.
-        read_once
-            Whether all that was used was read before this was called the last time; else it is read again now.
-
-        Raises
-        ------
-        InputError
-            If what was read at different times differs.
+        With `read_once`, all that was used was read before this was called the last time, and `listen` is told; else
+        the matrix is read again now, and `InputError` raised if what was read at different times differs.
         """
         latest = fingerprint(self.job.matrix.rows)
         if latest == self._fingerprint:

@@ -179,13 +179,9 @@ def _approximation(operator: LowRankPlusSparse, seed: int) -> tuple[list[Delayed
 
 
 def spectral_gap_rank(values: Doubles) -> int:
-    """ALRA's choice of k: the last gap between singular values that stands out of those among the last fifth.
+    """Return ALRA's k: the last gap between singular values, falling, that stands out of those among the last fifth.
 
-    Parameters
-    ----------
-    values
-        Leading singular values, falling; the last fifth of them taken to be noise. All are signal where there are
-        too few to have any.
+    That fifth is taken to be noise. All values are signal where they are too few to have any.
     """
     if len(values) < _LEAST_VALUES:
         return len(values)

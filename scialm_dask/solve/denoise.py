@@ -40,14 +40,11 @@ TRAIN_SHARE = 0.8  # p; 0.5 and 0.9 change the errors by less than 2 %
 
 @dataclass(frozen=True)
 class Unseen:
-    """Relative errors on the test molecules, on the scale on which noise is even.
+    """Relative errors on the test molecules, on the scale on which noise is even: ‖S(T) − P‖ / ‖S(T)‖.
 
-    Parameters
-    ----------
-    observed, gene_mean, imputed
-        ‖S(T) − P‖ / ‖S(T)‖, where the prediction P is the training molecules as they are, the mean of each gene times
-        the size of each cell, or what is imputed of the training molecules. The last is corrected for the weights,
-        which were fitted to the same molecules: as in Mallows' Cp, by twice their number over that of the entries.
+    The prediction P is the training molecules as they are, the mean of each gene times the size of each cell, or what
+    is imputed of the training molecules. The last is corrected for the weights, which were fitted to the same
+    molecules: as in Mallows' Cp, by twice their number over that of the entries.
     """
 
     observed: float
@@ -70,43 +67,21 @@ class Unseen:
 
 @dataclass(frozen=True)
 class Weights:
-    """What out-of-sample molecules say of components and of residuals (step 3).
+    """What out-of-sample molecules say of components and of residuals (step 3)."""
 
-    Parameters
-    ----------
-    component
-        w, between 0 and 1, float64, shape ``(l,)``.
-    residual
-        λ, between 0 and 1, float32, shape ``(n,)``.
-    unseen
-        Errors on the test molecules.
-    """
-
-    component: Doubles
-    residual: Floats
-    unseen: Unseen
+    component: Doubles  # w, between 0 and 1, float64, shape (l,)
+    residual: Floats  # λ, between 0 and 1, float32, shape (n,)
+    unseen: Unseen  # errors on the test molecules
 
 
 @dataclass(frozen=True)
 class DenoiseState:
-    """What is known between two passes. W stays as it is, so that nothing of the cells has to be kept.
+    """What is known between two passes. W stays as it is, so that nothing of the cells has to be kept."""
 
-    Parameters
-    ----------
-    basis
-        Orthonormal, float32, shape ``(n, l)``: what the next pass multiplies with.
-    passes
-        Made of the SVD under way.
-    weights
-        None as long as that is the SVD of the training part.
-    svd
-        What the last pass has given; it does not outlive the process.
-    """
-
-    basis: Floats
-    passes: int = 0
-    weights: Weights | None = None
-    svd: PartialSVD | None = None
+    basis: Floats  # what the next pass multiplies with: orthonormal, float32, shape (n, l)
+    passes: int = 0  # made of the SVD under way
+    weights: Weights | None = None  # None as long as that is the SVD of the training part
+    svd: PartialSVD | None = None  # what the last pass has given; it does not outlive the process
 
     @property
     def steps(self) -> int:
@@ -143,21 +118,11 @@ class DenoiseState:
 
 @dataclass(frozen=True)
 class Denoised:
-    """The low-rank part, on the scale of S, and the weights. The last sketch of the operator holds U.
+    """The low-rank part, on the scale of S, and the weights."""
 
-    Parameters
-    ----------
-    operator
-        Over all molecules.
-    svd
-        Of S(C), the components of weight 0 left out.
-    weights
-        Of these components, and of residuals.
-    """
-
-    operator: LowRankPlusSparse
-    svd: PartialSVD
-    weights: Weights
+    operator: LowRankPlusSparse  # over all molecules; its last sketch holds U
+    svd: PartialSVD  # of S(C), the components of weight 0 left out
+    weights: Weights  # of these components, and of residuals
 
 
 def check_counts(matrix: ExpressionMatrix, found: Survey) -> None:
@@ -180,19 +145,8 @@ def denoise(
 ) -> Iterator[DenoiseState | Denoised]:
     """Yield the state after each pass, from any of which the work can go on, and last the result.
 
-    Parameters
-    ----------
-    matrix, found, settings
-        What is to be denoised, its survey, and how: `max_rank` is l, `svd_passes` the passes of each SVD.
-    operator_of
-        Returns the operator over some blocks.
-    state
-        To go on from.
-
-    Raises
-    ------
-    InputError
-        If the matrix does not hold raw counts, or too few of them to predict any molecule from the others.
+    `max_rank` of the settings is l, `svd_passes` the passes of each SVD; `operator_of` makes the operator over some
+    blocks. Raises `InputError` if the matrix holds no raw counts, or too few to predict any molecule from the others.
     """
     check_counts(matrix, found)
     n = matrix.shape[1]

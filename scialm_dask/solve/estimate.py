@@ -39,24 +39,12 @@ _RUNS, _RUN_CELLS = 32, 64  # cells to tell the variance of genes from, all over
 
 @dataclass(frozen=True)
 class Estimate:
-    """X̂ = A diag(1 − λ) + C diag(λ), with A = left @ right.T; negative entries are set to zero.
+    """X̂ = A diag(1 − λ) + C diag(λ), with A = left @ right.T."""
 
-    Parameters
-    ----------
-    right
-        Right factor, float32, shape ``(n, r)``.
-    residual
-        λ, float32, shape ``(n,)``: the share of what A misses of a gene's counts that is kept.
-    counts
-        C, the counts of the same cells and genes. None where there are none: X̂ is A then.
-    clip
-        Whether negative entries are set to zero.
-    """
-
-    right: Floats
-    residual: Floats | None = None
-    counts: ExpressionMatrix | None = None
-    clip: bool = True
+    right: Floats  # right factor, float32, shape (n, r)
+    residual: Floats | None = None  # λ, float32, shape (n,): the share of what A misses of a gene's counts that is kept
+    counts: ExpressionMatrix | None = None  # C, of the same cells and genes; None where there are none: X̂ is A then
+    clip: bool = True  # whether negative entries are set to zero
 
     def counts_of(self, cells: slice | NDArray[np.intp]) -> sp.csr_matrix | None:
         """Read the counts of some cells; None where they have no part in X̂."""
@@ -67,14 +55,7 @@ class Estimate:
     def rows(self, left: Floats, counts: sp.csr_matrix | None, genes: Any = slice(None)) -> Floats:
         """Return X̂ of some cells and genes: float32, of shape ``(cells, genes)``.
 
-        Parameters
-        ----------
-        left
-            Left factors of the cells, float32, shape ``(cells, r)``.
-        counts
-            Of these cells and all genes, from `counts_of`.
-        genes
-            Whatever NumPy indexes with.
+        `left` has the left factors of the cells, `counts` those of these cells and all genes, from `counts_of`.
         """
         right = self.right[genes]
         dense: Floats = left @ right.T
@@ -88,15 +69,7 @@ class Estimate:
         return np.maximum(dense, 0, out=dense) if self.clip else dense
 
     def at(self, entries: sp.csr_matrix, left: Floats, counts: sp.csr_matrix | None) -> Floats:
-        """Return X̂ at the stored entries of some cells, in their order: float32, without a dense row.
-
-        Parameters
-        ----------
-        entries
-            Cells × genes, indices sorted.
-        left, counts
-            Of these cells; see `rows`.
-        """
+        """Return X̂ at the stored entries of some cells, indices sorted, in order: float32, without a dense row."""
         block = Block(entries.indptr, entries.indices, entries.data, entries.shape[1])
         values: Floats = sampled_product(block, np.ascontiguousarray(left), self.right)
         if counts is not None and self.residual is not None and entries.nnz:
@@ -115,21 +88,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Axes:
-    """Principal axes of the log-normalised imputed matrix.
+    """Principal axes of the log-normalised imputed matrix."""
 
-    Parameters
-    ----------
-    genes
-        Numbers of the genes that have loadings, rising, shape ``(g,)``.
-    loadings
-        Orthonormal, float32, shape ``(g, k)``.
-    mean
-        Of the log-normalised values of these genes, float32, shape ``(g,)``.
-    """
-
-    genes: NDArray[np.intp]
-    loadings: Floats
-    mean: Floats
+    genes: NDArray[np.intp]  # numbers of those that have loadings, rising, shape (g,)
+    loadings: Floats  # orthonormal, float32, shape (g, k)
+    mean: Floats  # of the log-normalised values of these genes, float32, shape (g,)
 
     def place(self, estimate: Estimate, left: Floats, first: int) -> Floats:
         """Return the coordinates of consecutive cells, from number `first` on: float32, of shape ``(cells, k)``."""
@@ -141,18 +104,9 @@ class Axes:
 def find_axes(
     estimate: Estimate, lefts: Sequence[Delayed], bounds: Sequence[int], on_pass: Callable[[], None] = lambda: None
 ) -> Axes:
-    """Find the principal axes by two passes over the cells.
+    """Find the principal axes by two passes over the cells, after each of which `on_pass` is called.
 
-    Parameters
-    ----------
-    estimate
-        The imputed matrix.
-    lefts
-        Its left factor, a delayed float32 array of shape ``(rows of the block, r)`` for each block.
-    bounds
-        First row of each block, and the number of rows.
-    on_pass
-        Called after each.
+    `lefts` has the left factor of each block, delayed; `bounds` the first row of each block, and the number of rows.
     """
     shared = dask.delayed(estimate, traverse=False)
 

@@ -35,31 +35,15 @@ _FIRST_TOLERANCE = 1e-6  # σ₁ sets every threshold that follows
 
 @dataclass(frozen=True)
 class Completion:
-    """How the loop ended. The factors are in the operator.
+    """How the loop ended. The factors are in the operator."""
 
-    Parameters
-    ----------
-    history
-        One entry for each iteration.
-    chosen
-        The iteration whose A was kept.
-    returned
-        What holds of the A that is returned: the chosen one, or what became of it by giving back the held-out entries,
-        of whose error only the one before can be told.
-    values
-        Its singular values, after thresholding.
-    converged
-        Whether the stop rule ended it, rather than `max_iterations`.
-    reason
-        In words.
-    """
-
-    history: tuple[Iteration, ...]
-    chosen: int
+    history: tuple[Iteration, ...]  # one entry for each iteration
+    chosen: int  # the iteration whose A was kept
+    # what holds of its A; after giving back what was held out, whose error only the one before can tell, of that
     returned: Iteration
-    values: tuple[float, ...]
-    converged: bool
-    reason: str
+    values: tuple[float, ...]  # singular values of the A that is returned, after thresholding
+    converged: bool  # whether the stop rule ended it, rather than max_iterations
+    reason: str  # in words
 
 
 @dataclass(frozen=True)
@@ -95,31 +79,15 @@ class _LowRank:
 
 @dataclass(frozen=True)
 class LoopState:
-    """What the loop knows after an iteration. All else is held by the operator, or follows from the history.
-
-    Parameters
-    ----------
-    history
-        The iterations so far.
-    penalty
-        Of the next one.
-    chosen, values
-        The iteration whose A is kept so far, and its singular values.
-    product
-        WᵀWQ from the pass that has updated W; None if the next SVD is by the short side.
-    growth
-        The factor by which W has grown in iterations made in closed form, which the next step has to apply.
-    reason
-        Why to stop here; empty if the loop is to go on.
-    """
+    """What the loop knows after an iteration. All else is held by the operator, or follows from the history."""
 
     history: tuple[Iteration, ...]
-    penalty: Penalty
-    chosen: int
-    values: tuple[float, ...] = ()
-    product: Product | None = None
-    growth: float = 1.0
-    reason: str = ""
+    penalty: Penalty  # of the next iteration
+    chosen: int  # the iteration whose A is kept so far
+    values: tuple[float, ...] = ()  # its singular values
+    product: Product | None = None  # WᵀWQ from the pass that has updated W; None if the next SVD is by the short side
+    growth: float = 1.0  # of W in iterations made in closed form, which the next step has to apply
+    reason: str = ""  # why to stop here; empty if the loop is to go on
 
     @property
     def steps(self) -> int:
@@ -173,23 +141,9 @@ def iterations(
 ) -> Iterator[LoopState]:
     """Yield the state after each iteration of Algorithm 3, until the stop rule ends it; then `complete` follows.
 
-    Parameters
-    ----------
-    operator
-        Starts at W = D.
-    settings
-        What to do.
-    listen
-        Called with each `Iteration`.
-    stop
-        Instead of the rule that the settings name.
-    state
-        Go on from here, where the operator is as it was then.
-
-    Raises
-    ------
-    InputError
-        If the most iterations allowed are too few for any singular value to come over the threshold.
+    The operator starts at W = D, or where it was at the `state` to go on from. `stop` replaces the rule that the
+    settings name. Raises `InputError` if the most iterations allowed are too few for any singular value to come over
+    the threshold.
     """
     rank, stop = rank_rule(settings, min(operator.shape)), stop or stop_rule(settings)
     svd: PartialSVD | None = None
@@ -208,17 +162,7 @@ def iterations(
 
 
 def complete(operator: LowRankPlusSparse, state: LoopState, settings: Settings) -> Completion:
-    """Return how the loop ended, after giving back what was held out; the operator holds the factors.
-
-    Parameters
-    ----------
-    operator
-        As the loop has left it.
-    state
-        The last one.
-    settings
-        Of the loop.
-    """
+    """Return how the loop ended, after giving back what was held out; the operator holds the factors."""
     reason = state.reason or f"{settings.max_iterations} iterations made, the most allowed"
     best = state.history[state.chosen - 1]
     completion = Completion(state.history, state.chosen, best, state.values, bool(state.reason), reason)
@@ -329,10 +273,7 @@ def first_penalty(largest: float, density: float) -> Penalty:
 
 
 def zero_iterations(largest: float, penalty: Penalty, passes: int) -> tuple[list[Iteration], float]:
-    """Make the iterations whose threshold is over σ₁(W): A is zero and W only grows, by a scalar.
-
-    Returns the iterations, and the factor by which W has grown.
-    """
+    """Make the iterations whose threshold is over σ₁(W): A is zero and W only grows, by the returned factor."""
     iterations: list[Iteration] = []
     growth = 1.0
     while growth * largest <= penalty.threshold:

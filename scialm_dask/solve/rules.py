@@ -51,13 +51,8 @@ def rank_rule(settings: Settings, short_side: int) -> RankRule:
 def basis_width(values: Doubles, threshold: float, limit: int) -> int:
     """Columns to compute so that all values over the next threshold are found, and one under it.
 
-    Parameters
-    ----------
-    values
-        Of the last SVD, falling. The next ones are a little larger; where all of them may be over the threshold,
-        the fall of the last half of them is taken to go on.
-    threshold, limit
-        The next ones.
+    The next values are a little larger than those of the last SVD, which fall; where all of them may be over the
+    threshold, the fall of the last half of them is taken to go on.
     """
     expected = int(np.count_nonzero(values > threshold / _GROWTH))
     if expected == len(values) > 1 and values[-1] > 0:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from scialm_dask.config import Settings
 from scialm_dask.data.annotation import total_counts
+from scialm_dask.data.csr import check_observed
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.values import check_observed
 from scialm_dask.errors import InputError
 from scialm_dask.linalg.kernels import Block, Doubles, Floats, Halves
 from scialm_dask.linalg.random import hidden_entries, n_to_hide, thinned
@@ -21,24 +21,13 @@ from scialm_dask.linalg.random import hidden_entries, n_to_hide, thinned
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a matrix tells.
+    """What one pass over a matrix tells."""
 
-    Parameters
-    ----------
-    block_gene_counts
-        Observed entries of each gene in each block, int32, shape ``(blocks, n)``.
-    gene_sums, cell_sums
-        Sums of the observed entries, float64, shapes ``(n,)`` and ``(m,)``.
-    cell_counts
-        Observed entries of each cell, shape ``(m,)``.
-    fraction
-        Cell, gene and value of the first entry that is no whole number; None if all are.
-    """
-
-    block_gene_counts: NDArray[np.int32]
-    gene_sums: Doubles
-    cell_sums: Doubles
-    cell_counts: NDArray[np.int64]
+    block_gene_counts: NDArray[np.int32]  # observed entries of each gene in each block, shape (blocks, n)
+    gene_sums: Doubles  # of the observed entries, float64, shape (n,)
+    cell_sums: Doubles  # float64, shape (m,)
+    cell_counts: NDArray[np.int64]  # observed entries of each cell, shape (m,)
+    # cell, gene and value of the first that is no whole number; None if all are
     fraction: tuple[int, int, float] | None
 
     @property
@@ -104,25 +93,13 @@ def _first_fraction(csr: sp.csr_matrix, first_row: int) -> tuple[int, int, float
 
 @dataclass(frozen=True)
 class Scales:
-    """What entries are multiplied with before the loop; factors are divided by it after.
+    """What entries are multiplied with before the loop; factors are divided by it after."""
 
-    Parameters
-    ----------
-    cell, gene
-        Positive, float32, shapes ``(m,)`` and ``(n,)``; None for ones.
-    note
-        What was done, in words.
-    centre
-        Geometric mean of the size factors of cells.
-    cell_exponent
-        Cells were multiplied with (size factor / `centre`)^−cell_exponent.
-    """
-
-    cell: Floats | None
-    gene: Floats | None
-    note: str
-    centre: float = 1.0
-    cell_exponent: float = 0.0
+    cell: Floats | None  # positive, shape (m,); None for ones
+    gene: Floats | None  # positive, shape (n,); None for ones
+    note: str  # what was done, in words
+    centre: float = 1.0  # geometric mean of the size factors of cells
+    cell_exponent: float = 0.0  # cells were multiplied with (size factor / centre)^−cell_exponent
 
 
 def scales_of(
@@ -163,21 +140,11 @@ def scales_of(
 
 @dataclass(frozen=True)
 class Molecules:
-    """A share of the molecules of a count matrix, or what that leaves: count splitting.
+    """A share of the molecules of a count matrix, or what that leaves: count splitting."""
 
-    Parameters
-    ----------
-    share
-        Probability of a molecule to be in the first part.
-    rest
-        Take the other part.
-    seed
-        Which molecules.
-    """
-
-    share: float
-    rest: bool
-    seed: int
+    share: float  # probability of a molecule to be in the first part
+    rest: bool  # take the other part
+    seed: int  # which molecules
 
     def kept(self, csr: sp.csr_matrix, first_row: int) -> Floats:
         """Draw how many molecules of each entry are in the first part."""
@@ -194,32 +161,15 @@ class Molecules:
 
 @dataclass(frozen=True)
 class PreparedBlocks:
-    """Row blocks, scaled, for `LowRankPlusSparse`.
-
-    Parameters
-    ----------
-    matrix
-        Read anew for each block.
-    scales
-        To multiply with.
-    validation
-        Share of each gene's entries to hold out, 0 for none.
-    seed
-        Which entries.
-    block_gene_counts
-        See `Survey`; None in a part of the source.
-    molecules
-        Take only these; None for all.
-    entries_before
-        Of a part, which can hold out: entries of each gene in the blocks before each of its own, and in all.
-    """
+    """Row blocks, read anew and scaled, for `LowRankPlusSparse`."""
 
     matrix: ExpressionMatrix
     scales: Scales
-    validation: float
-    seed: int
-    block_gene_counts: NDArray[np.int32] | None
-    molecules: Molecules | None = None
+    validation: float  # share of each gene's entries to hold out, 0 for none
+    seed: int  # which entries
+    block_gene_counts: NDArray[np.int32] | None  # see Survey; None in a part of the source
+    molecules: Molecules | None = None  # take only these; None for all
+    # of a part that holds out: entries of each gene before each of its blocks, and in all
     entries_before: tuple[dict[int, NDArray[np.int32]], NDArray[np.int64]] | None = None
 
     @property

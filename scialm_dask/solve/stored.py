@@ -12,21 +12,21 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import aligned
-from scialm_dask.data.annotation import StoredAnnotation, read_annotation
+from scialm_dask.data.annotation import StoredAnnotation, new_anndata, read_annotation
 from scialm_dask.data.arrays import check_whole, write_element
 from scialm_dask.data.csr import CSRWriter
-from scialm_dask.data.fingerprint import fingerprint
 from scialm_dask.data.formats import locate
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
-from scialm_dask.data.store import atomic_store, lasting, new_anndata, open_store, readable
+from scialm_dask.data.rows import fingerprint
+from scialm_dask.data.store import atomic_store, lasting, open_store, readable
 from scialm_dask.data.written import CHUNK_BYTES, ZeroRule, write_dense, write_left, write_sparse
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin
 from scialm_dask.reduction import stacked
-from scialm_dask.solve.cell_model import model_of
 from scialm_dask.solve.estimate import Axes
+from scialm_dask.solve.transform import model_of
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -40,10 +40,7 @@ _LOW_RANK = "these are the values of the low-rank part; give `Imputation.open` t
 def read_result(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
     """Return the arguments of `Imputation` without its counts, and where those are, for `follow`.
 
-    Raises
-    ------
-    InputError
-        If there is no result at `path`, or a damaged one.
+    Raises `InputError` if there is no result at `path`, or a damaged one.
     """
     import anndata
 
@@ -180,14 +177,7 @@ def _write_x(
 def _refer_to(counts: ExpressionMatrix, root: zarr.Group, stored: str | None) -> dict[str, Any]:
     """Return where counts are, plain values; counts that were in memory are written as a layer of `root`.
 
-    Parameters
-    ----------
-    counts
-        Cells × genes.
-    root
-        The store that the result is written to.
-    stored
-        The store that it was opened from: a layer there is written anew.
+    So are those of the store that the result was opened from, if it was.
     """
     origin = counts.origin
     if origin is not None and origin.path != stored:
@@ -201,16 +191,9 @@ def _refer_to(counts: ExpressionMatrix, root: zarr.Group, stored: str | None) ->
 
 
 def follow(reference: str | None, path: str, shape: tuple[int, int]) -> tuple[ExpressionMatrix | None, str]:
-    """Open the counts of a result again: give None and why, in a line, where they are gone or have changed.
+    """Open the counts of the result at `path` again: give None and why, in a line, where they are gone or have changed.
 
-    Parameters
-    ----------
-    reference
-        From `_refer_to`, as JSON; None if it is not known where they are.
-    path
-        Of the result.
-    shape
-        That they must have.
+    The reference is from `_refer_to`, as JSON; None if it is not known where they are.
     """
     if reference is None:
         return None, f"{path}: does not say where its counts are; {_LOW_RANK}"

@@ -1,9 +1,10 @@
-"""Cells that were not in the fit, completed with its gene factors: one pass over them, a small problem for each."""
+"""What a fit knows of cells, and cells that were not in it, completed with its gene factors in one pass over them."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dask
@@ -12,16 +13,15 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.data.annotation import total_counts
+from scialm_dask.data.csr import Observed
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.values import Observed
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, silent
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.ridge import RowProblems, leave_one_out, solve_rows
 from scialm_dask.linalg.sparse_products import spmm
 from scialm_dask.reduction import stacked
-from scialm_dask.solve.cell_model import CellModel, CompletionModel, DenoisingModel
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -33,39 +33,21 @@ _MOST_STEPS = 60  # of the search: from anywhere in float32's range
 
 
 class Fit(NamedTuple):
-    """What of a result completes other cells.
+    """What of a result completes other cells."""
 
-    Parameters
-    ----------
-    right
-        Right factor, float32, shape ``(n, r)``, on the scale of the input.
-    genes
-        Names of the genes.
-    model
-        What the fit has learnt of cells.
-    observed
-        Which entries were observed; see `ExpressionMatrix`.
-    source
-        What the matrix of the fit is called.
-    """
-
-    right: Floats
-    genes: pd.Index
-    model: CellModel | None
-    observed: Observed
-    source: str | None
+    right: Floats  # right factor, float32, shape (n, r), on the scale of the input
+    genes: pd.Index  # their names
+    model: CellModel | None  # what the fit has learnt of cells
+    observed: Observed  # which entries were; see ExpressionMatrix
+    source: str | None  # what the matrix of the fit is called
 
 
 class Transformed(NamedTuple):
-    """Cells that were imputed: left factor, a lazy float32 array ``(cells, r)``, counts, annotation and summary.
+    """Cells that were imputed."""
 
-    The counts, cells × genes of the fit, are None where they have no part in what is imputed. `measured` tells which of
-    these genes the cells had.
-    """
-
-    left: da.Array
-    counts: ExpressionMatrix | None
-    measured: NDArray[np.bool_]
+    left: da.Array  # left factor, float32, shape (cells, r), lazy
+    counts: ExpressionMatrix | None  # × genes of the fit; None where they have no part in what is imputed
+    measured: NDArray[np.bool_]  # which of these genes the cells had
     obs: pd.DataFrame
     summary: dict[str, Any]
 
@@ -315,3 +297,38 @@ def _solve_block(
     left = solver.solve(problems) / scale[:, None]
     left[np.diff(problems.indptr) == 0] = 0
     return left.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class CellModel:
+    """What a fit has learnt of cells, on the scale on which it made their noise even."""
+
+    gene_scale: NDArray[np.float32]  # what genes were multiplied with, shape (n,)
+    # of each gene in the sum of the matrix: where genes are missing, a cell's size is its total over their share
+    gene_share: NDArray[np.float64]
+    raw_counts: bool  # whether it was made from these
+    cell_exponent: float  # cells were multiplied with (size factor / centre)^−cell_exponent
+    centre: float  # geometric mean of the size factors
+
+
+@dataclass(frozen=True)
+class CompletionModel(CellModel):
+    """Of a completion, where zeros are unknown."""
+
+    mean: NDArray[np.float64]  # of the rows of the left factor, shape (r,)
+    covariance: NDArray[np.float64]  # of these rows, shape (r, r)
+    residual: float  # what the fit left of the observed entries, relative to their norm
+
+
+@dataclass(frozen=True)
+class DenoisingModel(CellModel):
+    """Of a denoised matrix."""
+
+    weights: NDArray[np.float64]  # of the components, shape (r,)
+
+
+def model_of(stored: Mapping[str, Any]) -> CellModel:
+    """Return the model that AnnData has read."""
+    kind = DenoisingModel if "weights" in stored else CompletionModel
+    plain: dict[str, Any] = {"raw_counts": bool, "cell_exponent": float, "centre": float, "residual": float}
+    return kind(**{field.name: plain.get(field.name, np.asarray)(stored[field.name]) for field in fields(kind)})

@@ -85,7 +85,7 @@ def _measured(client: Any, scratch: str, columns: int, count: int, blocks: int, 
     from scialm_dask.data.scratch import MemoryScratch, ZarrScratch
     from scialm_dask.linalg.kernels import Update
     from scialm_dask.linalg.operator import LowRankPlusSparse
-    from scialm_dask.run.placement import Placement
+    from scialm_dask.reduction import Placement
 
     rng, made = np.random.default_rng(0), []
     basis, right = (np.linalg.qr(rng.standard_normal((columns, n), dtype=np.float32))[0] for n in (WIDTH, RANK))

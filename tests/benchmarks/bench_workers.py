@@ -66,7 +66,7 @@ def passes_of(source: str, folder: str, scratch: str, workers: int, passes: int)
     from scialm_dask.linalg.kernels import Update
     from scialm_dask.linalg.operator import LowRankPlusSparse
     from scialm_dask.linalg.svd import extended_basis, rayleigh_ritz
-    from scialm_dask.run.placement import Placement
+    from scialm_dask.reduction import Placement
     from scialm_dask.solve.scaling import prepare, survey
 
     place = {"threads_per_worker": 1, "dashboard_address": None, "host": "127.0.0.1"}

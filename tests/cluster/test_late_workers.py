@@ -13,7 +13,7 @@ from problems import low_rank_counts
 from scialm_dask import ExpressionMatrix, impute
 from scialm_dask.data.scratch import MemoryScratch
 from scialm_dask.events import Iteration
-from scialm_dask.run.placement import Placement
+from scialm_dask.reduction import Placement
 
 COUNTS = low_rank_counts(240, 180, density=0.3, seed=3)
 RUN = {"preset": "complete", "validation": 0.05, "max_iterations": 10, "max_rank": 8}

@@ -13,8 +13,7 @@ from scialm_dask.evaluate.simulate import simulate
 from scialm_dask.linalg.kernels import Update
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.svd import extended_basis, rayleigh_ritz
-from scialm_dask.reduction import Group, stretches
-from scialm_dask.run.placement import Placement, balanced
+from scialm_dask.reduction import Group, Placement, balanced, stretches
 from scialm_dask.solve.scaling import prepare, survey
 
 GENES, WIDTH, RANK, WORKERS = 1500, 64, 48, 4

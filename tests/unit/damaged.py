@@ -27,8 +27,8 @@ from anndata.utils import make_index_unique
 
 from scialm_dask import ExpressionMatrix, impute, resume
 from scialm_dask.config import preset
+from scialm_dask.data.annotation import storable
 from scialm_dask.data.ingest import convert
-from scialm_dask.data.storable import storable
 from scialm_dask.errors import ScialmError, StoppedError
 from scialm_dask.events import Iteration
 from scialm_dask.imputation import Imputation

@@ -24,7 +24,7 @@ import scialm_dask.run.job
 import scialm_dask.solve.biological_zeros  # noqa: F401  a fork of this process is to import nothing more
 from scialm_dask import Imputation
 from scialm_dask.__main__ import main as command
-from scialm_dask.data.leftovers import clean
+from scialm_dask.data.lease import clean
 
 sys.path.insert(0, os.fspath(Path(__file__).parents[1]))
 from problems import low_rank_counts

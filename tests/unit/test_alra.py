@@ -9,8 +9,7 @@ from threadpoolctl import threadpool_limits
 
 from scialm_dask import ExpressionMatrix, Imputation, InputError, biological_zeros, impute
 from scialm_dask.data.layout import RowBlocks
-from scialm_dask.report.comparison import compare
-from scialm_dask.report.diagnostics import warnings_of
+from scialm_dask.report.diagnostics import compare, warnings_of
 from scialm_dask.solve.biological_zeros import spectral_gap_rank
 
 M, N = 300, 120

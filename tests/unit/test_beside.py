@@ -10,7 +10,7 @@ import pytest
 import scipy.sparse as sp
 
 import scialm_dask
-from scialm_dask.data.beside import place_of
+from scialm_dask.data.annotation import place_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Writing zarr v2 data will no longer be the default")
 

@@ -15,8 +15,7 @@ import scipy.sparse as sp
 
 from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
 from scialm_dask.data import text
-from scialm_dask.data.ingest import convert
-from scialm_dask.data.joining import sample_names
+from scialm_dask.data.ingest import convert, sample_names
 
 SETTINGS = {"preset": "complete", "max_rank": 4, "validation": 0.05, "max_iterations": 4}
 CELLS = [f"{''.join(np.random.default_rng(i).choice(list('ACGT'), 16))}-1" for i in range(120)]

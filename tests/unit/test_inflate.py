@@ -6,8 +6,8 @@ import h5py
 import numpy as np
 import pytest
 
-from scialm_dask.data import inflate
-from scialm_dask.data.inflate import read_span
+from scialm_dask.data import arrays
+from scialm_dask.data.arrays import read_span
 
 FILTERS = {
     "none": {},
@@ -27,8 +27,8 @@ def inflated(monkeypatch):
         sizes.append((found := unpacked(*args)).nbytes)
         return found
 
-    unpacked = inflate._unpacked
-    monkeypatch.setattr(inflate, "_unpacked", counted)
+    unpacked = arrays._unpacked
+    monkeypatch.setattr(arrays, "_unpacked", counted)
     return sizes
 
 

@@ -19,7 +19,7 @@ import scanpy as sc
 import scipy.sparse as sp
 import zarr
 
-from scialm_dask.data import csr, layout, text, transpose
+from scialm_dask.data import csr, layout, temporary, text
 from scialm_dask.data.ingest import convert
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.qc import quality_control
@@ -43,8 +43,8 @@ def small_pieces(monkeypatch):
         (layout, "_LEAST_NONZEROS", 100),
         (csr, "CHUNK_VALUES", 512),
         (csr, "CHUNK_ROWS", 50),
-        (transpose, "_PIECE", 100),
-        (transpose, "_BUCKET", 200),
+        (temporary, "_PIECE", 100),
+        (temporary, "_BUCKET", 200),
         (text, "_PIECE", 100),
     ):
         monkeypatch.setattr(module, name, value)
@@ -466,8 +466,8 @@ def test_progress_adds_up(counts, store_of, tmp_path, small_pieces, source):
 def test_memory_does_not_grow_with_cells(tmp_path, monkeypatch, store_of, form):
     monkeypatch.setattr(layout, "_MOST_NONZEROS", 50_000)
     monkeypatch.setattr(layout, "_LEAST_NONZEROS", 50_000)
-    monkeypatch.setattr(transpose, "_PIECE", 50_000)
-    monkeypatch.setattr(transpose, "_BUCKET", 100_000)
+    monkeypatch.setattr(temporary, "_PIECE", 50_000)
+    monkeypatch.setattr(temporary, "_BUCKET", 100_000)
     monkeypatch.setattr(text, "_PIECE", 50_000)
     monkeypatch.setattr(csr, "CHUNK_VALUES", 50_000)  # several chunks are written at once, also of the smaller
 

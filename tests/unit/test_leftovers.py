@@ -8,8 +8,8 @@ import pytest
 from problems import low_rank_counts
 
 from scialm_dask import InputError
-from scialm_dask.data import leftovers
-from scialm_dask.data.leftovers import clean
+from scialm_dask.data import lease
+from scialm_dask.data.lease import clean
 
 PROGRAM = """
 import os, sys
@@ -60,7 +60,7 @@ def test_what_is_of_another_machine_is_kept(held, tmp_path, monkeypatch):
     process.kill()
     process.wait()
     with monkeypatch.context() as there:
-        there.setattr(leftovers, "_short", lambda _: "0" * 8)
+        there.setattr(lease, "_short", lambda _: "0" * 8)
         assert clean(tmp_path)["kept"] == names
     assert clean(tmp_path)["removed"] == names
 

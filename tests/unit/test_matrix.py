@@ -17,8 +17,8 @@ import scipy.sparse as sp
 import zarr
 
 from scialm_dask.data.annotation import Annotation
+from scialm_dask.data.csr import check_observed
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.values import check_observed
 from scialm_dask.errors import InputError
 
 

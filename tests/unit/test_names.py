@@ -9,7 +9,7 @@ from scialm_dask import ExpressionMatrix, Imputation, InputError, biological_zer
 from scialm_dask.data.annotated import aligned, as_matrix, match_names
 from scialm_dask.evaluate.mask import mask
 from scialm_dask.evaluate.metrics import gene_scores, score_held_out
-from scialm_dask.report.comparison import compare
+from scialm_dask.report.diagnostics import compare
 
 RNG = np.random.default_rng(1)
 

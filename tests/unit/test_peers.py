@@ -8,8 +8,7 @@ import scipy.sparse as sp
 from problems import low_rank_counts
 
 from scialm_dask.compare import peers
-from scialm_dask.compare.peers import Task
-from scialm_dask.compare.soft_impute import soft_impute
+from scialm_dask.compare.peers import Task, soft_impute
 
 
 @pytest.fixture
@@ -78,7 +77,7 @@ def test_soft_impute_has_the_optimum_of_the_convex_problem():
     """With factors wide enough, the answer at one λ is that of the nuclear norm."""
     import cvxpy as cp
 
-    from scialm_dask.compare.soft_impute import _minimise
+    from scialm_dask.compare.peers import _minimise
 
     D = low_rank_counts(14, 10, rank=2, density=0.6).astype(np.float32)
     seen, lam = (D.toarray() > 0).astype(float), 20.0

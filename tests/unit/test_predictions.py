@@ -8,7 +8,7 @@ from scipy.stats import pearsonr
 
 from scialm_dask import ExpressionMatrix, impute
 from scialm_dask.compare.clustering import embedding_of
-from scialm_dask.compare.isolated import _keep, read_answer
+from scialm_dask.compare.methods import _keep, read_answer
 from scialm_dask.evaluate.metrics import Scores, compare, compare_stored
 
 RNG = np.random.default_rng(3)

@@ -15,11 +15,12 @@ import zarr
 from objects import Faults, file_server, served
 
 from scialm_dask import ExpressionMatrix, Imputation, impute
+from scialm_dask.data.annotation import new_anndata
 from scialm_dask.data.csr import CSRWriter
 from scialm_dask.data.ingest import convert
 from scialm_dask.data.qc import quality_control
 from scialm_dask.data.remote import RemoteStore
-from scialm_dask.data.store import atomic_output, atomic_store, check_output, new_anndata, open_store
+from scialm_dask.data.store import atomic_output, atomic_store, check_output, open_store
 from scialm_dask.errors import InputError, OutputError
 from scialm_dask.evaluate.mask import mask
 from scialm_dask.evaluate.simulate import simulate

@@ -13,8 +13,9 @@ from zarr.storage import FsspecStore
 
 from scialm_dask import ExpressionMatrix
 from scialm_dask.data import csr, remote
+from scialm_dask.data.annotation import new_anndata
 from scialm_dask.data.csr import CSRWriter
-from scialm_dask.data.store import new_anndata, open_store
+from scialm_dask.data.store import open_store
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.mask import mask
 

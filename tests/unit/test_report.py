@@ -15,8 +15,7 @@ from problems import low_rank_counts
 from scialm_dask import ExpressionMatrix, Imputation, InputError, PooledALS, impute, write_report
 from scialm_dask.errors import OutputError
 from scialm_dask.pooled.design import random_pools
-from scialm_dask.report.comparison import Comparison, compare, sample
-from scialm_dask.report.diagnostics import warnings_of
+from scialm_dask.report.diagnostics import Comparison, compare, sample, warnings_of
 from scialm_dask.report.plotting import Colouring
 
 COUNTS = low_rank_counts(90, 60, density=0.6, rank=3, dispersion=4, seed=1)
@@ -362,7 +361,7 @@ def test_a_warning_of_filled_zeros(result):
 
 def test_it_is_out_of_core(result, monkeypatch):
     """Never more rows in dense form than the panel allows."""
-    from scialm_dask.report import comparison as module
+    from scialm_dask.report import diagnostics as module
 
     monkeypatch.setattr(module, "_PANEL_BYTES", 4 * 60 * 7)
     heights, rows = [], Imputation.__getitem__

@@ -13,7 +13,7 @@ import pytest
 from problems import low_rank_counts
 
 from scialm_dask import ExpressionMatrix, InputError, biological_zeros, impute
-from scialm_dask.data import transpose
+from scialm_dask.data import temporary
 from scialm_dask.data.scratch import MemoryScratch, ZarrScratch, new_scratch
 from scialm_dask.errors import OutputError
 from scialm_dask.linalg.kernels import BlockState
@@ -149,13 +149,13 @@ def test_a_bit_of_scratch_that_flips_during_a_run_ends_it(tmp_path, monkeypatch)
 
 
 def test_a_bit_that_flips_while_entries_are_sorted_is_noticed(monkeypatch):
-    def flipping(self, records, append=transpose._Bucket.append):
+    def flipping(self, records, append=temporary._Bucket.append):
         append(self, records)
         raw = bytearray(self._path.read_bytes())
         raw[-1] ^= 1
         self._path.write_bytes(raw)
 
-    monkeypatch.setattr(transpose._Bucket, "append", flipping)
-    entries = transpose.Entries(np.array([1, 0]), np.array([0, 2]), np.array([1.0, 2.0], np.float32))
+    monkeypatch.setattr(temporary._Bucket, "append", flipping)
+    entries = temporary.Entries(np.array([1, 0]), np.array([0, 2]), np.array([1.0, 2.0], np.float32))
     with pytest.raises(OutputError, match="is not what was written there"):
-        list(transpose.rows_in_order([entries], (2, 3), np.dtype(np.float32), 2, "matrix"))
+        list(temporary.rows_in_order([entries], (2, 3), np.dtype(np.float32), 2, "matrix"))

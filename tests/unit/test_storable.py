@@ -11,9 +11,9 @@ import pytest
 import zarr
 
 from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
+from scialm_dask.data.annotation import storable
 from scialm_dask.data.ingest import convert
 from scialm_dask.data.qc import quality_control
-from scialm_dask.data.storable import storable
 from scialm_dask.evaluate.mask import mask
 from scialm_dask.events import Note
 

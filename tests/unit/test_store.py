@@ -15,9 +15,10 @@ import scipy.sparse as sp
 import zarr
 
 from scialm_dask.data import csr, store
+from scialm_dask.data.annotation import new_anndata
 from scialm_dask.data.arrays import missing_chunks
 from scialm_dask.data.csr import CSRWriter
-from scialm_dask.data.store import atomic_output, new_anndata, open_store
+from scialm_dask.data.store import atomic_output, open_store
 from scialm_dask.errors import InputError, OutputError
 
 

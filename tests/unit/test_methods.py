@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from scialm_dask.compare.isolated import Outcome, read_answer, run_isolated
+from scialm_dask.compare.methods import Outcome, read_answer, run_isolated
 from scialm_dask.compare.peers import Task
 
 
@@ -59,11 +59,11 @@ def test_a_process_that_dies_is_an_outcome(run, name, status):
 
 
 def test_what_is_not_installed_is_named_with_the_remedy(run, monkeypatch):
-    from scialm_dask.compare import isolated, methods
+    from scialm_dask.compare import methods
 
     absent = methods.Method("absent", "normalised", methods.METHODS["knn"].complete, ("no_such_library",))
     monkeypatch.setitem(methods.METHODS, "absent", absent)
-    outcome = isolated._measured("absent", None, None, Task("nowhere"))
+    outcome = methods._measured("absent", None, None, Task("nowhere"))
     assert outcome.status == "not installed"
     assert "no_such_library" in outcome.note
     assert "scialm-dask[bench]" in outcome.note
