@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import anndata
     import dask.array as da
     import pandas as pd
-    from numpy.typing import NDArray
 
 _AXES = ("obs", "var")
 _LOOKED_AT = 1 << 10  # cells at the start, to see whether they are whole numbers
@@ -181,7 +180,6 @@ def as_dask(matrix: Any, name: str) -> da.Array:
     memory. Raises `InputError` if it is no matrix of numbers of known size.
     """
     import dask.array as da
-    import scipy.sparse as sp
 
     if isinstance(matrix, str | os.PathLike) or is_anndata(matrix):
         return as_matrix(matrix).to_dask()

@@ -6,7 +6,6 @@ are on their way at a time, so that memory does not depend on the number of cell
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +19,7 @@ from scialm_dask.data.arrays import new_array, set_encoding
 from scialm_dask.data.csr import CHUNK_ROWS, CHUNK_VALUES, row_of
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.temporary import is_seen
 from scialm_dask.events import Advance
 from scialm_dask.reduction import current_client, execute, n_threads
 
@@ -199,10 +199,8 @@ def _waves(count: int) -> Iterator[range]:
 
 def _seen_by_workers(array: Any) -> bool:
     """Tell whether tasks can write to an array; else this process does, with what they make."""
-    client, folder = current_client(), getattr(array.store, "root", None)
-    if client is None:
-        return True
-    return folder is not None and all(client.run(os.path.isdir, os.fspath(folder)).values())
+    folder = getattr(array.store, "root", None)
+    return current_client() is None or (folder is not None and is_seen(folder))
 
 
 def _shared(value: Any) -> Any:

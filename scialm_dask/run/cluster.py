@@ -113,7 +113,9 @@ def connect(
     _check_places(scheduler, scheduler_file, cluster, workers=workers, threads=threads, memory=worker_memory, tls=tls)
     workers, threads = configured("workers", workers), configured("threads", threads)
     worker_memory, tls = configured("worker-memory", worker_memory), bool(configured("tls", tls))
-    _check_values(workers, threads, worker_memory)
+    validated("workers", workers, Count | None)
+    validated("threads", threads, Count | None)
+    bytes_of("worker memory", worker_memory)
     if scheduler is scheduler_file is cluster is None:
         with dask.config.set({} if threads is None else {"num_workers": threads}):
             yield None
@@ -200,12 +202,6 @@ def _check_places(scheduler: Any, scheduler_file: Any, cluster: Any, **given: An
         raise InputError(f"--threads goes with --cluster, or alone; the workers of {named[0]} have theirs already")
     if given["tls"] and not named:
         raise InputError("--tls is for workers in other processes; give --cluster, --scheduler or --scheduler-file too")
-
-
-def _check_values(workers: Any, threads: Any, memory: Any) -> None:
-    validated("workers", workers, Count | None)
-    validated("threads", threads, Count | None)
-    bytes_of("worker memory", memory)
 
 
 def _standing(scheduler: str | None, scheduler_file: Any, tls: bool) -> Client:

@@ -31,8 +31,7 @@ from scialm_dask.run.checkpointing import Job
 from scialm_dask.run.cluster import Workers, workers_here
 from scialm_dask.solve.biological_zeros import PASSES as BIOLOGICAL_ZEROS_PASSES
 from scialm_dask.solve.estimate import PASSES as EMBEDDING_PASSES
-from scialm_dask.solve.ialm import first_penalty, zero_iterations
-from scialm_dask.solve.rules import basis_width, prefers_short_side, widest_basis
+from scialm_dask.solve.ialm import basis_width, first_penalty, prefers_short_side, widest_basis, zero_iterations
 
 _FLOAT = 4
 _READ_VALUES = 10  # arrays as long as a block's entries that a task holds while it reads them: as stored, scaled, …

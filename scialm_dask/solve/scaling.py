@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any
 
 import dask
 import numpy as np
@@ -46,14 +46,6 @@ class Survey:
         return int(self.cell_counts.sum())
 
 
-class _BlockSurvey(NamedTuple):
-    gene_counts: NDArray[np.int32]
-    gene_sums: Doubles
-    cell_sums: Doubles
-    cell_counts: NDArray[np.int64]
-    fraction: tuple[int, int, float] | None
-
-
 def survey(matrix: ExpressionMatrix) -> Survey:
     """Read the matrix once. Raises `InputError` for values that cannot be used, and if nothing is observed."""
     shared, visit = dask.delayed(matrix, traverse=False), dask.delayed(_survey_block)
@@ -70,25 +62,19 @@ def survey(matrix: ExpressionMatrix) -> Survey:
     return found
 
 
-def _survey_block(matrix: ExpressionMatrix, block: int) -> _BlockSurvey:
-    csr = matrix.read_block(block)
-    n_genes = matrix.shape[1]
-    values = csr.data.astype(np.float64)
-    return _BlockSurvey(
+def _survey_block(matrix: ExpressionMatrix, block: int) -> tuple[Any, ...]:
+    """Return what a `Survey` has of one block, in its order."""
+    csr, n_genes, fraction = matrix.read_block(block), matrix.shape[1], None
+    for at in np.flatnonzero(csr.data % 1)[:1]:
+        row = int(np.searchsorted(csr.indptr, at, side="right")) - 1
+        fraction = matrix.blocks[block][0] + row, int(csr.indices[at]), float(csr.data[at])
+    return (
         np.bincount(csr.indices, minlength=n_genes).astype(np.int32),
-        np.bincount(csr.indices, weights=values, minlength=n_genes).astype(np.float64),
+        np.bincount(csr.indices, weights=csr.data.astype(np.float64), minlength=n_genes).astype(np.float64),
         np.asarray(csr.sum(axis=1, dtype=np.float64)).ravel(),
         np.diff(csr.indptr).astype(np.int64),
-        _first_fraction(csr, matrix.blocks[block][0]),
+        fraction,
     )
-
-
-def _first_fraction(csr: sp.csr_matrix, first_row: int) -> tuple[int, int, float] | None:
-    at = np.flatnonzero(csr.data % 1)[:1]
-    if not len(at):
-        return None
-    row = int(np.searchsorted(csr.indptr, at[0], side="right")) - 1
-    return first_row + row, int(csr.indices[at[0]]), float(csr.data[at[0]])
 
 
 @dataclass(frozen=True)

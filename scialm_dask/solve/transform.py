@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dask
 import numpy as np
+from dask.delayed import Delayed
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
@@ -21,12 +23,16 @@ from scialm_dask.events import Listener, Note, silent
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.ridge import RowProblems, leave_one_out, solve_rows
 from scialm_dask.linalg.sparse_products import spmm
-from scialm_dask.reduction import stacked
+from scialm_dask.linalg.tasks import add
+from scialm_dask.reduction import stacked, tree_reduce
+from scialm_dask.solve.scaling import PreparedBlocks, Survey
 
 if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
     import scipy.sparse as sp
+
+    _Run = tuple[sp.csr_matrix, slice]  # consecutive cells: their entries, and where they are
 
 _RUNS, _RUN_CELLS = 16, 64  # cells to learn the noise from: a thousand, all over the matrix
 _MOST_STEPS = 60  # of the search: from anywhere in float32's range
@@ -82,8 +88,12 @@ def transform(
         raise InputError("the result says nothing of other cells; give one of `impute`")
     columns = _matching(fit, names, matrix)
     matched = int(np.count_nonzero(columns >= 0))
-    few = _few_genes(matched, len(fit.right))
-    if few:
+    few = ""
+    if 2 * matched < len(fit.right):
+        few = (
+            f"{matched:,} of the fit's {len(fit.right):,} genes match ({matched / len(fit.right):.1%}); all others are "
+            "guessed from these, the worse the fewer: give more of them, or fit on the genes that both have"
+        )
         listen(Note(f"{matrix.name}: {few}"))
     sample = _sample(matrix)
     sizes, note = _size_factors(fit.model, sample, obs)
@@ -100,24 +110,20 @@ def transform(
         "fitted_on": fit.source,
         **({"few_genes": few} if few else {}),
     }
-    solver: _Completion | _Projection
+    counts: ExpressionMatrix | None = None
     if isinstance(fit.model, CompletionModel):
         noise = _least_noise(fit.model, scaled, right, sample, sizes, matrix.name)
-        solver, counts = _Completion(right, _precision(fit.model, noise), fit.model.mean), None
+        solver = functools.partial(solve_rows, right=right, precision=_precision(fit.model, noise), mean=fit.model.mean)
         summary["noise"] = noise
     else:
         assert isinstance(fit.model, DenoisingModel)
-        solver, counts = _projection(fit.model, right, scaled.measured), matrix.of_genes(columns, len(fit.right))
-
-    left = _left(solver, scaled, matrix, sizes, fit.right.shape[1])
+        solver = functools.partial(_project, onto=_projection(fit.model, right, scaled.measured))
+        counts = matrix.of_genes(columns, len(fit.right))
+    solve, shared = dask.delayed(_solve_block), dask.delayed((solver, scaled, matrix), traverse=False)
+    spans = enumerate(matrix.blocks)
+    lefts = [solve(shared, b, None if sizes is None else sizes[start:stop]) for b, (start, stop) in spans]
+    left = stacked(lefts, matrix.blocks.sizes, fit.right.shape[1])
     return Transformed(left, counts, scaled.measured, obs, summary)
-
-
-class _Run(NamedTuple):
-    """Consecutive cells: their entries, and where they are in the matrix."""
-
-    csr: sp.csr_matrix
-    cells: slice
 
 
 @dataclass(frozen=True)
@@ -151,47 +157,20 @@ class _Scaled:
         return RowProblems(indptr, indices, values), scale
 
 
-@dataclass(frozen=True)
-class _Completion:
-    """Solves the problem of each row on its entries alone."""
-
-    right: Floats
-    precision: Doubles
-    mean: Doubles
-
-    def solve(self, problems: RowProblems) -> Floats:
-        return solve_rows(problems, self.right, self.precision, self.mean)
+def _project(problems: RowProblems, onto: Floats) -> Floats:
+    """Multiply each row, zeros and all, with the same matrix, shape ``(n, r)``."""
+    indptr, indices, values = problems
+    left = np.zeros((len(indptr) - 1, onto.shape[1]), np.float32)
+    spmm(indptr, indices, values, onto, left)
+    return left
 
 
-@dataclass(frozen=True)
-class _Projection:
-    """Multiplies each row, zeros and all, with the same matrix, float32, shape ``(n, r)``."""
-
-    matrix: Floats
-
-    def solve(self, problems: RowProblems) -> Floats:
-        indptr, indices, values = problems
-        left = np.zeros((len(indptr) - 1, self.matrix.shape[1]), np.float32)
-        spmm(indptr, indices, values, self.matrix, left)
-        return left
-
-
-def _left(
-    solver: _Completion | _Projection, scaled: _Scaled, matrix: ExpressionMatrix, sizes: Doubles | None, rank: int
-) -> da.Array:
-    """Return the left factor, each block of which is solved for when it is asked for."""
-    solve, shared = dask.delayed(_solve_block), dask.delayed((solver, scaled, matrix), traverse=False)
-    spans = enumerate(matrix.blocks)
-    pieces = [solve(shared, b, None if sizes is None else sizes[start:stop]) for b, (start, stop) in spans]
-    return stacked(pieces, matrix.blocks.sizes, rank)
-
-
-def _projection(model: DenoisingModel, right: Floats, measured: NDArray[np.bool_]) -> _Projection:
+def _projection(model: DenoisingModel, right: Floats, measured: NDArray[np.bool_]) -> Floats:
     """Return V (VᵀV + diag((1 − w)/w))⁻¹, with V over the measured genes."""
     some = np.where(measured[:, None], right, np.float32(0)).astype(np.float64)
     inverted = some.T @ some + np.diag((1 - model.weights) / model.weights)
     inverted += np.finfo(np.float32).eps * np.eye(len(inverted))  # directions that no measured gene shows, at w = 1
-    return _Projection(np.linalg.solve(inverted, some.T).T.astype(np.float32))
+    return np.linalg.solve(inverted, some.T).T.astype(np.float32)
 
 
 def _precision(model: CompletionModel, noise: float) -> Doubles:
@@ -248,18 +227,8 @@ def _matching(fit: Fit, names: pd.Index | None, matrix: ExpressionMatrix) -> NDA
     return columns
 
 
-def _few_genes(matched: int, fitted: int) -> str:
-    """Say so if little was measured of what the factors tell cells apart by; empty if half of the genes are there."""
-    if 2 * matched >= fitted:
-        return ""
-    return (
-        f"{matched:,} of the fit's {fitted:,} genes match ({matched / fitted:.1%}); all others are guessed from these, "
-        "the worse the fewer: give more of them, or fit on the genes that both have"
-    )
-
-
 def _sample(matrix: ExpressionMatrix) -> list[_Run]:
-    """Read runs of cells from all over the matrix; which ones depends on the number of cells alone."""
+    """Read runs of cells, with their places, from all over the matrix; which ones only the number of cells decides."""
     n = matrix.shape[0]
     if n <= _RUNS * _RUN_CELLS:
         bounds, runs = [0, n], [0]
@@ -268,7 +237,7 @@ def _sample(matrix: ExpressionMatrix) -> list[_Run]:
         bounds = sorted({*starts, *(start + _RUN_CELLS for start in starts), n})
         runs = [bounds.index(start) for start in starts]
     cut = matrix.with_blocks(RowBlocks(tuple(bounds)))
-    return [_Run(cut.read_block(run), slice(*cut.blocks[run])) for run in runs]
+    return [(cut.read_block(run), slice(*cut.blocks[run])) for run in runs]
 
 
 def _size_factors(model: CellModel, sample: list[_Run], obs: pd.DataFrame) -> tuple[Doubles | None, str]:
@@ -290,11 +259,11 @@ def _size_factors(model: CellModel, sample: list[_Run], obs: pd.DataFrame) -> tu
 
 
 def _solve_block(
-    shared: tuple[_Completion | _Projection, _Scaled, ExpressionMatrix], block: int, sizes: Doubles | None
+    shared: tuple[Callable[[RowProblems], Floats], _Scaled, ExpressionMatrix], block: int, sizes: Doubles | None
 ) -> Floats:
     solver, scaled, matrix = shared
     problems, scale = scaled.problems(matrix.read_block(block), sizes)
-    left = solver.solve(problems) / scale[:, None]
+    left = solver(problems) / scale[:, None]
     left[np.diff(problems.indptr) == 0] = 0
     return left.astype(np.float32)
 
@@ -332,3 +301,35 @@ def model_of(stored: Mapping[str, Any]) -> CellModel:
     kind = DenoisingModel if "weights" in stored else CompletionModel
     plain: dict[str, Any] = {"raw_counts": bool, "cell_exponent": float, "centre": float, "residual": float}
     return kind(**{field.name: plain.get(field.name, np.asarray)(stored[field.name]) for field in fields(kind)})
+
+
+def completion_model(
+    lefts: list[Delayed], blocks: PreparedBlocks, found: Survey, *, residual: float
+) -> CompletionModel:
+    """Sum up the rows of a fitted left factor, not yet scaled back, block by block."""
+    moments = dask.delayed(_moments)
+    total, squares = tree_reduce([moments(left) for left in lefts], add).compute()
+    mean = total / blocks.shape[0]
+    covariance = squares / blocks.shape[0] - np.outer(mean, mean)
+    return CompletionModel(**_of_cells(blocks, found), mean=mean, covariance=covariance, residual=residual)
+
+
+def denoising_model(blocks: PreparedBlocks, found: Survey, weights: Doubles) -> DenoisingModel:
+    """Return what completes other cells as these were denoised, with these weights of components."""
+    return DenoisingModel(**_of_cells(blocks, found), weights=weights)
+
+
+def _of_cells(blocks: PreparedBlocks, found: Survey) -> dict[str, Any]:
+    scales = blocks.scales
+    return {
+        "gene_scale": np.ones(blocks.shape[1], np.float32) if scales.gene is None else scales.gene,
+        "gene_share": found.gene_sums / (found.gene_sums.sum() or 1.0),
+        "raw_counts": found.integer,
+        "cell_exponent": scales.cell_exponent,
+        "centre": scales.centre,
+    }
+
+
+def _moments(left: Floats) -> tuple[Doubles, Doubles]:
+    wide = left.astype(np.float64)
+    return wide.sum(axis=0), wide.T @ wide
