@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -72,21 +72,20 @@ class Evaluation:
     Parameters
     ----------
     scores : pandas.DataFrame
-        One row for each experiment, seed and method. ``experiment`` is ``masking``, scored on the hidden non-zeros,
-        ``count split`` or ``truth``, scored on all entries, or ``all data``, not scored. ``mse``, ``mae``, ``pearson``
-        and ``cosine`` are over all entries that are scored, on the scale of normalised counts; ``gene_…`` is the median
-        over genes. Where all entries are scored there are ``relative_error``; ``gene_correlation`` and
+        One row for each experiment, seed and method. ``experiment`` is ``masking``, scored on the hidden non-zeros;
+        ``count split`` or ``truth``, scored on all entries; or ``all data``, not scored. ``mse``, ``mae``, ``pearson``
+        and ``cosine`` are over the scored entries, on the scale of normalised counts; ``gene_…`` is the median over
+        genes. Where all entries are scored there are also ``relative_error``; ``gene_correlation`` and
         ``cell_correlation``, the median of Pearson's r across cells and across genes; ``zeros_pearson``, over entries
-        that were zero; and ``mean_ratio``, mean imputed over mean true. Genes and cells that are constant in the truth,
-        or empty as given, are left out of the medians of every method; a constant estimate of the others counts as 0.
-        ``seconds`` and ``peak_bytes`` are those of the method alone, over what its imports take. ``status`` is ``ok``,
-        ``failed``, ``out of memory``, ``timed out``, ``not installed``, ``needs counts`` or ``quoted``; ``note`` says
-        more.
+        that were zero; and ``mean_ratio``, mean imputed over mean true. The medians of every method leave out genes and
+        cells that are constant in the truth or empty as given; a constant estimate of the others counts as 0.
+        ``seconds`` and ``peak_bytes`` are those of the method without its imports. ``status`` is ``ok``, ``failed``,
+        ``out of memory``, ``timed out``, ``not installed``, ``needs counts`` or ``quoted``; ``note`` says more.
     genes : pandas.DataFrame
         Scores of each gene, over the seeds together.
     clusters : pandas.DataFrame
-        ARI, NMI and silhouette, if labels were given. Setting ``X_scialm`` is the embedding of a result; all else is
-        the principal components of the log-normalised matrix.
+        ARI, NMI and silhouette, if labels were given, on the principal components of the log-normalised matrix, or
+        where the setting is ``X_scialm``, on the embedding of a result.
     umap : dict
         Pictures of the cells, arrays of shape (n_cells, 2), by (experiment, method).
     labels : pandas.Series or None
@@ -161,10 +160,10 @@ def evaluate_imputation(
     shares : sequence of float in (0, 1), default=(0.1,)
         Shares of each gene's non-zeros to hide, each an experiment.
     seeds : sequence of int, default=(0,)
-        Each experiment is done once for each.
+        Each experiment is done once with each.
     split : bool, optional
-        Split counts into molecules to learn from and molecules to predict, which tests zeros too. By default if the
-        counts are known.
+        Split counts into molecules to learn from and molecules to predict, which tests zeros too. By default done if
+        the counts are known.
     reference : matrix, optional
         The truth: the same cells and genes, sequenced deeper, matched by name.
     labels : str, optional
@@ -227,28 +226,9 @@ def evaluate_imputation(
         for number, make in enumerate(experiments):
             with _folder_in(work) as place, dask.config.set(scheduler="threads"):
                 bench.run(make(Path(place)), place, first=number == 0)
-        for quoted in (row for name in expanded(methods) for row in _quoted_rows(name)):
-            bench.add(quoted)
+        for name in expanded(methods):
+            bench.quote(name)
         return bench.evaluation()
-
-
-def _run(
-    contestant: Contestant, experiment: Experiment, folder: Path, **limits: Any
-) -> tuple[Outcome, da.Array | None]:
-    """Run a method on the view that it takes; return also what it gives, normalised, unless it failed."""
-    takes, given = find_method(contestant.method).takes, experiment.given
-    counts = takes == "counts" or (takes == "either" and given.counts is not None)
-    path = given.counts if counts else given.normalised
-    if path is None:
-        return Outcome("needs counts", note="takes raw counts, which are not known"), None
-    task = Task(path, experiment.seed, experiment.all_entries, contestant.settings)
-    outcome = run_isolated(contestant.method, task, folder, **limits)
-    if outcome.status != "ok":
-        return outcome, None
-    answer = read_answer(folder, given.factors if counts else None)
-    if answer.shape != given.matrix.shape:
-        return Outcome("failed", outcome.seconds, note=f"gave {answer.shape[0]} × {answer.shape[1]}"), None
-    return outcome, answer
 
 
 @dataclass
@@ -272,7 +252,7 @@ class _Bench:
         """Tell how long it may take, and what takes longest."""
         seconds = [self._expected(each) * self.experiments for each in self.listed]
         longest = int(np.argmax(seconds))
-        runs, most = self.experiments * len(seconds), _label(self.listed[longest])
+        runs, most = self.experiments * len(seconds), self.listed[longest]
         words = f"about {duration(sum(seconds))} for {runs} runs, of which {duration(seconds[longest])} for {most}"
         self.listen(Note(f"{words}; --methods picks, --method-timeout ends"))
 
@@ -282,26 +262,40 @@ class _Bench:
         return min(begin + rate * m * n / 1e6, self.timeout or np.inf)
 
     def run(self, experiment: Experiment, place: str, *, first: bool) -> None:
-        """Run all, the matrix as observed first where that says something."""
+        """Run all methods, and judge the matrix as observed first where that says something."""
         clustered = experiment.kind == "all data" or (first and experiment.kind == "masking")
         labels, given = self.labels if clustered else None, experiment.given.matrix
         if experiment.all_entries or labels is not None:
             panels = by_panels(lambda cells: given.rows.read(cells.start, cells.stop).toarray(), given.shape)
             self._judge(experiment, Contestant(_GIVEN), Outcome("ok"), panels, labels)
+        runs = self.experiments * len(self.listed)
+        average = sum(map(self._expected, self.listed)) / len(self.listed)
         for contestant in self.listed:
             self.done += 1
             if experiment.target is None and contestant.method == "gene-mean":
                 continue  # all cells alike, nothing to cluster
-            ahead = sum(map(self._expected, self.listed)) * (self.experiments * len(self.listed) - self.done + 1)
-            words = (
-                f"{self.done} of {self.experiments * len(self.listed)}, about {duration(ahead / len(self.listed))} left"
-            )
-            self.listen(Stage(_label(contestant), words))
+            left = duration(average * (runs - self.done + 1))
+            self.listen(Stage(str(contestant), f"{self.done} of {runs}, about {left} left"))
             with _folder_in(place) as folder:
-                limits = {"memory_limit": self.memory_limit, "timeout": self.timeout}
-                outcome, answer = _run(contestant, experiment, Path(folder), **limits)
+                outcome, answer = self._run(contestant, experiment, Path(folder))
                 embedding = clustering.embedding_of(Path(folder)) if answer is not None and labels is not None else None
                 self._judge(experiment, contestant, outcome, answer, labels, embedding)
+
+    def _run(self, contestant: Contestant, experiment: Experiment, folder: Path) -> tuple[Outcome, da.Array | None]:
+        """Run a method on the view that it takes; return also its answer, normalised, unless it failed."""
+        takes, given = find_method(contestant.method).takes, experiment.given
+        counts = takes == "counts" or (takes == "either" and given.counts is not None)
+        path = given.counts if counts else given.normalised
+        if path is None:
+            return Outcome("needs counts", note="takes raw counts, which are not known"), None
+        task = Task(path, experiment.seed, experiment.all_entries, contestant.settings)
+        outcome = run_isolated(contestant.method, task, folder, memory_limit=self.memory_limit, timeout=self.timeout)
+        if outcome.status != "ok":
+            return outcome, None
+        answer = read_answer(folder, given.factors if counts else None)
+        if answer.shape != given.matrix.shape:
+            return Outcome("failed", outcome.seconds, note=f"gave {answer.shape[0]} × {answer.shape[1]}"), None
+        return outcome, answer
 
     def _judge(
         self,
@@ -318,7 +312,7 @@ class _Bench:
             "method": contestant.method,
             "setting": contestant.words,
         }
-        if experiment.all_entries or contestant.method != _GIVEN:  # of hidden entries the given ones say nothing
+        if experiment.all_entries or contestant.method != _GIVEN:  # what is given says nothing of hidden entries
             scores = {} if answer is None else self._scores(experiment, answer, tuple(which.values()))
             self.add({**which, "seed": experiment.seed, **asdict(outcome), **scores})
         if answer is None or labels is None or contestant.method == "gene-mean":
@@ -354,10 +348,17 @@ class _Bench:
         share = "" if np.isnan(row["share"]) else f" {row['share']:.0%}"
         seed = "" if np.isnan(row["seed"]) else f", seed {row['seed']}"
         numbers = {name: float(row[name]) for name in ("mse", "relative_error", "seconds")}
-        label = f"{row['method']} {row['setting']}".strip()
-        self.listen(
-            Scored(f"{row['experiment']}{share}{seed}", label, str(row["status"]), **numbers, note=str(row["note"]))
-        )
+        experiment, label = f"{row['experiment']}{share}{seed}", f"{row['method']} {row['setting']}".strip()
+        self.listen(Scored(experiment, label, str(row["status"]), **numbers, note=str(row["note"])))
+
+    def quote(self, name: str) -> None:
+        """Add what the publication says of a method that is not run here."""
+        if (quoted := QUOTED.get(name)) is None:
+            return
+        row = {"experiment": "masking", "share": 0.1, "method": name, "setting": "", "status": "quoted"}
+        row["note"] = f"quoted from the publication, not run here: {quoted.words}"
+        for dataset, scores in (quoted.scores or {"PBMC": {}}).items():
+            self.add({**row, "dataset": f"{dataset}, as published", **scores})
 
     def evaluation(self) -> Evaluation:
         """Put all that came out into tables."""
@@ -371,19 +372,6 @@ class _Bench:
         genes = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
         table = pd.DataFrame(self.rows, columns=list(_COLUMNS))
         return Evaluation(table, genes, pd.DataFrame(self.clusters), self.umap, self.labels)
-
-
-def _quoted_rows(name: str) -> Iterator[Row]:
-    if name in QUOTED:
-        quoted = QUOTED[name]
-        common = {"experiment": "masking", "share": 0.1, "method": name, "setting": "", "status": "quoted"}
-        words = f"quoted from the publication, not run here: {quoted.words}"
-        for dataset, scores in (quoted.scores or {"PBMC": {}}).items():
-            yield {**common, "dataset": f"{dataset}, as published", **scores, "note": words}
-
-
-def _label(contestant: Contestant) -> str:
-    return f"{contestant.method} {contestant.words}".strip()
 
 
 def _median(values: NDArray[np.float64]) -> float:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.annotation import as_text
 from scialm_dask.errors import InputError
+from scialm_dask.evaluate.metrics import ratio
 from scialm_dask.imputation import Imputation
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ def principal_components(matrix: da.Array, seed: int) -> Floats:
 
 def _log_normalised(rows: Floats) -> Floats:
     totals = rows.sum(axis=1, keepdims=True, dtype=np.float64)
-    scale = np.divide(_TOTAL, totals, out=np.zeros_like(totals), where=totals > 0)
-    return np.log1p(rows * scale.astype(np.float32))  # type: ignore[no-any-return]
+    return np.log1p(rows * ratio(_TOTAL, totals).astype(np.float32))
 
 
 def embedding_of(folder: Path) -> Floats | None:
@@ -82,22 +82,13 @@ def embedding_of(folder: Path) -> Floats | None:
 
 
 def cluster(components: Floats, labels: pd.Series, seed: int) -> tuple[dict[str, float], Floats]:
-    """Cluster cells by their components and compare with labels.
-
-    Parameters
-    ----------
-    components
-        Shape ``(m, k)``.
-    labels
-        Of the cells; there are to be as many clusters.
-    seed
-        Of all starts.
+    """Cluster cells by their components, shape ``(m, k)``, into as many clusters as there are labels, and compare.
 
     Returns
     -------
     dict, ndarray
         ARI and NMI of k-means, and of Leiden (means over five seeds) with the number of clusters that it found, and the
-        silhouette of the labels on the components; a picture of the cells, float32, shape ``(m, 2)``.
+        silhouette of the labels on the components; UMAP of the cells, float32, shape ``(m, 2)``.
     """
     import anndata
     import scanpy as sc
@@ -127,8 +118,7 @@ def _k_means(components: Floats, n_clusters: int, seed: int) -> NDArray[Any]:
 
     cells = da.from_array(components, chunks=(1 << 16, -1))
     starts = [KMeans(n_clusters, init="k-means||", random_state=seed + start).fit(cells) for start in range(_STARTS)]
-    best = min(starts, key=lambda fit: float(fit.inertia_))
-    return np.asarray(best.labels_)
+    return np.asarray(min(starts, key=lambda fit: float(fit.inertia_)).labels_)
 
 
 def _leiden(cells: anndata.AnnData, n_clusters: int, seed: int) -> NDArray[Any]:

@@ -1,7 +1,7 @@
 """What methods are given and what they are scored against: masking, count splitting, a truth. Out of core.
 
-Every experiment gives two views of the same cells: counts normalised to one total, and the raw counts where these are
-known. Answers to the latter are multiplied by the size factors, so that all are scored on the normalised scale.
+Every experiment has two views of the same cells: counts normalised to one total, and the raw counts where they are
+known. Answers to raw counts are multiplied by the size factors, so that all are scored on the normalised scale.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from scialm_dask.data.csr import CSRWriter, row_of, scaled_rows
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.mask import mask
+from scialm_dask.evaluate.metrics import ratio
 from scialm_dask.solve.scaling import Molecules
 
 Doubles = NDArray[np.float64]
@@ -32,15 +33,12 @@ _WHOLE = 1e-2  # how far from whole numbers restored counts may be, by rounding 
 
 @dataclass(frozen=True)
 class Source:
-    """A matrix as AnnData stores: one of cells with the same total, and one of counts, None where they are not known.
-
-    `factors`, shape ``(m,)``, are what the counts of each cell were multiplied by.
-    """
+    """A matrix as AnnData stores: one of cells with the same total, and one of counts, if they are known."""
 
     name: str
     normalised: Path
     counts: Path | None = None
-    factors: Doubles | None = None
+    factors: Doubles | None = None  # what the counts of each cell were multiplied by, shape (m,)
 
     @property
     def matrix(self) -> ExpressionMatrix:
@@ -50,53 +48,25 @@ class Source:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One matrix to complete.
+    """One matrix to complete."""
 
-    Parameters
-    ----------
-    kind
-        How it was made: ``"masking"``, ``"count split"``, ``"truth"`` or ``"all data"``.
-    share
-        Of what is hidden; None where nothing is.
-    seed
-        Of what is hidden, and of the methods.
-    given
-        What the methods get.
-    target
-        What is to be predicted, normalised: its stored entries by masking, else all; None if nothing is scored.
-    """
-
-    kind: str
-    share: float | None
-    seed: int
+    kind: str  # masking, count split, truth or all data
+    share: float | None  # of what is hidden; None where nothing is
+    seed: int  # of what is hidden, and of the methods
     given: Source
-    target: ExpressionMatrix | None
+    target: ExpressionMatrix | None  # what to predict, normalised: by masking its stored entries, else all
 
     @property
     def all_entries(self) -> bool:
-        """Whether zeros count too."""
+        """Whether zeros are scored too."""
         return self.kind != "masking"
 
 
 def open_source(source: Any, folder: Path, *, layer: str | None = None) -> Source:
-    """Bring a matrix into both views, in `folder`.
+    """Write both views of a matrix to `folder`. Raises `InputError` if it cannot be read, or holds logarithms.
 
     Whole numbers are taken for raw counts and normalised to the median total. Anything else is taken as normalised;
     with the raw totals in ``obs["total_counts"]``, as ``scialm-dask qc`` leaves them, its counts are restored.
-
-    Parameters
-    ----------
-    source
-        Whatever `as_matrix` takes: a path, an AnnData, an array.
-    folder
-        Where to write.
-    layer
-        Read this layer instead of X.
-
-    Raises
-    ------
-    InputError
-        If the source cannot be read, or holds logarithms.
     """
     matrix = as_matrix(source, layer, observed="nonzero")
     refuse_logarithms(matrix, source, layer)
@@ -104,14 +74,14 @@ def open_source(source: Any, folder: Path, *, layer: str | None = None) -> Sourc
     name = matrix.name if matrix.origin is None else Path(matrix.origin.path).stem
     normalised, counts = folder / "normalised.zarr", folder / "counts.zarr"
     if whole:
-        factors = _ratio(np.median(sums[sums > 0]) if sums.any() else 1.0, sums)
+        factors = ratio(np.median(sums[sums > 0]) if sums.any() else 1.0, sums)
         obs = matrix.obs.assign(total_counts=sums.astype(np.float32))
         _write(normalised, _scaled(matrix, factors), obs=obs, var=matrix.var)
         _write(counts, matrix.stream(), obs=matrix.obs, var=matrix.var)
         return Source(name, normalised, counts, factors)
     _write(normalised, matrix.stream(), obs=matrix.obs, var=matrix.var)
     if (totals := total_counts(matrix.obs, matrix.name)) is not None:
-        factors = np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0)
+        factors = ratio(sums, totals)
         if _restore(matrix, factors, counts):
             return Source(name, normalised, counts, factors)
     return Source(name, normalised)
@@ -121,15 +91,9 @@ def _totals(matrix: ExpressionMatrix) -> tuple[Doubles, bool]:
     """Total of each cell, and whether all values are whole numbers."""
     sums, whole = [], True
     for block in matrix.stream():
-        sums.append(np.asarray(block.sum(axis=1, dtype=np.float64)).ravel())
+        sums.append(block.sum(axis=1, dtype=np.float64).A1)
         whole = whole and not np.any(block.data % 1)
     return np.concatenate(sums), whole
-
-
-def _ratio(above: Any, below: Doubles) -> Doubles:
-    """Divide, with 0 where that cannot be."""
-    ratio: Doubles = np.divide(above, below, out=np.zeros_like(below), where=below > 0)
-    return ratio
 
 
 def _write(path: Path, blocks: Iterator[sp.csr_matrix], *, obs: Any, var: Any) -> None:
@@ -141,7 +105,7 @@ def _write(path: Path, blocks: Iterator[sp.csr_matrix], *, obs: Any, var: Any) -
 
 
 def _restore(matrix: ExpressionMatrix, factors: Doubles, path: Path) -> bool:
-    """Write the counts that a matrix was normalised from, unless they do not come out whole."""
+    """Write the counts that a matrix was normalised from; return whether they came out whole."""
     whole = True
 
     def restored() -> Iterator[sp.csr_matrix]:
@@ -157,7 +121,7 @@ def _restore(matrix: ExpressionMatrix, factors: Doubles, path: Path) -> bool:
 
 
 def as_it_is(source: Source, seed: int) -> Experiment:
-    """All of the data, nothing hidden and nothing to score; what clustering is done on."""
+    """Hide nothing and score nothing: for clustering alone."""
     return Experiment("all data", None, seed, source, None)
 
 
@@ -173,12 +137,9 @@ def masked(source: Source, share: float, seed: int, folder: Path) -> Experiment:
 
 
 def count_split(source: Source, seed: int, folder: Path) -> Experiment:
-    """Split the molecules of every count binomially: a share to complete, the others to predict, zeros too.
+    """Split the molecules of every count binomially: some to complete, the others to predict, zeros too.
 
-    Raises
-    ------
-    InputError
-        If the counts are not known.
+    Raises `InputError` if the counts are not known.
     """
     if source.counts is None or source.factors is None:
         raise InputError(
@@ -188,7 +149,7 @@ def count_split(source: Source, seed: int, folder: Path) -> Experiment:
     counts, factors = ExpressionMatrix.open(source.counts), source.factors
     given = Source(source.name, folder / "normalised.zarr", folder / "counts.zarr", factors / TRAIN_SHARE)
     obs = counts.obs.drop(columns="total_counts", errors="ignore")
-    # Methods are given the seed too, and denoise splits what it is given: with draws of its own.
+    # Methods get the seed too, and denoise splits what it gets: that must be by other draws.
     train, test = (Molecules(TRAIN_SHARE, rest, _OTHER ^ seed) for rest in (False, True))
     _write(folder / "counts.zarr", _part(counts, train), obs=obs, var=counts.var)
     totals, _ = _totals(ExpressionMatrix.open(folder / "counts.zarr"))
@@ -207,14 +168,9 @@ def _part(counts: ExpressionMatrix, which: Molecules, factors: Doubles | None = 
 
 
 def check_truth(truth: ExpressionMatrix, given: ExpressionMatrix) -> ExpressionMatrix:
-    """Return a truth in the order of the cells and genes that are given.
+    """Return a truth in the order of the given cells and genes. Raises `InputError` if these are not the same.
 
-    Cells of which no name is the same are taken in the order in which they come.
-
-    Raises
-    ------
-    InputError
-        If the cells or genes are not the same; see `aligned`.
+    If no cell has the same name in both, cells are taken in their order.
     """
     if len(truth.obs) == len(given.obs) and not truth.obs.index.isin(given.obs.index).any():
         truth = replace(truth, annotation=Annotation(given.obs[[]], truth.var))
@@ -222,11 +178,8 @@ def check_truth(truth: ExpressionMatrix, given: ExpressionMatrix) -> ExpressionM
 
 
 def against_truth(source: Source, truth: ExpressionMatrix, seed: int, folder: Path) -> Experiment:
-    """Compare all entries with a matrix that is known better: the same cells sequenced deeply; see `check_truth`.
-
-    Both are scaled to the same total in every cell.
-    """
-    factors = _ratio(_totals(source.matrix)[0], _totals(truth)[0])
+    """Score all entries against the same cells sequenced deeply, scaled to the same totals; see `check_truth`."""
+    factors = ratio(_totals(source.matrix)[0], _totals(truth)[0])
     _write(folder / "target.zarr", _scaled(truth, factors), obs=truth.obs, var=truth.var)
     target = ExpressionMatrix.open(folder / "target.zarr")
     return Experiment("truth", None, seed, source, target)

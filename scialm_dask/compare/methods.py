@@ -63,28 +63,14 @@ shutil.rmtree(sys.argv[1], ignore_errors=True)
 _watchers: list[subprocess.Popen[str]] = []
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to complete a matrix.
+class Method(NamedTuple):
+    """A way to complete a matrix."""
 
-    Parameters
-    ----------
-    label
-        What figures call it.
-    takes
-        The matrix it wants: raw counts, counts normalised to one total, or the former where they are known.
-    complete
-        Turns a `Task` into a dense matrix, a pair of factors or an `Imputation`, on the scale that it takes.
-    needs
-        Modules that must be there, and are imported before time and memory are taken.
-    seconds
-        About what it takes on one core, imports included: to begin with, and for each million of entries, zeros too.
-    """
-
-    label: str
-    takes: Literal["counts", "normalised", "either"]
-    complete: Callable[[Task], Any]
-    needs: tuple[str, ...] = ()
+    label: str  # in figures
+    takes: Literal["counts", "normalised", "either"]  # either: counts where they are known
+    complete: Callable[[Task], Any]  # gives a dense matrix, a pair of factors or an Imputation, on the scale it takes
+    needs: tuple[str, ...] = ()  # modules, imported before time and memory are taken
+    # about what it takes on one core, imports included: to begin with, and for each million of entries, zeros too
     seconds: tuple[float, float] = (5.0, 0.5)
 
 
@@ -113,7 +99,7 @@ METHODS = {
 
 
 class Quoted(NamedTuple):
-    """What the publication's text says of a method that is not run here; the rest is in its figures alone."""
+    """What the publication's text says of a method that is not run here."""
 
     label: str
     scores: dict[str, dict[str, float]]
@@ -140,6 +126,9 @@ class Contestant:
         """The settings in words, empty where there are none."""
         return " ".join(f"{name}={value}" for name, value in self.settings.items())
 
+    def __str__(self) -> str:
+        return f"{self.method} {self.words}".strip()
+
 
 def label_of(method: str, setting: str = "") -> str:
     """Return what figures and tables call a method."""
@@ -153,15 +142,10 @@ def labelled(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def find_method(name: str) -> Method:
-    """Look a method up by its name, or import it as ``module:function``.
+    """Look a method up by its name, or import it as ``module:function``. Raises `InputError` if there is none.
 
-    The function takes a `Task` and returns a completed matrix on the scale of the normalised counts that it is given;
-    where it has an attribute ``takes`` that is ``"counts"``, it is given those.
-
-    Raises
-    ------
-    InputError
-        If there is none of that name.
+    Such a function takes a `Task` and returns the completed matrix, on the scale of normalised counts, or of raw counts
+    if it has an attribute ``takes`` that is ``"counts"``.
     """
     if name in METHODS:
         return METHODS[name]
@@ -177,39 +161,30 @@ def find_method(name: str) -> Method:
 
 
 def contestants(names: Iterable[str], sweeps: Iterable[str] = ()) -> list[Contestant]:
-    """List what is compared, in order and once each.
+    """List what is compared, in order and once each; what is quoted is left out.
 
-    Parameters
-    ----------
-    names
-        Of methods; ``"peers"`` and ``"all"`` stand for several. Quoted ones are left out.
-    sweeps
-        Such as ``"max_rank=10,20,…,50"``: our presets are run at each value, and at each combination of values
-        of several sweeps. Values that hold commas are parted by semicolons.
+    Our presets are run at each combination of values of the `sweeps`, such as ``"max_rank=10,20,…,50"``. Values that
+    hold commas are separated by semicolons.
 
     Raises
     ------
     InputError
         If a method, a field or a value is not valid, or a preset does not use the field.
     """
-    listed: list[Contestant] = []
     names, sweeps = list(dict.fromkeys(expanded(names))), list(sweeps)
     if sweeps and not set(names) & set(OURS):
         raise InputError(f"sweep is {sweeps[0]!r}, but no method has settings to sweep; add denoise, complete or paper")
     combinations = [dict(pairs) for pairs in itertools.product(*map(_sweep, sweeps))]
-    for name in names:
-        if name in QUOTED:
-            continue
-        find_method(name)
-        for combination in combinations if name in OURS else [{}]:
-            if name in OURS:
-                preset(name, **combination)
-            listed.append(Contestant(name, combination))
+    listed = [Contestant(n, c) for n in names if n not in QUOTED for c in (combinations if n in OURS else [{}])]
+    for each in listed:
+        find_method(each.method)
+        if each.method in OURS:
+            preset(each.method, **each.settings)
     return listed
 
 
 def expanded(names: Iterable[str]) -> list[str]:
-    """Put names for ``"peers"`` and ``"all"``."""
+    """Replace ``"peers"`` and ``"all"`` by the names they stand for."""
     runnable = [name for name in METHODS if name != "auto"]
     groups = {"peers": [*(name for name in runnable if name not in OURS), *QUOTED], "all": [*runnable, *QUOTED]}
     return [each for name in names for each in groups.get(name, [name])]
@@ -233,7 +208,7 @@ def _sweep(words: str) -> list[tuple[str, Any]]:
 
 
 def _filled(values: list[str]) -> list[str]:
-    """Put for an ellipsis the even steps that it stands for."""
+    """Replace an ellipsis by the even steps that it stands for."""
     if not set(values) & set(_ELLIPSES):
         return values
     at = next(i for i, value in enumerate(values) if value in _ELLIPSES)
@@ -243,32 +218,18 @@ def _filled(values: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a method.
+    """What became of a method."""
 
-    Parameters
-    ----------
-    status
-        ``"ok"``, ``"failed"``, ``"out of memory"``, ``"timed out"``, ``"needs counts"`` or ``"not installed"``.
-    seconds
-        Wall time of the method, imports not counted.
-    peak_bytes
-        Most memory that it held over what its imports took.
-    imports_bytes
-        What those took.
-    note
-        What the method says of itself, or what went wrong.
-    """
-
-    status: str
-    seconds: float = float("nan")
-    peak_bytes: float = float("nan")
+    status: str  # ok, failed, out of memory, timed out, needs counts or not installed
+    seconds: float = float("nan")  # wall time, without imports
+    peak_bytes: float = float("nan")  # most memory over what its imports took
     imports_bytes: float = float("nan")
-    note: str = ""
+    note: str = ""  # what the method says of itself, or what went wrong
 
 
 @contextlib.contextmanager
 def watched_folder(parent: str | os.PathLike[str] | None = None) -> Iterator[Path]:
-    """Make a temporary folder, which goes at the end, also of a process that is killed and with it its methods."""
+    """Make a temporary folder. It goes at the end, and so do methods that run, even if this process is killed."""
     folder = tempfile.mkdtemp(prefix="scialm-evaluate-", dir=parent)
     command = [sys.executable, "-I", "-S", "-c", _WATCH, folder]
     with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as watcher:
@@ -281,7 +242,7 @@ def watched_folder(parent: str | os.PathLike[str] | None = None) -> Iterator[Pat
 
 
 def _watch(child: int) -> None:
-    """Tell the watchers which process to end should this one be killed; 0 for none."""
+    """Tell the watchers which process to end if this one is killed; 0 for none."""
     for watcher in _watchers:
         assert watcher.stdin is not None
         with contextlib.suppress(OSError):
@@ -292,20 +253,9 @@ def _watch(child: int) -> None:
 def run_isolated(
     method: str, task: Task, folder: Path, *, memory_limit: int | None = None, timeout: float | None = None
 ) -> Outcome:
-    """Run a method in a new process and wait for it.
+    """Run a method in a new process and wait for it; on success `folder` has its answer, see `read_answer`.
 
-    Parameters
-    ----------
-    method
-        Name, or ``module:function``.
-    task
-        What it is to complete.
-    folder
-        A folder of its own, for what it leaves: on success its answer, see `read_answer`.
-    memory_limit
-        Bytes of data that the process may hold over what its imports take.
-    timeout
-        Seconds after which it is ended.
+    The process may hold `memory_limit` bytes of data over what its imports take, and is ended after `timeout` seconds.
     """
     (folder / _ANSWER).unlink(missing_ok=True)  # of a run before, not to be taken for one of this
     request = {"method": method, "memory_limit": memory_limit, **asdict(task), "path": str(task.path)}
@@ -365,24 +315,19 @@ def _measured(name: str, folder: Path, memory_limit: int | None, task: Task) -> 
 
 def _words(error: BaseException) -> str:
     """Say what was raised, and where."""
-    *_, last = traceback.extract_tb(error.__traceback__)
+    last = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(last.filename).name}:{last.lineno}"
     return " ".join(f"{type(error).__name__}: {error} ({where})".split())[:300]
 
 
 def _limit_memory(limit: int) -> None:
-    """Let allocations fail that would pass `limit` bytes of private data over what is held now (Linux alone)."""
+    """Make allocations fail past `limit` bytes of private data over what is held now. Linux alone."""
     import resource
 
     status = Path("/proc/self/status")
     if status.exists():
         held = int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmData")))
         resource.setrlimit(resource.RLIMIT_DATA, (held * 1024 + limit, resource.RLIM_INFINITY))
-
-
-def panels(shape: tuple[int, int]) -> RowBlocks:
-    """Rows of which the dense form is small."""
-    return RowBlocks.panels(*shape, _PANEL_BYTES)
 
 
 def _keep(answer: Any, folder: Path) -> None:
@@ -395,14 +340,14 @@ def _keep(answer: Any, folder: Path) -> None:
         raise ValueError(f"gave factors of {answer[0].shape[1]} and {answer[1].shape[1]} columns")
     for name, values in parts.items():
         target = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=values.shape)
-        for start, stop in panels((len(values), max(1, values.shape[1]))) if values.size else ():
+        for start, stop in RowBlocks.panels(len(values), values.shape[1], _PANEL_BYTES) if values.size else ():
             if not np.isfinite(values[start:stop]).all():
                 raise ValueError("gave values that are not finite")
             target[start:stop] = values[start:stop]
 
 
 def read_answer(folder: Path, scale: NDArray[np.floating] | None = None) -> da.Array:
-    """Return what a method has left, lazily, cells × genes, not negative, each cell multiplied by its `scale`."""
+    """Return the answer in a folder: lazy, cells × genes, not negative, each cell multiplied by its `scale`."""
     import dask.array as da
 
     def read(name: str) -> Any:
@@ -422,8 +367,8 @@ def read_answer(folder: Path, scale: NDArray[np.floating] | None = None) -> da.A
 
 
 def by_panels(read: Any, shape: tuple[int, int]) -> da.Array:
-    """Return a lazy float32 array of what ``read(slice)`` gives of some rows."""
-    visit, rows = dask.delayed(read, pure=False, traverse=False), panels(shape)
+    """Return a lazy float32 array whose rows are what ``read(slice)`` returns."""
+    visit, rows = dask.delayed(read, pure=False, traverse=False), RowBlocks.panels(*shape, _PANEL_BYTES)
     return stacked([visit(slice(*span)) for span in rows], rows.sizes, shape[1])
 
 

@@ -1,8 +1,8 @@
-"""Other methods, each at the settings that its authors document, scores on the scale of what it is given.
+"""Other methods, each at the settings that its authors document.
 
 Each takes a `Task` and returns the completed matrix: dense, float32, cells × genes, or a pair of factors. What a
-method does to its input first (roots, logarithms, totals) is undone, so that all are compared on one scale. None of
-this is out of core: a peer holds what it needs, and is measured in a process of its own.
+method does to its input first (roots, logarithms, totals) is undone, so that all are compared on one scale. Peers work
+in memory.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scialm_dask.data.csr import entries_where
+from scialm_dask.data.csr import entries_where, scaled_rows
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.evaluate.metrics import gene_means
+from scialm_dask.evaluate.metrics import gene_means, ratio
 from scialm_dask.linalg.kernels import Block, sampled_product
 from scialm_dask.linalg.random import hidden_entries, n_to_hide
 from scialm_dask.solve.biological_zeros import spectral_gap_rank
@@ -73,8 +73,8 @@ def gene_mean(task: Task) -> Pair:
     """Predict each gene's mean: over its non-zeros where only non-zeros are asked for, else over all cells."""
     matrix = task.matrix
     if task.zeros_matter:
-        sums = matrix.reduce(lambda csr, _: np.asarray(csr.sum(axis=0, dtype=np.float64)), np.add)
-        means = (sums.ravel() / matrix.shape[0]).astype(np.float32)
+        sums = matrix.reduce(lambda csr, _: csr.sum(axis=0, dtype=np.float64).A1, np.add)
+        means = (sums / matrix.shape[0]).astype(np.float32)
     else:
         means = gene_means(matrix)
     return np.ones((matrix.shape[0], 1), np.float32), means[:, None]
@@ -86,44 +86,38 @@ def knn(task: Task) -> Floats:
     Takes counts. Each smoothed cell is scaled back to its own total.
     """
     from sklearn.decomposition import PCA
+    from sklearn.neighbors import NearestNeighbors
 
     X = task.csr()
-    totals = np.asarray(X.sum(axis=1, dtype=np.float64)).ravel()
-    median = np.median(totals[totals > 0])
+    totals = _totals(X)
     k = min(_KNN, X.shape[0] - 1)
+    components = min(_KNN_COMPONENTS, *(side - 1 for side in X.shape))
     smoothed = X
     for step in range(1, int(np.ceil(np.log2(k + 1))) + 1):
-        stable = _freeman_tukey(smoothed, float(median))
-        components = min(_KNN_COMPONENTS, *(side - 1 for side in X.shape))
-        scores = PCA(components, svd_solver="randomized", random_state=task.seed).fit_transform(stable)
-        del stable
-        smoothed = _neighbour_sums(X, scores, min(2**step - 1, k))
-    sums = np.asarray(smoothed.sum(axis=1, dtype=np.float64)).ravel()
-    scale = np.divide(totals, sums, out=np.zeros_like(sums), where=sums > 0)
+        pca = PCA(components, svd_solver="randomized", random_state=task.seed)
+        scores = pca.fit_transform(_freeman_tukey(smoothed, np.median(totals[totals > 0])))
+        nearest = NearestNeighbors(n_neighbors=min(2**step, k + 1), algorithm="brute").fit(scores)
+        smoothed = nearest.kneighbors_graph(scores).astype(np.float32) @ X  # a cell is its own first neighbour
     task.note = f"k {k}, {components} components"
-    return (sp.diags(scale.astype(np.float32)) @ smoothed).toarray()  # type: ignore[no-any-return]
+    return _with_totals(smoothed, totals).toarray()  # type: ignore[no-any-return]
+
+
+def _totals(X: sp.csr_matrix) -> NDArray[np.float64]:
+    return X.sum(axis=1, dtype=np.float64).A1  # type: ignore[no-any-return]
+
+
+def _with_totals(X: sp.csr_matrix, totals: Any) -> sp.csr_matrix:
+    """Scale cells to the given totals."""
+    return scaled_rows(X, ratio(totals, _totals(X)).astype(np.float32))
 
 
 def _freeman_tukey(counts: sp.csr_matrix, total: float) -> Floats:
-    """√x + √(x + 1) of every cell scaled to the same total."""
-    sums = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-    scale = np.divide(total, sums, out=np.zeros_like(sums), where=sums > 0)
-    dense: Floats = (sp.diags(scale.astype(np.float32)) @ counts).toarray()
+    """Return √x + √(x + 1) of cells scaled to the same total."""
+    dense: Floats = _with_totals(counts, total).toarray()
     for start in range(0, len(dense), _PANEL):
         panel = dense[start : start + _PANEL]
         dense[start : start + _PANEL] = np.sqrt(panel) + np.sqrt(panel + 1)
     return dense
-
-
-def _neighbour_sums(X: sp.csr_matrix, scores: Floats, k: int) -> sp.csr_matrix:
-    """Of each cell, the sum of its counts and those of the k cells nearest to it."""
-    from sklearn.neighbors import NearestNeighbors
-
-    neighbours = NearestNeighbors(n_neighbors=k + 1, algorithm="brute").fit(scores).kneighbors(scores)[1]
-    n = X.shape[0]
-    ones = np.ones(n * (k + 1), np.float32)
-    graph = sp.csr_matrix((ones, neighbours.ravel(), np.arange(n + 1) * (k + 1)), shape=(n, n))
-    return graph @ X
 
 
 def alra(task: Task) -> Floats:
@@ -136,9 +130,7 @@ def alra(task: Task) -> Floats:
     from sklearn.utils.extmath import randomized_svd
 
     X = task.csr()
-    totals = np.asarray(X.sum(axis=1, dtype=np.float64)).ravel().astype(np.float32)
-    scale = np.divide(_ALRA_TOTAL, totals, out=np.zeros_like(totals), where=totals > 0)
-    A: sp.csr_matrix = (sp.diags(scale) @ X).tocsr().log1p()
+    A: sp.csr_matrix = _with_totals(X, _ALRA_TOTAL).log1p()
     count = min(_ALRA_VALUES, *(side - 1 for side in A.shape))
     left, values, right = randomized_svd(A, count, n_iter=_ALRA_ITERATIONS, random_state=task.seed)
     k = spectral_gap_rank(values)
@@ -149,7 +141,7 @@ def alra(task: Task) -> Floats:
         genes = slice(start, start + _PANEL)
         completed[:, genes] = _adjusted(completed[:, genes], columns[:, genes].toarray())
     np.expm1(completed, out=completed)
-    completed *= (totals / np.float32(_ALRA_TOTAL))[:, None]
+    completed *= (_totals(X) / _ALRA_TOTAL)[:, None].astype(np.float32)
     return completed
 
 
@@ -182,22 +174,12 @@ def softimpute(task: Task) -> Pair:
     return left, right
 
 
-def soft_impute(D: sp.csr_matrix, *, max_rank: int = 100, seed: int = 0) -> tuple[Floats, Floats]:
-    """Complete a sparse matrix whose zeros are unknown.
+def soft_impute(D: sp.csr_matrix, *, max_rank: int = 100, seed: int = 0) -> Pair:
+    """Complete a matrix by alternating least squares (Hastie, Mazumder, Lee and Zadeh 2015), never dense.
 
-    Parameters
-    ----------
-    D
-        Cells × genes, float32.
-    max_rank
-        Most columns of the factors.
-    seed
-        Of the entries hidden to choose λ, and of the first factors.
-
-    Returns
-    -------
-    left, right
-        Float32, shapes ``(m, r)`` and ``(n, r)``.
+    Minimises ½ ‖P_Ω(D − A Bᵀ)‖² + λ/2 (‖A‖² + ‖B‖²). Each factor in turn is regressed on the filled-in matrix
+    P_Ω(D − A Bᵀ) + A Bᵀ, which is sparse plus low rank. λ falls along a path with warm starts, and the one kept is
+    that which predicts a hidden share of Ω best.
     """
     counts = np.bincount(D.indices, minlength=D.shape[1])
     hidden = hidden_entries(D.indices, np.zeros_like(counts), counts, n_to_hide(counts, _VALIDATION), seed)
@@ -205,7 +187,7 @@ def soft_impute(D: sp.csr_matrix, *, max_rank: int = 100, seed: int = 0) -> tupl
     lambdas = _path(train)
     errors: list[float] = []
     for left, right in _along(train, lambdas, max_rank, seed):
-        errors.append(float(np.sum((validation.data - _at(validation, left, right)) ** 2, dtype=np.float64)))
+        errors.append(_square(_residual(validation, left, right).data))
         if len(errors) - 1 - int(np.argmin(errors)) >= _PATIENCE:
             break
     *_, kept = _along(D, lambdas[: int(np.argmin(errors)) + 1], max_rank, seed)
@@ -221,7 +203,7 @@ def _path(D: sp.csr_matrix) -> NDArray[np.float64]:
     return first * _STEP**powers
 
 
-def _along(D: sp.csr_matrix, lambdas: NDArray[np.float64], max_rank: int, seed: int) -> Iterator[tuple[Floats, Floats]]:
+def _along(D: sp.csr_matrix, lambdas: NDArray[np.float64], max_rank: int, seed: int) -> Iterator[Pair]:
     """Minimise at each λ, beginning from the answer at the last."""
     rng = np.random.default_rng(seed)
     A, B = np.zeros((D.shape[0], 0), np.float32), np.zeros((D.shape[1], 0), np.float32)
@@ -234,12 +216,12 @@ def _along(D: sp.csr_matrix, lambdas: NDArray[np.float64], max_rank: int, seed: 
         yield A, B
 
 
-def _minimise(D: sp.csr_matrix, A: Floats, B: Floats, lam: float) -> tuple[Floats, Floats]:
+def _minimise(D: sp.csr_matrix, A: Floats, B: Floats, lam: float) -> Pair:
     before = np.inf
     for _ in range(_SWEEPS):
         B = _regressed(_residual(D, A, B).T, A, B, lam)
         S = _residual(D, A, B)
-        objective = 0.5 * float(np.sum(S.data**2, dtype=np.float64)) + lam / 2 * (_square(A) + _square(B))
+        objective = 0.5 * _square(S.data) + lam / 2 * (_square(A) + _square(B))
         A = _regressed(S, B, A, lam)
         if before - objective <= _SETTLED * objective:
             break
@@ -255,7 +237,7 @@ def _regressed(S: sp.csr_matrix, other: Floats, own: Floats, lam: float) -> Floa
     return np.ascontiguousarray(solved.T, dtype=np.float32)
 
 
-def _balanced(A: Floats, B: Floats) -> tuple[Floats, Floats]:
+def _balanced(A: Floats, B: Floats) -> Pair:
     """Give the same product, its singular values shared evenly, without directions that have vanished."""
     (P, R), (Q, T) = np.linalg.qr(A), np.linalg.qr(B)
     U, d, Vt = np.linalg.svd(R @ T.T)
@@ -265,15 +247,13 @@ def _balanced(A: Floats, B: Floats) -> tuple[Floats, Floats]:
 
 
 def _residual(D: sp.csr_matrix, A: Floats, B: Floats) -> sp.csr_matrix:
-    return sp.csr_matrix((D.data - _at(D, A, B), D.indices, D.indptr), shape=D.shape)
+    """Return P_Ω(D − A Bᵀ)."""
+    fitted = sampled_product(Block(D.indptr, D.indices, D.data, D.shape[1]), A, B)
+    return sp.csr_matrix((D.data - fitted, D.indices, D.indptr), shape=D.shape)
 
 
-def _at(D: sp.csr_matrix, A: Floats, B: Floats) -> Floats:
-    return sampled_product(Block(D.indptr, D.indices, D.data, D.shape[1]), A, B)
-
-
-def _square(A: Floats) -> float:
-    return float(np.sum(A**2, dtype=np.float64))
+def _square(values: Floats) -> float:
+    return float(np.sum(values**2, dtype=np.float64))
 
 
 def magic(task: Task) -> Floats:
@@ -304,5 +284,5 @@ def scvi(task: Task) -> Floats:
     model.train(_SCVI_EPOCHS, **stopping, accelerator="cpu", enable_progress_bar=False, logger=False)
     task.note = f"{model.trainer.current_epoch} epochs of at most {_SCVI_EPOCHS}"
     completed: Floats = model.get_normalized_expression(library_size=1, return_numpy=True).astype(np.float32)
-    completed *= np.asarray(X.sum(axis=1), np.float32)
+    completed *= _totals(X)[:, None].astype(np.float32)
     return completed

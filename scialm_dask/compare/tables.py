@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,12 @@ _TITLES = {
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any]) -> None:
-    """Write everything into a folder, which must exist.
+    """Write everything into a folder that exists.
 
-    ``scores.csv`` (a row for each experiment, seed and method), ``genes.csv.gz``, ``clusters.csv`` and
-    ``umap.csv.gz`` where there were labels, ``evaluation.json`` (all scores, with `about` and the versions of the
-    libraries), a folder ``figures``, and last, so that nothing unfinished has them, ``summary.csv`` and ``summary.md``
-    (means over the seeds).
+    That is ``scores.csv`` (a row for each experiment, seed and method), ``genes.csv.gz``, ``clusters.csv`` and
+    ``umap.csv.gz`` if there were labels, ``evaluation.json`` (all scores, with `about` and the versions of the
+    libraries), a folder ``figures``, and last, so that they are only where all is finished, ``summary.csv`` and
+    ``summary.md`` (means over the seeds).
     """
     evaluation.scores.to_csv(folder / "scores.csv", index=False)
     evaluation.genes.to_csv(folder / "genes.csv.gz", index=False, float_format="%.5g")
@@ -45,7 +45,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any]
         _cells(evaluation).to_csv(folder / "umap.csv.gz", index=False, float_format="%.4g")
     words = {
         **about,
-        "versions": dict(_versions()),
+        "versions": {name: found.version for name in _VERSIONS for found in list(distributions(name=name))[:1]},
         "scores": _plain(evaluation.scores),
         "clusters": _plain(evaluation.clusters),
     }
@@ -58,35 +58,22 @@ def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any]
     (folder / "summary.md").write_text(_sections(summary, evaluation))
 
 
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in _VERSIONS:
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:
-            continue
-
-
 def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows without what is not known."""
+    """Return the rows without what is not known."""
     return [{k: v for k, v in row.items() if v == v} for row in table.to_dict("records")]
 
 
 def _cells(evaluation: Evaluation) -> pd.DataFrame:
     import pandas as pd
 
-    labels = evaluation.labels
-    assert labels is not None
-    tables = [
-        pd.DataFrame(
-            {"experiment": kind, "method": name, "cell": labels.index, "label": labels, "x": xy[:, 0], "y": xy[:, 1]}
-        )
-        for (kind, name), xy in evaluation.umap.items()
-    ]
-    return pd.concat(tables, ignore_index=True)
+    assert evaluation.labels is not None
+    cells = {"cell": evaluation.labels.index, "label": evaluation.labels.to_numpy()}
+    tables = {key: pd.DataFrame({**cells, "x": xy[:, 0], "y": xy[:, 1]}) for key, xy in evaluation.umap.items()}
+    return pd.concat(tables, names=["experiment", "method"]).reset_index(["experiment", "method"])
 
 
 def summary_table(evaluation: Evaluation) -> pd.DataFrame:
-    """`Evaluation.summary`, without scores that no row has, with ARI and NMI where they are known."""
+    """Return `Evaluation.summary` with ARI and NMI where they are known, without scores that no row has."""
     table = evaluation.summary()
     if len(evaluation.clusters):
         found = evaluation.clusters[[*("experiment", "share", "method", "setting"), *_CLUSTERS]]
@@ -114,7 +101,7 @@ _CLUSTERS = {
 
 
 def _sections(summary: pd.DataFrame, evaluation: Evaluation) -> str:
-    """Put each experiment, and the clusters found in it, into a table of its own, best first."""
+    """Return a table for each experiment, and one for its clusters, best first."""
     parts, known = [], summary[summary["status"] != "quoted"]
     for kind, of_kind in _TITLES.items():
         for share, rows in known[known["experiment"] == kind].groupby("share", dropna=False):
@@ -138,7 +125,7 @@ def _quotation(row: dict[str, Any]) -> str:
 
 
 def _section(rows: pd.DataFrame, columns: dict[str, str], *, ascending: bool = True) -> str:
-    """Make a table of these columns, best first by the first of them, where what has failed says so."""
+    """Return a table of these columns, best first by the first of them, with the status of what failed there."""
     first, *others = [name for name in columns if name in rows and rows[name].notna().any()]
     rows = rows.sort_values(first, ascending=ascending, kind="stable")
     table = rows[[first, *others]].astype(object)
@@ -150,7 +137,7 @@ def _section(rows: pd.DataFrame, columns: dict[str, str], *, ascending: bool = T
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Turn a table into Markdown, numbers to four figures."""
+    """Return a table in Markdown, numbers to four figures."""
     lines = [list(table.columns), ["---"] * len(table.columns)]
     lines += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -165,7 +152,7 @@ def _cell(value: Any) -> str:
 
 
 def figures_of(evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
-    """Draw all that the evaluation has something for, by name."""
+    """Draw every figure for which there is something to show; yield its name and the figure."""
     scores = labelled(evaluation.scores[evaluation.scores["status"] != "quoted"])  # those are of other data sets
     swept, dataset = _swept(scores), scores["dataset"].iloc[0]
     for (kind, share), rows in scores.groupby(["experiment", "share"], dropna=False, sort=False):

@@ -328,13 +328,17 @@ def _scores_of_block(
 
 
 def gene_means(matrix: ExpressionMatrix) -> NDArray[np.float32]:
-    """Mean of each gene over its observed entries, shape ``(n,)``; 0 where there are none."""
+    """Return the mean of each gene over its observed entries, shape ``(n,)``; 0 where there are none."""
 
     def visit(csr: sp.csr_matrix, _: int) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
         n = matrix.shape[1]
         sums = np.bincount(csr.indices, weights=csr.data, minlength=n).astype(np.float64)
         return sums, np.bincount(csr.indices, minlength=n)
 
-    sums, counts = matrix.reduce(visit, add)
-    means: NDArray[np.float64] = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
-    return means.astype(np.float32)
+    return ratio(*matrix.reduce(visit, add)).astype(np.float32)
+
+
+def ratio(above: Any, below: NDArray[Any]) -> Doubles:
+    """Divide, with 0 where the divisor is 0 or less."""
+    divided: Doubles = np.divide(above, below, out=np.zeros(below.shape), where=below > 0)
+    return divided
