@@ -12,7 +12,7 @@ import scialm_dask
 ROOT = Path(scialm_dask.__file__).parent
 
 FLOORS = (
-    "errors arguments config events reduction data linalg solve imputation pooled evaluate run progress "
+    "errors config events reduction data linalg solve imputation pooled evaluate run progress "
     "api estimator report compare cli __main__"
 ).split()
 

@@ -31,7 +31,7 @@ from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore
 
-from scialm_dask.arguments import short_repr
+from scialm_dask.config import short_repr
 from scialm_dask.data.arrays import missing_chunks
 from scialm_dask.data.lease import lease
 from scialm_dask.data.remote import RemoteStore, all_of, is_url

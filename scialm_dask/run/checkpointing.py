@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scialm_dask import __version__
-from scialm_dask.arguments import short_repr, validated
-from scialm_dask.config import Settings
+from scialm_dask.config import Settings, short_repr, validated
 from scialm_dask.data.checkpoint import ArrayFolder, Checkpoint, Checkpoints, Piece
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix

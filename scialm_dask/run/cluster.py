@@ -16,12 +16,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from scialm_dask.arguments import Count, checked, validated
-from scialm_dask.config import bytes_of, configured, seconds_of
+from scialm_dask.config import Count, bytes_of, checked, configured, seconds_of, validated
 from scialm_dask.errors import ClusterError, InputError
 from scialm_dask.reduction import current_client
-from scialm_dask.run import signals
-from scialm_dask.run.cluster_errors import check_processes, count_workers, losses_explained, quiet_end, while_workers
+from scialm_dask.run import interruption
+from scialm_dask.run.interruption import check_processes, count_workers, losses_explained, quiet_end, while_workers
 
 if TYPE_CHECKING:
     from distributed import Client, Security
@@ -283,9 +282,9 @@ def _local(
     import dask
     from distributed import Client, LocalCluster
 
-    preload = [*(dask.config.get("distributed.worker.preload") or ()), signals.__name__]
+    preload = [*(dask.config.get("distributed.worker.preload") or ()), interruption.__name__]
     stack.enter_context(dask.config.set({**_RESTARTS, "distributed.worker.preload": preload}))
-    with signals.ignored_by_children():
+    with interruption.ignored_by_children():
         check_processes()
         started = stack.enter_context(
             LocalCluster(

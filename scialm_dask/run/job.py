@@ -37,13 +37,12 @@ from scialm_dask.linalg.tasks import Observations, Store
 from scialm_dask.reduction import Placement, current_client, stacked
 from scialm_dask.run.checkpointing import Checkpointing, Job, RunState, as_written, ended, job_of
 from scialm_dask.run.cluster import ask_everyone, workers_here
-from scialm_dask.run.cluster_errors import cluster_is_back, loss_of_cluster, while_workers
+from scialm_dask.run.interruption import cluster_is_back, loss_of_cluster, while_workers
 from scialm_dask.run.plan import place_scratch
 from scialm_dask.solve.denoise import Denoised, DenoiseState, as_plain, denoise
 from scialm_dask.solve.estimate import find_axes
 from scialm_dask.solve.ialm import Completion, LoopState, complete, iterations
-from scialm_dask.solve.scaling import PreparedBlocks, Survey, prepare, survey
-from scialm_dask.solve.transform import completion_model, denoising_model
+from scialm_dask.solve.scaling import PreparedBlocks, Survey, completion_model, denoising_model, prepare, survey
 
 _RETRIES = 2  # of a task that raises
 _MOST_LOSSES = 2  # of the cluster, without a checkpoint between

@@ -79,10 +79,9 @@ def forecast(matrix: ExpressionMatrix, settings: Settings, here: Workers) -> For
     n_blocks = len(matrix.blocks)
     threads, groups = min(here.threads, n_blocks), min(here.threads * here.workers, n_blocks)
     rank = _likely_rank(settings, min(m, n), n_observed)
-    wanted = basis_width(np.ones(rank), 0.5, rank)
-    if settings.method == "denoise":
-        wanted = rank
-    exact = settings.method == "complete" and prefers_short_side(wanted, (m, n))
+    completes = settings.method == "complete"
+    wanted = basis_width(np.ones(rank), 0.5, rank) if completes else rank
+    exact = completes and prefers_short_side(wanted, (m, n))
     width = widest_basis((m, n)) if exact else wanted
     rows = max(matrix.blocks.sizes)
     values = min(n_observed, int(1.3 * n_observed / n_blocks))  # rows differ in length
@@ -95,7 +94,7 @@ def forecast(matrix: ExpressionMatrix, settings: Settings, here: Workers) -> For
         freed = _DOUBLE * panel * _FREED_PANELS
         products = max(products, freed + _short_side_memory((m, n), rows, rank, threads, levels))
     working = _base_memory(here.resident) + _to_write(matrix, here.resident) + products + _DOUBLE * n * n_blocks
-    kept = settings.method == "complete" and settings.stop == "held-out"  # the estimate of the best iteration
+    kept = completes and settings.stop == "held-out"  # the estimate of the best iteration
     state = _FLOAT * ((2 + kept) * n_observed + m * (2 * wanted + 2 * rank))
     blocks = 2 * _FLOAT * n_observed
     share = math.ceil(n_blocks / here.workers) / n_blocks  # what one process holds

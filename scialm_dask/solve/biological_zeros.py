@@ -22,7 +22,7 @@ import numpy as np
 from dask.delayed import Delayed
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import checked
+from scialm_dask.config import checked
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.scratch import new_scratch
 from scialm_dask.errors import InputError

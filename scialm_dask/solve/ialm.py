@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from scialm_dask.arguments import Count, check_fields, validated
-from scialm_dask.config import Settings
+from scialm_dask.config import Count, Settings, check_fields, validated
 from scialm_dask.errors import InputError
 from scialm_dask.events import Iteration, Listener, silent
 from scialm_dask.linalg.kernels import Doubles, Floats, ReleaseHeldOut, Update

@@ -26,7 +26,7 @@ from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin
 from scialm_dask.reduction import stacked
 from scialm_dask.solve.estimate import Axes
-from scialm_dask.solve.transform import model_of
+from scialm_dask.solve.scaling import model_of
 
 if TYPE_CHECKING:
     import dask.array as da

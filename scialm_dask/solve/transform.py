@@ -1,16 +1,15 @@
-"""What a fit knows of cells, and cells that were not in it, completed with its gene factors in one pass over them."""
+"""Cells that were not in the fit, completed with its gene factors: one pass over them, a small problem for each."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dask
 import numpy as np
-from dask.delayed import Delayed
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
@@ -23,9 +22,8 @@ from scialm_dask.events import Listener, Note, silent
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.ridge import RowProblems, leave_one_out, solve_rows
 from scialm_dask.linalg.sparse_products import spmm
-from scialm_dask.linalg.tasks import add
-from scialm_dask.reduction import stacked, tree_reduce
-from scialm_dask.solve.scaling import PreparedBlocks, Survey
+from scialm_dask.reduction import stacked
+from scialm_dask.solve.scaling import CellModel, CompletionModel, DenoisingModel
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -266,70 +264,3 @@ def _solve_block(
     left = solver(problems) / scale[:, None]
     left[np.diff(problems.indptr) == 0] = 0
     return left.astype(np.float32)
-
-
-@dataclass(frozen=True)
-class CellModel:
-    """What a fit has learnt of cells, on the scale on which it made their noise even."""
-
-    gene_scale: NDArray[np.float32]  # what genes were multiplied with, shape (n,)
-    # of each gene in the sum of the matrix: where genes are missing, a cell's size is its total over their share
-    gene_share: NDArray[np.float64]
-    raw_counts: bool  # whether it was made from these
-    cell_exponent: float  # cells were multiplied with (size factor / centre)^−cell_exponent
-    centre: float  # geometric mean of the size factors
-
-
-@dataclass(frozen=True)
-class CompletionModel(CellModel):
-    """Of a completion, where zeros are unknown."""
-
-    mean: NDArray[np.float64]  # of the rows of the left factor, shape (r,)
-    covariance: NDArray[np.float64]  # of these rows, shape (r, r)
-    residual: float  # what the fit left of the observed entries, relative to their norm
-
-
-@dataclass(frozen=True)
-class DenoisingModel(CellModel):
-    """Of a denoised matrix."""
-
-    weights: NDArray[np.float64]  # of the components, shape (r,)
-
-
-def model_of(stored: Mapping[str, Any]) -> CellModel:
-    """Return the model that AnnData has read."""
-    kind = DenoisingModel if "weights" in stored else CompletionModel
-    plain: dict[str, Any] = {"raw_counts": bool, "cell_exponent": float, "centre": float, "residual": float}
-    return kind(**{field.name: plain.get(field.name, np.asarray)(stored[field.name]) for field in fields(kind)})
-
-
-def completion_model(
-    lefts: list[Delayed], blocks: PreparedBlocks, found: Survey, *, residual: float
-) -> CompletionModel:
-    """Sum up the rows of a fitted left factor, not yet scaled back, block by block."""
-    moments = dask.delayed(_moments)
-    total, squares = tree_reduce([moments(left) for left in lefts], add).compute()
-    mean = total / blocks.shape[0]
-    covariance = squares / blocks.shape[0] - np.outer(mean, mean)
-    return CompletionModel(**_of_cells(blocks, found), mean=mean, covariance=covariance, residual=residual)
-
-
-def denoising_model(blocks: PreparedBlocks, found: Survey, weights: Doubles) -> DenoisingModel:
-    """Return what completes other cells as these were denoised, with these weights of components."""
-    return DenoisingModel(**_of_cells(blocks, found), weights=weights)
-
-
-def _of_cells(blocks: PreparedBlocks, found: Survey) -> dict[str, Any]:
-    scales = blocks.scales
-    return {
-        "gene_scale": np.ones(blocks.shape[1], np.float32) if scales.gene is None else scales.gene,
-        "gene_share": found.gene_sums / (found.gene_sums.sum() or 1.0),
-        "raw_counts": found.integer,
-        "cell_exponent": scales.cell_exponent,
-        "centre": scales.centre,
-    }
-
-
-def _moments(left: Floats) -> tuple[Doubles, Doubles]:
-    wide = left.astype(np.float64)
-    return wide.sum(axis=0), wide.T @ wide

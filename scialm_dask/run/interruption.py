@@ -1,17 +1,19 @@
-"""How work on a cluster ends when workers cannot be started, they or the scheduler are lost, or it is interrupted."""
+"""How work ends early: by a signal, by Ctrl-C, or as workers cannot be started, or they or the scheduler are lost."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import multiprocessing
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from scialm_dask.config import seconds_of
@@ -156,3 +158,51 @@ def _watch(client: Client, limit: float, ended: threading.Event) -> None:
                 last = time.monotonic()
             elif time.monotonic() - last > limit:
                 client.cancel([Future(key, client) for key in list(client.futures)], force=True)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP came; work ends as by Ctrl-C."""
+
+
+@contextmanager
+def on_sigterm(*, deferred: bool) -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether SIGTERM or SIGHUP came. If the latter is ignored, as by ``nohup``, it stays.
+
+    If `deferred`, the first signal is but noted. Else, and at the second one, `Terminated` is raised at once.
+    """
+    came = 0
+
+    def handle(_: int, __: FrameType | None) -> None:
+        nonlocal came
+        came += 1
+        if not deferred or came > 1:
+            raise Terminated
+
+    signals = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+    before = {each: signal.signal(each, handle) for each in signals}
+    try:
+        yield lambda: came > 0
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def ignored_by_children() -> Iterator[None]:
+    """Start processes within the block that ignore SIGHUP: this one ends them when it comes."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if _in_main_thread() else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGHUP, before)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def dask_setup(_: object) -> None:
+    """Leave signals that may reach all processes to that that started this worker (Dask calls this, as a preload)."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
