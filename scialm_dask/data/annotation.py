@@ -213,6 +213,9 @@ def storable(frame: pd.DataFrame, axis: str) -> tuple[pd.DataFrame, list[str]]:
     text with missing values as categories. A slash in the name of a column becomes ``_``. Raises `InputError` if
     `axis`, ``"obs"`` or ``"var"``, cannot be written even so.
     """
+    import anndata
+    import pandas as pd
+
     kept = frame.copy(deep=False)
     names: list[str] = []
     notes: list[str] = []
@@ -223,25 +226,19 @@ def storable(frame: pd.DataFrame, axis: str) -> tuple[pd.DataFrame, list[str]]:
         if values is not None:
             kept.isetitem(position, values)
         how = [f"as {names[-1]!r}"] if names[-1] != given else []
-        how += ["as text"] if values is not None and column.dtype.kind not in "fU" and not _is_text(column) else []
+        is_text = pd.api.types.infer_dtype(column, skipna=True) in ("string", "empty", "bytes")
+        how += ["as text"] if values is not None and column.dtype.kind not in "fU" and not is_text else []
         if how:
             notes.append(f"{axis}[{str(given)!r}] is kept {' '.join(how)}")
     kept.columns = names
     kept.index = as_text(frame.index)
     if kept.index.name is not None and _plain_name(kept.index.name, names) != kept.index.name:
         kept.index.name = None
-    _try_to_write(kept, axis)
-    return kept, notes
-
-
-def _try_to_write(frame: pd.DataFrame, axis: str) -> None:
-    import anndata
-    import zarr
-
     try:
-        anndata.io.write_elem(zarr.open_group(zarr.storage.MemoryStore(), zarr_format=2), "frame", frame.iloc[:2])
+        anndata.io.write_elem(zarr.open_group(zarr.storage.MemoryStore(), zarr_format=2), "frame", kept.iloc[:2])
     except Exception as error:
         raise InputError(f"{axis} cannot be written to Zarr ({first_line(error)}); drop that column first") from error
+    return kept, notes
 
 
 def _plain_name(given: Any, taken: list[str]) -> str:
@@ -255,12 +252,6 @@ def _plain_name(given: Any, taken: list[str]) -> str:
         number += 1
         unique = f"{name}_{number}"
     return unique
-
-
-def _is_text(column: pd.Series) -> bool:
-    import pandas as pd
-
-    return pd.api.types.infer_dtype(column, skipna=True) in ("string", "empty", "bytes")
 
 
 def _plain_values(column: pd.Series) -> Any:

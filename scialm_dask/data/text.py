@@ -82,7 +82,7 @@ def open_text(path: str, prefix: str | None = None, rows: Axis | None = None) ->
             return MatrixMarket.of_folder(os.path.dirname(path), stem)
         if rows is None:
             raise InputError(f"{path}: has no names, so its rows may be cells or genes; say so by --rows")
-        return MatrixMarket.of_file(Path(path), rows)
+        return MatrixMarket(Path(path), _header(Path(path)), rows)
     return Table.open(Path(path), rows) if _TABLE.search(name) else None
 
 
@@ -163,11 +163,6 @@ class MatrixMarket:
         """Find the files of a folder and read the header of the matrix."""
         matrix = _needed(folder, prefix, "matrix.mtx")
         return cls(matrix, _header(matrix), names=(folder, prefix))
-
-    @classmethod
-    def of_file(cls, matrix: Path, rows: Axis) -> MatrixMarket:
-        """Read the header of a matrix without names."""
-        return cls(matrix, _header(matrix), rows)
 
     @property
     def name(self) -> str:

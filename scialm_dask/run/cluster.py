@@ -122,7 +122,10 @@ def connect(
     import distributed  # noqa: F401  its settings are Dask's from here on
 
     with ExitStack() as stack:
-        stack.enter_context(dask.config.set(_patient()))
+        # Runs take hours, and send V, of some megabytes, to every worker once per pass.
+        retries = dask.config.get("distributed.comm.retry.count") or _RETRIES
+        patient = {"comm.retry.count": retries, "admin.large-graph-warning-threshold": "1GB"}
+        stack.enter_context(dask.config.set({f"distributed.{key}": value for key, value in patient.items()}))
         if cluster is None:
             client = stack.enter_context(_standing(scheduler, scheduler_file, tls))
             wanted = workers or 1
@@ -173,16 +176,6 @@ def ask_everyone(question: Callable[[], int]) -> list[int]:
 def _signed(question: Callable[[], int]) -> tuple[tuple[str, int], int]:
     """Answer with the name of this process: workers may be threads of the one that asks."""
     return (socket.gethostname(), os.getpid()), question()
-
-
-def _patient() -> dict[str, Any]:
-    """Give settings for runs that take hours and send V, of some megabytes, to every worker once per pass."""
-    import dask
-
-    return {
-        "distributed.comm.retry.count": dask.config.get("distributed.comm.retry.count") or _RETRIES,
-        "distributed.admin.large-graph-warning-threshold": "1GB",
-    }
 
 
 def _check_places(scheduler: Any, scheduler_file: Any, cluster: Any, **given: Any) -> None:

@@ -190,16 +190,13 @@ def on_sigterm(*, deferred: bool) -> Iterator[Callable[[], bool]]:
 @contextmanager
 def ignored_by_children() -> Iterator[None]:
     """Start processes within the block that ignore SIGHUP: this one ends them when it comes."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if _in_main_thread() else None
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if here else None
     try:
         yield
     finally:
         if before is not None:
             signal.signal(signal.SIGHUP, before)
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def dask_setup(_: object) -> None:

@@ -190,7 +190,8 @@ def fit(known: RunState, listen: Listener) -> Imputation:
         result = _denoise(fitting) if denoises else _complete(fitting, place.forecast.iterations)
         if matrix.observed == "nonzero":
             listen(Stage("embedding"))
-            embed(result, fitting.tell_pass)
+            lefts = result.left.to_delayed().ravel().tolist()
+            result.axes = find_axes(result.estimate, lefts, matrix.blocks.bounds, fitting.tell_pass)
         result.summary["passes"] = next(fitting.passes) - 1
     peaks = ask_everyone(peak_memory)
     result.summary |= {
@@ -227,7 +228,10 @@ class _Fitting:
         """Return W over these blocks; `check` judges what is observed once it is read."""
 
         def on_read(seen: Observations) -> None:
-            _check_observed(seen, blocks)
+            if seen.sum_squares + seen.held_out_squares == 0:
+                where = "" if blocks.molecules is None else " in the share of the molecules that is fitted"
+                name = blocks.matrix.name
+                raise InputError(f"{name}: every observed entry is zero{where}; there is nothing to complete")
             if check is not None:
                 check(seen)
             self.known.check_source(self.listen, read_once=False)
@@ -287,12 +291,6 @@ def _complete(fitting: _Fitting, n_iterations: int) -> Imputation:
     if before is not None:
         result.summary["resumed_after_iteration"] = before.steps
     return result
-
-
-def _check_observed(seen: Observations, blocks: PreparedBlocks) -> None:
-    if seen.sum_squares + seen.held_out_squares == 0:
-        where = "" if blocks.molecules is None else " in the share of the molecules that is fitted"
-        raise InputError(f"{blocks.matrix.name}: every observed entry is zero{where}; there is nothing to complete")
 
 
 def _check_validation(seen: Observations, settings: Settings) -> None:
@@ -361,8 +359,8 @@ def _result(
     """Put factors back on the scale of the input, lazily."""
     matrix, scales = blocks.matrix, blocks.scales
     if scales.cell is not None:
-        divide = dask.delayed(_divided)
-        lefts = [divide(left, scales.cell[slice(*span)]) for left, span in zip(lefts, matrix.blocks, strict=True)]
+        divide, cell = dask.delayed(np.divide), scales.cell[:, None]
+        lefts = [divide(left, cell[slice(*span)]) for left, span in zip(lefts, matrix.blocks, strict=True)]
     result = Imputation(
         stacked(lefts, matrix.blocks.sizes, right.shape[1]),
         right if scales.gene is None else right / scales.gene[:, None],
@@ -379,12 +377,6 @@ def _result(
     return result
 
 
-def embed(result: Imputation, on_pass: Callable[[], None]) -> None:
-    """Find the principal axes of the log-normalised result."""
-    chunks = np.cumsum([0, *result.left.chunks[0]]).tolist()
-    result.axes = find_axes(result.estimate, result.left.to_delayed().ravel().tolist(), chunks, on_pass)
-
-
 def _summary(found: Survey, blocks: PreparedBlocks, settings: Settings) -> dict[str, Any]:
     matrix = blocks.matrix
     return {
@@ -398,10 +390,6 @@ def _summary(found: Survey, blocks: PreparedBlocks, settings: Settings) -> dict[
         "source": matrix.name,
         "settings": settings.as_dict(),
     }
-
-
-def _divided(left: Floats, scale: Floats) -> Floats:
-    return left / scale[:, None]
 
 
 def _sum(result: Imputation, found: Survey) -> float:

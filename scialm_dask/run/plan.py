@@ -292,7 +292,9 @@ def plan(job: Job, *, preserve_zeros: bool = False) -> dict[str, Any]:
     passes = need.passes + (BIOLOGICAL_ZEROS_PASSES if preserve_zeros else 0)
     times = {}
     if not place.refusal:  # timing a block takes the memory that there is not
-        seconds = _time_of_pass(matrix, need.basis_width, here.threads * here.workers)
+        one: float = dask.delayed(_time_of_block, pure=False)(matrix.for_workers(), need.basis_width).compute()
+        n_blocks = len(matrix.blocks)
+        seconds = one * n_blocks / min(here.threads * here.workers, n_blocks)
         times = {"seconds_per_pass": seconds, "seconds": seconds * passes}
     return {
         "n_cells": matrix.shape[0],
@@ -316,12 +318,6 @@ def plan(job: Job, *, preserve_zeros: bool = False) -> dict[str, Any]:
         "bytes_read_per_pass": need.bytes_per_pass,
         **times,
     }
-
-
-def _time_of_pass(matrix: ExpressionMatrix, width: int, threads: int) -> float:
-    """Seconds that one pass will take on `threads` in all, from one block, on whatever scheduler Dask has."""
-    seconds: float = dask.delayed(_time_of_block, pure=False)(matrix.for_workers(), width).compute()
-    return seconds * len(matrix.blocks) / min(threads, len(matrix.blocks))
 
 
 def _time_of_block(matrix: ExpressionMatrix, width: int) -> float:
