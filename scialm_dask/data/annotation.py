@@ -51,10 +51,7 @@ class StoredAnnotation(NamedTuple):
 
 
 def read_annotation(place: StoredAnnotation | Annotation | None, axis: str, length: int) -> pd.DataFrame:
-    """Read ``obs`` or ``var``, names as text, unless they are given; number the rows if there are none.
-
-    Raises `InputError` if the store has none, or none that can be read, or of another length.
-    """
+    """Read ``obs`` or ``var``, names as text, unless they are given; number the rows if there is no store."""
     import pandas as pd
 
     if isinstance(place, Annotation):
@@ -108,10 +105,7 @@ def symbols(var: pd.DataFrame) -> list[pd.Index]:
 
 
 def total_counts(obs: pd.DataFrame, name: str) -> NDArray[np.float64] | None:
-    """Return ``obs["total_counts"]``, the raw total of each cell, shape ``(m,)``; None if there are none.
-
-    Raises `InputError` if they are not numbers.
-    """
+    """Return ``obs["total_counts"]``, shape ``(m,)``; None if there are none, `InputError` if they are no numbers."""
     if "total_counts" not in obs:
         return None
     try:
@@ -181,10 +175,7 @@ def swapped_axes(obs: pd.DataFrame, var: pd.DataFrame) -> list[str]:
 
 
 def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any, raw_var: Any = None) -> zarr.Group:
-    """Create an AnnData Zarr store with annotation but no matrix yet, at a new path or what `atomic_store` has given.
-
-    `raw_var` has the genes of ``.raw``, if there is to be one.
-    """
+    """Create an AnnData Zarr store with annotation, of ``.raw`` too if there is to be one, but no matrix yet."""
     root = zarr.open_group(place, mode="w-", zarr_format=ZARR_FORMAT)
     set_encoding(root, "anndata", "0.1.0")
     for name, value in {"obs": obs, "var": var}.items():

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -22,29 +22,6 @@ from scialm_dask.data.store import open_store, readable
 from scialm_dask.errors import InputError
 
 _METADATA = {".zarray", ".zattrs", ".zgroup", "zarr.json"}
-
-
-class Rows(Protocol):
-    """Whatever can hand out consecutive rows as CSR; shipped to tasks, so small or shared."""
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Cells × genes."""
-        ...
-
-    @property
-    def n_stored(self) -> int:
-        """Number of stored values."""
-        ...
-
-    def read(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows `start` to `stop` as stored."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -149,15 +126,6 @@ class _ReorderedRows(_Derived):
         return sp.vstack(pieces, format="csr")[np.argsort(np.argsort(block, kind="stable"))]
 
 
-def reordered(rows: Rows, blocks: RowBlocks, cells: NDArray[np.intp] | None, genes: NDArray[np.intp] | None) -> Rows:
-    """Return rows `cells`, columns `genes`, permutations both, of a matrix that is stored in these blocks."""
-    if isinstance(rows, MemoryRows):
-        csr = rows.matrix if cells is None else rows.matrix[cells]
-        return MemoryRows(csr if genes is None else csr[:, genes], rows.name)
-    in_order = rows if cells is None else _ReorderedRows(rows, blocks, cells)
-    return in_order if genes is None else RenamedRows(in_order, np.argsort(genes), len(genes))
-
-
 @dataclass(frozen=True)
 class RenamedRows(_Derived):
     """Rows with other columns: column j is number ``columns[j]`` of `n_columns`, or none of them if that is −1."""
@@ -177,6 +145,18 @@ class RenamedRows(_Derived):
         some = at >= 0
         indptr = np.concatenate([[0], np.cumsum(some)])[csr.indptr]
         return sp.csr_matrix((csr.data[some], at[some], indptr), shape=(csr.shape[0], self.n_columns))
+
+
+Rows = StoredRows | MemoryRows | _ReorderedRows | RenamedRows  # hand out rows as CSR; small, or shared with tasks
+
+
+def reordered(rows: Rows, blocks: RowBlocks, cells: NDArray[np.intp] | None, genes: NDArray[np.intp] | None) -> Rows:
+    """Return rows `cells`, columns `genes`, permutations both, of a matrix that is stored in these blocks."""
+    if isinstance(rows, MemoryRows):
+        csr = rows.matrix if cells is None else rows.matrix[cells]
+        return MemoryRows(csr if genes is None else csr[:, genes], rows.name)
+    in_order = rows if cells is None else _ReorderedRows(rows, blocks, cells)
+    return in_order if genes is None else RenamedRows(in_order, np.argsort(genes), len(genes))
 
 
 def _assemble(

@@ -30,10 +30,7 @@ _DEEPEST = 100  # groups in groups of an HDF5 file
 
 
 def open_store(path: AnyPath) -> Any:
-    """Open an AnnData store, or a bare array, for reading: as a Zarr group or array, or an HDF5 file.
-
-    Raises `InputError` if there is nothing at `path`, or it is neither Zarr nor HDF5.
-    """
+    """Open an AnnData store, or a bare array, for reading: as a Zarr group or array, or an HDF5 file."""
     path = _plain(path)
     if is_url(path):
         return _open_url(path)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -32,38 +32,6 @@ _UNREADABLE = (ValueError, OverflowError, EOFError, OSError, zlib.error)
 _NOT_READ = "cannot be read"
 _TABLE = re.compile(r"\.(csv|tsv|tab|txt)(\.gz)?$")
 _MARKET = re.compile(r"\.mtx(\.gz)?$")
-
-
-class TextMatrix(Protocol):
-    """A matrix in text whose header has been read."""
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Cells × features."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of the values."""
-        ...
-
-    @property
-    def n_entries(self) -> int:
-        """About how many entries there are."""
-        ...
-
-    def annotation(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Cells and features, features by name."""
-        ...
-
-    def entries(self, advance: Advance) -> Iterator[Entries]:
-        """Parse the entries, in the order of the file, some at a time."""
-        ...
 
 
 def open_text(path: str, prefix: str | None = None, rows: Axis | None = None) -> TextMatrix | None:
@@ -359,6 +327,9 @@ class Table:
                 f"({error}); mend it, or fetch the file again"
             ) from error
         return values
+
+
+TextMatrix = MatrixMarket | Table  # whose header has been read
 
 
 def _unquoted(word: bytes) -> str:

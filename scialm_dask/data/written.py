@@ -67,10 +67,7 @@ def write_left(root: zarr.Group, name: str, left: da.Array, advance: Advance) ->
 
 
 def write_dense(root: zarr.Group, imputed: da.Array, keep_observed: ExpressionMatrix | None, advance: Advance) -> float:
-    """Write the imputed matrix as dense X, with the observed entries of a matrix as they were if one is given.
-
-    Returns the sum of X.
-    """
+    """Write the imputed matrix as dense X, observed entries as they were if a matrix is given; return the sum of X."""
     panels = _panels(imputed.shape)
     array = new_array(root, "X", imputed.shape, (panels.sizes[0], imputed.shape[1]), np.float32)
     pieces = _pieces(imputed, panels)
@@ -81,10 +78,7 @@ def write_dense(root: zarr.Group, imputed: da.Array, keep_observed: ExpressionMa
 
 
 def write_sparse(root: zarr.Group, imputed: da.Array, zeros: ZeroRule, keep_observed: bool, advance: Advance) -> float:
-    """Write the imputed matrix as sparse X, without biological zeros; observed entries are never zero.
-
-    Returns the sum of X.
-    """
+    """Write the imputed matrix as sparse X, without biological zeros, unless observed; return the sum of X."""
     panels, group = _panels(imputed.shape), root.create_group("X")
     observed, rule = (_shared(each) for each in (zeros.matrix.for_workers().with_blocks(panels), zeros.allowed()))
     make, measure, total = dask.delayed(_sparse_rows), dask.delayed(_measured), 0.0

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ from scialm_dask.errors import CheckpointError, InputError, StoppedError
 from scialm_dask.events import Listener, Note
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.tasks import Observations
+from scialm_dask.solve.denoise import DenoiseState
+from scialm_dask.solve.ialm import LoopState
 from scialm_dask.solve.scaling import Survey, survey
 
 EVERY = "10 minutes"
@@ -172,29 +174,8 @@ def as_written(path: str) -> Iterator[None]:
         raise CheckpointError(f"{path}: holds what no run has written ({short_repr(error)})") from error
 
 
-class State(Protocol):
-    """What a solver knows between two steps, but for what its operator holds."""
-
-    @property
-    def steps(self) -> int:
-        """How many were made."""
-        ...
-
-    def is_last(self, settings: Settings) -> bool:
-        """Whether no step is to follow, so that it is saved in any case."""
-        ...
-
-    def plain(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """Return plain values, for JSON, and small arrays, of which `of_plain` makes it again."""
-        ...
-
-    @classmethod
-    def of_plain(cls, notes: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Self:
-        """Make it again; a `ValueError` of any kind where that cannot be."""
-        ...
-
-
-S = TypeVar("S", bound=State)
+State = DenoiseState | LoopState  # what a solver knows between two steps, but for what its operator holds
+S = TypeVar("S", DenoiseState, LoopState)
 
 
 class RunState:

@@ -320,8 +320,7 @@ def completed(
     """Return the result of a completion: its factors on the scale of the input, and what was done and found."""
     (lefts, right), last = operator.factors(), completion.returned
     model = completion_model(lefts, blocks, found, residual=last.residual)
-    summary = _summary(found, blocks, settings) | {
-        "n_blocks": operator.n_blocks,
+    summary = {
         "iterations": len(completion.history),
         "chosen_iteration": completion.chosen,
         "rank": last.rank,
@@ -332,20 +331,20 @@ def completed(
         "singular_values": list(completion.values),
     }
     history = {line.name: [getattr(i, line.name) for i in completion.history] for line in fields(Iteration)}
-    return _result(found, blocks, lefts, right, summary, history=history, model=model)
+    return _result(found, blocks, settings, lefts, right, summary, history=history, model=model)
 
 
 def denoised(found: Survey, blocks: PreparedBlocks, outcome: Denoised, settings: Settings) -> Imputation:
     """Return the result of denoising: low rank plus sparse, on the scale of the input, and what was found."""
     svd, weights = outcome.svd, outcome.weights
     lefts = outcome.operator.sketched(svd.to_left * (weights.component * svd.values))
-    summary = _summary(found, blocks, settings) | {"n_blocks": outcome.operator.n_blocks} | as_plain(outcome)
     return _result(
         found,
         blocks,
+        settings,
         lefts,
         svd.right,
-        summary,
+        as_plain(outcome),
         history={},
         model=denoising_model(blocks, found, weights.component),
         residual_weight=weights.residual,
@@ -354,10 +353,29 @@ def denoised(found: Survey, blocks: PreparedBlocks, outcome: Denoised, settings:
 
 
 def _result(
-    found: Survey, blocks: PreparedBlocks, lefts: list[Delayed], right: Floats, summary: dict[str, Any], **parts: Any
+    found: Survey,
+    blocks: PreparedBlocks,
+    settings: Settings,
+    lefts: list[Delayed],
+    right: Floats,
+    of_method: dict[str, Any],
+    **parts: Any,
 ) -> Imputation:
-    """Put factors back on the scale of the input, lazily."""
+    """Put factors back on the scale of the input, lazily, and sum up what was found."""
     matrix, scales = blocks.matrix, blocks.scales
+    summary: dict[str, Any] = {
+        "n_cells": matrix.shape[0],
+        "n_genes": matrix.shape[1],
+        "n_observed": found.n_observed,
+        "n_empty_cells": int(np.count_nonzero(found.cell_counts == 0)),
+        "n_empty_genes": int(np.count_nonzero(found.gene_counts == 0)),
+        "scaling": scales.note,
+        "raw_counts": found.integer,
+        "source": matrix.name,
+        "settings": settings.as_dict(),
+        "n_blocks": len(matrix.blocks),
+        **of_method,
+    }
     if scales.cell is not None:
         divide, cell = dask.delayed(np.divide), scales.cell[:, None]
         lefts = [divide(left, cell[slice(*span)]) for left, span in zip(lefts, matrix.blocks, strict=True)]
@@ -375,21 +393,6 @@ def _result(
         summary["mean_observed"] = observed / matrix.shape[0] / matrix.shape[1]
         summary["mean_imputed_over_observed"] = _sum(result, found) / observed
     return result
-
-
-def _summary(found: Survey, blocks: PreparedBlocks, settings: Settings) -> dict[str, Any]:
-    matrix = blocks.matrix
-    return {
-        "n_cells": matrix.shape[0],
-        "n_genes": matrix.shape[1],
-        "n_observed": found.n_observed,
-        "n_empty_cells": int(np.count_nonzero(found.cell_counts == 0)),
-        "n_empty_genes": int(np.count_nonzero(found.gene_counts == 0)),
-        "scaling": blocks.scales.note,
-        "raw_counts": found.integer,
-        "source": matrix.name,
-        "settings": settings.as_dict(),
-    }
 
 
 def _sum(result: Imputation, found: Survey) -> float:

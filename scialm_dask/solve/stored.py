@@ -38,10 +38,7 @@ _LOW_RANK = "these are the values of the low-rank part; give `Imputation.open` t
 
 
 def read_result(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
-    """Return the arguments of `Imputation` without its counts, and where those are, for `follow`.
-
-    Raises `InputError` if there is no result at `path`, or a damaged one.
-    """
+    """Return the arguments of `Imputation` without its counts, and where those are, for `follow`."""
     import anndata
 
     root: Any = open_store(path)
