@@ -111,11 +111,12 @@ def losses_explained() -> Iterator[None]:
 def quiet_end(client: Client, *, ours: bool) -> Iterator[None]:
     """When work is interrupted, let no process say more of it than this one does."""
     level = logging.getLogger("distributed").level
+    # Before anything can be interrupted: asyncio says it as soon as the first task ends.
+    logging.getLogger("asyncio").addFilter(lambda record: "AllExit" not in record.getMessage())
     try:
         yield
     except KeyboardInterrupt:
         _hush()
-        logging.getLogger("asyncio").addFilter(lambda record: "AllExit" not in record.getMessage())
         if ours:
             with contextlib.suppress(Exception):
                 client.run(_hush, on_error="ignore", callback_timeout=2)
