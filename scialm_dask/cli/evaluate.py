@@ -123,7 +123,7 @@ def _numbers_of(option: str, listed: str) -> list[float]:
 
 
 def _scores_of(table: Any) -> dict[str, Any]:
-    """Scores by experiment and method, for people and for --json."""
+    """Return scores by experiment and method."""
     from scialm_dask.compare.benchmark import WHOLE
 
     scores: dict[str, Any] = {}

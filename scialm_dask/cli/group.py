@@ -24,8 +24,7 @@ from scialm_dask.run.interruption import Terminated, on_sigterm
 
 _NO_THREAD = "can't start new thread"  # what Python says if there is no memory for it
 _INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal
-
-
+_WHERE = "scheduler scheduler_file cluster workers threads worker_memory tls".split()
 _TASKS = {
     "Prepare counts": "convert qc mask simulate",
     "Impute": "demo plan impute resume transform",
@@ -58,7 +57,7 @@ class _Commands(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # else a file would take the place of a closed stream
+        while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed stream's number is not to go to another file
             pass
         os.close(spare)
         try:
@@ -69,7 +68,7 @@ class _Commands(click.Group):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            # Outputs and scratch say themselves which disk it is; numba does not, which keeps compiled code.
+            # Outputs and scratch say which disk is full; numba, which keeps compiled code, does not.
             remedy = "free some space, in your home too, or set NUMBA_CACHE_DIR to a folder on another disk"
             _end(f"error: {error.strerror}; {remedy}", OutputError.exit_code)
         except (MemoryError, RuntimeError) as error:
@@ -85,7 +84,7 @@ class _Commands(click.Group):
 
 
 def command_of(args: list[str]) -> str:
-    """Return the command that was given, without the credentials that a URL may bear."""
+    """Return the command that was given, without credentials in URLs."""
     return re.sub(r"://[^/@\s]+@", "://", shlex.join(["scialm-dask", *args]))
 
 
@@ -116,16 +115,15 @@ def main() -> None:
 def reports(
     command: Callable[..., dict[str, Any]], in_short: Callable[[dict[str, Any]], list[str]] | None = None
 ) -> Callable[..., None]:
-    """Give a command the option --json, and print the dictionary that it returns.
+    """Give a command the option --json, and print the dictionary that it returns: as lines of text, or as JSON.
 
-    As lines of text by default, those of `in_short` if that is given; with --json as one JSON object, the last line of
-    standard output.
+    `in_short` returns these lines; by default there is one for each key.
     """
 
     @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on the last line.")
     @functools.wraps(command)
-    def wrapper(*args: Any, as_json: bool, **kwargs: Any) -> None:
-        result = command(*args, **kwargs)
+    def wrapper(as_json: bool, **options: Any) -> None:
+        result = command(**options)
         lines = in_short(result) if in_short else [f"{label(k):<22} {in_words(v, k)}" for k, v in result.items()]
         _tell(
             [json.dumps(result, default=float)] if as_json else lines, written=command.__name__ not in ("plan", "score")
@@ -135,14 +133,14 @@ def reports(
 
 
 def _tell(lines: list[str], *, written: bool) -> None:
-    """Print lines; where the result is `written` already, standard output that fails is no failure of the command."""
+    """Print lines. Where the result is `written` already, the command succeeds even if they cannot be printed."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # letters that its encoding lacks
     try:
         for line in lines:
             click.echo(printable(line))
     except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):  # what is left in its buffer is not to fail again at the end
+        with contextlib.suppress(OSError, ValueError):  # else what is left in the buffer fails again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         reason = getattr(error, "strerror", None) or error
         if not written:
@@ -154,7 +152,7 @@ def _tell(lines: list[str], *, written: bool) -> None:
 def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options that say where to compute, as one argument `connected`.
 
-    It is a function that gives a context manager: a command opens it once it knows that its input is fit.
+    It is a function of the listener that returns a context manager, opened once the input is known to be fit.
     """
 
     @click.option("--scheduler", metavar="ADDRESS", help="Compute on this running scheduler.")
@@ -165,32 +163,15 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--worker-memory", help="Memory of each worker of --cluster, such as 8GB.")
     @click.option("--tls/--no-tls", default=None, help="Encrypt and authenticate all connections.")
     @functools.wraps(command)
-    def wrapper(
-        *args: Any,
-        scheduler: str | None,
-        scheduler_file: str | None,
-        cluster: str | None,
-        workers: int | None,
-        threads: int | None,
-        worker_memory: str | None,
-        tls: bool | None,
-        **kwargs: Any,
-    ) -> Any:
+    def wrapper(**options: Any) -> Any:
+        where = {name: options.pop(name) for name in _WHERE}
+
         def connected(listen: Listener) -> Any:
             from scialm_dask.run.cluster import connect
 
-            return connect(
-                scheduler,
-                scheduler_file=scheduler_file,
-                cluster=cluster,
-                workers=workers,
-                threads=threads,
-                worker_memory=worker_memory,
-                tls=tls,
-                notify=lambda line: listen(Note(line)),
-            )
+            return connect(**where, notify=lambda line: listen(Note(line)))
 
-        return command(*args, connected=connected, **kwargs)
+        return command(connected=connected, **options)
 
     return wrapper
 
@@ -203,23 +184,23 @@ missing_chunks_option = click.option(
 
 
 def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options --quiet and --log-json, and the argument `listen` that follows from them."""
+    """Give a command the options --quiet and --log-json, as one argument `listen`."""
 
     @click.option("--quiet", is_flag=True, help="Show no progress.")
     @click.option("--log-json", is_flag=True, help="Show progress as JSON lines on standard error.")
     @functools.wraps(command)
-    def wrapper(*args: Any, quiet: bool, log_json: bool, **kwargs: Any) -> Any:
+    def wrapper(quiet: bool, log_json: bool, **options: Any) -> Any:
         from scialm_dask.data.lease import tell_leftovers
         from scialm_dask.progress import show_progress
 
         if quiet and log_json:
             raise click.UsageError("--quiet shows no progress and --log-json does; give one of them")
         if quiet:
-            return command(*args, listen=silent, **kwargs)
+            return command(listen=silent, **options)
         with show_progress(json_lines=log_json) as listen:
-            if (dst := kwargs.get("dst")) and "://" not in dst:
+            if (dst := options.get("dst")) and "://" not in dst:
                 tell_leftovers(os.path.dirname(dst) or ".", listen)
-            return command(*args, listen=listen, **kwargs)
+            return command(listen=listen, **options)
 
     return wrapper
 

@@ -64,7 +64,7 @@ _SETTINGS = "stop epsilon validation max_iterations rank_policy increment max_ra
 
 
 class _Chosen(NamedTuple):
-    """What is imputed, and how: the matrix, the preset that ``auto`` means for it, settings, and why in notes."""
+    """The matrix to impute, the preset that ``auto`` means for it, settings, and notes that say why."""
 
     matrix: Any
     preset: str
@@ -80,7 +80,6 @@ def imputes(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapper(
-        *args: Any,
         preset: str,
         observed: Any,
         blocks: int | None,
@@ -105,15 +104,14 @@ def imputes(command: Callable[..., Any]) -> Callable[..., Any]:
             settings_of(resolved, **settings)
             return _Chosen(matrix, resolved, settings, notes)
 
-        return command(*args, choose=choose, **options)
+        return command(choose=choose, **options)
 
-    return functools.reduce(
-        lambda decorated, option: option(decorated), reversed((*_OPTIONS, layer_option, missing_chunks_option)), wrapper
-    )
+    options = reversed((*_OPTIONS, layer_option, missing_chunks_option))
+    return functools.reduce(lambda decorated, option: option(decorated), options, wrapper)
 
 
 def _in_short(result: dict[str, Any]) -> list[str]:
-    """Say in a few lines what was made, what it is worth, and what to do next."""
+    """Return a few lines: what was made, what it is worth, and what to do next."""
     if "n_cells" not in result:  # a run that was finished before
         return [f"the result is in {result['destination']}"]
     size = f"{result['n_cells']:,} cells × {result['n_genes']:,} genes"
@@ -127,9 +125,8 @@ def _in_short(result: dict[str, Any]) -> list[str]:
         ]
     else:
         lines = [f"completed {size}: rank {result['rank']} after {result['iterations']} iterations"]
-        lines += (
-            [] if result["held_out_error"] is None else [f"error on hidden entries: {result['held_out_error']:.4g}"]
-        )
+        if result["held_out_error"] is not None:
+            lines.append(f"error on hidden entries: {result['held_out_error']:.4g}")
         lines.append(f"stopped, as {result['stop_reason']}")
     cost = (in_words(result[key], key) for key in ("seconds", "peak_memory_bytes"))
     lines.append(f"{result['passes']} passes, {', at most '.join(cost)} of memory")
@@ -247,7 +244,7 @@ def resume(
 
 
 def _destination(folder: str, dst: str | None, asked: dict[str, Any]) -> str:
-    """Return where to write. A checkpoint may be somebody else's: where it leads to is confirmed."""
+    """Return where to write. As a checkpoint may be somebody else's, a place elsewhere must be confirmed."""
     from scialm_dask.data.store import lasting
 
     if dst is not None:
@@ -263,7 +260,7 @@ def _destination(folder: str, dst: str | None, asked: dict[str, Any]) -> str:
 
 
 def _ended_now(checkpoints: Any, asked: dict[str, Any]) -> str:
-    """Be done with a run that was killed between its last two steps; say so, if that is the case."""
+    """Finish a run that was killed after its result was written, and say so; return "" for others."""
     from scialm_dask.imputation import Imputation
     from scialm_dask.run.checkpointing import finish
 
@@ -276,9 +273,9 @@ def _ended_now(checkpoints: Any, asked: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _resumable(checkpoint: str | None, *, deferred: bool = True) -> Iterator[Callable[[], bool]]:
-    """Give a function that tells whether SIGTERM came; say how to go on if work is interrupted.
+    """Yield a function that tells whether SIGTERM came; if work is interrupted, say how to go on.
 
-    Without checkpoints, or if it is not `deferred`, SIGTERM interrupts at once.
+    Without checkpoints, or unless `deferred`, SIGTERM interrupts at once.
     """
     try:
         with on_sigterm(deferred=deferred and checkpoint is not None) as stop:
@@ -292,7 +289,7 @@ def _resumable(checkpoint: str | None, *, deferred: bool = True) -> Iterator[Cal
 def _write(
     result: Any, matrix: Any, asked: dict[str, Any], src: str, checkpoints: Any, listen: Listener
 ) -> dict[str, Any]:
-    """Write the result as it was asked for, and be done with the checkpoints."""
+    """Write the result as it was asked for, and end the checkpoints."""
     from scialm_dask.imputation import LONG
     from scialm_dask.report.diagnostics import warnings_of
     from scialm_dask.run.checkpointing import finish
@@ -318,7 +315,7 @@ def _write(
 
 
 def _zeros_of(matrix: Any, result: Any, dst: str, listen: Listener) -> Any:
-    """Find biological zeros, with the working state where that of the fit was."""
+    """Find biological zeros, with scratch on disk if the fit had its own there."""
     from scialm_dask.data.scratch import scratch_folder_for
     from scialm_dask.solve.biological_zeros import biological_zeros
 

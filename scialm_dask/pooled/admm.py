@@ -24,35 +24,42 @@ State = tuple[NDArray[np.float32], NDArray[np.float32]]  # a, cells × genes, an
 
 @dataclass(frozen=True)
 class Projection:
-    """How cells are projected onto {X ≥ 0, XP + wR = D}: P, w and (PᵀP + w²I)⁻¹."""
+    """Projects cells onto {X ≥ 0, XP + wR = D}; X may be negative too if not `non_negative`."""
 
     P: Float
-    weight: float
-    inner: Float
+    weight: float  # w
+    inner: Float  # (PᵀP + w²I)⁻¹
     non_negative: bool
+
+    def nearest(self, Z: Float, T: Float, D: Float) -> tuple[Float, Float, Float, Float]:
+        """Return the point X, R nearest to Z, T, and the multipliers Y of the equation and S ≥ 0 of X ≥ 0.
+
+        X = Z − YPᵀ + S, R = T − wY. Eliminating Y leaves a least-squares problem in S ≥ 0 with the Gram
+        K = I − P (PᵀP + w²I)⁻¹ Pᵀ, the same for all cells, in which only the entries that bind take part.
+        """
+        P, w, inner = self.P, self.weight, self.inner
+        Y = (Z @ P + w * T - D) @ inner
+        X = Z - Y @ P.T
+        S = np.zeros_like(X)
+        if self.non_negative and (X < 0).any():
+            from scialm_dask.linalg.nnls import nnls_gram
+
+            S = nnls_gram(np.eye(len(P)) - P @ inner @ P.T, -X)
+            Y += S @ P @ inner
+            X = np.maximum(Z - Y @ P.T + S, 0.0)
+            X[S > 0] = 0.0
+        return X, T - w * Y, Y, S
 
 
 @dataclass(frozen=True)
 class AdmmStep:
-    """What an iteration of a block needs to know.
-
-    Attributes
-    ----------
-    projection
-        How to project.
-    shrink, slack
-        H and h of the last thresholding.
-    rescale
-        Factor on the multipliers, where t was changed since.
-    step
-        t.
-    """
+    """What an iteration of a block needs to know."""
 
     projection: Projection
-    shrink: Float
-    slack: float
-    rescale: float
-    step: float
+    shrink: Float  # H of the last thresholding
+    slack: float  # and its h
+    rescale: float  # factor on the multipliers, where t was changed since
+    step: float  # t
 
 
 @dataclass(frozen=True)
@@ -67,28 +74,14 @@ class Solution:
 
 
 class Admm:
-    """The loop. It sees cells only through sums over them.
-
-    Parameters
-    ----------
-    P
-        The design, genes × pools.
-    delta
-        δ, for D of norm 1.
-    tol
-        See `PooledNuclearNorm`.
-    max_iterations
-        Most iterations.
-    non_negative
-        Whether X ≥ 0 is asked for.
-    """
+    """The loop, for D of norm 1; see `PooledNuclearNorm`. It sees cells only through sums over them."""
 
     def __init__(self, P: Float, delta: float, tol: float, max_iterations: int, *, non_negative: bool = True) -> None:
         self.P, self.delta, self.tol = P, delta, tol
         self.max_iterations, self.non_negative = max_iterations, non_negative
 
     def projection(self, weight: float) -> Projection:
-        """Prepare the projection of cells, with weight w of the slack."""
+        """Return the projection of cells with weight w of the slack."""
         inner = np.asarray(np.linalg.inv(self.P.T @ self.P + weight**2 * np.eye(self.P.shape[1])), np.float64)
         return Projection(self.P, weight, inner, self.non_negative)
 
@@ -100,14 +93,8 @@ class Admm:
     ) -> Solution:
         """Iterate until the stopping rule is met.
 
-        Parameters
-        ----------
-        visit
-            Does one iteration on all cells and returns the sums.
-        start
-            Gram of the first a, genes × genes.
-        on_sweep
-            Called after each iteration with its number and objective.
+        `visit` does one iteration on all cells and returns the sums; `start` is the Gram of the first a, genes × genes;
+        `on_sweep` is called after each iteration with its number and objective.
         """
         shrink, slack = np.eye(len(self.P)), 1.0
         step, rescale = 0.1 * float(np.sqrt(np.linalg.eigvalsh(start)[-1])), 1.0
@@ -136,20 +123,20 @@ class Admm:
         return worst <= 0.1 * self.tol or (worst <= self.tol and abs(gap) <= 0.5 * self.tol * record["objective"])
 
     def dual_value(self, sums: Sums) -> float:
-        """Give ⟨D, Y⟩ − δ‖Y‖_F of the multipliers, scaled to ‖Y Pᵀ + S‖₂ ≤ 1: a lower bound of the objective."""
+        """Return ⟨D, Y⟩ − δ‖Y‖_F of the multipliers, scaled to ‖Y Pᵀ + S‖₂ ≤ 1: a lower bound of the objective."""
         norm = float(np.sqrt(max(np.linalg.eigvalsh(sums["ZZ"])[-1], 0.0)))
         return float(sums["DY"] - self.delta * np.sqrt(sums["YY"])) / norm if norm > 0 else 0.0
 
 
 def threshold(gram: Float, step: float) -> Float:
-    """H = Q max(1 − t/σ, 0) Qᵀ, for which aH is a with its singular values lowered by t."""
+    """Return H = Q max(1 − t/σ, 0) Qᵀ: aH is a with its singular values lowered by t."""
     values, vectors = np.linalg.eigh(gram)
     sigma = np.sqrt(np.maximum(values, 1e-300))
     return np.asarray((vectors * np.maximum(1 - step / sigma, 0.0)) @ vectors.T)
 
 
 def square_root(gram: Float) -> tuple[Float, Float]:
-    """G^½ and its pseudo-inverse."""
+    """Return G^½ and its pseudo-inverse."""
     values, vectors = np.linalg.eigh(gram)
     sigma = np.sqrt(np.maximum(values, 0.0))
     keep = sigma > 1e-7 * max(sigma[-1], 1e-300)
@@ -158,7 +145,7 @@ def square_root(gram: Float) -> tuple[Float, Float]:
 
 
 def residuals(sums: Sums, H: Float, h: float) -> tuple[float, float]:
-    """Norms of (Z, T) − (X, R), and of the step of (Z, T), from sums alone."""
+    """Return the norms of (Z, T) − (X, R), and of the step of (Z, T), from sums alone."""
     ZZ = np.sum((H @ sums["aa"]) * H) + h**2 * sums["bb"]
     primal = ZZ - 2 * (np.sum(H * sums["aX"]) + h * sums["bR"]) + np.trace(sums["XX"]) + sums["RR"]
     dual = ZZ - 2 * (np.sum(H * sums["aZ"]) + h * sums["bT"]) + sums["ZZ_last"]
@@ -166,7 +153,7 @@ def residuals(sums: Sums, H: Float, h: float) -> tuple[float, float]:
 
 
 def balance(iteration: int, primal: float, dual: float) -> float:
-    """Factor on t that brings the residuals together; none after a while, so that the method converges."""
+    """Return the factor on t that brings the residuals together: 1 after a while, so that the method converges."""
     if iteration % 10 or iteration > 200:
         return 1.0
     factor = float(np.clip(np.sqrt(dual / max(primal, 1e-300)), 0.5, 2.0))
@@ -178,69 +165,28 @@ def start_state(X: Float, pools: int) -> State:
     return X.astype(np.float32), np.zeros((len(X), pools), np.float32)
 
 
-def project(Z: Float, T: Float, D: Float, projection: Projection) -> tuple[Float, Float, Float, Float]:
-    """Find the nearest point to (Z, T) with X ≥ 0 and XP + wR = D, cell by cell.
-
-    With multipliers Y of the equation and S ≥ 0 of X ≥ 0: X = Z − YPᵀ + S, R = T − wY. Eliminating Y leaves a
-    least-squares problem in S ≥ 0 with the Gram K = I − P (PᵀP + w²I)⁻¹ Pᵀ, the same for all cells, in which only the
-    entries that bind take part.
-
-    Returns
-    -------
-    tuple of numpy.ndarray
-        X, R, Y and S.
-    """
-    P, w, inner = projection.P, projection.weight, projection.inner
-    Y = (Z @ P + w * T - D) @ inner
-    X = Z - Y @ P.T
-    S = np.zeros_like(X)
-    if projection.non_negative and (X < 0).any():
-        from scialm_dask.linalg.nnls import nnls_gram
-
-        S = nnls_gram(np.eye(len(P)) - P @ inner @ P.T, -X)
-        Y += S @ P @ inner
-        X = np.maximum(Z - Y @ P.T + S, 0.0)
-        X[S > 0] = 0.0
-    return X, T - w * Y, Y, S
-
-
 def advance(state: State, D: Float, iteration: AdmmStep) -> tuple[State, Sums]:
-    """Do one iteration on some cells.
-
-    Parameters
-    ----------
-    state
-        a and b of the cells. Left as they are.
-    D
-        Their measurements, scaled.
-    iteration
-        The settings.
-
-    Returns
-    -------
-    tuple
-        The next a and b; and the sums the loop needs.
-    """
-    P = iteration.projection.P
-    following = np.empty((len(D), len(P)), np.float32), np.empty((len(D), P.shape[1]), np.float32)
+    """Do one iteration on some cells, D scaled to norm 1; return the next a and b, and the sums the loop needs."""
+    a, b = np.empty_like(state[0]), np.empty_like(state[1])
     total: Sums = {}
     for rows in batches(len(D)):
-        (a, b), sums = _advance(state[0][rows], state[1][rows], D[rows], iteration)
-        following[0][rows], following[1][rows] = a, b
+        a[rows], b[rows], sums = _advance(state[0][rows], state[1][rows], D[rows], iteration)
         total = {name: total.get(name, 0.0) + value for name, value in sums.items()}
-    return following, total
+    return (a, b), total
 
 
-def _advance(a: NDArray[np.float32], b: NDArray[np.float32], D: Float, iteration: AdmmStep) -> tuple[State, Sums]:
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    Z, T = a @ iteration.shrink, iteration.slack * b
-    L, M = iteration.rescale * (Z - a), iteration.rescale * (T - b)
-    X, R, Y, S = project(Z + L, T + M, D, iteration.projection)
-    following = (X - L).astype(np.float32), (R - M).astype(np.float32)
-    a, b = following[0].astype(np.float64), following[1].astype(np.float64)
+def _advance(
+    a: NDArray[np.float32], b: NDArray[np.float32], D: Float, iteration: AdmmStep
+) -> tuple[NDArray[np.float32], NDArray[np.float32], Sums]:
+    last_a, last_b = a.astype(np.float64), b.astype(np.float64)
+    Z, T = last_a @ iteration.shrink, iteration.slack * last_b
+    L, M = iteration.rescale * (Z - last_a), iteration.rescale * (T - last_b)
+    X, R, Y, S = iteration.projection.nearest(Z + L, T + M, D)
+    a, b = (X - L).astype(np.float32), (R - M).astype(np.float32)
+    next_a, next_b = a.astype(np.float64), b.astype(np.float64)
     Y *= -1 / iteration.step  # Y of the dual problem: max ⟨D, Y⟩ − δ‖Y‖_F, ‖Y Pᵀ + S‖₂ ≤ 1, S ≥ 0
     subgradient = Y @ iteration.projection.P.T + S / iteration.step
-    sums: Sums = {"aa": a.T @ a, "aX": a.T @ X, "aZ": a.T @ Z, "XX": X.T @ X, "ZZ": subgradient.T @ subgradient}
-    sums |= {"bb": np.sum(b**2), "bR": np.sum(b * R), "bT": np.sum(b * T), "RR": np.sum(R**2)}
+    sums: Sums = {"aa": next_a.T @ next_a, "aX": next_a.T @ X, "aZ": next_a.T @ Z, "XX": X.T @ X}
+    sums |= {"bb": np.sum(next_b**2), "bR": np.sum(next_b * R), "bT": np.sum(next_b * T), "RR": np.sum(R**2)}
     sums |= {"ZZ_last": np.sum(Z**2) + np.sum(T**2), "DY": np.sum(D * Y), "YY": np.sum(Y**2)}
-    return following, sums
+    return a, b, sums | {"ZZ": subgradient.T @ subgradient}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,33 +19,22 @@ PROXIMITY = 1e-8  # weight of staying near the last V, relative to the curvature
 SPREAD = 0.03  # of the first V around 1; wider starts recover genes measured through few pools worse
 
 
-@dataclass(frozen=True)
-class Fit:
-    """One descent: the gene loadings and how they came about."""
-
-    loadings: Float
-    history: tuple[dict[str, float], ...]
-    converged: bool
-
-    @property
-    def objective(self) -> float:
-        """The last value of the objective."""
-        return self.history[-1]["objective"]
+History = tuple[dict[str, float], ...]
 
 
 class PooledALS:
     """Recover expression from pools as a non-negative factorisation of given rank.
 
-    Minimises ‖D − U Vᵀ P‖_F² + ridge (‖U‖_F² + ‖V‖_F²) over U ≥ 0 (cells × rank) and V ≥ 0 (genes × rank) by turns. U
-    is a small least-squares problem for each cell. V needs only UᵀU and UᵀD. As pools are fewer than genes it is not
-    unique; the one nearest to the last V is taken.
+    Minimises ‖D − U Vᵀ P‖_F² + ridge (‖U‖_F² + ‖V‖_F²) over U ≥ 0 (cells × rank) and V ≥ 0 (genes × rank) in turn. U is
+    a small least-squares problem for each cell. V needs only UᵀU and UᵀD; as pools are fewer than genes it is not
+    unique, and the one nearest to the last V is taken.
 
     Parameters
     ----------
     rank : int
         Number of components.
     random_state : int, default=0
-        Seed of the start. V starts near 1, with all genes nearly alike; what the pools do not tell apart stays so.
+        Seed of the start. V starts near 1, with all genes nearly alike; genes that no pool tells apart stay alike.
     ridge : float, default=0
         Weight of the penalty, in squared units of D over cells.
     restarts : int, default=1
@@ -131,9 +119,9 @@ class PooledALS:
                 stacklevel=2,
             )
         fits = (self._descend(measured, P, restart, listen) for restart in range(self.restarts))
-        fit = min(fits, key=lambda fit: fit.objective)
-        self.pools_, self.loadings_ = P, fit.loadings
-        return self._result(measured, fit.history, fit.converged)
+        loadings, history, converged = min(fits, key=lambda fit: fit[1][-1]["objective"])
+        self.pools_, self.loadings_ = P, loadings
+        return self._result(measured, history, converged)
 
     def transform(self, D: Any) -> PooledResult:
         """Recover expression of other cells with the V that was learned.
@@ -164,14 +152,15 @@ class PooledALS:
         sums = measured.total(visit_cells, self.pools_.T @ self.loadings_, self.ridge)
         return self._result(measured, (_record(sums, self.loadings_, self.ridge),), True)
 
-    def _result(self, measured: Measurements, history: tuple[dict[str, float], ...], converged: bool) -> PooledResult:
+    def _result(self, measured: Measurements, history: History, converged: bool) -> PooledResult:
         assert self.pools_ is not None
         assert self.loadings_ is not None
         left = measured.map(cell_factors, self.rank, self.pools_.T @ self.loadings_, self.ridge)
         last = history[-1]
         return PooledResult(left, self.loadings_, last["objective"], last["residual"], None, history, converged)
 
-    def _descend(self, measured: Measurements, P: Float, restart: int, listen: Listener) -> Fit:
+    def _descend(self, measured: Measurements, P: Float, restart: int, listen: Listener) -> tuple[Float, History, bool]:
+        """Return gene loadings from one start, the history, and whether the stopping rule was met."""
         listen(Stage("factorising", f"start {restart + 1} of {self.restarts}" if self.restarts > 1 else ""))
         loadings = start_loadings(len(P), self.rank, self.random_state, restart)
         basis = np.linalg.eigh(P @ P.T)
@@ -182,14 +171,12 @@ class PooledALS:
             listen(Sweep(len(history), history[-1]["objective"]))
             converged = self._stalled(history, float(sums["measured"]))
             if converged or len(history) == self.max_sweeps:
-                return Fit(loadings, tuple(history), converged)
+                return loadings, tuple(history), converged
             loadings = nearest_loadings(sums["UU"], P @ sums["UD"].T, basis, loadings, self.ridge)
 
     def _stalled(self, history: list[dict[str, float]], measured: float) -> bool:
-        now = history[-1]["objective"]
-        if now <= self.tol**2 * measured:
-            return True
-        return len(history) > 1 and history[-2]["objective"] - now <= self.tol * now
+        now, last = history[-1]["objective"], history[-2]["objective"] if len(history) > 1 else np.inf
+        return now <= self.tol**2 * measured or last - now <= self.tol * now
 
 
 def start_loadings(genes: int, rank: int, seed: int, restart: int) -> Float:
@@ -230,24 +217,12 @@ def _record(sums: Sums, loadings: Float, ridge: float) -> dict[str, float]:
 def nearest_loadings(
     UU: Float, target: Float, pool_basis: tuple[Float, Float], last: Float, ridge: float = 0.0
 ) -> Float:
-    """Minimise ‖D − U Vᵀ P‖_F² + ridge ‖V‖_F² over V ≥ 0, as near the last V as may be.
+    """Minimise ‖D − U Vᵀ P‖_F² + ridge ‖V‖_F² over V ≥ 0, as near the last V as possible.
 
-    The curvature is H = PPᵀ ⊗ UᵀU + (ridge + τ) I, with a small weight τ on ‖V − V_last‖². Both factors are
-    diagonalised, so that H⁻¹ is two small products, and only the entries that bind need a system of equations.
-    Projected Newton steps from the last V (Bertsekas 1982, SIAM J. Control Optim. 20); none raises the objective.
-
-    Parameters
-    ----------
-    UU
-        UᵀU, rank × rank.
-    target
-        P DᵀU, genes × rank.
-    pool_basis
-        Eigenvalues and eigenvectors of PPᵀ.
-    last
-        The last V, genes × rank.
-    ridge
-        Weight of the penalty.
+    `target` is P DᵀU, genes × rank, and `pool_basis` the eigenvalues and eigenvectors of PPᵀ. The curvature is
+    H = PPᵀ ⊗ UᵀU + (ridge + τ) I, with a small weight τ on ‖V − V_last‖². Both factors are diagonalised, so that H⁻¹ is
+    two small products, and only the entries that bind need a system of equations. Projected Newton steps from the last
+    V (Bertsekas 1982, SIAM J. Control Optim. 20); none raises the objective.
     """
     curvature = _Curvature(UU, pool_basis, ridge)
     if curvature.tau <= 0:

@@ -1,4 +1,4 @@
-"""Recovery from pooled measurements: what both methods share.
+"""What both ways to recover expression from pooled measurements share.
 
 Each cell is measured through pools of genes, D = M P, with P binary, genes × pools. A method visits the row blocks
 of D, a few thousand cells at a time, and keeps sums of the size of genes and pools.
@@ -125,13 +125,7 @@ class Measurements:
 
     @classmethod
     def of(cls, source: Any, pools: int) -> Measurements:
-        """Take whatever `as_dask` does.
-
-        Raises
-        ------
-        InputError
-            If it is not a matrix of numbers with `pools` columns.
-        """
+        """Take whatever `as_dask` does. Raises `InputError` unless that is numbers in `pools` columns."""
         array = as_dask(source, "measurements")
         if array.shape[1] != pools:
             raise InputError(
@@ -145,11 +139,11 @@ class Measurements:
         return [0, *np.cumsum(self.array.chunks[0])[:-1].tolist()]
 
     def blocks(self) -> list[Any]:
-        """Give the blocks as delayed objects."""
+        """Return the blocks as delayed objects."""
         return list(self.array.to_delayed()[:, 0])
 
     def total(self, visit: Callable[..., Sums], *settings: Any) -> Sums:
-        """Visit every block once by `visit(block, start, *settings)` and add up what the visits return."""
+        """Call `visit(block, start, *settings)` once for every block, and add up what it returns."""
         shared = [dask.delayed(setting, traverse=False) for setting in settings]
         visit = dask.delayed(visit, pure=False)
         parts = [visit(block, start, *shared) for block, start in zip(self.blocks(), self.starts, strict=True)]
@@ -158,7 +152,7 @@ class Measurements:
     def map(
         self, function: Callable[..., Float], width: int, *settings: Any, states: Sequence[Any] | None = None
     ) -> da.Array:
-        """Lazily apply `function([state,] block, start, *settings)` to each block; gives cells × width."""
+        """Return `function([state,] block, start, *settings)` of each block, lazy, cells × width."""
         shared = [dask.delayed(setting, traverse=False) for setting in settings]
         function = dask.delayed(function, pure=True)
         columns: list[Any] = [self.blocks(), self.starts] if states is None else [states, self.blocks(), self.starts]
@@ -167,13 +161,7 @@ class Measurements:
 
 
 def dense_block(block: Any, start: int) -> Float:
-    """Give a block of D as dense float64.
-
-    Raises
-    ------
-    InputError
-        If a value is negative, NaN or infinite.
-    """
+    """Return a block of D as dense float64. Raises `InputError` if a value is negative, NaN or infinite."""
     values = np.ascontiguousarray(block.toarray() if hasattr(block, "toarray") else block, dtype=np.float64)
     if values.size and not (values.min() >= 0 and values.max() < np.inf):  # false for NaN too
         cell, pool = np.argwhere(~((values >= 0) & (values < np.inf)))[0]

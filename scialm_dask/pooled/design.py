@@ -59,19 +59,10 @@ class PoolReport:
 
 
 def check_pools(pools: ArrayLike, genes: int | None = None) -> NDArray[np.float64]:
-    """Check a design and return it as float64, genes × pools.
+    """Return a design as float64, genes × pools.
 
-    Parameters
-    ----------
-    pools
-        P: 1 where a gene is in a pool, else 0.
-    genes
-        Number of genes it must have, if known.
-
-    Raises
-    ------
-    InputError
-        If P is not a binary matrix, has another number of genes, an empty pool, or a gene in no pool.
+    Raises `InputError` if P is not a binary matrix, has an empty pool or a gene in no pool, or not as many rows as
+    `genes` says.
     """
     try:
         P = np.asarray(pools)
@@ -144,8 +135,8 @@ def random_pools(genes: Count, pools: Count, *, density: float = 0.25, random_st
 def balanced_pools(genes: Count, pools: Count, *, per_gene: Count, random_state: Natural = 0) -> NDArray[np.int8]:
     """Draw a design in which all genes are in the same number of pools, and pool sizes differ by at most one.
 
-    Genes are placed one after another into the emptiest pools. Of a few random ways to break ties the one that overlaps
-    least with earlier genes is taken.
+    Genes are placed one after another into the emptiest pools. Ties are broken in a few random ways, of which the one
+    that overlaps least with earlier genes is taken.
 
     Parameters
     ----------
@@ -269,22 +260,9 @@ def _product(block: Any, P: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def read_design(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Read a design.
+    """Read a design, genes × pools, from a .csv or .tsv table with the names of both, or a .npy array without names.
 
-    Parameters
-    ----------
-    path
-        A .csv or .tsv table, genes in rows and pools in columns, with their names; or a .npy array without names.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Genes × pools, as read; `scialm_dask.pooled.design.check_pools` judges it.
-
-    Raises
-    ------
-    InputError
-        If it cannot be read.
+    Raises `InputError` if it cannot be read; `check_pools` judges what was read.
     """
     import pandas as pd
 
@@ -292,31 +270,19 @@ def read_design(path: str | os.PathLike[str]) -> pd.DataFrame:
     if suffix not in (".csv", ".tsv", ".npy"):
         raise InputError(f"{os.fspath(path)}: unknown kind of file; give the design as .csv, .tsv or .npy")
     try:
-        if suffix == ".npy":
-            values = np.load(path, allow_pickle=False)
-            if values.ndim != 2:
-                raise InputError(f"{os.fspath(path)}: shape {values.shape}; give a matrix of genes × pools")
-            names = [f"gene{gene}" for gene in range(values.shape[0])]
-            return pd.DataFrame(values, index=names, columns=[f"pool{pool}" for pool in range(values.shape[1])])
-        frame = pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",", index_col=0)
+        if suffix != ".npy":
+            table = pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",", index_col=0)
+            return table.set_axis(table.index.astype(str))
+        values = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{os.fspath(path)}: cannot be read as a design ({error})") from error
-    frame.index = frame.index.astype(str)
-    return frame
+    if values.ndim != 2:
+        raise InputError(f"{os.fspath(path)}: shape {values.shape}; give a matrix of genes × pools")
+    return pd.DataFrame(values).rename(index=lambda gene: f"gene{gene}", columns=lambda pool: f"pool{pool}")
 
 
 def write_design(design: pd.DataFrame, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write a design as a .csv or .tsv table.
-
-    Raises
-    ------
-    InputError
-        If the name ends otherwise.
-    OutputError
-        If it cannot be written.
-    """
+    """Write a design as a .csv or .tsv table. Raises `InputError` if `path` ends otherwise."""
     suffix = Path(path).suffix.lower()
     if suffix not in (".csv", ".tsv"):
         raise InputError(f"{os.fspath(path)}: unknown kind of file; name the design .csv or .tsv")

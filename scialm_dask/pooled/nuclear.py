@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import dask
@@ -14,25 +13,15 @@ from numpy.typing import ArrayLike
 from scialm_dask.config import Count, Share, Weight, checked, validated
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, Sweep, silent
-from scialm_dask.pooled.admm import (
-    Admm,
-    AdmmStep,
-    Projection,
-    Solution,
-    State,
-    advance,
-    project,
-    square_root,
-    start_state,
-)
+from scialm_dask.pooled.admm import Admm, AdmmStep, Projection, Solution, State, advance, square_root, start_state
 from scialm_dask.pooled.base import Float, Measurements, PooledResult, Sums, add_sums, batches, dense_block
 from scialm_dask.pooled.design import check_pools
 from scialm_dask.reduction import tree_reduce
 
 EQUAL = 1e-10  # ‖XP − D‖ / ‖D‖ that counts as equality in float64
 SLACK = 1e-5  # share of δ kept free for rounding and for dropping negligible components
-# How to move the last iterate into the feasible set, from gently to surely: weight of the equation's slack, and the
-# share of the slack R that is left to the cells.
+# How to move the last iterate into the feasible set, from gently to surely: weight of the slack in the equation, and
+# the share of the slack R that cells keep.
 MOVES = (
     *((weight, 1 - SLACK) for weight in (1e-2, 1e-4, 1e-6)),
     *((1e-6, share) for share in (0.9999, 0.999, 0.99, 0.9, 0.0)),
@@ -45,10 +34,10 @@ class PooledNuclearNorm:
     Solves min ‖X‖_* subject to ‖XP − D‖_F ≤ δ and X ≥ 0.
 
     Without X ≥ 0 only DᵀD matters: the answer is D P⁺ where δ is negligible, otherwise D times a pools × genes matrix
-    found on the driver. If that is non-negative, it is the answer, for two passes over D. If not, the alternating
+    found on the driver. If that is non-negative, it is the answer, after two passes over D. If not, the alternating
     direction method of multipliers goes on from it. Each of its passes projects every cell onto {x ≥ 0, xP + r = d}, a
-    small non-negative least-squares problem, and sums genes × genes Grams; the singular value thresholding of all cells
-    is then one genes × genes matrix.
+    small non-negative least-squares problem, and sums genes × genes Grams; the singular values of all cells are then
+    thresholded by one genes × genes matrix.
 
     Parameters
     ----------
@@ -125,22 +114,22 @@ class PooledNuclearNorm:
         if scale <= self.delta:
             return _zero(measured, P, scale)
         delta = max(self.delta / scale, EQUAL)
-        closed = self._unconstrained(gram / scale**2, P, delta)
-        seen = measured.total(visit_linear, closed.matrix, P, scale)
+        closed, bound = self._unconstrained(gram / scale**2, P, delta)
+        seen = measured.total(visit_linear, closed, P, scale)
         if not seen["negative"]:
-            return _linear_result(measured, closed, seen, scale)
-        iterate = BlockIterate(measured, P, delta, scale, closed.matrix, start)
+            return _linear_result(measured, closed, bound, seen, scale)
+        iterate = BlockIterate(measured, P, delta, scale, closed, start)
         return iterate.solve(self.tol, self.max_iterations, listen)
 
-    def _unconstrained(self, gram: Float, P: Float, delta: float) -> Linear:
-        """Solve without X ≥ 0, from DᵀD alone: X = D C."""
+    def _unconstrained(self, gram: Float, P: Float, delta: float) -> tuple[Float, float]:
+        """Solve without X ≥ 0, from DᵀD alone; return C of X = D C, and a lower bound of the objective."""
         inverse = np.asarray(np.linalg.pinv(P), np.float64)
         root, inverse_root = square_root(inverse.T @ gram @ inverse)
         dual = inverse @ inverse_root @ inverse.T  # Y = D P⁺ (XᵀX)^−½ P⁺ᵀ is dual feasible
         objective = float(np.trace(root))
         slack = delta * float(np.sqrt(np.einsum("ij,ij->", gram @ dual, dual)))
         if slack <= 0.1 * self.tol * objective or delta <= EQUAL:
-            return Linear(inverse, objective - slack)
+            return inverse, objective - slack
         values, basis = np.linalg.eigh(gram)
         keep = values > 1e-14 * values[-1]
         values, basis = np.sqrt(values[keep]), basis[:, keep]
@@ -154,19 +143,11 @@ class PooledNuclearNorm:
             return sums
 
         found = loop.run(visit, inverse.T @ gram @ inverse)
-        X, *_ = move_in(state, D, found, loop.projection(1e-6), 1 - SLACK)
-        return Linear(basis / values @ X, found.bound)
+        X = move_in(state, D, found, loop.projection(1e-6), 1 - SLACK)
+        return basis / values @ X, found.bound
 
 
 Move = tuple[Solution, Projection, float]
-
-
-@dataclass(frozen=True)
-class Linear:
-    """An answer of the form X = D C, and a lower bound of the objective, for D scaled to norm 1."""
-
-    matrix: Float
-    bound: float
 
 
 class BlockIterate:
@@ -246,13 +227,13 @@ class BlockIterate:
 
 
 def visit_gram(block: Any, start: int) -> Sums:
-    """Sum DᵀD."""
+    """Return DᵀD of a block."""
     D = dense_block(block, start)
     return {"DD": D.T @ D}
 
 
 def visit_linear(block: Any, start: int, C: Float, P: Float, scale: float) -> Sums:
-    """Judge X = D C: the number of negative entries, the misfit, the Gram."""
+    """Return the number of negative entries of X = D C, its misfit and its Gram."""
     D = dense_block(block, start) / scale
     sums: Sums = {"XX": np.zeros((len(P), len(P))), "misfit": 0.0, "negative": 0}
     for rows in batches(len(D)):
@@ -274,51 +255,46 @@ def advance_block(state: State, block: Any, start: int, scale: float, iteration:
     return advance(state, dense_block(block, start) / scale, iteration)
 
 
-def move_in(state: State, D: Float, found: Solution, projection: Projection, share: float) -> tuple[Float, ...]:
+def move_in(state: State, D: Float, found: Solution, projection: Projection, share: float) -> Float:
     """Project the thresholded iterate onto X ≥ 0 and XP + R = D, with a share of R."""
     Z = state[0].astype(np.float64) @ found.shrink
     R = share * found.slack * state[1].astype(np.float64)
-    return project(Z, np.zeros_like(R), D - R, projection)
+    return projection.nearest(Z, np.zeros_like(R), D - R)[0]
 
 
 def judge_block(state: State, block: Any, start: int, scale: float, settings: Move) -> Sums:
-    """Give the Gram and the misfit of the final X of a block."""
-    D = dense_block(block, start) / scale
-    P = settings[1].P
+    """Return the Gram and the misfit of the final X of a block."""
+    D, P = dense_block(block, start) / scale, settings[1].P
     sums: Sums = {"XX": np.zeros((len(P), len(P))), "misfit": 0.0}
     for rows in batches(len(D)):
-        X, *_ = move_in((state[0][rows], state[1][rows]), D[rows], *settings)
+        X = move_in((state[0][rows], state[1][rows]), D[rows], *settings)
         sums["XX"] += X.T @ X
         sums["misfit"] += np.sum((X @ P - D[rows]) ** 2)
     return sums
 
 
 def final_factors(state: State, block: Any, start: int, scale: float, settings: Move, right: Float) -> Float:
-    """Give the left factor of a block, in units of D."""
+    """Return the left factor of a block, in units of D."""
     D = dense_block(block, start) / scale
-    left = np.empty((len(D), right.shape[1]))
-    for rows in batches(len(D)):
-        X, *_ = move_in((state[0][rows], state[1][rows]), D[rows], *settings)
-        left[rows] = scale * (X @ right)
-    return left
+    lefts = (move_in((state[0][rows], state[1][rows]), D[rows], *settings) @ right for rows in batches(len(D)))
+    return scale * np.concatenate([np.empty((0, right.shape[1])), *lefts])
 
 
 def linear_factors(block: Any, start: int, matrix: Float) -> Float:
-    """Give the left factor of a block of X = D C."""
+    """Return the left factor of a block of X = D C."""
     return dense_block(block, start) @ matrix
 
 
-def _linear_result(measured: Measurements, linear: Linear, sums: Sums, scale: float) -> PooledResult:
-    basis, *_ = np.linalg.svd(linear.matrix.T, full_matrices=False)
-    objective = float(np.trace(square_root(sums["XX"])[0]))
-    left = measured.map(linear_factors, basis.shape[1], linear.matrix @ basis)
-    misfit = float(np.sqrt(sums["misfit"]))
-    gap = max(objective - linear.bound, 0.0) * scale
+def _linear_result(measured: Measurements, C: Float, bound: float, sums: Sums, scale: float) -> PooledResult:
+    basis, *_ = np.linalg.svd(C.T, full_matrices=False)
+    objective, misfit = float(np.trace(square_root(sums["XX"])[0])), float(np.sqrt(sums["misfit"]))
+    left = measured.map(linear_factors, basis.shape[1], C @ basis)
+    gap = max(objective - bound, 0.0) * scale
     record = {"objective": objective * scale, "primal": 0.0, "dual": 0.0, "step": 0.0}
     return PooledResult(left, basis, objective * scale, misfit * scale, gap, (record,), True)
 
 
 def _zero(measured: Measurements, P: Float, norm: float) -> PooledResult:
-    """X = 0 is within δ of D."""
+    """Return X = 0, which is within δ of D."""
     left = measured.map(linear_factors, 1, np.zeros((P.shape[1], 1)))
     return PooledResult(left, np.zeros((len(P), 1)), 0.0, norm, 0.0, (), True)

@@ -36,36 +36,21 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The observed and the imputed matrix side by side, on a sample of cells.
+    """The observed and the imputed matrix side by side, on a sample of k cells.
 
-    Parameters
-    ----------
-    cells
-        Numbers of the sampled cells, rising, shape ``(k,)``.
-    genes_seen
-        Number of genes with an observed value in each of them, shape ``(k,)``.
-    genes
-        A row for each gene, over these cells: ``detected`` (share of cells with an observed value),
-        ``mean_observed`` (zeros counted), ``mean_imputed``, ``change`` (root mean square of imputed − observed),
-        ``filled`` (share of its zeros that were imputed as high as the mean of its non-zeros, or higher).
-    filled
-        That share over all zeros of all genes.
-    before, after
-        First two principal components of the cells, float64, shape ``(k, 2)``.
-    shares
-        Of the variance, on the axes of `before` and of `after`.
-    gene_before, gene_after
-        Values of the gene that was asked for, float64, shape ``(k,)``; None if none was.
+    `genes` has a row for each gene, over these cells: ``detected`` (share of cells with an observed value),
+    ``mean_observed`` (zeros counted), ``mean_imputed``, ``change`` (root mean square of imputed − observed) and
+    ``filled`` (share of its zeros that were imputed at least as high as the mean of its non-zeros).
     """
 
-    cells: NDArray[np.intp]
-    genes_seen: NDArray[np.intp]
+    cells: NDArray[np.intp]  # numbers of the cells, rising
+    genes_seen: NDArray[np.intp]  # number of genes with an observed value in each
     genes: pd.DataFrame
-    filled: float
-    before: Doubles
+    filled: float  # over all genes together
+    before: Doubles  # first two principal components of the cells, (k, 2)
     after: Doubles
-    shares: tuple[tuple[float, float], tuple[float, float]]
-    gene_before: Doubles | None = None
+    shares: tuple[tuple[float, float], tuple[float, float]]  # of the variance, before and after
+    gene_before: Doubles | None = None  # values of the gene that was asked for, if any
     gene_after: Doubles | None = None
 
 
@@ -77,30 +62,10 @@ def compare(
     most_cells: int = MOST_CELLS,
     listen: Listener = silent,
 ) -> Comparison:
-    """Compare a result with the matrix it was made from, in one pass over that.
+    """Compare a result with the matrix that was imputed, in one pass over it.
 
-    Parameters
-    ----------
-    result
-        Completed from `source`; its X is compared where it was written with one.
-    source
-        Cells × genes.
-    gene
-        Number of a gene whose values are wanted.
-    most_cells
-        Size of the sample. Which cells are in it depends on their numbers alone.
-    listen
-        Called with every event of the work; see `scialm_dask.events`.
-
-    Returns
-    -------
-    Comparison
-        Of the sampled cells.
-
-    Raises
-    ------
-    InputError
-        If the cells or genes are not the same.
+    What is compared is the X of the result if it was written with one. Which cells are sampled depends on their numbers
+    alone. Values of the gene of number `gene` are returned too. Raises `InputError` if the cells or genes differ.
     """
     source = aligned(source, result)
     cells = sample(result.shape[0], most_cells)
@@ -108,7 +73,7 @@ def compare(
     plane = _variable_genes(observed)
     wanted = plane if gene is None else np.append(plane, gene)
     genes, filled, totals, imputed = _by_gene(result, cells, observed, wanted)
-    before, first = _components(_evened(observed[:, plane].toarray(), _totals(observed)))
+    before, first = _components(_evened(observed[:, plane].toarray(), observed.sum(axis=1, dtype=np.float64).A1))
     after, second = _components(_evened(imputed[:, : len(plane)], totals))
     turn = np.where((before * after).sum(axis=0) < 0, -1.0, 1.0)  # the same way round as before
     of_gene = () if gene is None else (observed[:, gene].toarray().ravel().astype(np.float64), imputed[:, -1])
@@ -117,13 +82,13 @@ def compare(
 
 
 def sample(n_cells: int, most: int) -> NDArray[np.intp]:
-    """Draw cells without replacement: those of the lowest draws, of which each cell has its own."""
+    """Draw cells without replacement: those with the lowest of draws that do not depend on the number of cells."""
     draws = np.random.default_rng(0).random(n_cells)
     return np.sort(np.argsort(draws, kind="stable")[:most])
 
 
 def _rows_of(source: ExpressionMatrix, cells: NDArray[np.intp], advance: Advance = lambda _: None) -> sp.csr_matrix:
-    """Read the sampled rows: blocks in order, each let go before the next."""
+    """Read the sampled rows, a block at a time."""
     cuts = np.searchsorted(cells, source.blocks.bounds)
     needed = [block for block in range(len(source.blocks)) if cuts[block] < cuts[block + 1]]
     pieces = []
@@ -133,12 +98,8 @@ def _rows_of(source: ExpressionMatrix, cells: NDArray[np.intp], advance: Advance
     return sp.vstack(pieces, format="csr")
 
 
-def _totals(observed: sp.csr_matrix) -> Doubles:
-    return np.asarray(observed.sum(axis=1, dtype=np.float64)).ravel()
-
-
 def _evened(values: NDArray[np.floating], totals: Doubles) -> Doubles:
-    """Scale cells to their median total and take logarithms, as is usual before principal components."""
+    """Return log(1 + x) of cells scaled to their median total."""
     seen = totals > 0
     middle = np.median(totals[seen]) if seen.any() else 1.0
     factor = np.divide(middle, totals, out=np.ones_like(totals), where=seen)
@@ -147,20 +108,19 @@ def _evened(values: NDArray[np.floating], totals: Doubles) -> Doubles:
 
 
 def _variable_genes(observed: sp.csr_matrix) -> NDArray[np.intp]:
-    """Genes of the largest variance, after the same scaling and logarithm."""
-    even = observed.astype(np.float64)
-    totals = _totals(observed)
+    """Return the genes of the largest variance, after the same scaling and logarithm."""
+    from sklearn.utils.sparsefuncs import mean_variance_axis
+
+    even, totals = observed.astype(np.float64), observed.sum(axis=1, dtype=np.float64).A1
     even.data = _evened(even.data[:, None], totals[row_of(observed)])[:, 0]
-    mean = np.asarray(even.mean(axis=0)).ravel()
-    even.data **= 2
-    variance = np.asarray(even.mean(axis=0)).ravel() - mean**2
+    _, variance = mean_variance_axis(even, axis=0)
     return np.sort(np.argsort(-variance, kind="stable")[:GENES_OF_PLANE])
 
 
 def _by_gene(
     result: Imputation, cells: NDArray[np.intp], observed: sp.csr_matrix, wanted: NDArray[np.intp]
 ) -> tuple[pd.DataFrame, float, Doubles, Doubles]:
-    """Sum over the cells, some at a time; return also the total of each cell and the `wanted` genes, imputed."""
+    """Return the table of genes, the share of zeros filled, and imputed: totals of cells, and the `wanted` genes."""
     import pandas as pd
 
     n_cells, n_genes = observed.shape
@@ -189,7 +149,7 @@ def _by_gene(
 
 
 def _components(values: Doubles) -> tuple[Doubles, tuple[float, float]]:
-    """Return the first two principal components, signs fixed by the skewness, and their shares of the variance."""
+    """Return the first two principal components, their signs fixed by skewness, and their shares of the variance."""
     from scipy.linalg import eigh
 
     centred = values - values.mean(axis=0)
@@ -202,15 +162,7 @@ def _components(values: Doubles) -> tuple[Doubles, tuple[float, float]]:
 
 
 def warnings_of(result: Imputation, compared: Comparison | None = None) -> list[tuple[str, str]]:
-    """Give what is wrong or doubtful, most important first: pairs of the fact and of what it means or asks for.
-
-    Parameters
-    ----------
-    result
-        As `impute` gives it, or one of its kind.
-    compared
-        Some of its cells beside the matrix it was made from.
-    """
+    """Return what is wrong or doubtful, most important first: pairs of a fact and its meaning or remedy."""
     return [
         *_of_the_end(result),
         *_of_unseen(result.summary.get("unseen") or {}),

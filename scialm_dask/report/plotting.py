@@ -164,9 +164,9 @@ class Picture(NamedTuple):
 
 
 def known_curves(history: pd.DataFrame) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the columns of a history that can be drawn, with what they are: errors, and the rank."""
+    """Return the columns of a history that can be drawn, with their labels: errors, and the rank."""
     names = {"residual": "residual, observed entries", "held_out": "error, held-out entries", "objective": "objective"}
-    # before the first factor all held-out entries are missed, and are said to be
+    # without factors the error on held-out entries is 1 by definition, also if there are none
     fitted = history[history["rank"] > 0] if "rank" in history else history
     errors = {name: words for name, words in names.items() if name in history and fitted[name].notna().any()}
     return errors, {"rank": "singular values kept"} if "rank" in history and len(history) else {}
@@ -313,14 +313,8 @@ def _is_spread(values: pd.Series) -> bool:
 def dots(scores: pd.DataFrame, panels: Mapping[str, str], title: str = "") -> Figure:
     """Draw the scores of methods, best at the top: a dot for each seed, and their mean as a number at the right.
 
-    Parameters
-    ----------
-    scores
-        A row for each method and seed: ``method``, its ``label``, ``status``, and the scores.
-    panels
-        Columns and their titles, such as `HIDDEN`, `WHOLE`, `CLUSTERS`; methods are in the order of the first.
-    title
-        Over the figure.
+    `scores` has a row for each method and seed: ``method``, its ``label``, ``status``, and the scores. `panels` are
+    columns with their titles, such as `HIDDEN`; methods are in the order of the first.
     """
     first = next(iter(panels))
     means = scores.groupby("label", sort=False)[first].mean()
@@ -349,7 +343,7 @@ def dots(scores: pd.DataFrame, panels: Mapping[str, str], title: str = "") -> Fi
 
 
 def _one_method(axes: Any, rows: pd.DataFrame, y: int, *, told: bool) -> None:
-    """Draw the dots of a method, and at the right edge their mean, or where it is `told` why there are none."""
+    """Draw the dots of a method, and at the right edge their mean, or if `told` why there are none."""
     values, status = rows["value"].dropna().to_numpy(float), rows["status"].iloc[0]
     words = short_name(status) if told and status not in ("ok", "quoted") else ""
     if len(values):
@@ -366,14 +360,7 @@ def lines(
 ) -> Figure:
     """Draw scores over a quantity: a line for each method, with the range of its seeds; a cross where it fails.
 
-    Parameters
-    ----------
-    scores, panels, title
-        As `dots` takes them.
-    x, words
-        A numeric column, such as the share hidden, and what it is.
-    log_x
-        Whether the axis of `x` is logarithmic.
+    `x` is a numeric column, such as the share hidden, and `words` says what it is; the others are as in `dots`.
     """
     rows = -(-len(panels) // 2)
     figure, grid = new_figure(rows, 2, 8.6, 2.8 * rows, title)
@@ -414,17 +401,7 @@ def effort(scores: pd.DataFrame, title: str = "") -> Figure:
 
 @style()
 def cell_pictures(umap: Mapping[str, NDArray[np.float32]], labels: pd.Series, title: str = "") -> Figure:
-    """Draw cells by UMAP, one panel for each matrix, coloured by their labels.
-
-    Parameters
-    ----------
-    umap
-        Coordinates by the name of the panel, shapes ``(m, 2)``.
-    labels
-        Of the cells.
-    title
-        Over the figure.
-    """
+    """Draw cells by UMAP, shape ``(m, 2)``, one named panel for each matrix, coloured by their labels."""
     from matplotlib import colormaps
 
     kinds = sorted(map(str, labels.unique()), key=lambda kind: [p.zfill(9) for p in re.split(r"(\d+)", kind)])

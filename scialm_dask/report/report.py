@@ -53,8 +53,8 @@ def write_report(
     path : str or path-like
         The .html file to write.
     source : matrix, optional
-        The matrix that was imputed, as `impute` takes it. By default it is looked for where it was. Without it the
-        report says nothing about single genes and cells. A sample of 2,000 cells is read, in one pass.
+        The matrix that was imputed, as `impute` takes it; by default it is opened where it was. A sample of 2,000 cells
+        is read, in one pass. Without it the report says nothing about single genes and cells.
     color : str, optional
         Column of ``obs``, or gene by name or symbol, to colour cells by. By default the number of genes seen.
     overwrite : bool, default=False
@@ -70,7 +70,7 @@ def write_report(
     Raises
     ------
     InputError
-        If there is no such result, source, column or gene, or source and result do not belong together.
+        If there is no such result, source, column or gene, or the source has other cells or genes than the result.
     OutputError
         If `path` cannot be written.
 
@@ -130,7 +130,7 @@ def _gene_number(result: Imputation, name: str) -> int:
 
 
 def _compare(result: Imputation, source: Any, gene: int | None, listen: Listener) -> tuple[Comparison | None, str]:
-    """Compare with the source, or tell why not."""
+    """Compare with the source; if that is not possible, say why."""
     if result.observed == "finite":
         return None, "Zeros of this matrix are observed values, so this is about no expression that could be inflated."
     where, layer = place_of(str(result.summary.get("source", "")))
@@ -180,8 +180,8 @@ def _figures(result: Imputation, compared: Comparison | None) -> Iterator[tuple[
         ("Rank", ranks, f"Singular values over the falling threshold, of which {result.rank:,} were kept."),
     ):
         if names:
-            ends = [f"{words}: {history[column].iloc[0]:.3g} at first, {history[column].iloc[-1]:.3g} at last"
-                    for column, words in names.items()]  # fmt: skip
+            ends = [f"{words}: {history[name].iloc[0]:.3g} at first, {history[name].iloc[-1]:.3g} at last"
+                    for name, words in names.items()]  # fmt: skip
             words = f"Line chart over {len(history)} iterations of {'; '.join(ends)}. Iteration {kept} was kept."
             yield Picture.of(title, words, plotting.curves(history, names, kept)), caption
     values, weights = (np.asarray(result.summary.get(name) or ()) for name in ("singular_values", "weights"))
@@ -197,14 +197,10 @@ def _figures(result: Imputation, compared: Comparison | None) -> Iterator[tuple[
         ratios = ratios[np.isfinite(ratios) & (compared.genes["detected"] >= _LEAST_DETECTED)]
         if len(ratios):
             low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-            words = (
-                f"Histogram of {len(ratios):,} genes by mean imputed over mean observed. The median is {middle:.3g}; "
-            )
-            words += f"half of the genes lie between {low:.3g} and {high:.3g}."
-            yield (
-                Picture.of("Levels, gene by gene", words, plotting.inflation(ratios)),
-                _about_levels(result, compared),
-            )
+            words = f"Histogram of {len(ratios):,} genes by mean imputed over mean observed. "
+            words += f"The median is {middle:.3g}; half of the genes lie between {low:.3g} and {high:.3g}."
+            picture = Picture.of("Levels, gene by gene", words, plotting.inflation(ratios))
+            yield picture, _about_levels(result, compared)
 
 
 def _about_error(result: Imputation, names: dict[str, str]) -> str:
@@ -220,10 +216,8 @@ def _about_error(result: Imputation, names: dict[str, str]) -> str:
 
 
 def _about_levels(result: Imputation, compared: Comparison) -> str:
-    what = "X, as it was written," if result.summary.get("X") else "The imputed matrix"
-    words = (
-        "" if result.mean_ratio is None else f"{what} has {result.mean_ratio:.3g} times the mean of the observed one. "
-    )
+    words, ratio = "X, as it was written," if result.summary.get("X") else "The imputed matrix", result.mean_ratio
+    words = "" if ratio is None else f"{words} has {ratio:.3g} times the mean of the observed one. "
     return (
         f"{words}{compared.filled:.2%} of the zeros were imputed as high as the mean of their gene’s non-zeros, or "
         f"higher. Genes seen in {_LEAST_DETECTED:.0%} of the cells or more."
@@ -261,12 +255,11 @@ def _about_cells(result: Imputation, compared: Comparison, color: str | None) ->
 
 
 def _changed_genes(result: Imputation, compared: Comparison) -> list[dict[str, Any]]:
-    genes = compared.genes.assign(symbol=_symbols(result.var), ratio=lambda g: g["mean_imputed"] / g["mean_observed"])
+    genes = compared.genes.assign(symbol=_symbols(result.var))
     genes = genes[genes["detected"] >= _LEAST_DETECTED]
-    genes = genes.assign(noise=genes["change"] / genes["mean_observed"] ** 0.5)
-    genes = genes.sort_values("noise", ascending=False, kind="stable").head(_MOST_GENES)
-    genes = genes.assign(part=genes["noise"] / genes["noise"].max(), name=genes.index)
-    return list(genes.to_dict("records"))
+    noise, ratio = genes["change"] / genes["mean_observed"] ** 0.5, genes["mean_imputed"] / genes["mean_observed"]
+    genes = genes.assign(noise=noise, ratio=ratio, part=noise / noise.max(), name=genes.index)
+    return list(genes.sort_values("noise", ascending=False, kind="stable").head(_MOST_GENES).to_dict("records"))
 
 
 def _symbols(var: pd.DataFrame) -> Any:
@@ -278,9 +271,6 @@ def _symbols(var: pd.DataFrame) -> Any:
 def _short(number: int) -> str:
     size, unit = next(((s, u) for s, u in ((1e9, " billion"), (1e6, " million")) if number >= s), (1, ""))
     return f"{number / size:.3g}{unit}" if unit else f"{number:,}"
-
-
-# The template
 
 
 @functools.cache
