@@ -44,10 +44,10 @@ def main():
     disk.mkdir()
     _, whole, taken, n_files = on_a_disk(disk, f"size={ROOMY}", words)
     shares = [int(taken * share) // PAGE * PAGE - taken for share in (0, 0.1, 0.3, 0.5, 0.7, 0.9)]
-    for more in (*shares, *(PAGE * n for n in (-8, -4, -3, -2, -1, 0, 1, 2, 8))):
+    for more in (*shares, *(PAGE * n for n in (-8, -4, -3, -2, -1, 0, 1, 2, 8, 64))):
         done, files, *_ = on_a_disk(disk, f"size={max(taken + more, PAGE)}", words)
         print(json.dumps({"bytes": more, **done, "whole": files == whole}))
-    for more in (-n_files // 2, -2, -1, 0, 2):
+    for more in (-n_files // 2, -2, -1, 0, 2, 64):
         done, files, *_ = on_a_disk(disk, f"size={ROOMY},nr_inodes={n_files + more}", words)
         print(json.dumps({"files": more, **done, "whole": files == whole}))
 

@@ -36,12 +36,11 @@ def test_a_disk_that_fills_up_has_a_whole_result_or_none(store_of, tmp_path, com
     runs = [json.loads(line) for line in done.stdout.splitlines()]
     for run in runs:
         if run["code"] == 0:
-            assert run["left"] == ["r.zarr"]
-            assert run["whole"], run
+            assert (run["left"], run["whole"]) == (["r.zarr"], True), run
         else:
             assert (run["code"], run["left"]) == (2, []), run
             assert run["says"].count("\n") == 1
             assert "could not be written, the disk is full; free some space or choose another disk" in run["says"]
-    for of in ("bytes", "files"):
-        assert all(run["code"] for run in runs if run.get(of, 0) < 0)
-        assert any(run["code"] == 0 for run in runs if of in run)
+    for of in ("bytes", "files"):  # how much more the files take that are renamed when whole depends on the moment
+        assert [run for run in runs if run.get(of, 0) < 0 and not run["code"]] == []
+        assert [run["code"] for run in runs if of in run][-1] == 0
