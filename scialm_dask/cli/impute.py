@@ -218,13 +218,13 @@ def resume(
     The result is written where it was to be, or to DST.zarr, which must be given where that does not lie beside DIR.
     Checkpoints are written to DIR again.
     """
-    from scialm_dask.api import parse_limit
     from scialm_dask.arguments import validated
+    from scialm_dask.config import bytes_of
     from scialm_dask.data.store import check_output
     from scialm_dask.run.checkpointing import as_written, ended, source_of
     from scialm_dask.run.job import checkpoints_of, resume_run
 
-    limit = parse_limit(memory_limit)
+    limit = bytes_of("memory limit", memory_limit)
     with checkpoints_of(folder) as checkpoints:
         notes = checkpoints.notes()
         with as_written(folder):
@@ -383,14 +383,13 @@ def plan(
     Reads one block, to tell the time. With --scheduler or --cluster, on those workers. DST.zarr is not written; scratch
     on disk would lie beside it.
     """
-    from scialm_dask.api import parse_limit
-    from scialm_dask.config import configured
+    from scialm_dask.config import bytes_of, configured
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.scratch import scratch_folder_for
     from scialm_dask.run.checkpointing import Job
     from scialm_dask.run.plan import plan
 
-    limit = parse_limit(configured("memory-limit", memory_limit))
+    limit = bytes_of("memory limit", configured("memory-limit", memory_limit))
     matrix, preset, settings, notes = choose(src)
     job = Job(matrix, settings_of(preset, **settings), configured("scratch", scratch), limit, scratch_folder_for(dst))
     with connected(listen):

@@ -14,7 +14,6 @@ import dask
 import numpy as np
 from numpy.typing import NDArray
 
-from scialm_dask.api import parse_limit
 from scialm_dask.arguments import Interval, Natural, Share, checked
 from scialm_dask.compare import clustering
 from scialm_dask.compare.experiments import (
@@ -42,6 +41,7 @@ from scialm_dask.compare.methods import (
     watched_folder,
 )
 from scialm_dask.compare.peers import Task
+from scialm_dask.config import bytes_of
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.metrics import METRICS, Scores, compare, compare_stored
@@ -201,7 +201,7 @@ def evaluate_imputation(
     >>> list(found.scores["experiment"])
     ['masking']
     """
-    listed, limit = contestants(dict.fromkeys([*methods, "gene-mean"]), sweeps), parse_limit(memory_limit)
+    listed, limit = contestants(dict.fromkeys([*methods, "gene-mean"]), sweeps), bytes_of("memory limit", memory_limit)
     if not seeds:
         raise InputError("no seed is given; give one or more")
     if labels is not None:
