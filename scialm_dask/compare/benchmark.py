@@ -27,10 +27,8 @@ from scialm_dask.compare.experiments import (
     open_source,
 )
 from scialm_dask.compare.methods import (
-    METHODS,
     QUOTED,
     Contestant,
-    Method,
     Outcome,
     by_panels,
     contestants,
@@ -67,7 +65,7 @@ _folder_in = partial(tempfile.TemporaryDirectory, None, None, ignore_cleanup_err
 
 @dataclass
 class Evaluation:
-    """What `evaluate_imputation` has found.
+    """What `evaluate_imputation` returns: scores of methods side by side.
 
     Parameters
     ----------
@@ -233,7 +231,7 @@ def evaluate_imputation(
 
 @dataclass
 class _Bench:
-    """All methods on all experiments: what came out so far, and how much is left to do."""
+    """Runs all methods on all experiments; keeps what came out, and how much is left to do."""
 
     source: Source
     listed: list[Contestant]
@@ -258,7 +256,7 @@ class _Bench:
 
     def _expected(self, contestant: Contestant) -> float:
         m, n = self.source.matrix.shape
-        begin, rate = METHODS.get(contestant.method, Method("", "either", print)).seconds
+        begin, rate = find_method(contestant.method).seconds
         return min(begin + rate * m * n / 1e6, self.timeout or np.inf)
 
     def run(self, experiment: Experiment, place: str, *, first: bool) -> None:
@@ -361,7 +359,7 @@ class _Bench:
             self.add({**row, "dataset": f"{dataset}, as published", **scores})
 
     def evaluation(self) -> Evaluation:
-        """Put all that came out into tables."""
+        """Return everything as tables."""
         import pandas as pd
 
         names, tables = self.source.matrix.var.index, []
