@@ -90,10 +90,11 @@ def _read_frame(path: str, stored: Any, element: str, length: int) -> pd.DataFra
 
 def _check_columns(name: str, stored: Any, length: int) -> None:
     """Refuse columns that do not say what they are, or that claim another length, before they are read."""
-    for key in stored:
-        column, values = stored[key], stored[key]
-        if key.startswith("__"):  # how AnnData once stored categories
+    index = stored.attrs.get("_index", "_index")
+    for key in (index, *stored.attrs.get("column-order", stored)):  # column a/b of HDF5 lies in a group named a
+        if key not in stored or key.startswith("__"):  # AnnData names what is missing, and once stored categories so
             continue
+        column, values = stored[key], stored[key]
         if hasattr(column, "keys"):
             values = next((column[part] for part in ("codes", "values") if part in column), None)
             if "encoding-type" not in column.attrs:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -97,6 +98,22 @@ def test_a_run_keeps_awkward_annotation(awkward, tmp_path):
     assert list(opened.obs["day"])[:2] == ["2020-01-01 00:00:00"] * 2
     assert list(opened.obs["part_whole"]) == list(range(120))
     assert opened["cell3", "5"] == pytest.approx(result[3, 5])
+
+
+def test_columns_of_hdf5_whose_names_have_a_slash(cli, counts, store_of, tmp_path):
+    """AnnData wrote them as groups in groups until 0.13, and reads them."""
+    with h5py.File(path := store_of(counts, "s.h5ad"), "r+") as file:
+        anndata.io.write_elem(file["obs"], "whole", np.arange(120))
+        file.move("obs/whole", "obs/part/whole")
+        file.move("obs/batch", "obs/part/batch")
+        file["obs"].attrs["column-order"] = ["part/whole", "part/batch"]
+    for command in ("convert", "qc", "mask", "impute"):
+        result = cli(command, path, tmp_path / f"{command}.zarr")
+        assert result.exit_code == 0, result.stderr
+        assert "obs['part/whole'] is kept as 'part_whole'" in result.stderr
+        obs = anndata.read_zarr(tmp_path / f"{command}.zarr").obs
+        assert list(obs["part_whole"]) == list(range(120))
+        assert list(obs["part_batch"][:4]) == ["b", "a", "a", "b"]
 
 
 def nullable(counts, path):
