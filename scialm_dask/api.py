@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from scialm_dask.arguments import checked, validated
-from scialm_dask.config import bytes_of, configured
+from scialm_dask.config import bytes_of, checked, configured, validated
 from scialm_dask.config import preset as settings_of
 from scialm_dask.data.annotated import as_matrix, counts_beside, is_anndata, looks_like_counts, refuse_logarithms
 from scialm_dask.data.csr import Observed

@@ -13,7 +13,7 @@ import dask
 import numpy as np
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import checked, validated
+from scialm_dask.config import checked, validated
 from scialm_dask.data.annotated import add_result, aligned, as_matrix, match_names
 from scialm_dask.data.annotation import add_source, positions_of
 from scialm_dask.data.csr import Observed
@@ -22,8 +22,9 @@ from scialm_dask.data.written import CHUNK_BYTES, ZeroRule
 from scialm_dask.events import Listener, silent
 from scialm_dask.reduction import check_held, stacked
 from scialm_dask.solve.estimate import Axes, Estimate
+from scialm_dask.solve.scaling import CellModel
 from scialm_dask.solve.stored import KEY, follow, read_result, write_result
-from scialm_dask.solve.transform import CellModel, Fit, transform
+from scialm_dask.solve.transform import Fit, transform
 
 if TYPE_CHECKING:
     import anndata

@@ -12,7 +12,7 @@ import scialm_dask
 ROOT = Path(scialm_dask.__file__).parent
 
 FLOORS = (
-    "errors arguments config events reduction data linalg solve imputation pooled evaluate run progress "
+    "errors config events reduction data linalg solve imputation pooled evaluate run progress "
     "api estimator report compare cli __main__"
 ).split()
 
@@ -66,7 +66,7 @@ def test_linalg_knows_no_cells_and_one_file_builds_graphs(name):
     assert ("dask" in outside(FILES[name])) == (name == "linalg.operator")
 
 
-@pytest.mark.parametrize("name", ["solve.ialm", "solve.rules"])
+@pytest.mark.parametrize("name", ["solve.ialm"])
 def test_the_loop_and_its_rules_know_neither_dask_nor_zarr(name):
     assert not outside(FILES[name]) & {"dask", "distributed", "zarr", "anndata"}
     assert not {other for other in ours(FILES[name]) if other.startswith("data.")}

@@ -20,7 +20,7 @@ from scialm_dask import __version__
 from scialm_dask.errors import DoesNotFitError, OutputError, ScialmError
 from scialm_dask.events import Listener, Note, silent
 from scialm_dask.progress import in_words, label, printable
-from scialm_dask.run.signals import Terminated, on_sigterm
+from scialm_dask.run.interruption import Terminated, on_sigterm
 
 _NO_THREAD = "can't start new thread"  # what Python says if there is no memory for it
 _INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal

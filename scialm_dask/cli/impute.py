@@ -24,7 +24,7 @@ from scialm_dask.cli.group import (
 from scialm_dask.errors import InputError, StoppedError
 from scialm_dask.events import Listener, Note
 from scialm_dask.progress import in_words
-from scialm_dask.run.signals import on_sigterm
+from scialm_dask.run.interruption import on_sigterm
 
 _OPTIONS = (
     click.option(
@@ -218,8 +218,7 @@ def resume(
     The result is written to the destination of that run, or to DST.zarr, which must be given if that destination is not
     beside DIR. Further checkpoints are written to DIR.
     """
-    from scialm_dask.arguments import validated
-    from scialm_dask.config import bytes_of
+    from scialm_dask.config import bytes_of, validated
     from scialm_dask.data.store import check_output
     from scialm_dask.run.checkpointing import as_written, ended, source_of
     from scialm_dask.run.job import checkpoints_of, resume_run

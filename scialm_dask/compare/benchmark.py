@@ -14,7 +14,6 @@ import dask
 import numpy as np
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import Interval, Natural, Share, checked
 from scialm_dask.compare import clustering
 from scialm_dask.compare.experiments import (
     Experiment,
@@ -39,7 +38,7 @@ from scialm_dask.compare.methods import (
     watched_folder,
 )
 from scialm_dask.compare.peers import Task
-from scialm_dask.config import bytes_of
+from scialm_dask.config import Interval, Natural, Share, bytes_of, checked
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.metrics import METRICS, Scores, compare, compare_stored

@@ -36,7 +36,7 @@ from scialm_dask.data.layout import RowBlocks
 from scialm_dask.errors import InputError
 from scialm_dask.imputation import Imputation
 from scialm_dask.reduction import stacked
-from scialm_dask.run.result import peak_memory
+from scialm_dask.run.job import peak_memory
 
 if TYPE_CHECKING:
     import dask.array as da

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import anndata
     import dask.array as da
     import pandas as pd
-    from numpy.typing import NDArray
 
 _AXES = ("obs", "var")
 _LOOKED_AT = 1 << 10  # cells at the start, to see whether they are whole numbers
@@ -149,10 +148,7 @@ def axes_of(thing: Any) -> tuple[pd.Index | None, pd.Index | None]:
 
 
 def aligned(matrix: ExpressionMatrix, to: Any) -> ExpressionMatrix:
-    """Return a matrix with its cells and genes in the order of those of another thing, matched by names.
-
-    Raises `InputError` if they are not the same; see `match_names`.
-    """
+    """Return a matrix with cells and genes in another thing's order, by their names; `InputError` if they differ."""
     if matrix.shape != to.shape:
         (m, n), (cells, genes) = matrix.shape, to.shape
         raise InputError(
@@ -181,7 +177,6 @@ def as_dask(matrix: Any, name: str) -> da.Array:
     memory. Raises `InputError` if it is no matrix of numbers of known size.
     """
     import dask.array as da
-    import scipy.sparse as sp
 
     if isinstance(matrix, str | os.PathLike) or is_anndata(matrix):
         return as_matrix(matrix).to_dask()
@@ -273,10 +268,7 @@ def storable_annotation(matrix: ExpressionMatrix, listen: Listener) -> Expressio
 def add_result(
     adata: anndata.AnnData, *, obsm: dict[str, da.Array], by_gene: dict[str, Any], uns: dict[str, Any]
 ) -> None:
-    """Put a result into an AnnData, what is by gene into ``var`` or ``varm``. A view becomes an AnnData of its own.
-
-    Arrays are computed, unless the AnnData is lazy itself.
-    """
+    """Put a result into an AnnData, lazily if that is lazy; what is by gene, into ``var`` or ``varm``."""
     import anndata
     import dask
 

@@ -51,10 +51,7 @@ class StoredAnnotation(NamedTuple):
 
 
 def read_annotation(place: StoredAnnotation | Annotation | None, axis: str, length: int) -> pd.DataFrame:
-    """Read ``obs`` or ``var``, names as text, unless they are given; number the rows if there are none.
-
-    Raises `InputError` if the store has none, or none that can be read, or of another length.
-    """
+    """Read ``obs`` or ``var``, names as text, unless they are given; number the rows if there is no store."""
     import pandas as pd
 
     if isinstance(place, Annotation):
@@ -109,10 +106,7 @@ def symbols(var: pd.DataFrame) -> list[pd.Index]:
 
 
 def total_counts(obs: pd.DataFrame, name: str) -> NDArray[np.float64] | None:
-    """Return ``obs["total_counts"]``, the raw total of each cell, shape ``(m,)``; None if there are none.
-
-    Raises `InputError` if they are not numbers.
-    """
+    """Return ``obs["total_counts"]``, shape ``(m,)``; None if there are none, `InputError` if they are no numbers."""
     if "total_counts" not in obs:
         return None
     try:
@@ -182,10 +176,7 @@ def swapped_axes(obs: pd.DataFrame, var: pd.DataFrame) -> list[str]:
 
 
 def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any, raw_var: Any = None) -> zarr.Group:
-    """Create an AnnData Zarr store with annotation but no matrix yet, at a new path or what `atomic_store` has given.
-
-    `raw_var` has the genes of ``.raw``, if there is to be one.
-    """
+    """Create an AnnData Zarr store with annotation, of ``.raw`` too if there is to be one, but no matrix yet."""
     root = zarr.open_group(place, mode="w-", zarr_format=ZARR_FORMAT)
     set_encoding(root, "anndata", "0.1.0")
     for name, value in {"obs": obs, "var": var}.items():
@@ -214,6 +205,9 @@ def storable(frame: pd.DataFrame, axis: str) -> tuple[pd.DataFrame, list[str]]:
     text with missing values as categories. A slash in the name of a column becomes ``_``. Raises `InputError` if
     `axis`, ``"obs"`` or ``"var"``, cannot be written even so.
     """
+    import anndata
+    import pandas as pd
+
     kept = frame.copy(deep=False)
     names: list[str] = []
     notes: list[str] = []
@@ -224,25 +218,19 @@ def storable(frame: pd.DataFrame, axis: str) -> tuple[pd.DataFrame, list[str]]:
         if values is not None:
             kept.isetitem(position, values)
         how = [f"as {names[-1]!r}"] if names[-1] != given else []
-        how += ["as text"] if values is not None and column.dtype.kind not in "fU" and not _is_text(column) else []
+        is_text = pd.api.types.infer_dtype(column, skipna=True) in ("string", "empty", "bytes")
+        how += ["as text"] if values is not None and column.dtype.kind not in "fU" and not is_text else []
         if how:
             notes.append(f"{axis}[{str(given)!r}] is kept {' '.join(how)}")
     kept.columns = names
     kept.index = as_text(frame.index)
     if kept.index.name is not None and _plain_name(kept.index.name, names) != kept.index.name:
         kept.index.name = None
-    _try_to_write(kept, axis)
-    return kept, notes
-
-
-def _try_to_write(frame: pd.DataFrame, axis: str) -> None:
-    import anndata
-    import zarr
-
     try:
-        anndata.io.write_elem(zarr.open_group(zarr.storage.MemoryStore(), zarr_format=2), "frame", frame.iloc[:2])
+        anndata.io.write_elem(zarr.open_group(zarr.storage.MemoryStore(), zarr_format=2), "frame", kept.iloc[:2])
     except Exception as error:
         raise InputError(f"{axis} cannot be written to Zarr ({first_line(error)}); drop that column first") from error
+    return kept, notes
 
 
 def _plain_name(given: Any, taken: list[str]) -> str:
@@ -256,12 +244,6 @@ def _plain_name(given: Any, taken: list[str]) -> str:
         number += 1
         unique = f"{name}_{number}"
     return unique
-
-
-def _is_text(column: pd.Series) -> bool:
-    import pandas as pd
-
-    return pd.api.types.infer_dtype(column, skipna=True) in ("string", "empty", "bytes")
 
 
 def _plain_values(column: pd.Series) -> Any:

@@ -31,7 +31,7 @@ from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore
 
-from scialm_dask.arguments import short_repr
+from scialm_dask.config import short_repr
 from scialm_dask.data.arrays import missing_chunks
 from scialm_dask.data.lease import lease
 from scialm_dask.data.remote import RemoteStore, all_of, is_url
@@ -63,10 +63,7 @@ Arrays = Mapping[str, Sequence[Piece]]
 
 @dataclass(frozen=True)
 class ArrayFolder:
-    """Writes and reads the arrays of one checkpoint, in whichever process; small, to be sent to workers.
-
-    The path is a folder on a disk that all workers see, or a URL that they reach.
-    """
+    """Writes and reads the arrays of one checkpoint, in a folder or at a URL that all workers see; small."""
 
     path: str
 
@@ -180,10 +177,7 @@ class Checkpoints:
         return sorted((name for name in whole if name not in self._refused), key=int, reverse=True)
 
     def read(self, name: str) -> Checkpoint:
-        """Read one, and see that all its arrays are as they were written.
-
-        Raises `CheckpointError` if it is torn, truncated, edited, or of another version of this program.
-        """
+        """Read one, and see that all its arrays are as they were written; raises `CheckpointError` if they are not."""
         found = self._manifest(name)
         every = [piece for group in found.arrays.values() for piece in group]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -12,7 +12,7 @@ import zarr
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import short_repr
+from scialm_dask.config import short_repr
 from scialm_dask.data.arrays import new_array, set_encoding, write_chunk
 from scialm_dask.errors import InputError
 

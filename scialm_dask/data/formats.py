@@ -16,7 +16,6 @@ from scialm_dask.errors import DoesNotFitError, InputError
 
 if TYPE_CHECKING:
     import pandas as pd
-    from numpy.typing import NDArray
 
 GENES = "Gene Expression"  # what 10x calls features that are genes
 _BYTES_EACH = 24  # of memory, for a cell or a gene, while a matrix is opened

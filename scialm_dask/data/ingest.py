@@ -340,10 +340,7 @@ def sample_names(paths: Sequence[str]) -> list[str]:
 
 
 def joined(parts: Sequence[Source], names: Sequence[str], key: str, join: Literal["inner", "outer"]) -> Source:
-    """Put the cells of several sources one after the other, genes matched by name.
-
-    Raises `InputError` if there is no gene that all have, or only some are marked as logarithms.
-    """
+    """Put the cells of several sources one after the other, genes matched by name."""
     import pandas as pd
 
     if len({part.logarithms for part in parts}) > 1:

@@ -48,11 +48,7 @@ class RowBlocks:
 
     @classmethod
     def by_nonzeros(cls, indptr: NDArray[np.integer], n_blocks: int | None = None) -> RowBlocks:
-        """Cut so that each block holds about the same number of stored values, of a size made for one task.
-
-        `indptr` is as in a CSR matrix. Of so many blocks as `n_blocks` there are fewer if single rows hold more than a
-        share.
-        """
+        """Cut so that blocks hold about the same number of stored values, of a size made for one task by default."""
         n_rows, total = len(indptr) - 1, int(indptr[-1])
         if n_blocks is not None:
             effort = indptr + _ROW_VALUES * np.arange(n_rows + 1, dtype=np.int64)

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import checked
+from scialm_dask.config import checked
 from scialm_dask.data.annotation import Annotation, AnnotationHere, read_annotation
 from scialm_dask.data.csr import Observed, check_size, check_values, finite_entries, held_array, unmasked
 from scialm_dask.data.formats import locate

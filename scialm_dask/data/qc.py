@@ -14,7 +14,7 @@ import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import Interval, Natural, check_fields, checked
+from scialm_dask.config import Interval, Natural, check_fields, checked
 from scialm_dask.data.annotated import refuse_logarithms, storable_annotation
 from scialm_dask.data.annotation import new_anndata, symbols
 from scialm_dask.data.csr import CSRWriter, check_observed, scaled_rows

@@ -36,6 +36,7 @@ _LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryErr
 _file_systems: dict[str, Any] = {}
 _lock = threading.Lock()
 T = TypeVar("T")
+W = TypeVar("W", bound=Store)
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -43,18 +44,18 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
-class RemoteStore(WrapperStore[FsspecStore]):
+class _ByGetAndSet(WrapperStore[W]):
+    """Wraps a store so that whatever is read or written goes through `get` and `set`."""
+
+    set_if_not_exists, _get_many, _set_many = Store.set_if_not_exists, Store._get_many, Store._set_many
+
+
+class RemoteStore(_ByGetAndSet[FsspecStore]):
     """A store behind a URL: tries again what may pass, and says of an error which URL it is about.
 
     How to reach it, credentials above all, is fsspec's own configuration and the environment's, never ours, so that
     a URL is all that travels to workers and into results.
     """
-
-    set_if_not_exists, _get_many, _set_many = (
-        Store.set_if_not_exists,
-        Store._get_many,
-        Store._set_many,
-    )  # by get and set
 
     def __init__(self, store: FsspecStore, url: str) -> None:
         super().__init__(store)
@@ -241,18 +242,12 @@ async def all_of(keys: AsyncIterator[str]) -> list[str]:
     return [key async for key in keys]
 
 
-class NewStore(WrapperStore[RemoteStore]):
+class NewStore(_ByGetAndSet[RemoteStore]):
     """A store that is being written: chunks go to their place, metadata wait here until `commit`.
 
     An object store cannot rename, but without metadata nobody takes what is there for a matrix. And metadata that
     change with every chunk need not be sent every time.
     """
-
-    set_if_not_exists, _get_many, _set_many = (
-        Store.set_if_not_exists,
-        Store._get_many,
-        Store._set_many,
-    )  # by get and set
 
     def __init__(self, store: RemoteStore, held: MemoryStore | None = None) -> None:
         super().__init__(store)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -22,29 +22,6 @@ from scialm_dask.data.store import open_store, readable
 from scialm_dask.errors import InputError
 
 _METADATA = {".zarray", ".zattrs", ".zgroup", "zarr.json"}
-
-
-class Rows(Protocol):
-    """Whatever can hand out consecutive rows as CSR; shipped to tasks, so small or shared."""
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Cells × genes."""
-        ...
-
-    @property
-    def n_stored(self) -> int:
-        """Number of stored values."""
-        ...
-
-    def read(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows `start` to `stop` as stored."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -112,23 +89,10 @@ class MemoryRows:
 
 
 @dataclass(frozen=True)
-class _ReorderedRows:
-    """Rows in another order: each that is asked for is read with the block that it lies in.
-
-    Parameters
-    ----------
-    rows, blocks
-        In the order in which they are stored.
-    cells
-        Number of each row there; None if these are in order.
-    genes
-        New position of each stored gene; None if these are in order.
-    """
+class _Derived:
+    """Rows that are read from others."""
 
     rows: Rows
-    blocks: RowBlocks
-    cells: NDArray[np.intp] | None
-    genes: NDArray[np.intp] | None
 
     @property
     def name(self) -> str:
@@ -142,61 +106,57 @@ class _ReorderedRows:
 
     @property
     def n_stored(self) -> int:
-        """Number of stored values."""
+        """Number of stored values, the most that there can be."""
         return self.rows.n_stored
+
+
+@dataclass(frozen=True)
+class _ReorderedRows(_Derived):
+    """Rows in another order, by their numbers: each that is asked for is read with the block that it lies in."""
+
+    blocks: RowBlocks
+    cells: NDArray[np.intp]
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Rows `start` to `stop` of the new order."""
-        csr = self.rows.read(start, stop) if self.cells is None else self._gathered(self.cells[start:stop])
-        genes = csr.indices if self.genes is None else self.genes[csr.indices]
-        return sp.csr_matrix((csr.data, genes, csr.indptr), shape=csr.shape)
-
-    def _gathered(self, wanted: NDArray[np.intp]) -> sp.csr_matrix:
+        wanted = self.cells[start:stop]
         block = np.searchsorted(self.blocks.bounds, wanted, side="right") - 1
         first = np.asarray(self.blocks.bounds)[block]
         pieces = [self.rows.read(*self.blocks[b])[(wanted - first)[block == b]] for b in np.unique(block)]
         return sp.vstack(pieces, format="csr")[np.argsort(np.argsort(block, kind="stable"))]
 
 
-def reordered(
-    rows: Rows, blocks: RowBlocks, cells: NDArray[np.intp] | None, genes: NDArray[np.intp] | None
-) -> MemoryRows | _ReorderedRows:
-    """Return rows `cells`, columns `genes`, permutations both, of a matrix that is stored in these blocks."""
-    if isinstance(rows, MemoryRows):
-        csr = rows.matrix if cells is None else rows.matrix[cells]
-        return MemoryRows(csr if genes is None else csr[:, genes], rows.name)
-    return _ReorderedRows(rows, blocks, cells, None if genes is None else np.argsort(genes))
-
-
 @dataclass(frozen=True)
-class RenamedRows:
+class RenamedRows(_Derived):
     """Rows with other columns: column j is number ``columns[j]`` of `n_columns`, or none of them if that is −1."""
 
-    rows: Rows
     columns: NDArray[np.intp]
     n_columns: int
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages."""
-        return self.rows.name
 
     @property
     def shape(self) -> tuple[int, int]:
         """Cells × genes."""
         return self.rows.shape[0], self.n_columns
 
-    @property
-    def n_stored(self) -> int:
-        """Number of stored values, the most that there can be."""
-        return self.rows.n_stored
-
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Rows `start` to `stop`."""
-        coo = self.rows.read(start, stop).tocoo()
-        at = self.columns[coo.col]
+        csr = self.rows.read(start, stop)
+        at = self.columns[csr.indices]
         some = at >= 0
-        return sp.csr_matrix((coo.data[some], (coo.row[some], at[some])), shape=(stop - start, self.n_columns))
+        indptr = np.concatenate([[0], np.cumsum(some)])[csr.indptr]
+        return sp.csr_matrix((csr.data[some], at[some], indptr), shape=(csr.shape[0], self.n_columns))
+
+
+Rows = StoredRows | MemoryRows | _ReorderedRows | RenamedRows  # hand out rows as CSR; small, or shared with tasks
+
+
+def reordered(rows: Rows, blocks: RowBlocks, cells: NDArray[np.intp] | None, genes: NDArray[np.intp] | None) -> Rows:
+    """Return rows `cells`, columns `genes`, permutations both, of a matrix that is stored in these blocks."""
+    if isinstance(rows, MemoryRows):
+        csr = rows.matrix if cells is None else rows.matrix[cells]
+        return MemoryRows(csr if genes is None else csr[:, genes], rows.name)
+    in_order = rows if cells is None else _ReorderedRows(rows, blocks, cells)
+    return in_order if genes is None else RenamedRows(in_order, np.argsort(genes), len(genes))
 
 
 def _assemble(
@@ -233,7 +193,7 @@ def arrays_of(rows: StoredRows, element: Any) -> list[Any]:
 
 def chunk_bytes(rows: Rows) -> int:
     """Bytes of the chunks that are in memory whole when any row in them is read; 0 of what is there anyhow."""
-    while isinstance(rows, RenamedRows | _ReorderedRows):
+    while isinstance(rows, _Derived):
         rows = rows.rows
     if not isinstance(rows, StoredRows):
         return 0

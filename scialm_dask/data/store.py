@@ -22,16 +22,15 @@ from scialm_dask.data.remote import NewStore, RemoteStore, check_new, is_url, ne
 from scialm_dask.errors import InputError, OutputError, ScialmError
 from scialm_dask.events import Listener, Note
 
+AnyPath = str | os.PathLike[str]
+
 MARKERS = (".zgroup", ".zarray", "zarr.json")  # of a Zarr group or array
 _NO_MEMORY = ("can't start new thread", "memory allocation failed")  # in words of Python and of HDF5
 _DEEPEST = 100  # groups in groups of an HDF5 file
 
 
-def open_store(path: str | os.PathLike[str]) -> Any:
-    """Open an AnnData store, or a bare array, for reading: as a Zarr group or array, or an HDF5 file.
-
-    Raises `InputError` if there is nothing at `path`, or it is neither Zarr nor HDF5.
-    """
+def open_store(path: AnyPath) -> Any:
+    """Open an AnnData store, or a bare array, for reading: as a Zarr group or array, or an HDF5 file."""
     path = _plain(path)
     if is_url(path):
         return _open_url(path)
@@ -49,7 +48,7 @@ def open_store(path: str | os.PathLike[str]) -> Any:
 
 
 @contextmanager
-def readable(name: str | os.PathLike[str]) -> Iterator[None]:
+def readable(name: AnyPath) -> Iterator[None]:
     """Turn whatever libraries raise while they read what is damaged, locked or gone into one line of `InputError`.
 
     It names what is read. This package's own exceptions pass.
@@ -81,7 +80,7 @@ def _why_unreadable(error: Exception) -> str:
     return f"cannot be read ({type(error).__name__}: {cause}); it is damaged, write it again"
 
 
-def _plain(path: str | os.PathLike[str]) -> str:
+def _plain(path: AnyPath) -> str:
     return os.fspath(path).removeprefix("file://")
 
 
@@ -146,10 +145,7 @@ def _leads_out(path: str, _changed: int) -> str | None:
 
 @contextmanager
 def atomic_output(
-    destination: str | os.PathLike[str],
-    *,
-    overwrite: bool = False,
-    sources: tuple[str | os.PathLike[str], ...] = (),
+    destination: AnyPath, *, overwrite: bool = False, sources: tuple[AnyPath, ...] = ()
 ) -> Iterator[Path]:
     """Give a path to write to, and move what is there to `destination` once the block ends well.
 
@@ -177,11 +173,7 @@ def atomic_output(
 
 @contextmanager
 def kept_output(
-    destination: str | os.PathLike[str],
-    *,
-    overwrite: bool = False,
-    sources: tuple[str | os.PathLike[str], ...] = (),
-    listen: Listener,
+    destination: AnyPath, *, overwrite: bool = False, sources: tuple[AnyPath, ...] = (), listen: Listener
 ) -> Iterator[Path]:
     """Give a new folder to write to, as `atomic_output` does, whose pieces are worth something by themselves.
 
@@ -201,10 +193,7 @@ def kept_output(
 
 @contextmanager
 def atomic_store(
-    destination: str | os.PathLike[str],
-    *,
-    overwrite: bool = False,
-    sources: tuple[str | os.PathLike[str], ...] = (),
+    destination: AnyPath, *, overwrite: bool = False, sources: tuple[AnyPath, ...] = ()
 ) -> Iterator[Path | NewStore]:
     """Give a place for a Zarr store, which is one at `destination`, a path or a URL, once the block ends well.
 
@@ -220,12 +209,7 @@ def atomic_store(
             yield partial
 
 
-def check_output(
-    destination: str | os.PathLike[str],
-    *,
-    overwrite: bool,
-    sources: tuple[str | os.PathLike[str], ...] = (),
-) -> None:
+def check_output(destination: AnyPath, *, overwrite: bool, sources: tuple[AnyPath, ...] = ()) -> None:
     """Raise `OutputError` if `destination` cannot take a result. Leaves nothing there."""
     destination = _plain(destination)
     check_apart(destination, sources)
@@ -249,7 +233,7 @@ def check_output(
         raise OutputError(f"{final.parent}: not writable; choose another folder")
 
 
-def check_apart(destination: str | os.PathLike[str], sources: tuple[str | os.PathLike[str], ...]) -> None:
+def check_apart(destination: AnyPath, sources: tuple[AnyPath, ...]) -> None:
     """Raise `OutputError` if an output is, lies within or holds one of the `sources`."""
     final = _place(destination)
     for source in sources:
@@ -258,7 +242,7 @@ def check_apart(destination: str | os.PathLike[str], sources: tuple[str | os.Pat
             raise OutputError(f"{destination}: the output overlaps the input {source}; choose another path")
 
 
-def _place(path: str | os.PathLike[str]) -> str:
+def _place(path: AnyPath) -> str:
     """One spelling for each place."""
     path = _plain(path)
     if not is_url(path):
@@ -267,13 +251,13 @@ def _place(path: str | os.PathLike[str]) -> str:
     return f"{ {'s3a': 's3', 'gcs': 'gs'}.get(protocol, protocol) }://{rest.rstrip('/')}"
 
 
-def lasting(path: str | os.PathLike[str]) -> str:
+def lasting(path: AnyPath) -> str:
     """Spell a path so that it holds in any folder: of workers, and of the next start. A URL is left as it is."""
     path = _plain(path)
     return path if is_url(path) else os.path.abspath(path)
 
 
-def _final(destination: str | os.PathLike[str], overwrite: bool) -> Path:
+def _final(destination: AnyPath, overwrite: bool) -> Path:
     """Give the place to write to: that which a symbolic link leads to, if it is to be replaced."""
     return Path(os.path.realpath(destination) if overwrite else os.path.abspath(destination))
 
@@ -330,7 +314,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def output_error(path: str | os.PathLike[str], error: OSError) -> OSError:
+def output_error(path: AnyPath, error: OSError) -> OSError:
     """Turn an error of the operating system while writing `path` into an `OutputError`, if space is the cause."""
     if isinstance(error, OutputError | InputError):
         return error

@@ -138,10 +138,7 @@ def spill_to_csr(rows: StoredRows) -> StoredRows:
 
 
 def columns_of(rows: StoredRows) -> Iterator[Entries]:
-    """Read the entries of a CSC element in the order in which they are stored, some at a time.
-
-    Raises `InputError` if indptr or indices do not fit the shape.
-    """
+    """Read the entries of a CSC element as stored, some at a time; `InputError` if they do not fit its shape."""
     with readable(rows.name):
         element = open_store(rows.path)[rows.element]
         indptr, data, indices = read_indptr(rows, element), element["data"], element["indices"]

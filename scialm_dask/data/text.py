@@ -7,11 +7,11 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -29,40 +29,9 @@ _PIECE = 1 << 20  # entries parsed at once
 _LONGEST_LINE = 1 << 20  # bytes of an entry, or of a name
 _LONGEST_ROW = 1 << 28  # and of a row of a table
 _UNREADABLE = (ValueError, OverflowError, EOFError, OSError, zlib.error)
+_NOT_READ = "cannot be read"
 _TABLE = re.compile(r"\.(csv|tsv|tab|txt)(\.gz)?$")
 _MARKET = re.compile(r"\.mtx(\.gz)?$")
-
-
-class TextMatrix(Protocol):
-    """A matrix in text whose header has been read."""
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Cells × features."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of the values."""
-        ...
-
-    @property
-    def n_entries(self) -> int:
-        """About how many entries there are."""
-        ...
-
-    def annotation(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Cells and features, features by name."""
-        ...
-
-    def entries(self, advance: Advance) -> Iterator[Entries]:
-        """Parse the entries, in the order of the file, some at a time."""
-        ...
 
 
 def open_text(path: str, prefix: str | None = None, rows: Axis | None = None) -> TextMatrix | None:
@@ -81,7 +50,7 @@ def open_text(path: str, prefix: str | None = None, rows: Axis | None = None) ->
             return MatrixMarket.of_folder(os.path.dirname(path), stem)
         if rows is None:
             raise InputError(f"{path}: has no names, so its rows may be cells or genes; say so by --rows")
-        return MatrixMarket.of_file(Path(path), rows)
+        return MatrixMarket(Path(path), _header(Path(path)), rows)
     return Table.open(Path(path), rows) if _TABLE.search(name) else None
 
 
@@ -136,8 +105,16 @@ class _Lines(io.RawIOBase):
         super().close()
 
 
-def _stream(path: Path, longest: int = _LONGEST_LINE) -> IO[bytes]:
-    return io.BufferedReader(_Lines(path, longest), 1 << 16)
+@contextmanager
+def _stream(path: Path, problem: Callable[[], str], longest: int = _LONGEST_LINE) -> Iterator[IO[bytes]]:
+    """Open a file; whatever is wrong with it, `problem` begins the one line that says so."""
+    try:
+        with io.BufferedReader(_Lines(path, longest), 1 << 16) as stream:
+            yield stream
+    except InputError:
+        raise
+    except _UNREADABLE as error:
+        raise InputError(f"{path}: {problem()} ({str(error).strip()}); fetch it again") from error
 
 
 @dataclass(frozen=True)
@@ -154,11 +131,6 @@ class MatrixMarket:
         """Find the files of a folder and read the header of the matrix."""
         matrix = _needed(folder, prefix, "matrix.mtx")
         return cls(matrix, _header(matrix), names=(folder, prefix))
-
-    @classmethod
-    def of_file(cls, matrix: Path, rows: Axis) -> MatrixMarket:
-        """Read the header of a matrix without names."""
-        return cls(matrix, _header(matrix), rows)
 
     @property
     def name(self) -> str:
@@ -205,25 +177,16 @@ class MatrixMarket:
         kind = np.int64 if self.dtype.kind == "i" else np.float32
         types = {"row": np.int64, "column": np.int64, "value": kind}
         how = {"sep": r"\s+", "header": None, "names": list(types), "dtype": types, "comment": "%", "chunksize": _PIECE}
-        try:
-            with _stream(self.matrix) as stream:
-                _read_header(stream)
-                with pd.read_csv(stream, **how) as parts:
-                    for part in parts:
-                        if not isinstance(part.index, pd.RangeIndex):  # pandas takes a fourth column for an index
-                            raise ValueError("a line of more than 3 numbers")
-                        n_read += len(part)
-                        if len(part):
-                            yield self._checked(part)
-                        advance(len(part) / max(1, self.n_entries))
-        except pd.errors.EmptyDataError:
-            pass
-        except InputError:
-            raise
-        except _UNREADABLE as error:
-            raise InputError(
-                f"{self.name}: cannot be read after entry {n_read} ({str(error).strip()}); fetch it again"
-            ) from error
+        with _stream(self.matrix, lambda: f"cannot be read after entry {n_read}") as stream:
+            _read_header(stream)
+            with suppress(pd.errors.EmptyDataError), pd.read_csv(stream, **how) as parts:
+                for part in parts:
+                    if not isinstance(part.index, pd.RangeIndex):  # pandas takes a fourth column for an index
+                        raise ValueError("a line of more than 3 numbers")
+                    n_read += len(part)
+                    if len(part):
+                        yield self._checked(part)
+                    advance(len(part) / max(1, self.n_entries))
         if n_read != self.n_entries:
             raise InputError(f"{self.name}: {n_read} entries, {self.n_entries} announced; fetch it again")
 
@@ -242,13 +205,8 @@ class MatrixMarket:
 
 def _header(path: Path) -> tuple[str, int, int, int]:
     """Give the kind of the values, rows, columns and entries."""
-    try:
-        with _stream(path) as stream:
-            banner, (n_rows, n_columns, n_entries) = _read_header(stream)
-    except InputError:
-        raise
-    except _UNREADABLE as error:
-        raise InputError(f"{path}: not a Matrix Market file ({error}); fetch it again") from error
+    with _stream(path, lambda: "not a Matrix Market file") as stream:
+        banner, (n_rows, n_columns, n_entries) = _read_header(stream)
     if banner[:3] != ["%%matrixmarket", "matrix", "coordinate"] or banner[3:] not in (
         ["integer", "general"],
         ["real", "general"],
@@ -278,13 +236,8 @@ def _table(path: Path, length: int) -> pd.DataFrame:
     """Read a table of names, whose lines all have as many columns as the first."""
     import pandas as pd
 
-    try:
-        with _stream(path) as stream:
-            lines = [line.rstrip("\r\n").split("\t") for line in io.TextIOWrapper(stream)]
-    except InputError:
-        raise
-    except _UNREADABLE as error:
-        raise InputError(f"{path}: cannot be read ({error}); fetch it again") from error
+    with _stream(path, lambda: _NOT_READ) as stream:
+        lines = [line.rstrip("\r\n").split("\t") for line in io.TextIOWrapper(stream)]
     lines = [line for line in lines if line != [""]]
     for number, line in enumerate(lines, 1):
         if len(line) != len(lines[0]):
@@ -313,7 +266,7 @@ class Table:
         """Read the file once, for the names, the type of the values and the number that are not zero."""
         lines: list[str] = []
         whole, n_entries, width = True, 0, -1
-        with _table_lines(path) as stream:
+        with _stream(path, lambda: _NOT_READ, _LONGEST_ROW) as stream:
             header = stream.readline().rstrip(b"\r\n")
             separator = max((b"\t", b",", b";", b" "), key=header.count)
             columns = [_unquoted(word) for word in header.split(separator)]
@@ -350,7 +303,7 @@ class Table:
     def entries(self, advance: Advance) -> Iterator[Entries]:
         """Parse the lines, some at a time."""
         step = max(1, _PIECE // len(self.columns))
-        with _table_lines(self.path) as stream:
+        with _stream(self.path, lambda: _NOT_READ, _LONGEST_ROW) as stream:
             stream.readline()
             for start in range(0, len(self.lines), step):
                 stop = min(start + step, len(self.lines))
@@ -376,16 +329,7 @@ class Table:
         return values
 
 
-@contextmanager
-def _table_lines(path: Path) -> Iterator[IO[bytes]]:
-    """Give the lines of a table, and one line if they cannot be read."""
-    try:
-        with _stream(path, _LONGEST_ROW) as stream:
-            yield stream
-    except InputError:
-        raise
-    except _UNREADABLE as error:
-        raise InputError(f"{path}: cannot be read ({error}); fetch it again") from error
+TextMatrix = MatrixMarket | Table  # whose header has been read
 
 
 def _unquoted(word: bytes) -> str:

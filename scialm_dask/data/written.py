@@ -6,7 +6,6 @@ are on their way at a time, so that memory does not depend on the number of cell
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +19,7 @@ from scialm_dask.data.arrays import new_array, set_encoding
 from scialm_dask.data.csr import CHUNK_ROWS, CHUNK_VALUES, row_of
 from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
+from scialm_dask.data.temporary import is_seen
 from scialm_dask.events import Advance
 from scialm_dask.reduction import current_client, execute, n_threads
 
@@ -67,10 +67,7 @@ def write_left(root: zarr.Group, name: str, left: da.Array, advance: Advance) ->
 
 
 def write_dense(root: zarr.Group, imputed: da.Array, keep_observed: ExpressionMatrix | None, advance: Advance) -> float:
-    """Write the imputed matrix as dense X, with the observed entries of a matrix as they were if one is given.
-
-    Returns the sum of X.
-    """
+    """Write the imputed matrix as dense X, observed entries as they were if a matrix is given; return the sum of X."""
     panels = _panels(imputed.shape)
     array = new_array(root, "X", imputed.shape, (panels.sizes[0], imputed.shape[1]), np.float32)
     pieces = _pieces(imputed, panels)
@@ -81,10 +78,7 @@ def write_dense(root: zarr.Group, imputed: da.Array, keep_observed: ExpressionMa
 
 
 def write_sparse(root: zarr.Group, imputed: da.Array, zeros: ZeroRule, keep_observed: bool, advance: Advance) -> float:
-    """Write the imputed matrix as sparse X, without biological zeros; observed entries are never zero.
-
-    Returns the sum of X.
-    """
+    """Write the imputed matrix as sparse X, without biological zeros, unless observed; return the sum of X."""
     panels, group = _panels(imputed.shape), root.create_group("X")
     observed, rule = (_shared(each) for each in (zeros.matrix.for_workers().with_blocks(panels), zeros.allowed()))
     make, measure, total = dask.delayed(_sparse_rows), dask.delayed(_measured), 0.0
@@ -199,10 +193,8 @@ def _waves(count: int) -> Iterator[range]:
 
 def _seen_by_workers(array: Any) -> bool:
     """Tell whether tasks can write to an array; else this process does, with what they make."""
-    client, folder = current_client(), getattr(array.store, "root", None)
-    if client is None:
-        return True
-    return folder is not None and all(client.run(os.path.isdir, os.fspath(folder)).values())
+    folder = getattr(array.store, "root", None)
+    return current_client() is None or (folder is not None and is_seen(folder))
 
 
 def _shared(value: Any) -> Any:

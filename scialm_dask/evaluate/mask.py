@@ -9,7 +9,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import Share, checked
+from scialm_dask.config import Share, checked
 from scialm_dask.data.annotated import refuse_logarithms, storable_annotation
 from scialm_dask.data.annotation import new_anndata
 from scialm_dask.data.csr import CSRWriter, check_observed, entries_where

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import Count, Interval, Share, checked
+from scialm_dask.config import Count, Interval, Share, checked
 from scialm_dask.data.annotation import new_anndata
 from scialm_dask.data.arrays import new_array, write_element
 from scialm_dask.data.csr import CSRWriter

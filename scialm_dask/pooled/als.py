@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scialm_dask.arguments import Count, Natural, Weight, checked
+from scialm_dask.config import Count, Natural, Weight, checked
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, Sweep, silent
 from scialm_dask.pooled.base import Float, Measurements, PooledResult, Sums, batches, dense_block

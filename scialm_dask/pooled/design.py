@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scialm_dask.arguments import Count, Natural, checked
+from scialm_dask.config import Count, Natural, checked
 from scialm_dask.data.annotated import as_dask
 from scialm_dask.data.store import atomic_output
 from scialm_dask.errors import InputError

@@ -10,7 +10,7 @@ import dask
 import numpy as np
 from numpy.typing import ArrayLike
 
-from scialm_dask.arguments import Count, Share, Weight, checked, validated
+from scialm_dask.config import Count, Share, Weight, checked, validated
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, Sweep, silent
 from scialm_dask.pooled.admm import Admm, AdmmStep, Projection, Solution, State, advance, square_root, start_state

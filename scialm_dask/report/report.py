@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scialm_dask import __version__
-from scialm_dask.arguments import checked
+from scialm_dask.config import checked
 from scialm_dask.data.annotated import as_matrix, is_anndata
 from scialm_dask.data.annotation import place_of, symbols
 from scialm_dask.data.matrix import ExpressionMatrix

@@ -16,12 +16,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from scialm_dask.arguments import Count, checked, validated
-from scialm_dask.config import bytes_of, configured, seconds_of
+from scialm_dask.config import Count, bytes_of, checked, configured, seconds_of, validated
 from scialm_dask.errors import ClusterError, InputError
 from scialm_dask.reduction import current_client
-from scialm_dask.run import signals
-from scialm_dask.run.cluster_errors import check_processes, count_workers, losses_explained, quiet_end, while_workers
+from scialm_dask.run import interruption
+from scialm_dask.run.interruption import check_processes, count_workers, losses_explained, quiet_end, while_workers
 
 if TYPE_CHECKING:
     from distributed import Client, Security
@@ -113,7 +112,9 @@ def connect(
     _check_places(scheduler, scheduler_file, cluster, workers=workers, threads=threads, memory=worker_memory, tls=tls)
     workers, threads = configured("workers", workers), configured("threads", threads)
     worker_memory, tls = configured("worker-memory", worker_memory), bool(configured("tls", tls))
-    _check_values(workers, threads, worker_memory)
+    validated("workers", workers, Count | None)
+    validated("threads", threads, Count | None)
+    bytes_of("worker memory", worker_memory)
     if scheduler is scheduler_file is cluster is None:
         with dask.config.set({} if threads is None else {"num_workers": threads}):
             yield None
@@ -121,7 +122,10 @@ def connect(
     import distributed  # noqa: F401  its settings are Dask's from here on
 
     with ExitStack() as stack:
-        stack.enter_context(dask.config.set(_patient()))
+        # Runs take hours, and send V, of some megabytes, to every worker once per pass.
+        retries = dask.config.get("distributed.comm.retry.count") or _RETRIES
+        patient = {"comm.retry.count": retries, "admin.large-graph-warning-threshold": "1GB"}
+        stack.enter_context(dask.config.set({f"distributed.{key}": value for key, value in patient.items()}))
         if cluster is None:
             client = stack.enter_context(_standing(scheduler, scheduler_file, tls))
             wanted = workers or 1
@@ -174,16 +178,6 @@ def _signed(question: Callable[[], int]) -> tuple[tuple[str, int], int]:
     return (socket.gethostname(), os.getpid()), question()
 
 
-def _patient() -> dict[str, Any]:
-    """Give settings for runs that take hours and send V, of some megabytes, to every worker once per pass."""
-    import dask
-
-    return {
-        "distributed.comm.retry.count": dask.config.get("distributed.comm.retry.count") or _RETRIES,
-        "distributed.admin.large-graph-warning-threshold": "1GB",
-    }
-
-
 def _check_places(scheduler: Any, scheduler_file: Any, cluster: Any, **given: Any) -> None:
     """Refuse options that contradict one another."""
     places = {"--scheduler": scheduler, "--scheduler-file": scheduler_file, "--cluster": cluster}
@@ -200,12 +194,6 @@ def _check_places(scheduler: Any, scheduler_file: Any, cluster: Any, **given: An
         raise InputError(f"--threads goes with --cluster, or alone; the workers of {named[0]} have theirs already")
     if given["tls"] and not named:
         raise InputError("--tls is for workers in other processes; give --cluster, --scheduler or --scheduler-file too")
-
-
-def _check_values(workers: Any, threads: Any, memory: Any) -> None:
-    validated("workers", workers, Count | None)
-    validated("threads", threads, Count | None)
-    bytes_of("worker memory", memory)
 
 
 def _standing(scheduler: str | None, scheduler_file: Any, tls: bool) -> Client:
@@ -287,9 +275,9 @@ def _local(
     import dask
     from distributed import Client, LocalCluster
 
-    preload = [*(dask.config.get("distributed.worker.preload") or ()), signals.__name__]
+    preload = [*(dask.config.get("distributed.worker.preload") or ()), interruption.__name__]
     stack.enter_context(dask.config.set({**_RESTARTS, "distributed.worker.preload": preload}))
-    with signals.ignored_by_children():
+    with interruption.ignored_by_children():
         check_processes()
         started = stack.enter_context(
             LocalCluster(

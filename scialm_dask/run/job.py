@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from itertools import count
+from pathlib import Path
+from typing import Any
 
 import dask
+import numpy as np
+from dask.delayed import Delayed
 
 from scialm_dask.config import Settings
 from scialm_dask.data.annotated import storable_annotation
@@ -23,20 +29,20 @@ from scialm_dask.data.scratch import new_scratch
 from scialm_dask.data.store import check_apart
 from scialm_dask.data.temporary import is_seen
 from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
-from scialm_dask.events import Listener, Note, Pass, Stage, silent
+from scialm_dask.events import Iteration, Listener, Note, Pass, Stage, silent
 from scialm_dask.imputation import Imputation
+from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.tasks import Observations, Store
-from scialm_dask.reduction import Placement, current_client
-from scialm_dask.run.checkpointing import Checkpointing, Job, as_written, ended, job_of
+from scialm_dask.reduction import Placement, current_client, stacked
+from scialm_dask.run.checkpointing import Checkpointing, Job, RunState, as_written, ended, job_of
 from scialm_dask.run.cluster import ask_everyone, workers_here
-from scialm_dask.run.cluster_errors import cluster_is_back, loss_of_cluster, while_workers
+from scialm_dask.run.interruption import cluster_is_back, loss_of_cluster, while_workers
 from scialm_dask.run.plan import place_scratch
-from scialm_dask.run.result import completed, denoised, embed, peak_memory
-from scialm_dask.run.state import RunState
-from scialm_dask.solve.denoise import Denoised, DenoiseState, denoise
-from scialm_dask.solve.ialm import LoopState, complete, iterations
-from scialm_dask.solve.scaling import PreparedBlocks, Survey, prepare, survey
+from scialm_dask.solve.denoise import Denoised, DenoiseState, as_plain, denoise
+from scialm_dask.solve.estimate import find_axes
+from scialm_dask.solve.ialm import Completion, LoopState, complete, iterations
+from scialm_dask.solve.scaling import PreparedBlocks, Survey, completion_model, denoising_model, prepare, survey
 
 _RETRIES = 2  # of a task that raises
 _MOST_LOSSES = 2  # of the cluster, without a checkpoint between
@@ -184,7 +190,8 @@ def fit(known: RunState, listen: Listener) -> Imputation:
         result = _denoise(fitting) if denoises else _complete(fitting, place.forecast.iterations)
         if matrix.observed == "nonzero":
             listen(Stage("embedding"))
-            embed(result, fitting.tell_pass)
+            lefts = result.left.to_delayed().ravel().tolist()
+            result.axes = find_axes(result.estimate, lefts, matrix.blocks.bounds, fitting.tell_pass)
         result.summary["passes"] = next(fitting.passes) - 1
     peaks = ask_everyone(peak_memory)
     result.summary |= {
@@ -221,7 +228,10 @@ class _Fitting:
         """Return W over these blocks; `check` judges what is observed once it is read."""
 
         def on_read(seen: Observations) -> None:
-            _check_observed(seen, blocks)
+            if seen.sum_squares + seen.held_out_squares == 0:
+                where = "" if blocks.molecules is None else " in the share of the molecules that is fitted"
+                name = blocks.matrix.name
+                raise InputError(f"{name}: every observed entry is zero{where}; there is nothing to complete")
             if check is not None:
                 check(seen)
             self.known.check_source(self.listen, read_once=False)
@@ -283,12 +293,6 @@ def _complete(fitting: _Fitting, n_iterations: int) -> Imputation:
     return result
 
 
-def _check_observed(seen: Observations, blocks: PreparedBlocks) -> None:
-    if seen.sum_squares + seen.held_out_squares == 0:
-        where = "" if blocks.molecules is None else " in the share of the molecules that is fitted"
-        raise InputError(f"{blocks.matrix.name}: every observed entry is zero{where}; there is nothing to complete")
-
-
 def _check_validation(seen: Observations, settings: Settings) -> None:
     if settings.stop != "held-out":
         return
@@ -308,3 +312,103 @@ def _check_validation(seen: Observations, settings: Settings) -> None:
             f"validation is {settings.validation}, which hides {share} of the observed entries other than zero; give "
             "another share, or stop by the residual"
         )
+
+
+def completed(
+    found: Survey, blocks: PreparedBlocks, operator: LowRankPlusSparse, completion: Completion, settings: Settings
+) -> Imputation:
+    """Return the result of a completion: its factors on the scale of the input, and what was done and found."""
+    (lefts, right), last = operator.factors(), completion.returned
+    model = completion_model(lefts, blocks, found, residual=last.residual)
+    summary = {
+        "iterations": len(completion.history),
+        "chosen_iteration": completion.chosen,
+        "rank": last.rank,
+        "residual": last.residual,
+        "held_out_error": None if np.isnan(last.held_out) else last.held_out,
+        "converged": completion.converged,
+        "stop_reason": completion.reason,
+        "singular_values": list(completion.values),
+    }
+    history = {line.name: [getattr(i, line.name) for i in completion.history] for line in fields(Iteration)}
+    return _result(found, blocks, settings, lefts, right, summary, history=history, model=model)
+
+
+def denoised(found: Survey, blocks: PreparedBlocks, outcome: Denoised, settings: Settings) -> Imputation:
+    """Return the result of denoising: low rank plus sparse, on the scale of the input, and what was found."""
+    svd, weights = outcome.svd, outcome.weights
+    lefts = outcome.operator.sketched(svd.to_left * (weights.component * svd.values))
+    return _result(
+        found,
+        blocks,
+        settings,
+        lefts,
+        svd.right,
+        as_plain(outcome),
+        history={},
+        model=denoising_model(blocks, found, weights.component),
+        residual_weight=weights.residual,
+        counts=blocks.matrix,
+    )
+
+
+def _result(
+    found: Survey,
+    blocks: PreparedBlocks,
+    settings: Settings,
+    lefts: list[Delayed],
+    right: Floats,
+    of_method: dict[str, Any],
+    **parts: Any,
+) -> Imputation:
+    """Put factors back on the scale of the input, lazily, and sum up what was found."""
+    matrix, scales = blocks.matrix, blocks.scales
+    summary: dict[str, Any] = {
+        "n_cells": matrix.shape[0],
+        "n_genes": matrix.shape[1],
+        "n_observed": found.n_observed,
+        "n_empty_cells": int(np.count_nonzero(found.cell_counts == 0)),
+        "n_empty_genes": int(np.count_nonzero(found.gene_counts == 0)),
+        "scaling": scales.note,
+        "raw_counts": found.integer,
+        "source": matrix.name,
+        "settings": settings.as_dict(),
+        "n_blocks": len(matrix.blocks),
+        **of_method,
+    }
+    if scales.cell is not None:
+        divide, cell = dask.delayed(np.divide), scales.cell[:, None]
+        lefts = [divide(left, cell[slice(*span)]) for left, span in zip(lefts, matrix.blocks, strict=True)]
+    result = Imputation(
+        stacked(lefts, matrix.blocks.sizes, right.shape[1]),
+        right if scales.gene is None else right / scales.gene[:, None],
+        obs=matrix.obs,
+        var=matrix.var,
+        summary=summary,
+        clip=matrix.observed == "nonzero",
+        **parts,
+    )
+    if matrix.observed == "nonzero":  # of values of either sign a ratio of means says nothing
+        observed = float(found.gene_sums.sum())
+        summary["mean_observed"] = observed / matrix.shape[0] / matrix.shape[1]
+        summary["mean_imputed_over_observed"] = _sum(result, found) / observed
+    return result
+
+
+def _sum(result: Imputation, found: Survey) -> float:
+    """Sum of the imputed matrix before clipping, from sums of the factors and of the counts."""
+    sums: Doubles = result.left.sum(axis=0, dtype=np.float64).compute()
+    of_genes = result.right @ sums
+    if result.residual_weight is not None:
+        of_genes += result.residual_weight * (found.gene_sums - of_genes)
+    return float(of_genes.sum())
+
+
+def peak_memory() -> int:
+    """Most memory this process has held, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage tells on Linux includes the process that started this one
+        kilobytes = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(kilobytes) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

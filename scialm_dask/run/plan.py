@@ -31,8 +31,7 @@ from scialm_dask.run.checkpointing import Job
 from scialm_dask.run.cluster import Workers, workers_here
 from scialm_dask.solve.biological_zeros import PASSES as BIOLOGICAL_ZEROS_PASSES
 from scialm_dask.solve.estimate import PASSES as EMBEDDING_PASSES
-from scialm_dask.solve.ialm import first_penalty, zero_iterations
-from scialm_dask.solve.rules import basis_width, prefers_short_side, widest_basis
+from scialm_dask.solve.ialm import basis_width, first_penalty, prefers_short_side, widest_basis, zero_iterations
 
 _FLOAT = 4
 _READ_VALUES = 10  # arrays as long as a block's entries that a task holds while it reads them: as stored, scaled, …
@@ -80,10 +79,9 @@ def forecast(matrix: ExpressionMatrix, settings: Settings, here: Workers) -> For
     n_blocks = len(matrix.blocks)
     threads, groups = min(here.threads, n_blocks), min(here.threads * here.workers, n_blocks)
     rank = _likely_rank(settings, min(m, n), n_observed)
-    wanted = basis_width(np.ones(rank), 0.5, rank)
-    if settings.method == "denoise":
-        wanted = rank
-    exact = settings.method == "complete" and prefers_short_side(wanted, (m, n))
+    completes = settings.method == "complete"
+    wanted = basis_width(np.ones(rank), 0.5, rank) if completes else rank
+    exact = completes and prefers_short_side(wanted, (m, n))
     width = widest_basis((m, n)) if exact else wanted
     rows = max(matrix.blocks.sizes)
     values = min(n_observed, int(1.3 * n_observed / n_blocks))  # rows differ in length
@@ -96,7 +94,7 @@ def forecast(matrix: ExpressionMatrix, settings: Settings, here: Workers) -> For
         freed = _DOUBLE * panel * _FREED_PANELS
         products = max(products, freed + _short_side_memory((m, n), rows, rank, threads, levels))
     working = _base_memory(here.resident) + _to_write(matrix, here.resident) + products + _DOUBLE * n * n_blocks
-    kept = settings.method == "complete" and settings.stop == "held-out"  # the estimate of the best iteration
+    kept = completes and settings.stop == "held-out"  # the estimate of the best iteration
     state = _FLOAT * ((2 + kept) * n_observed + m * (2 * wanted + 2 * rank))
     blocks = 2 * _FLOAT * n_observed
     share = math.ceil(n_blocks / here.workers) / n_blocks  # what one process holds
@@ -294,7 +292,9 @@ def plan(job: Job, *, preserve_zeros: bool = False) -> dict[str, Any]:
     passes = need.passes + (BIOLOGICAL_ZEROS_PASSES if preserve_zeros else 0)
     times = {}
     if not place.refusal:  # timing a block takes the memory that there is not
-        seconds = _time_of_pass(matrix, need.basis_width, here.threads * here.workers)
+        one: float = dask.delayed(_time_of_block, pure=False)(matrix.for_workers(), need.basis_width).compute()
+        n_blocks = len(matrix.blocks)
+        seconds = one * n_blocks / min(here.threads * here.workers, n_blocks)
         times = {"seconds_per_pass": seconds, "seconds": seconds * passes}
     return {
         "n_cells": matrix.shape[0],
@@ -318,12 +318,6 @@ def plan(job: Job, *, preserve_zeros: bool = False) -> dict[str, Any]:
         "bytes_read_per_pass": need.bytes_per_pass,
         **times,
     }
-
-
-def _time_of_pass(matrix: ExpressionMatrix, width: int, threads: int) -> float:
-    """Seconds that one pass will take on `threads` in all, from one block, on whatever scheduler Dask has."""
-    seconds: float = dask.delayed(_time_of_block, pure=False)(matrix.for_workers(), width).compute()
-    return seconds * len(matrix.blocks) / min(threads, len(matrix.blocks))
 
 
 def _time_of_block(matrix: ExpressionMatrix, width: int) -> float:

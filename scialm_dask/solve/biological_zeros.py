@@ -22,7 +22,7 @@ import numpy as np
 from dask.delayed import Delayed
 from numpy.typing import NDArray
 
-from scialm_dask.arguments import checked
+from scialm_dask.config import checked
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.scratch import new_scratch
 from scialm_dask.errors import InputError
@@ -159,8 +159,9 @@ def biological_zeros(
     with new_scratch(scratch_folder, shipped.rows) as store:
         operator = LowRankPlusSparse(_Detected(shipped), store, on_pass=lambda n: listen(Pass(n)))
         lefts, right = _approximation(operator, seed)
-        thresholds = np.maximum(-_minima(lefts, right), 0)
-
+        lowest, carried = dask.delayed(column_minima), dask.delayed(right, traverse=False)
+        minima: Floats = tree_reduce([lowest(left, carried) for left in lefts], np.minimum).compute()
+        thresholds = np.maximum(-minima, 0)
     return BiologicalZeros(matrix, stacked(lefts, matrix.blocks.sizes, right.shape[1]), right, thresholds)
 
 
@@ -189,11 +190,3 @@ def spectral_gap_rank(values: Doubles) -> int:
     noise = gaps[int(_NOISE_FROM * len(values)) - 1 :]
     outstanding = np.flatnonzero(gaps > noise.mean() + _DEVIATIONS * noise.std(ddof=1))
     return int(outstanding[-1]) + 1 if len(outstanding) else 1
-
-
-def _minima(lefts: list[Delayed], right: Floats) -> Floats:
-    """Most negative value of each column of the approximation."""
-    lowest = dask.delayed(column_minima)
-    carried = dask.delayed(right, traverse=False)
-    minima: Floats = tree_reduce([lowest(left, carried) for left in lefts], np.minimum).compute()
-    return minima

@@ -25,8 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from scialm_dask.arguments import Interval, validated
-from scialm_dask.config import Settings
+from scialm_dask.config import Interval, Settings, validated
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, compare_halves

@@ -20,17 +20,19 @@ from typing import Any
 
 import numpy as np
 
-from scialm_dask.arguments import Count, check_fields, validated
-from scialm_dask.config import Settings
+from scialm_dask.config import Count, Settings, check_fields, validated
 from scialm_dask.errors import InputError
 from scialm_dask.events import Iteration, Listener, silent
 from scialm_dask.linalg.kernels import Doubles, Floats, ReleaseHeldOut, Update
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
 from scialm_dask.linalg.svd import PartialSVD, extended_basis, leading_triplets, short_side_svd
-from scialm_dask.solve.rules import RankRule, StopRule, basis_width, prefers_short_side, rank_rule, stop_rule
 
 _FIRST_PASSES = 20
 _FIRST_TOLERANCE = 1e-6  # σ₁ sets every threshold that follows
+_LANES = 16  # columns are computed this many at a time anyhow
+_SHORT_SIDE_SHARE = 0.1  # a wider basis takes many passes to settle, as singular values lie close together there
+_SHORT_SIDE_MOST = 6000  # rows of the Gram: 290 MB of float64, and as much again to work in
+_GROWTH = 1.1  # of a singular value from one iteration to the next, near the threshold
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def iterations(
     settings name. Raises `InputError` if the most iterations allowed are too few for any singular value to come over
     the threshold.
     """
-    rank, stop = rank_rule(settings, min(operator.shape)), stop or stop_rule(settings)
+    rank, stop = RankRule(settings, min(operator.shape)), stop or stop_rule(settings)
     svd: PartialSVD | None = None
     if state is None:
         state, svd = first_state(operator, settings, listen)  # lines 1 to 3
@@ -209,7 +211,10 @@ def iterate(
     basis = None if short_side else extended_basis(svd.right, width, settings.seed)
     step = Update(low_rank.rotation, 1 / state.penalty.rho, state.growth)
     product = operator.multiply(basis, step, low_rank.right)
-    latest = _iteration(len(state.history) + 1, low_rank, state.penalty, product, operator)
+    observations = operator.observations
+    held_out = math.sqrt(product.held_out / observations.held_out_squares) if observations.n_held_out else math.nan
+    residual = math.sqrt(product.misfit / observations.sum_squares)
+    latest = Iteration(state.steps + 1, low_rank.rank, state.penalty.threshold, residual, held_out, operator.passes)
     listen(latest)
     verdict = stop.judge(latest)
     chosen, values = state.chosen, state.values
@@ -291,10 +296,90 @@ def singular_value_thresholding(svd: PartialSVD, threshold: float, limit: int) -
     return _LowRank(rotation, np.ascontiguousarray(svd.right[:, :rank]), tuple(shrunk.tolist()))
 
 
-def _iteration(
-    number: int, low_rank: _LowRank, penalty: Penalty, product: Product, operator: LowRankPlusSparse
-) -> Iteration:
-    observations = operator.observations
-    held_out = np.sqrt(product.held_out / observations.held_out_squares) if observations.n_held_out else np.nan
-    residual = np.sqrt(product.misfit / observations.sum_squares)
-    return Iteration(number, low_rank.rank, penalty.threshold, float(residual), float(held_out), operator.passes)
+class RankRule:
+    """The most singular values to keep, `limit`: all there can be, or by equation 13 what the last rank allows."""
+
+    def __init__(self, settings: Settings, short_side: int) -> None:
+        self._most = min(short_side, settings.max_rank or short_side)
+        self._increment = settings.increment if settings.rank_policy == "paper" else None
+        self.limit = self._most if self._increment is None else min(settings.first_rank, self._most)
+
+    def update(self, rank: int) -> None:
+        """Learn how many values were over the threshold: sv ← svp + 1, or min(svp + R, d) if they met the limit."""
+        if self._increment is not None:
+            self.limit = rank + 1 if rank < self.limit else min(rank + self._increment, self._most)
+
+
+def basis_width(values: Doubles, threshold: float, limit: int) -> int:
+    """Columns to compute so that all values over the next threshold are found, and one under it.
+
+    The next values are a little larger than those of the last SVD, which fall; where all of them may be over the
+    threshold, the fall of the last half of them is taken to go on.
+    """
+    expected = int(np.count_nonzero(values > threshold / _GROWTH))
+    if expected == len(values) > 1 and values[-1] > 0:
+        half = len(values) // 2
+        fall = np.log(values[half] / values[-1]) / (len(values) - 1 - half) if len(values) - 1 > half else 0.0
+        missing = np.log(values[-1] * _GROWTH / threshold) / max(fall, 1e-3) if threshold > 0 else np.inf
+        expected += int(min(missing, 2 * len(values)))
+    wanted = min(expected, limit)
+    return -(-(wanted + max(8, wanted // 8)) // _LANES) * _LANES
+
+
+def prefers_short_side(width: int, shape: tuple[int, int]) -> bool:
+    """Whether the exact eigenvectors of the short side are cheaper than iterating on `width` columns."""
+    return min(shape) <= _SHORT_SIDE_MOST and width >= widest_basis(shape)
+
+
+def widest_basis(shape: tuple[int, int]) -> int:
+    """Columns from which on `prefers_short_side` holds, if the short side is not too long."""
+    return math.ceil(_SHORT_SIDE_SHARE * min(shape))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the latest A is the one to return so far, and why to stop, if so."""
+
+    best_so_far: bool
+    reason: str = ""
+
+
+class ResidualStop:
+    """The paper's: stop when the residual is below ε, and return the last A."""
+
+    def __init__(self, epsilon: float) -> None:
+        self._epsilon = epsilon
+
+    def judge(self, latest: Iteration) -> Verdict:
+        """Compare with ε."""
+        done = latest.residual < self._epsilon
+        return Verdict(True, f"residual {latest.residual:.3g} is below ε = {self._epsilon:g}" if done else "")
+
+
+class HeldOutStop:
+    """Stop when the held-out error has not fallen for some iterations, and return the A with the lowest."""
+
+    def __init__(self, epsilon: float, patience: int) -> None:
+        self._residual = ResidualStop(epsilon)
+        self._patience = patience
+        self._lowest = math.inf
+        self._at = 0
+
+    def judge(self, latest: Iteration) -> Verdict:
+        """Compare with the lowest error so far."""
+        best = latest.held_out < self._lowest
+        if best:
+            self._lowest, self._at = latest.held_out, latest.iteration
+        if latest.iteration - self._at >= self._patience:
+            return Verdict(best, f"held-out error lowest at iteration {self._at}, and not since")
+        return Verdict(best, self._residual.judge(latest).reason)
+
+
+StopRule = ResidualStop | HeldOutStop
+
+
+def stop_rule(settings: Settings) -> StopRule:
+    """Make the rule that the settings ask for."""
+    if settings.stop == "residual":
+        return ResidualStop(settings.epsilon)
+    return HeldOutStop(settings.epsilon, settings.patience)

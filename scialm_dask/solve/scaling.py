@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import dask
 import numpy as np
 import scipy.sparse as sp
+from dask.delayed import Delayed
 from numpy.typing import NDArray
 
 from scialm_dask.config import Settings
@@ -17,6 +19,8 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.linalg.kernels import Block, Doubles, Floats, Halves
 from scialm_dask.linalg.random import hidden_entries, n_to_hide, thinned
+from scialm_dask.linalg.tasks import add
+from scialm_dask.reduction import tree_reduce
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,6 @@ class Survey:
         return int(self.cell_counts.sum())
 
 
-class _BlockSurvey(NamedTuple):
-    gene_counts: NDArray[np.int32]
-    gene_sums: Doubles
-    cell_sums: Doubles
-    cell_counts: NDArray[np.int64]
-    fraction: tuple[int, int, float] | None
-
-
 def survey(matrix: ExpressionMatrix) -> Survey:
     """Read the matrix once. Raises `InputError` for values that cannot be used, and if nothing is observed."""
     shared, visit = dask.delayed(matrix, traverse=False), dask.delayed(_survey_block)
@@ -70,25 +66,19 @@ def survey(matrix: ExpressionMatrix) -> Survey:
     return found
 
 
-def _survey_block(matrix: ExpressionMatrix, block: int) -> _BlockSurvey:
-    csr = matrix.read_block(block)
-    n_genes = matrix.shape[1]
-    values = csr.data.astype(np.float64)
-    return _BlockSurvey(
+def _survey_block(matrix: ExpressionMatrix, block: int) -> tuple[Any, ...]:
+    """Return what a `Survey` has of one block, in its order."""
+    csr, n_genes, fraction = matrix.read_block(block), matrix.shape[1], None
+    for at in np.flatnonzero(csr.data % 1)[:1]:
+        row = int(np.searchsorted(csr.indptr, at, side="right")) - 1
+        fraction = matrix.blocks[block][0] + row, int(csr.indices[at]), float(csr.data[at])
+    return (
         np.bincount(csr.indices, minlength=n_genes).astype(np.int32),
-        np.bincount(csr.indices, weights=values, minlength=n_genes).astype(np.float64),
+        np.bincount(csr.indices, weights=csr.data.astype(np.float64), minlength=n_genes).astype(np.float64),
         np.asarray(csr.sum(axis=1, dtype=np.float64)).ravel(),
         np.diff(csr.indptr).astype(np.int64),
-        _first_fraction(csr, matrix.blocks[block][0]),
+        fraction,
     )
-
-
-def _first_fraction(csr: sp.csr_matrix, first_row: int) -> tuple[int, int, float] | None:
-    at = np.flatnonzero(csr.data % 1)[:1]
-    if not len(at):
-        return None
-    row = int(np.searchsorted(csr.indptr, at[0], side="right")) - 1
-    return first_row + row, int(csr.indices[at[0]]), float(csr.data[at[0]])
 
 
 @dataclass(frozen=True)
@@ -244,3 +234,70 @@ def prepare(
     held_out = settings.method == "complete" and settings.stop == "held-out"
     validation = settings.validation if held_out else 0.0
     return PreparedBlocks(matrix, scales, validation, settings.seed, found.block_gene_counts, molecules)
+
+
+@dataclass(frozen=True)
+class CellModel:
+    """What a fit has learnt of cells, on the scale on which it made their noise even."""
+
+    gene_scale: NDArray[np.float32]  # what genes were multiplied with, shape (n,)
+    # of each gene in the sum of the matrix: where genes are missing, a cell's size is its total over their share
+    gene_share: NDArray[np.float64]
+    raw_counts: bool  # whether it was made from these
+    cell_exponent: float  # cells were multiplied with (size factor / centre)^−cell_exponent
+    centre: float  # geometric mean of the size factors
+
+
+@dataclass(frozen=True)
+class CompletionModel(CellModel):
+    """Of a completion, where zeros are unknown."""
+
+    mean: NDArray[np.float64]  # of the rows of the left factor, shape (r,)
+    covariance: NDArray[np.float64]  # of these rows, shape (r, r)
+    residual: float  # what the fit left of the observed entries, relative to their norm
+
+
+@dataclass(frozen=True)
+class DenoisingModel(CellModel):
+    """Of a denoised matrix."""
+
+    weights: NDArray[np.float64]  # of the components, shape (r,)
+
+
+def model_of(stored: Mapping[str, Any]) -> CellModel:
+    """Return the model that AnnData has read."""
+    kind = DenoisingModel if "weights" in stored else CompletionModel
+    plain: dict[str, Any] = {"raw_counts": bool, "cell_exponent": float, "centre": float, "residual": float}
+    return kind(**{field.name: plain.get(field.name, np.asarray)(stored[field.name]) for field in fields(kind)})
+
+
+def completion_model(
+    lefts: list[Delayed], blocks: PreparedBlocks, found: Survey, *, residual: float
+) -> CompletionModel:
+    """Sum up the rows of a fitted left factor, not yet scaled back, block by block."""
+    moments = dask.delayed(_moments)
+    total, squares = tree_reduce([moments(left) for left in lefts], add).compute()
+    mean = total / blocks.shape[0]
+    covariance = squares / blocks.shape[0] - np.outer(mean, mean)
+    return CompletionModel(**_of_cells(blocks, found), mean=mean, covariance=covariance, residual=residual)
+
+
+def denoising_model(blocks: PreparedBlocks, found: Survey, weights: Doubles) -> DenoisingModel:
+    """Return what completes other cells as these were denoised, with these weights of components."""
+    return DenoisingModel(**_of_cells(blocks, found), weights=weights)
+
+
+def _of_cells(blocks: PreparedBlocks, found: Survey) -> dict[str, Any]:
+    scales = blocks.scales
+    return {
+        "gene_scale": np.ones(blocks.shape[1], np.float32) if scales.gene is None else scales.gene,
+        "gene_share": found.gene_sums / (found.gene_sums.sum() or 1.0),
+        "raw_counts": found.integer,
+        "cell_exponent": scales.cell_exponent,
+        "centre": scales.centre,
+    }
+
+
+def _moments(left: Floats) -> tuple[Doubles, Doubles]:
+    wide = left.astype(np.float64)
+    return wide.sum(axis=0), wide.T @ wide

@@ -26,7 +26,7 @@ from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin
 from scialm_dask.reduction import stacked
 from scialm_dask.solve.estimate import Axes
-from scialm_dask.solve.transform import model_of
+from scialm_dask.solve.scaling import model_of
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -38,10 +38,7 @@ _LOW_RANK = "these are the values of the low-rank part; give `Imputation.open` t
 
 
 def read_result(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
-    """Return the arguments of `Imputation` without its counts, and where those are, for `follow`.
-
-    Raises `InputError` if there is no result at `path`, or a damaged one.
-    """
+    """Return the arguments of `Imputation` without its counts, and where those are, for `follow`."""
     import anndata
 
     root: Any = open_store(path)

@@ -1,10 +1,11 @@
-"""What a fit knows of cells, and cells that were not in it, completed with its gene factors in one pass over them."""
+"""Cells that were not in the fit, completed with its gene factors: one pass over them, a small problem for each."""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dask
@@ -22,11 +23,14 @@ from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.ridge import RowProblems, leave_one_out, solve_rows
 from scialm_dask.linalg.sparse_products import spmm
 from scialm_dask.reduction import stacked
+from scialm_dask.solve.scaling import CellModel, CompletionModel, DenoisingModel
 
 if TYPE_CHECKING:
     import dask.array as da
     import pandas as pd
     import scipy.sparse as sp
+
+    _Run = tuple[sp.csr_matrix, slice]  # consecutive cells: their entries, and where they are
 
 _RUNS, _RUN_CELLS = 16, 64  # cells to learn the noise from: a thousand, all over the matrix
 _MOST_STEPS = 60  # of the search: from anywhere in float32's range
@@ -82,8 +86,12 @@ def transform(
         raise InputError("the result says nothing of other cells; give one of `impute`")
     columns = _matching(fit, names, matrix)
     matched = int(np.count_nonzero(columns >= 0))
-    few = _few_genes(matched, len(fit.right))
-    if few:
+    few = ""
+    if 2 * matched < len(fit.right):
+        few = (
+            f"{matched:,} of the fit's {len(fit.right):,} genes match ({matched / len(fit.right):.1%}); all others are "
+            "guessed from these, the worse the fewer: give more of them, or fit on the genes that both have"
+        )
         listen(Note(f"{matrix.name}: {few}"))
     sample = _sample(matrix)
     sizes, note = _size_factors(fit.model, sample, obs)
@@ -100,24 +108,20 @@ def transform(
         "fitted_on": fit.source,
         **({"few_genes": few} if few else {}),
     }
-    solver: _Completion | _Projection
+    counts: ExpressionMatrix | None = None
     if isinstance(fit.model, CompletionModel):
         noise = _least_noise(fit.model, scaled, right, sample, sizes, matrix.name)
-        solver, counts = _Completion(right, _precision(fit.model, noise), fit.model.mean), None
+        solver = functools.partial(solve_rows, right=right, precision=_precision(fit.model, noise), mean=fit.model.mean)
         summary["noise"] = noise
     else:
         assert isinstance(fit.model, DenoisingModel)
-        solver, counts = _projection(fit.model, right, scaled.measured), matrix.of_genes(columns, len(fit.right))
-
-    left = _left(solver, scaled, matrix, sizes, fit.right.shape[1])
+        solver = functools.partial(_project, onto=_projection(fit.model, right, scaled.measured))
+        counts = matrix.of_genes(columns, len(fit.right))
+    solve, shared = dask.delayed(_solve_block), dask.delayed((solver, scaled, matrix), traverse=False)
+    spans = enumerate(matrix.blocks)
+    lefts = [solve(shared, b, None if sizes is None else sizes[start:stop]) for b, (start, stop) in spans]
+    left = stacked(lefts, matrix.blocks.sizes, fit.right.shape[1])
     return Transformed(left, counts, scaled.measured, obs, summary)
-
-
-class _Run(NamedTuple):
-    """Consecutive cells: their entries, and where they are in the matrix."""
-
-    csr: sp.csr_matrix
-    cells: slice
 
 
 @dataclass(frozen=True)
@@ -151,47 +155,20 @@ class _Scaled:
         return RowProblems(indptr, indices, values), scale
 
 
-@dataclass(frozen=True)
-class _Completion:
-    """Solves the problem of each row on its entries alone."""
-
-    right: Floats
-    precision: Doubles
-    mean: Doubles
-
-    def solve(self, problems: RowProblems) -> Floats:
-        return solve_rows(problems, self.right, self.precision, self.mean)
+def _project(problems: RowProblems, onto: Floats) -> Floats:
+    """Multiply each row, zeros and all, with the same matrix, shape ``(n, r)``."""
+    indptr, indices, values = problems
+    left = np.zeros((len(indptr) - 1, onto.shape[1]), np.float32)
+    spmm(indptr, indices, values, onto, left)
+    return left
 
 
-@dataclass(frozen=True)
-class _Projection:
-    """Multiplies each row, zeros and all, with the same matrix, float32, shape ``(n, r)``."""
-
-    matrix: Floats
-
-    def solve(self, problems: RowProblems) -> Floats:
-        indptr, indices, values = problems
-        left = np.zeros((len(indptr) - 1, self.matrix.shape[1]), np.float32)
-        spmm(indptr, indices, values, self.matrix, left)
-        return left
-
-
-def _left(
-    solver: _Completion | _Projection, scaled: _Scaled, matrix: ExpressionMatrix, sizes: Doubles | None, rank: int
-) -> da.Array:
-    """Return the left factor, each block of which is solved for when it is asked for."""
-    solve, shared = dask.delayed(_solve_block), dask.delayed((solver, scaled, matrix), traverse=False)
-    spans = enumerate(matrix.blocks)
-    pieces = [solve(shared, b, None if sizes is None else sizes[start:stop]) for b, (start, stop) in spans]
-    return stacked(pieces, matrix.blocks.sizes, rank)
-
-
-def _projection(model: DenoisingModel, right: Floats, measured: NDArray[np.bool_]) -> _Projection:
+def _projection(model: DenoisingModel, right: Floats, measured: NDArray[np.bool_]) -> Floats:
     """Return V (VᵀV + diag((1 − w)/w))⁻¹, with V over the measured genes."""
     some = np.where(measured[:, None], right, np.float32(0)).astype(np.float64)
     inverted = some.T @ some + np.diag((1 - model.weights) / model.weights)
     inverted += np.finfo(np.float32).eps * np.eye(len(inverted))  # directions that no measured gene shows, at w = 1
-    return _Projection(np.linalg.solve(inverted, some.T).T.astype(np.float32))
+    return np.linalg.solve(inverted, some.T).T.astype(np.float32)
 
 
 def _precision(model: CompletionModel, noise: float) -> Doubles:
@@ -248,18 +225,8 @@ def _matching(fit: Fit, names: pd.Index | None, matrix: ExpressionMatrix) -> NDA
     return columns
 
 
-def _few_genes(matched: int, fitted: int) -> str:
-    """Say so if little was measured of what the factors tell cells apart by; empty if half of the genes are there."""
-    if 2 * matched >= fitted:
-        return ""
-    return (
-        f"{matched:,} of the fit's {fitted:,} genes match ({matched / fitted:.1%}); all others are guessed from these, "
-        "the worse the fewer: give more of them, or fit on the genes that both have"
-    )
-
-
 def _sample(matrix: ExpressionMatrix) -> list[_Run]:
-    """Read runs of cells from all over the matrix; which ones depends on the number of cells alone."""
+    """Read runs of cells, with their places, from all over the matrix; which ones only the number of cells decides."""
     n = matrix.shape[0]
     if n <= _RUNS * _RUN_CELLS:
         bounds, runs = [0, n], [0]
@@ -268,7 +235,7 @@ def _sample(matrix: ExpressionMatrix) -> list[_Run]:
         bounds = sorted({*starts, *(start + _RUN_CELLS for start in starts), n})
         runs = [bounds.index(start) for start in starts]
     cut = matrix.with_blocks(RowBlocks(tuple(bounds)))
-    return [_Run(cut.read_block(run), slice(*cut.blocks[run])) for run in runs]
+    return [(cut.read_block(run), slice(*cut.blocks[run])) for run in runs]
 
 
 def _size_factors(model: CellModel, sample: list[_Run], obs: pd.DataFrame) -> tuple[Doubles | None, str]:
@@ -290,45 +257,10 @@ def _size_factors(model: CellModel, sample: list[_Run], obs: pd.DataFrame) -> tu
 
 
 def _solve_block(
-    shared: tuple[_Completion | _Projection, _Scaled, ExpressionMatrix], block: int, sizes: Doubles | None
+    shared: tuple[Callable[[RowProblems], Floats], _Scaled, ExpressionMatrix], block: int, sizes: Doubles | None
 ) -> Floats:
     solver, scaled, matrix = shared
     problems, scale = scaled.problems(matrix.read_block(block), sizes)
-    left = solver.solve(problems) / scale[:, None]
+    left = solver(problems) / scale[:, None]
     left[np.diff(problems.indptr) == 0] = 0
     return left.astype(np.float32)
-
-
-@dataclass(frozen=True)
-class CellModel:
-    """What a fit has learnt of cells, on the scale on which it made their noise even."""
-
-    gene_scale: NDArray[np.float32]  # what genes were multiplied with, shape (n,)
-    # of each gene in the sum of the matrix: where genes are missing, a cell's size is its total over their share
-    gene_share: NDArray[np.float64]
-    raw_counts: bool  # whether it was made from these
-    cell_exponent: float  # cells were multiplied with (size factor / centre)^−cell_exponent
-    centre: float  # geometric mean of the size factors
-
-
-@dataclass(frozen=True)
-class CompletionModel(CellModel):
-    """Of a completion, where zeros are unknown."""
-
-    mean: NDArray[np.float64]  # of the rows of the left factor, shape (r,)
-    covariance: NDArray[np.float64]  # of these rows, shape (r, r)
-    residual: float  # what the fit left of the observed entries, relative to their norm
-
-
-@dataclass(frozen=True)
-class DenoisingModel(CellModel):
-    """Of a denoised matrix."""
-
-    weights: NDArray[np.float64]  # of the components, shape (r,)
-
-
-def model_of(stored: Mapping[str, Any]) -> CellModel:
-    """Return the model that AnnData has read."""
-    kind = DenoisingModel if "weights" in stored else CompletionModel
-    plain: dict[str, Any] = {"raw_counts": bool, "cell_exponent": float, "centre": float, "residual": float}
-    return kind(**{field.name: plain.get(field.name, np.asarray)(stored[field.name]) for field in fields(kind)})

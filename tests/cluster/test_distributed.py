@@ -21,7 +21,7 @@ from scialm_dask.evaluate.metrics import score_held_out
 from scialm_dask.events import Iteration
 from scialm_dask.run.checkpointing import Checkpointing
 from scialm_dask.run.cluster import ask_everyone
-from scialm_dask.run.result import peak_memory
+from scialm_dask.run.job import peak_memory
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from problems import completed
 from scialm_dask import ExpressionMatrix, Settings
 from scialm_dask.data.scratch import MemoryScratch
 from scialm_dask.linalg.operator import LowRankPlusSparse
-from scialm_dask.solve.rules import Verdict, stop_rule
+from scialm_dask.solve.ialm import Verdict, stop_rule
 from scialm_dask.solve.scaling import prepare, survey
 
 _BEYOND = 12  # iterations that the path is followed after the default would have stopped

@@ -26,8 +26,7 @@ from scialm_dask import (
     resume,
     write_report,
 )
-from scialm_dask.arguments import Count, Ratio, Share, checked, validated
-from scialm_dask.config import Settings
+from scialm_dask.config import Count, Ratio, Settings, Share, checked, validated
 from scialm_dask.data.qc import Thresholds, quality_control
 from scialm_dask.evaluate.mask import mask
 from scialm_dask.evaluate.simulate import simulate

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scialm_dask.config import Settings, preset
-from scialm_dask.solve.rules import basis_width, prefers_short_side, rank_rule
+from scialm_dask.solve.ialm import RankRule, basis_width, prefers_short_side
 
 
 def limits(rule, ranks):
@@ -19,19 +19,19 @@ def limits(rule, ranks):
 
 def test_equation_13():
     """The first iterations of the trace of PBMC: one more than svp, or 200 more where svp met sv."""
-    rule = rank_rule(preset("paper"), 2843)
+    rule = RankRule(preset("paper"), 2843)
     assert limits(rule, [0, 0, 1, 1, 1, 1, 1, 2, 3, 3]) == [5, 1, 1, 201, 2, 2, 2, 2, 202, 4, 4]
 
 
 def test_no_more_than_the_short_side_or_the_largest_rank():
-    assert limits(rank_rule(preset("paper", increment=30), 12), [5, 12]) == [5, 12, 12]
-    assert limits(rank_rule(preset("paper", first_rank=50), 12), []) == [12]
-    assert limits(rank_rule(preset("paper", max_rank=7), 12), [5, 7, 3]) == [5, 7, 7, 4]
+    assert limits(RankRule(preset("paper", increment=30), 12), [5, 12]) == [5, 12, 12]
+    assert limits(RankRule(preset("paper", first_rank=50), 12), []) == [12]
+    assert limits(RankRule(preset("paper", max_rank=7), 12), [5, 7, 3]) == [5, 7, 7, 4]
 
 
 def test_the_adaptive_rule_only_knows_the_most():
-    assert limits(rank_rule(Settings(), 12), [3, 9]) == [12, 12, 12]
-    assert limits(rank_rule(Settings(max_rank=7), 12), [3, 7]) == [7, 7, 7]
+    assert limits(RankRule(Settings(), 12), [3, 9]) == [12, 12, 12]
+    assert limits(RankRule(Settings(max_rank=7), 12), [3, 7]) == [7, 7, 7]
 
 
 @given(st.integers(1, 400), st.floats(0.01, 3), st.floats(1e-6, 1), st.integers(1, 300))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scialm_dask.config import Settings
-from scialm_dask.solve.rules import HeldOutStop, ResidualStop, stop_rule
+from scialm_dask.solve.ialm import HeldOutStop, ResidualStop, stop_rule
 
 
 @dataclass(frozen=True)

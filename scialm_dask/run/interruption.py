@@ -1,17 +1,19 @@
-"""How work on a cluster ends when workers cannot be started, they or the scheduler are lost, or it is interrupted."""
+"""How work ends early: by a signal, by Ctrl-C, or as workers cannot be started, or they or the scheduler are lost."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import multiprocessing
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from scialm_dask.config import seconds_of
@@ -109,11 +111,12 @@ def losses_explained() -> Iterator[None]:
 def quiet_end(client: Client, *, ours: bool) -> Iterator[None]:
     """When work is interrupted, let no process say more of it than this one does."""
     level = logging.getLogger("distributed").level
+    # Before anything can be interrupted: asyncio says it as soon as the first task ends.
+    logging.getLogger("asyncio").addFilter(lambda record: "AllExit" not in record.getMessage())
     try:
         yield
     except KeyboardInterrupt:
         _hush()
-        logging.getLogger("asyncio").addFilter(lambda record: "AllExit" not in record.getMessage())
         if ours:
             with contextlib.suppress(Exception):
                 client.run(_hush, on_error="ignore", callback_timeout=2)
@@ -156,3 +159,48 @@ def _watch(client: Client, limit: float, ended: threading.Event) -> None:
                 last = time.monotonic()
             elif time.monotonic() - last > limit:
                 client.cancel([Future(key, client) for key in list(client.futures)], force=True)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP came; work ends as by Ctrl-C."""
+
+
+@contextmanager
+def on_sigterm(*, deferred: bool) -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether SIGTERM or SIGHUP came. If the latter is ignored, as by ``nohup``, it stays.
+
+    If `deferred`, the first signal is but noted. Else, and at the second one, `Terminated` is raised at once.
+    """
+    came = 0
+
+    def handle(_: int, __: FrameType | None) -> None:
+        nonlocal came
+        came += 1
+        if not deferred or came > 1:
+            raise Terminated
+
+    signals = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+    before = {each: signal.signal(each, handle) for each in signals}
+    try:
+        yield lambda: came > 0
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def ignored_by_children() -> Iterator[None]:
+    """Start processes within the block that ignore SIGHUP: this one ends them when it comes."""
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if here else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGHUP, before)
+
+
+def dask_setup(_: object) -> None:
+    """Leave signals that may reach all processes to that that started this worker (Dask calls this, as a preload)."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
