@@ -41,13 +41,13 @@ def impute(
     Parameters
     ----------
     matrix : AnnData, path, array, data frame or ExpressionMatrix of shape (n_cells, n_genes)
-        Counts or normalised counts, without logarithm. An AnnData may be in memory, backed or lazy. A path is that of
-        an AnnData store (.zarr or .h5ad), of another file that `ExpressionMatrix.open` reads, or of a bare 2-D Zarr
-        array. An array may be NumPy, SciPy sparse or Dask.
+        Counts or normalised counts, without logarithm. An AnnData may be in memory, backed or lazy. A path leads to an
+        AnnData store (.zarr or .h5ad), another file that `ExpressionMatrix.open` reads, or a bare 2-D Zarr array. An
+        array may be NumPy, SciPy sparse or Dask.
     preset : {"auto", "denoise", "complete", "paper"}, default="auto"
-        ``"denoise"``: expression levels, from raw counts. ``"complete"``: entries that were lost, all zeros being
+        ``"denoise"``: expression levels, from raw counts. ``"complete"``: entries that were lost, with all zeros
         unknown; stops before noise is fitted. ``"paper"``: the published method [1]_. ``"auto"``: ``"denoise"`` for raw
-        counts, also those of layer counts if X holds none, else ``"complete"``; a `Note` says which and why.
+        counts, in X or else in layer counts, and ``"complete"`` without them; a `Note` says which and why.
     layer : str, optional
         The layer to read instead of X; ``"raw"`` for ``.raw.X``.
     key_added : str or None, default="scialm"
@@ -65,8 +65,8 @@ def impute(
     scratch_folder : str or path-like, optional
         Folder for the scratch that ``"auto"`` puts on disk. By default Dask's ``temporary-directory``.
     checkpoint : str or path-like, optional
-        A new folder for checkpoints, on a disk that all workers see. `resume` goes on from the last one. They stay when
-        the run is complete.
+        A new folder for checkpoints, on a disk that all workers see. `resume` continues from the last one. They are
+        kept when the run is complete.
     checkpoint_every : int or str, default="10min"
         Iterations between checkpoints, or time.
     listen : callable, optional
@@ -134,7 +134,7 @@ def impute(
         source,
         chosen,
         configured("scratch", scratch),
-        parse_limit(configured("memory-limit", memory_limit)),
+        bytes_of("memory limit", configured("memory-limit", memory_limit)),
         None if scratch_folder is None else os.fspath(scratch_folder),
     )
     result = run(job, checkpoint, listen)
@@ -146,21 +146,10 @@ def impute(
 def resolve_preset(
     matrix: ExpressionMatrix, preset: str, given: Any = None, listen: Listener = silent
 ) -> tuple[ExpressionMatrix, str]:
-    """Return what preset ``"auto"`` means for a matrix, and the matrix that it is about; say why.
+    """Return the matrix to impute and the preset that ``"auto"`` means for it; a `Note` says why.
 
     Raw counts are denoised: the matrix itself, or layer counts beside an X that holds none, as `qc` leaves it. Anything
-    else is completed. Other presets are returned as they are.
-
-    Parameters
-    ----------
-    matrix
-        What is to be imputed; a few cells of it are read.
-    preset
-        Its name.
-    given
-        What the matrix was made of, if that was an AnnData.
-    listen
-        Called with a `Note` where the preset is ``"auto"``.
+    else is completed. `given` is the AnnData that the matrix was made of, if any.
     """
     if preset != "auto":
         return matrix, preset
@@ -230,10 +219,5 @@ def resume(
     from scialm_dask.run.job import resume_run
 
     source = None if matrix is None else as_matrix(matrix)
-    limit = parse_limit(memory_limit)
+    limit = bytes_of("memory limit", memory_limit)
     return resume_run(folder, source, scratch=scratch, memory_limit=limit, stop=stop, listen=listen)
-
-
-def parse_limit(limit: float | str | None) -> int | None:
-    """Turn words such as ``"8 GB"`` into bytes."""
-    return bytes_of("memory limit", limit)

@@ -50,8 +50,8 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
 
     Notes
     -----
-    ``fit_transform(X)`` is the imputed X, as `impute` gives it. ``fit(X).transform(X)`` solves for each cell anew with
-    the gene factors alone, as for any other cell; it is close to that but not the same.
+    ``fit_transform(X)`` is the imputed X, as `impute` returns it. ``fit(X).transform(X)`` solves for each cell anew
+    with the gene factors alone, as for any other cell; the two are close but not the same.
 
     X is what `impute` takes. An AnnData stays as it is.
 
@@ -111,16 +111,10 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
         >>> IALM(max_rank=2).fit(counts).n_iter_
         1
         """
-        self.imputation_: Imputation = impute(
-            self._matrix(X, reset=True),
-            preset=self.preset,
-            memory_limit=self.memory_limit,
-            max_rank=self.max_rank,
-            max_iterations=self.max_iterations,
-            scaling=self.scaling,
-            validation=self.validation,
-            seed=self.random_state,
-        )
+        parameters = self.get_params()
+        del parameters["observed"]
+        seed = parameters.pop("random_state")
+        self.imputation_: Imputation = impute(self._matrix(X, reset=True), seed=seed, **parameters)
         return self
 
     def fit_transform(self, X: Any, y: object = None) -> da.Array:

@@ -120,8 +120,8 @@ class Imputation:
         Returns
         -------
         Imputation
-            Its left factors are read when they are used. If the counts of a denoised result are gone or have changed it
-            is the low-rank part alone, and a warning says so.
+            Its left factors are read when they are used. If the counts of a denoised result are gone or have changed,
+            it is the low-rank part alone, and a warning says so.
 
         Raises
         ------
@@ -239,8 +239,8 @@ class Imputation:
         ----------
         matrix : matrix
             New cells, as `impute` takes them, on the scale of the fit: raw counts if those were, else normalised to the
-            same total. Genes are matched by name, and some may be missing. An array has no names; its genes must be
-            those of the fit in their order.
+            same total. Genes are matched by name, and some may be missing; those of an array, which has no names, must
+            be those of the fit in their order.
         layer : str, optional
             The layer to read instead of X.
         listen : callable, optional
@@ -409,16 +409,14 @@ class Imputation:
         """
         cells = match_names(self.obs.index, adata.obs_names, "cell", "result")
         genes = match_names(self.var.index, adata.var_names, "gene", "result")
+
+        def placed(parts: dict[str, Any], order: NDArray[np.intp] | None) -> dict[str, Any]:
+            return {name: p if order is None else p[order] for name, p in parts.items() if p is not None}
+
         by_cell = {f"{key}_factors": self.left, f"X_{key}": self.embedding}
         by_gene = {f"{key}_factors": self.right, f"{key}_residual": self.residual_weight}
-        add_result(
-            adata,
-            obsm={name: part if cells is None else part[cells] for name, part in by_cell.items() if part is not None},
-            by_gene={
-                name: part if genes is None else part[genes] for name, part in by_gene.items() if part is not None
-            },
-            uns={key: self.notes(None)},
-        )
+        uns = {key: self.notes(None)}
+        add_result(adata, obsm=placed(by_cell, cells), by_gene=placed(by_gene, genes), uns=uns)
 
     def notes(self, written: dict[str, Any] | None) -> dict[str, Any]:
         """Return what is kept in ``uns``.

@@ -33,7 +33,7 @@ def score(result: str, masked: str, listen: Listener) -> dict[str, Any]:
 @main.command(epilog="report denoised.zarr -o report.html --color cell_type")
 @click.argument("result", metavar="RESULT.zarr")
 @click.option("-o", "--output", "path", required=True, metavar="FILE.html", help="What to write.")
-@click.option("--source", metavar="SRC", help="What was imputed.  [default: where it was then]")
+@click.option("--source", metavar="SRC", help="The matrix that was imputed.  [default: where it was then]")
 @click.option("--color", metavar="NAME", help="Column of obs, or gene, to colour cells by.")
 @overwrite_option
 @reports
@@ -57,8 +57,8 @@ def report(result: str, path: str, **options: Any) -> dict[str, Any]:
 @click.option("--reference", metavar="STORE", help="The same cells and genes sequenced deeper.")
 @click.option("--labels", metavar="COLUMN", help="Known types in obs: cluster the cells and compare.")
 @click.option("--sweep", "sweeps", multiple=True, metavar="FIELD=VALUES", help="Such as max_rank=10,20,50.")
-@click.option("--memory-limit", help="What each method may hold, such as 8GB.  [default: no limit]")
-@click.option("--method-timeout", type=float, metavar="SECONDS", help="What each run may take.")
+@click.option("--memory-limit", help="Most memory of each method, such as 8GB.  [default: no limit]")
+@click.option("--method-timeout", type=float, metavar="SECONDS", help="Longest time of each run.")
 @layer_option
 @missing_chunks_option
 @overwrite_option
@@ -80,8 +80,8 @@ def evaluate(
     """Compare methods on SRC: hide entries, impute, score; write tables and figures to FOLDER.
 
     Peers: gene-mean (always there), knn, alra, softimpute, and with the extra [bench] magic and scvi; dca, saver and
-    scimpute quote the publication. module:function runs a function of your own. Each runs in a process of its own. What
-    all will take is told first, and then what is left.
+    scimpute quote the publication. module:function runs a function of your own. Each runs in a process of its own. The
+    time that all will take is estimated first.
     """
     from scialm_dask.compare.benchmark import evaluate_imputation
     from scialm_dask.compare.tables import summary_table, write_evaluation

@@ -43,7 +43,7 @@ class _Command(click.Command):
 
 
 class _Commands(click.Group):
-    """Turns the package's errors, Ctrl-C and SIGTERM into one line on standard error and an exit code."""
+    """Turns errors of the package, Ctrl-C and SIGTERM into one line on standard error and an exit code."""
 
     command_class = _Command
 
@@ -89,14 +89,14 @@ def command_of(args: list[str]) -> str:
 
 
 def _end(words: str, exit_code: int) -> NoReturn:
-    """Say why on standard error, if that can be written, and exit."""
+    """Say why on standard error, if possible, and exit."""
     with contextlib.suppress(OSError, ValueError):
         click.echo(f"scialm-dask: {printable(words)}", err=True)
     sys.exit(exit_code)
 
 
 _COMPLETION = """\b
-Names of commands and options are completed by the Tab key after
+The Tab key completes names of commands and options after
   eval "$(_SCIALM_DASK_COMPLETE=bash_source scialm-dask)"
 in ~/.bashrc; zsh_source in ~/.zshrc, fish_source for fish."""
 
@@ -156,7 +156,7 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @click.option("--scheduler", metavar="ADDRESS", help="Compute on this running scheduler.")
-    @click.option("--scheduler-file", metavar="FILE", help="The same, found by the file that it has written.")
+    @click.option("--scheduler-file", metavar="FILE", help="Compute on the scheduler that has written this file.")
     @click.option("--cluster", metavar="KIND", help="Start local, slurm, pbs, sge or lsf workers.")
     @click.option("--workers", type=click.IntRange(min=1), help="Processes to start, or to wait for.")
     @click.option("--threads", type=click.IntRange(min=1), help="Threads of each worker, or of this process.")
@@ -212,7 +212,7 @@ def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--join", type=click.Choice(["inner", "outer"]), default="inner", help="Genes that all SRC have, or any.")
 @click.option("--layer", help="Take this layer alone, as X; raw for .raw.X.")
 @click.option("--genome", help="Take this genome of a 10x .h5 file that holds several.")
-@click.option("--prefix", help="How the names of the files in an MEX folder begin, such as GSM123_.")
+@click.option("--prefix", help="Prefix of the file names in an MEX folder, such as GSM123_.")
 @click.option("--rows", type=click.Choice(["cells", "genes"]), help="What the rows of a text file are.")
 @missing_chunks_option
 @overwrite_option
@@ -232,11 +232,11 @@ def convert(src: tuple[str, ...], dst: str, **options: Any) -> dict[str, Any]:
 @main.command(epilog="qc cells.zarr clean.zarr --min-genes 200 --max-mito 20 --min-cells 3")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
-@click.option("--min-genes", type=int, help="Least number of genes with counts, of a cell.")
-@click.option("--max-genes", type=int, help="Most genes with counts, of a cell.")
-@click.option("--max-mito", type=float, help="Most counts on mitochondrial genes, in percent of a cell.")
-@click.option("--mito-prefix", default="MT-", help="How their names or symbols begin, in capitals or not.")
-@click.option("--min-cells", type=int, help="Least number of kept cells with counts, of a gene.")
+@click.option("--min-genes", type=int, help="Fewest genes with counts in a cell.")
+@click.option("--max-genes", type=int, help="Most genes with counts in a cell.")
+@click.option("--max-mito", type=float, help="Most mitochondrial counts of a cell, in percent.")
+@click.option("--mito-prefix", default="MT-", help="Prefix of mitochondrial names or symbols, in either case.")
+@click.option("--min-cells", type=int, help="Fewest kept cells with counts of a gene.")
 @layer_option
 @missing_chunks_option
 @overwrite_option

@@ -198,8 +198,8 @@ def impute(
 @main.command(epilog="resume run1")
 @click.argument("folder", metavar="DIR")
 @click.argument("dst", metavar="[DST.zarr]", required=False)
-@click.option("--scratch", help="Instead of what the run was begun with.")
-@click.option("--memory-limit", help="Instead of what the run was begun with.")
+@click.option("--scratch", help="Where the working state is kept.  [default: as when the run began]")
+@click.option("--memory-limit", help="Most memory to use, such as 8GB.  [default: as when the run began]")
 @overwrite_option
 @cluster_options
 @functools.partial(reports, in_short=_in_short)
@@ -213,18 +213,17 @@ def resume(
     connected: Callable[[Listener], Any],
     listen: Listener,
 ) -> dict[str, Any]:
-    """Go on with `impute --checkpoint DIR` from its last whole checkpoint.
+    """Continue `impute --checkpoint DIR` from its last whole checkpoint.
 
-    The result is written where it was to be, or to DST.zarr, which must be given where that does not lie beside DIR.
-    Checkpoints are written to DIR again.
+    The result is written to the destination of that run, or to DST.zarr, which must be given if that destination is not
+    beside DIR. Further checkpoints are written to DIR.
     """
-    from scialm_dask.api import parse_limit
-    from scialm_dask.config import validated
+    from scialm_dask.config import bytes_of, validated
     from scialm_dask.data.store import check_output
     from scialm_dask.run.checkpointing import as_written, ended, source_of
     from scialm_dask.run.job import checkpoints_of, resume_run
 
-    limit = parse_limit(memory_limit)
+    limit = bytes_of("memory limit", memory_limit)
     with checkpoints_of(folder) as checkpoints:
         notes = checkpoints.notes()
         with as_written(folder):
@@ -364,7 +363,7 @@ def transform(
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="[DST.zarr]", required=False)
 @imputes
-@click.option("--preserve-zeros", is_flag=True, help="Count what finding biological zeros takes too.")
+@click.option("--preserve-zeros", is_flag=True, help="Include what finding biological zeros takes.")
 @cluster_options
 @reports
 @shows_progress
@@ -380,17 +379,16 @@ def plan(
 ) -> dict[str, Any]:
     """Say what imputing SRC will take, and whether it fits: memory, disk, passes, tasks, bytes and time.
 
-    Reads one block, to tell the time. With --scheduler or --cluster, on those workers. DST.zarr is not written; scratch
-    on disk would lie beside it.
+    One block is read, to estimate the time; with --scheduler or --cluster, on those workers. DST.zarr is not written:
+    it tells where scratch on disk would be.
     """
-    from scialm_dask.api import parse_limit
-    from scialm_dask.config import configured
+    from scialm_dask.config import bytes_of, configured
     from scialm_dask.config import preset as settings_of
     from scialm_dask.data.scratch import scratch_folder_for
     from scialm_dask.run.checkpointing import Job
     from scialm_dask.run.plan import plan
 
-    limit = parse_limit(configured("memory-limit", memory_limit))
+    limit = bytes_of("memory limit", configured("memory-limit", memory_limit))
     matrix, preset, settings, notes = choose(src)
     job = Job(matrix, settings_of(preset, **settings), configured("scratch", scratch), limit, scratch_folder_for(dst))
     with connected(listen):

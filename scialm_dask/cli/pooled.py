@@ -15,7 +15,7 @@ from scialm_dask.events import Listener, Note
 @click.option("--genes", type=int, help="Draw a design of this many genes and write it to P.csv.")
 @click.option("--pools", type=int, help="With --genes: number of pools.")
 @click.option("--per-gene", type=int, help="With --genes: balanced, each gene in this many pools.")
-@click.option("--density", type=float, default=0.25, help="With --genes: random, a gene is in a pool at this rate.")
+@click.option("--density", type=float, default=0.25, help="With --genes: random, a gene is in a pool by this chance.")
 @click.option("--names-of", metavar="SRC", help="With --genes: take the names of genes from SRC.")
 @click.option("--seed", type=int, default=0, help="Seed of the random draws.")
 @overwrite_option
@@ -124,7 +124,7 @@ def unpool(
 
 
 def _by_name(table: Any, names: Any) -> Any:
-    """Put the pools of a design into the order of `names`, if it has the same ones."""
+    """Return a design with its pools in the order of `names`, if it has the same ones."""
     table = table.set_axis(table.columns.astype(str), axis=1)
     same = names.is_unique and table.columns.is_unique and set(names) == set(table.columns)
     return table[names] if same else table

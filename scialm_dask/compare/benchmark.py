@@ -14,7 +14,6 @@ import dask
 import numpy as np
 from numpy.typing import NDArray
 
-from scialm_dask.api import parse_limit
 from scialm_dask.compare import clustering
 from scialm_dask.compare.experiments import (
     Experiment,
@@ -27,10 +26,8 @@ from scialm_dask.compare.experiments import (
     open_source,
 )
 from scialm_dask.compare.methods import (
-    METHODS,
     QUOTED,
     Contestant,
-    Method,
     Outcome,
     by_panels,
     contestants,
@@ -41,7 +38,7 @@ from scialm_dask.compare.methods import (
     watched_folder,
 )
 from scialm_dask.compare.peers import Task
-from scialm_dask.config import Interval, Natural, Share, checked
+from scialm_dask.config import Interval, Natural, Share, bytes_of, checked
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.metrics import METRICS, Scores, compare, compare_stored
@@ -67,7 +64,7 @@ _folder_in = partial(tempfile.TemporaryDirectory, None, None, ignore_cleanup_err
 
 @dataclass
 class Evaluation:
-    """What `evaluate_imputation` has found.
+    """What `evaluate_imputation` returns: scores of methods side by side.
 
     Parameters
     ----------
@@ -201,7 +198,7 @@ def evaluate_imputation(
     >>> list(found.scores["experiment"])
     ['masking']
     """
-    listed, limit = contestants(dict.fromkeys([*methods, "gene-mean"]), sweeps), parse_limit(memory_limit)
+    listed, limit = contestants(dict.fromkeys([*methods, "gene-mean"]), sweeps), bytes_of("memory limit", memory_limit)
     if not seeds:
         raise InputError("no seed is given; give one or more")
     if labels is not None:
@@ -233,7 +230,7 @@ def evaluate_imputation(
 
 @dataclass
 class _Bench:
-    """All methods on all experiments: what came out so far, and how much is left to do."""
+    """Runs all methods on all experiments; keeps what came out, and how much is left to do."""
 
     source: Source
     listed: list[Contestant]
@@ -258,7 +255,7 @@ class _Bench:
 
     def _expected(self, contestant: Contestant) -> float:
         m, n = self.source.matrix.shape
-        begin, rate = METHODS.get(contestant.method, Method("", "either", print)).seconds
+        begin, rate = find_method(contestant.method).seconds
         return min(begin + rate * m * n / 1e6, self.timeout or np.inf)
 
     def run(self, experiment: Experiment, place: str, *, first: bool) -> None:
@@ -361,7 +358,7 @@ class _Bench:
             self.add({**row, "dataset": f"{dataset}, as published", **scores})
 
     def evaluation(self) -> Evaluation:
-        """Put all that came out into tables."""
+        """Return everything as tables."""
         import pandas as pd
 
         names, tables = self.source.matrix.var.index, []

@@ -76,8 +76,8 @@ def summary_table(evaluation: Evaluation) -> pd.DataFrame:
     """Return `Evaluation.summary` with ARI and NMI where they are known, without scores that no row has."""
     table = evaluation.summary()
     if len(evaluation.clusters):
-        found = evaluation.clusters[[*("experiment", "share", "method", "setting"), *_CLUSTERS]]
-        table = table.merge(found, on=["experiment", "share", "method", "setting"], how="outer", sort=False)
+        same = ["experiment", "share", "method", "setting"]
+        table = table.merge(evaluation.clusters[[*same, *_CLUSTERS]], on=same, how="outer", sort=False)
         table["dataset"] = table["dataset"].fillna(evaluation.clusters["dataset"].iloc[0])
         table["status"] = table["status"].fillna("ok")
     empty = [name for name in table.columns if name not in KEY and table[name].isna().all()]
@@ -175,7 +175,7 @@ def figures_of(evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
 
 
 def _swept(scores: pd.DataFrame) -> list[str]:
-    """Fields that were swept over numbers."""
+    """Return the fields that were swept over numbers."""
     found = scores["setting"].str.extractall(r"(?:^| )(\w+)=[\d.e+-]+(?= |$)")
     return list(dict.fromkeys(found[0])) if len(found) else []
 

@@ -44,27 +44,8 @@ def mask(
     """Hide a share of the non-zeros of each gene, uniformly and without replacement.
 
     Of a gene with more than three non-zeros, ``int(count * fraction)`` are hidden. Which ones depends on the seed
-    alone, not on how the matrix is stored or cut.
-
-    Parameters
-    ----------
-    source
-        Whatever `ExpressionMatrix.open` reads.
-    destination
-        AnnData Zarr store to write: X without the hidden entries, ``layers["held_out"]`` with nothing else,
-        ``obs`` and ``var`` as they were. Other layers are left out.
-    fraction
-        Share to hide, between 0 and 1.
-    seed
-        Any integer.
-    layer
-        Read this layer instead of X.
-    missing_chunks_are_zeros
-        See `ExpressionMatrix.open`.
-    overwrite
-        Replace `destination` if it exists.
-    listen
-        Called with every event of the work; see `scialm_dask.events`.
+    alone, not on how the matrix is stored or cut. The AnnData Zarr store that is written has X without the hidden
+    entries, ``layers["held_out"]`` with nothing else, and ``obs`` and ``var`` as they were, but no other layers.
 
     Returns
     -------
@@ -112,15 +93,11 @@ def _split(
     seed: int,
     advance: Advance,
 ) -> None:
-    n_genes, before = matrix.shape[1], np.zeros_like(counts)
-    dtype = matrix.rows.read(0, 1).dtype
-    with (
-        CSRWriter(root, "X", n_columns=n_genes, dtype=dtype) as left,
-        CSRWriter(root, "layers/held_out", n_columns=n_genes, dtype=dtype) as held_out,
-    ):
+    before, kind = np.zeros_like(counts), {"n_columns": matrix.shape[1], "dtype": matrix.rows.read(0, 1).dtype}
+    with CSRWriter(root, "X", **kind) as left, CSRWriter(root, "layers/held_out", **kind) as held_out:
         for block in matrix.stream(as_stored=True):
             hidden = hidden_entries(block.indices, before, counts, n_hidden, seed)
-            before += np.bincount(block.indices, minlength=n_genes)
+            before += np.bincount(block.indices, minlength=len(counts))
             left.append(entries_where(block, ~hidden))
             held_out.append(entries_where(block, hidden))
             advance(1 / len(matrix.blocks))

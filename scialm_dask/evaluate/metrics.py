@@ -33,8 +33,8 @@ Doubles = NDArray[np.float64]
 class Scores:
     """Scores of recovered x against true y, by gene or another grouping of entries.
 
-    ``n``, ``mse``, ``mae``, ``pearson`` and ``cosine`` are arrays of shape (n_groups,), NaN where there is nothing to
-    tell: no entry, or a constant on either side. Scores of other entries of the same groups can be added.
+    ``n``, ``mse``, ``mae``, ``pearson`` and ``cosine`` are arrays of shape (n_groups,), NaN where they are not defined:
+    without entries, or for a constant. Scores of other entries of the same groups can be added.
 
     Parameters
     ----------
@@ -191,34 +191,20 @@ def gene_scores(truth: Any, recovered: Any) -> Scores:
 class Comparison(NamedTuple):
     """A recovered matrix against all entries of a target.
 
-    Attributes
-    ----------
-    genes
-        Scores of each gene.
-    zeros
-        Of the entries that were zero as given, as one group.
-    gene_correlation, cell_correlation
-        Across cells and across genes, shapes ``(n,)`` and ``(m,)``. NaN for genes and cells that are constant in the
-        target or without a count as given, whatever the method; 0 where an estimate is constant.
+    Correlations are NaN for genes and cells that are constant in the target or empty as given, whatever the method; 0
+    where an estimate is constant.
     """
 
     genes: Scores
-    zeros: Scores
-    gene_correlation: Doubles
-    cell_correlation: Doubles
+    zeros: Scores  # of the entries that were zero as given, as one group
+    gene_correlation: Doubles  # across cells, (n_genes,)
+    cell_correlation: Doubles  # across genes, (n_cells,)
 
 
 def compare(recovered: da.Array, target: ExpressionMatrix, given: ExpressionMatrix) -> Comparison:
-    """Compare with all entries of a matrix, zeros too, in one pass.
+    """Compare what was recovered from `given` with all entries of `target`, zeros too, in one pass.
 
-    Parameters
-    ----------
-    recovered
-        Cells × genes, dense chunks of whole rows.
-    target
-        What is to be recovered.
-    given
-        What it was recovered from.
+    `recovered` is cells × genes, in dense chunks of whole rows.
     """
     target = target.with_blocks(_blocks_of(recovered))
     given = given.with_blocks(target.blocks)
@@ -251,7 +237,7 @@ def compare_stored(recovered: da.Array, target: ExpressionMatrix) -> Scores:
 
 
 def _reduced(array: da.Array, visit: Callable[[Any, int], Any], combine: Callable[[Any, Any], Any]) -> Any:
-    """Visit chunks of whole rows, each with its number, and combine what comes of neighbours."""
+    """Call ``visit(rows, number)`` for each chunk of whole rows, and combine what neighbours return."""
     parts = [dask.delayed(visit, traverse=False)(rows, block) for block, rows in enumerate(array.to_delayed()[:, 0])]
     return tree_reduce(parts, combine).compute()
 
@@ -269,16 +255,8 @@ def score_held_out(
 ) -> dict[str, float]:
     """Score a result on hidden entries, beside the prediction of each gene's mean over its observed entries.
 
-    Parameters
-    ----------
-    result
-        Completed from `observed`. Its X is scored where it was written with one, its factors where not.
-    held_out
-        The entries that were hidden, with their true values.
-    observed
-        What was left, for the gene means.
-    listen
-        Called with every event of the work; see `scialm_dask.events`.
+    Its X is scored if it was written with one, else its factors. `held_out` has the true values of the hidden entries,
+    `observed` the others, from which the result was imputed.
 
     Returns
     -------
@@ -304,7 +282,7 @@ def score_held_out(
 
 
 def _pieces(result: Imputation, blocks: RowBlocks) -> list[Any]:
-    """Give the result of each block of cells: X, which is cut so, or else what makes it."""
+    """Return what is scored of each block of cells: its X, or what its entries are computed from."""
     if result.X is not None:
         read, stored = dask.delayed(ExpressionMatrix.read_block), dask.delayed(result.X, traverse=False)
         return [read(stored, block) for block in range(len(blocks))]

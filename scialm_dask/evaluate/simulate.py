@@ -34,24 +34,12 @@ _LOW, _S32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 @dataclass(frozen=True)
 class Programs:
-    """What is true of all cells.
+    """What is true of all cells."""
 
-    Parameters
-    ----------
-    expression
-        How each program spreads its molecules over the genes, shape ``(n_genes, rank)``; columns sum to 1.
-    types
-        Mean share of each program in each cell type, shape ``(n_types, rank)``; rows sum to 1.
-    type_shares
-        How frequent the types are, shape ``(n_types,)``.
-    library
-        Median number of molecules of a cell.
-    """
-
-    expression: NDArray[np.float32]
-    types: NDArray[np.float64]
-    type_shares: NDArray[np.float64]
-    library: float
+    expression: NDArray[np.float32]  # share of each gene in the molecules of each program, (n_genes, rank)
+    types: NDArray[np.float64]  # mean share of each program in each cell type, (n_types, rank)
+    type_shares: NDArray[np.float64]  # frequency of the types, (n_types,)
+    library: float  # median number of molecules of a cell
 
     @classmethod
     def draw(cls, n_genes: int, rank: int, density: float, seed: int) -> Programs:
@@ -68,7 +56,7 @@ class Programs:
         return cls(unit.expression, types, unit.type_shares, _library(sample @ unit.expression.T, density))
 
     def cells(self, group: int, seed: int) -> tuple[NDArray[np.int16], NDArray[np.float32], np.random.Generator]:
-        """Draw the types and left factors of one group of cells; give the generator for further draws too."""
+        """Draw the types and left factors of a group of cells; return the generator for further draws too."""
         rng = _generator(seed, group)
         types = rng.choice(len(self.types), _GROUP, p=self.type_shares)
         weights = rng.gamma(10 * self.types[types] + 0.02)
@@ -117,23 +105,9 @@ def simulate(
     and totals of cells are log-normal, as uneven as in real data. A cell's counts depend on the seed, its number
     and the other settings except the number of cells.
 
-    Parameters
-    ----------
-    destination
-        The store to write: X (int32 CSR), ``obs["cell_type"]``, ``obsm["true_left"]`` of shape ``(n_cells, rank)``
-        and ``varm["true_right"]`` of shape ``(n_genes, rank)``, float32.
-    n_cells, n_genes
-        Shape of the matrix.
-    density
-        Share of the counts that are not zero, on average.
-    rank
-        Number of expression programs.
-    seed
-        Any integer.
-    overwrite
-        Replace `destination` if it exists.
-    listen
-        Called with every event of the work; see `scialm_dask.events`.
+    The store has X (int32 CSR), ``obs["cell_type"]``, ``obsm["true_left"]`` of shape ``(n_cells, rank)`` and
+    ``varm["true_right"]`` of shape ``(n_genes, rank)``, float32. `rank` is the number of programs, `density` the mean
+    share of the counts that are not zero.
 
     Returns
     -------
@@ -197,19 +171,16 @@ def draw_cells(programs: Programs, tables: NDArray[np.uint32], span: tuple[int, 
     parts = []
     for group in range(start // _GROUP, -(-stop // _GROUP)):
         first, size = group * _GROUP, min(_GROUP, stop - group * _GROUP)
-        types, left, rng = programs.cells(group, seed)
-        n_molecules = rng.poisson(left)[:size]
+        of_types, factors, rng = programs.cells(group, seed)
+        n_molecules = rng.poisson(factors)[:size]
         total = int(n_molecules.sum())
         indices, data, indptr = np.empty(total, np.int32), np.empty(total, np.int32), np.zeros(size + 1, np.int64)
         _spread(n_molecules, tables, np.uint64(first), np.uint64(seed & _GENE_KEY), indices, data, indptr)
         stored = slice(0, int(indptr[-1]))
-        counts = sp.csr_matrix((data[stored].copy(), indices[stored].copy(), indptr), shape=(size, tables.shape[1]))
-        parts.append(_Cells(types[:size], left[:size], counts))
-    return _Cells(
-        np.concatenate([part.types for part in parts]),
-        np.concatenate([part.left for part in parts]),
-        sp.vstack([part.counts for part in parts], format="csr"),
-    )
+        drawn = sp.csr_matrix((data[stored].copy(), indices[stored].copy(), indptr), shape=(size, tables.shape[1]))
+        parts.append((of_types[:size], factors[:size], drawn))
+    types, left, counts = zip(*parts, strict=True)
+    return _Cells(np.concatenate(types), np.concatenate(left), sp.vstack(counts, format="csr"))
 
 
 @compiled()
@@ -246,12 +217,9 @@ def _spread(
 
 
 def _alias_tables(expression: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """Build a table for each program with which a gene is drawn in constant time (Walker's alias method).
+    """Return tables by which a gene is drawn in constant time (Walker's alias method), shape (rank, n_genes, 2).
 
-    Returns
-    -------
-    ndarray of uint32, shape (rank, n_genes, 2)
-        For each slot: its own gene is drawn below this threshold of 32 bits; from there on, this other gene.
+    Each slot has a threshold of 32 bits, below which its own gene is drawn, and the other gene.
     """
     share = expression.T.astype(np.float64)
     tables: NDArray[np.uint32] = _alias(share / share.sum(axis=1, keepdims=True))

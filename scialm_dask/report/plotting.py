@@ -77,7 +77,7 @@ _MOST_GROUPS = 10
 
 @contextmanager
 def style(colours: Mapping[str, str] = LIGHT, ground: str = "white") -> Iterator[None]:
-    """Set Matplotlib's style for the figures that are made within; a decorator too."""
+    """Set Matplotlib's style for the figures made within; also a decorator."""
     import matplotlib as mpl
 
     by_value: dict[Any, str] = {
@@ -120,13 +120,13 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def short_name(name: object) -> str:
-    """Return a name as figures show it: in letters that can be printed, cut where it is long."""
+    """Return a name as figures show it: printable, and cut if it is long."""
     letters = printable(str(name))
     return letters if len(letters) <= 32 else f"{letters[:31]}…"
 
 
 def _logarithmic(axis: Any) -> None:
-    """Make an axis logarithmic, with plain numbers at 1, 2 and 5, or where these would be many at 1 alone."""
+    """Make an axis logarithmic, with plain numbers at 1, 2 and 5, or over more than 60-fold at 1 alone."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     def words(value: float, _: int) -> str:
@@ -173,7 +173,7 @@ def known_curves(history: pd.DataFrame) -> tuple[dict[str, str], dict[str, str]]
 
 
 def curves(history: pd.DataFrame, names: Mapping[str, str], kept: int | None) -> Draw:
-    """Return what draws columns of the history over the iterations, with a mark at the one that was kept."""
+    """Return a function that draws columns of a history over the iterations, with a mark at the one kept."""
     iterations = history.get("iteration", np.arange(1, len(history) + 1))
 
     def draw(axes: Any, colours: Mapping[str, str]) -> None:
@@ -191,7 +191,7 @@ def curves(history: pd.DataFrame, names: Mapping[str, str], kept: int | None) ->
 
 
 def _scale(axes: Any, values: NDArray[np.float64]) -> None:
-    """Make the y axis logarithmic over some decades, else start at zero, unless the values are all alike."""
+    """Make the y axis logarithmic if values differ 30-fold, else let it start at 0 unless they are alike."""
     finite = values[np.isfinite(values)]
     if finite.min() > 0 and finite.max() > _MANY_DECADES * finite.min():
         _logarithmic(axes.yaxis)
@@ -202,7 +202,7 @@ def _scale(axes: Any, values: NDArray[np.float64]) -> None:
 
 
 def singular_values(values: NDArray[np.float64], weights: NDArray[np.float64]) -> Draw:
-    """Return what draws the singular values, and what was kept of each if there is a weight for each."""
+    """Return a function that draws the singular values, and if each has a weight, what was kept of it."""
     numbers, weighted = np.arange(1, len(values) + 1), len(weights) == len(values)
     kept = np.where(weights > 0, values * weights, np.nan) if weighted else values
 
@@ -231,7 +231,7 @@ def convergence(result: Imputation, title: str = "") -> Figure:
 
 
 def inflation(ratios: NDArray[np.float64]) -> Draw:
-    """Return what draws how many genes have which ratio of the imputed to the observed mean."""
+    """Return a function that draws the histogram of genes by the ratio of imputed to observed mean."""
     from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     def draw(axes: Any, colours: Mapping[str, str]) -> None:
@@ -272,7 +272,7 @@ class Colouring(NamedTuple):
 
 
 def cells(points: NDArray[np.float64], shares: tuple[float, float], colouring: Colouring) -> Draw:
-    """Return what scatters cells on two principal components, which hold these shares of the variance."""
+    """Return a function that draws cells on two principal components with these shares of the variance."""
     from matplotlib.colors import LinearSegmentedColormap
 
     def draw(axes: Any, colours: Mapping[str, str]) -> None:
@@ -294,7 +294,7 @@ def cells(points: NDArray[np.float64], shares: tuple[float, float], colouring: C
 
 
 def _title(column: str, words: str, less: str, more: str) -> str:
-    """Return the title of a panel, which says in which direction scores are better."""
+    """Return the title of a panel, with the direction in which scores are better."""
     better = "best: 1" if column == "mean_ratio" else less if column in _LESS_IS_BETTER else more
     return f"{words}\n{better}"
 
@@ -304,7 +304,7 @@ def _colour_of(method: str) -> str:
 
 
 def _is_spread(values: pd.Series) -> bool:
-    """Tell whether numbers over zero are so unequal that a logarithmic axis is needed."""
+    """Tell whether positive numbers are so unequal that a logarithmic axis is needed."""
     known = values[values > 0]
     return len(known) > 0 and float(known.max()) > 5 * float(known.min())
 

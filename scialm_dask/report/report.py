@@ -225,7 +225,7 @@ def _about_levels(result: Imputation, compared: Comparison) -> str:
 
 
 def _about_cells(result: Imputation, compared: Comparison, color: str | None) -> dict[str, Any]:
-    """Return what the sections on single genes and cells say."""
+    """Return what the template shows of single genes and cells."""
     import pandas as pd
 
     k, m = len(compared.cells), result.shape[0]
