@@ -59,7 +59,7 @@ class Settings:
     rank_policy : {"adaptive", "paper"}, default="adaptive"
         ``"paper"``: equation 13. ``"adaptive"``: every singular value over the threshold.
     stop : {"held-out", "residual"}, default="held-out"
-        ``"residual"``: when ‖P_Ω(D − A)‖ / ‖D‖ < ε, as published. ``"held-out"``: when the error on a small hidden
+        ``"residual"``: when ‖P_Ω(D − A)‖ / ‖D‖ < ε, D and A as scaled. ``"held-out"``: when the error on a small hidden
         share of the observed entries has not fallen for `patience` iterations; the best iterate is kept.
     epsilon : float in (0, 1), default=1e-4
         The residual ε to stop at.

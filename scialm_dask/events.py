@@ -41,7 +41,7 @@ class Iteration(Event):
     iteration: int  # from 1, as in the paper
     rank: int  # svp, the number of singular values over the threshold that were kept
     threshold: float  # 1/μ
-    residual: float  # ‖P_Ω(D − A)‖ / ‖D‖
+    residual: float  # ‖P_Ω(D − A)‖ / ‖D‖, of the scaled matrix
     held_out: float  # the same over the held-out entries; NaN if there are none
     passes: int  # over the data so far
 

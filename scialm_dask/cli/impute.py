@@ -41,7 +41,7 @@ _OPTIONS = (
         help="finite: zeros are values, NaN is missing.",
     ),
     click.option("--stop", type=click.Choice(["residual", "held-out"]), help="When to stop.  [default: by preset]"),
-    click.option("--epsilon", type=float, help="Residual to stop at.  [default: 1e-4]"),
+    click.option("--epsilon", type=float, help="Residual of the scaled matrix to stop at.  [default: 1e-4]"),
     click.option("--validation", type=float, help="Share hidden to know when to stop.  [default: 0.02]"),
     click.option("--max-iterations", type=int, help="Most iterations.  [default: 1000]"),
     click.option(

@@ -163,7 +163,7 @@ def _tiles(result: Imputation) -> Iterator[tuple[str, str, str]]:
     if known.get("held_out_error") is not None:
         yield "Held-out error", f"{known['held_out_error']:.3f}", "relative, at the kept iteration"
     elif known.get("residual") is not None and "unseen" not in known:
-        yield "Residual", f"{known['residual']:.3g}", "relative, on observed entries"
+        yield "Residual", f"{known['residual']:.3g}", "relative, on observed entries as scaled"
     if (ratio := result.mean_ratio) is not None:
         yield "Imputed ÷ observed", f"{ratio:.2f}×", f"ratio of the means{', of X' if known.get('X') else ''}"
     if "seconds" in known:

@@ -171,6 +171,7 @@ def test_results_of_other_kinds(tmp_path, strange):
         assert words in page.text
         assert f"{kind.shape[0]:,} cells × {kind.shape[1]:,} genes" in page.text
         assert [fact for fact in told["warnings"] if fact not in page.text] == []
+    assert "relative, on observed entries as scaled" in page.text
 
 
 def test_a_denoised_result(result, strange, tmp_path):
