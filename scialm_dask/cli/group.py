@@ -176,7 +176,7 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is at the destination.")
 layer_option = click.option("--layer", help="Read this layer instead of X; raw for .raw.X.")
 missing_chunks_option = click.option(
     "--missing-chunks-are-zeros", is_flag=True, help="Read absent chunks of a dense Zarr as zeros; else refuse."
