@@ -32,7 +32,7 @@ from scialm_dask.api import impute
 from scialm_dask.compare import peers
 from scialm_dask.compare.peers import Task
 from scialm_dask.config import Settings, preset
-from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.csr import RowBlocks
 from scialm_dask.errors import InputError
 from scialm_dask.imputation import Imputation
 from scialm_dask.reduction import stacked

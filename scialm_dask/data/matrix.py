@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from scialm_dask.config import checked
 from scialm_dask.data.annotation import Annotation, AnnotationHere, read_annotation
-from scialm_dask.data.csr import Observed, check_size, check_values, finite_entries, held_array, unmasked
+from scialm_dask.data.csr import Observed, RowBlocks, check_size, check_values, finite_entries, held_array, unmasked
 from scialm_dask.data.formats import locate
-from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.rows import MemoryRows, RenamedRows, Rows, Stamp, blocks_of, check_chunks, sum_duplicates
 from scialm_dask.data.store import lasting, open_store, readable
 from scialm_dask.data.temporary import check_seen, computed, spill_to_csr, temporary_csr
@@ -222,7 +221,7 @@ class ExpressionMatrix:
 
         Examples
         --------
-        >>> whole = matrix.with_blocks(scialm_dask.data.layout.RowBlocks((0, 4)))
+        >>> whole = matrix.with_blocks(scialm_dask.data.csr.RowBlocks((0, 4)))
         """
         return replace(self, blocks=blocks)
 

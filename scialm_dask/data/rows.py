@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from zarr.core.sync import sync
 
 from scialm_dask.data.arrays import MOST_MISSING, is_checksummed, missing_chunks, n_chunks, read_span
-from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.csr import RowBlocks
 from scialm_dask.data.remote import RemoteStore, is_url
 from scialm_dask.data.store import open_store, readable
 from scialm_dask.errors import InputError

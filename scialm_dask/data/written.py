@@ -16,8 +16,7 @@ import zarr
 from numpy.typing import NDArray
 
 from scialm_dask.data.arrays import new_array, set_encoding
-from scialm_dask.data.csr import CHUNK_ROWS, CHUNK_VALUES, row_of
-from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.csr import CHUNK_ROWS, CHUNK_VALUES, RowBlocks, row_of
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.temporary import is_seen
 from scialm_dask.events import Advance

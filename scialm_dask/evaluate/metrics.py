@@ -12,8 +12,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import aligned, as_dask, axes_of, match_names
-from scialm_dask.data.csr import row_of
-from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.csr import RowBlocks, row_of
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Stage, silent

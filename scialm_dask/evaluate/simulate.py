@@ -17,8 +17,8 @@ from scialm_dask.data.csr import CSRWriter
 from scialm_dask.data.store import atomic_store, check_output
 from scialm_dask.errors import InputError
 from scialm_dask.events import Advance, Listener, begin, silent
-from scialm_dask.linalg.compiled import compiled
 from scialm_dask.linalg.random import mixed
+from scialm_dask.linalg.sparse_products import compiled
 from scialm_dask.reduction import in_order
 
 _GROUP = 256  # cells whose factors are drawn together; part of what a seed means

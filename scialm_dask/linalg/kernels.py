@@ -14,8 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scialm_dask.linalg.compiled import compiled
-from scialm_dask.linalg.sparse_products import sddmm, spmm, spmm_t
+from scialm_dask.linalg.sparse_products import compiled, sddmm, spmm, spmm_t
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

@@ -6,7 +6,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from scialm_dask.linalg.compiled import compiled
+from scialm_dask.linalg.sparse_products import compiled
 
 Float = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr
 
-from scialm_dask.linalg.compiled import compiled
+from scialm_dask.linalg.sparse_products import compiled
 
 _NEVER_HIDDEN = 3  # columns with no more entries keep them all
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scialm_dask.linalg.compiled import compiled
 from scialm_dask.linalg.kernels import Doubles, Floats
+from scialm_dask.linalg.sparse_products import compiled
 
 _jit = compiled(boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
 

@@ -10,6 +10,8 @@ longer than it saves. Columns must ascend within each row of the pattern.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,9 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, models, register_model
 from numpy.typing import NDArray
-
-from scialm_dask.linalg.compiled import compiled
 
 Floats = NDArray[np.float32]
 Pattern = NDArray[np.integer]
@@ -30,6 +31,41 @@ _ROW_ENTRIES = 256  # that a tile meets in a row on average, at least: each row 
 _FEW = 16  # entries for each row of Q, under which they are visited without tiles: measured with 48 to 200 columns
 _GATHER, _SCATTER, _SAMPLED = range(3)
 _FAST = ("reassoc", "contract", "nsz")
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """A cache that drops files that cannot be read, such as those cut short by a full disk, and writes what it can."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # whatever unpickling raises
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)
+
+
+def compiled(**options: Any) -> Callable[[Any], Any]:
+    """Return a decorator that compiles a function, without the interpreter lock, when it is called first.
+
+    Parameters
+    ----------
+    **options
+        Of `numba.njit`.
+    """
+
+    def decorate(function: Any) -> Any:
+        dispatcher = numba.njit(nogil=True, **options)(function)
+        with contextlib.suppress(RuntimeError):  # neither the package's folder nor the home can be written
+            dispatcher._cache = _Cache(function)
+        return dispatcher
+
+    return decorate
+
 
 _jit = compiled(boundscheck=False)
 _jit_fast = compiled(boundscheck=False, fastmath=set(_FAST))

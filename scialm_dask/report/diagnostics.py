@@ -11,8 +11,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import aligned
-from scialm_dask.data.csr import row_of
-from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.csr import RowBlocks, row_of
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.events import Advance, Listener, begin, silent
 from scialm_dask.imputation import Imputation

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scialm_dask import __version__
 from scialm_dask.config import Settings, short_repr, validated
 from scialm_dask.data.checkpoint import ArrayFolder, Checkpoint, Checkpoints, Piece
-from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.csr import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.rows import fingerprint
 from scialm_dask.data.store import lasting

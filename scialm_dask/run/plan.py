@@ -18,7 +18,7 @@ from dask.utils import format_bytes
 from scialm_dask.config import Settings
 from scialm_dask.data.annotated import storable_annotation
 from scialm_dask.data.annotation import Annotation
-from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.csr import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.rows import chunk_bytes
 from scialm_dask.data.scratch import scratch_folder_for

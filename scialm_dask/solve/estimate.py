@@ -18,8 +18,7 @@ import scipy.sparse as sp
 from dask.delayed import Delayed
 from numpy.typing import NDArray
 
-from scialm_dask.data.csr import row_of
-from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.csr import RowBlocks, row_of
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.linalg.kernels import PANEL_VALUES, Block, Doubles, Floats, sampled_product
 from scialm_dask.linalg.operator import Product

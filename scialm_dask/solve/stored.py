@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from scialm_dask.data.annotated import aligned
 from scialm_dask.data.annotation import StoredAnnotation, new_anndata, read_annotation
 from scialm_dask.data.arrays import check_whole, write_element
-from scialm_dask.data.csr import CSRWriter
+from scialm_dask.data.csr import CSRWriter, RowBlocks
 from scialm_dask.data.formats import locate
-from scialm_dask.data.layout import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.rows import fingerprint

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.data.annotation import total_counts
-from scialm_dask.data.csr import Observed
-from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.csr import Observed, RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, silent

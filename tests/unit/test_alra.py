@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from threadpoolctl import threadpool_limits
 
 from scialm_dask import ExpressionMatrix, Imputation, InputError, biological_zeros, impute
-from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.csr import RowBlocks
 from scialm_dask.report.diagnostics import compare, warnings_of
 from scialm_dask.solve.biological_zeros import spectral_gap_rank
 

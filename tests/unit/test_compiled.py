@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import numpy as np
-from scialm_dask.linalg.compiled import compiled
+from scialm_dask.linalg.sparse_products import compiled
 
 @compiled()
 def doubled(x):

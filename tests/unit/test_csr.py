@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from scialm_dask.data.csr import entries_where, row_of, scaled_rows
-from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.csr import RowBlocks, entries_where, row_of, scaled_rows
 
 
 def test_rows_of_entries(counts):

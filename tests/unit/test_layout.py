@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.csr import RowBlocks
 
 
 def covers(blocks, n_rows):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.csr import RowBlocks
 from scialm_dask.errors import InputError
 from scialm_dask.evaluate.mask import mask
 from scialm_dask.linalg.random import n_to_hide

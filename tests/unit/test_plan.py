@@ -17,7 +17,7 @@ from dask.utils import parse_bytes
 from scialm_dask import ExpressionMatrix, impute, resume
 from scialm_dask.config import bytes_of, preset
 from scialm_dask.data.annotation import Annotation
-from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.csr import RowBlocks
 from scialm_dask.data.rows import MemoryRows, chunk_bytes, reordered
 from scialm_dask.errors import DoesNotFitError, InputError, StoppedError
 from scialm_dask.run.checkpointing import Checkpointing, Job

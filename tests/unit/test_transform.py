@@ -9,7 +9,7 @@ import scipy.sparse as sp
 from problems import low_rank_counts
 
 from scialm_dask import ExpressionMatrix, Imputation, InputError, impute
-from scialm_dask.data.layout import RowBlocks
+from scialm_dask.data.csr import RowBlocks
 from scialm_dask.events import Note
 from scialm_dask.report.diagnostics import warnings_of
 
