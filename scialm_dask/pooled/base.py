@@ -133,30 +133,25 @@ class Measurements:
             )
         return cls(array.rechunk({1: -1}))
 
-    @property
-    def starts(self) -> list[int]:
-        """First cell of each block."""
-        return [0, *np.cumsum(self.array.chunks[0])[:-1].tolist()]
+    def visits(
+        self, function: Callable[..., Any], *settings: Any, states: Sequence[Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """Return `function([state,] block, start, *settings)` of each block, delayed; `start` is its first cell."""
+        blocks, starts = self.array.to_delayed()[:, 0], [0, *np.cumsum(self.array.chunks[0])[:-1].tolist()]
+        rows = zip(*(() if states is None else (states,)), blocks, starts, strict=True)
+        call, shared = dask.delayed(function, **kwargs), [dask.delayed(each, traverse=False) for each in settings]
+        return [call(*row, *shared) for row in rows]
 
-    def blocks(self) -> list[Any]:
-        """Return the blocks as delayed objects."""
-        return list(self.array.to_delayed()[:, 0])
-
-    def total(self, visit: Callable[..., Sums], *settings: Any) -> Sums:
-        """Call `visit(block, start, *settings)` once for every block, and add up what it returns."""
-        shared = [dask.delayed(setting, traverse=False) for setting in settings]
-        visit = dask.delayed(visit, pure=False)
-        parts = [visit(block, start, *shared) for block, start in zip(self.blocks(), self.starts, strict=True)]
+    def total(self, function: Callable[..., Sums], *settings: Any, states: Sequence[Any] | None = None) -> Sums:
+        """Add up what `visits` return."""
+        parts = self.visits(function, *settings, states=states, pure=False)
         return tree_reduce(parts, add_sums).compute()  # type: ignore[no-any-return]
 
     def map(
         self, function: Callable[..., Float], width: int, *settings: Any, states: Sequence[Any] | None = None
     ) -> da.Array:
-        """Return `function([state,] block, start, *settings)` of each block, lazy, cells × width."""
-        shared = [dask.delayed(setting, traverse=False) for setting in settings]
-        function = dask.delayed(function, pure=True)
-        columns: list[Any] = [self.blocks(), self.starts] if states is None else [states, self.blocks(), self.starts]
-        pieces = [function(*row, *shared) for row in zip(*columns, strict=True)]
+        """Return what `visits` return as a lazy array, cells × width."""
+        pieces = self.visits(function, *settings, states=states, pure=True)
         return stacked(pieces, self.array.chunks[0], width, np.float64)
 
 

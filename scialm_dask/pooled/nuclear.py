@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import dask
@@ -157,14 +157,12 @@ class BlockIterate:
         self, measured: Measurements, P: Float, delta: float, scale: float, C: Float, start: PooledResult | None
     ) -> None:
         self.measured, self.P, self.delta, self.scale = measured, P, delta, scale
-        begin = dask.delayed(begin_block, pure=False)
         if start is None:
-            firsts, matrix = measured.blocks(), C / scale
+            firsts, matrix = measured, C / scale
         else:
-            firsts = Measurements(start.left.rechunk({0: measured.array.chunks[0], 1: -1})).blocks()
+            firsts = Measurements(start.left.rechunk({0: measured.array.chunks[0], 1: -1}))
             matrix = start.right.T / scale
-        shared = dask.delayed(matrix, traverse=False)
-        self.states = list(dask.persist(*(begin(first, shared, P.shape[1]) for first in firsts)))
+        self.states = list(dask.persist(*firsts.visits(begin_block, matrix, P.shape[1], pure=False)))
 
     def solve(self, tol: float, max_iterations: int, listen: Listener) -> PooledResult:
         """Iterate, move the last iterate into the feasible set, and factor it."""
@@ -186,20 +184,13 @@ class BlockIterate:
 
     def advance(self, iteration: AdmmStep) -> Sums:
         """Do one iteration on all cells: one pass over D."""
-        shared = dask.delayed(iteration, traverse=False)
-        task = dask.delayed(advance_block, nout=2, pure=False)
-        parts = [task(*each, self.scale, shared) for each in self._rows()]
-        total = tree_reduce([sums for _, sums in parts], add_sums)
-        *self.states, total = dask.persist(*(state for state, _ in parts), total)
+        visits = self.measured.visits(advance_block, self.scale, iteration, states=self.states, pure=False, nout=2)
+        total = tree_reduce([sums for _, sums in visits], add_sums)
+        *self.states, total = dask.persist(*(state for state, _ in visits), total)
         return total.compute()  # type: ignore[no-any-return]
 
     def _judge(self, settings: Move) -> Sums:
-        shared = dask.delayed(settings, traverse=False)
-        task = dask.delayed(judge_block, pure=False)
-        return tree_reduce([task(*each, self.scale, shared) for each in self._rows()], add_sums).compute()  # type: ignore[no-any-return]
-
-    def _rows(self) -> Iterator[tuple[Any, Any, int]]:
-        return zip(self.states, self.measured.blocks(), self.measured.starts, strict=True)
+        return self.measured.total(judge_block, self.scale, settings, states=self.states)
 
     def _result(self, settings: Move, sums: Sums) -> PooledResult:
         found, scale, misfit = settings[0], self.scale, float(np.sqrt(sums["misfit"]))
@@ -233,18 +224,22 @@ def visit_gram(block: Any, start: int) -> Sums:
 
 
 def visit_linear(block: Any, start: int, C: Float, P: Float, scale: float) -> Sums:
-    """Return the number of negative entries of X = D C, its misfit and its Gram."""
+    """Return what `judged` does of X = D C."""
     D = dense_block(block, start) / scale
+    return judged(((rows, D[rows] @ C) for rows in batches(len(D))), D, P)
+
+
+def judged(pieces: Iterable[tuple[slice, Float]], D: Float, P: Float) -> Sums:
+    """Return the Gram of some rows of X, their misfit, and the number of negative entries."""
     sums: Sums = {"XX": np.zeros((len(P), len(P))), "misfit": 0.0, "negative": 0}
-    for rows in batches(len(D)):
-        X = D[rows] @ C
+    for rows, X in pieces:
         sums["negative"] += int(np.sum(-1e-12 * np.abs(X).max(axis=1, keepdims=True) > X))
         sums["misfit"] += np.sum((X @ P - D[rows]) ** 2)
         sums["XX"] += X.T @ X
     return sums
 
 
-def begin_block(block: Any, matrix: Float, pools: int) -> State:
+def begin_block(block: Any, _: int, matrix: Float, pools: int) -> State:
     """Begin at the non-negative part of block · matrix."""
     values = block.toarray() if hasattr(block, "toarray") else block
     return start_state(np.maximum(values @ matrix, 0.0), pools)
@@ -262,21 +257,21 @@ def move_in(state: State, D: Float, found: Solution, projection: Projection, sha
     return projection.nearest(Z, np.zeros_like(R), D - R)[0]
 
 
-def judge_block(state: State, block: Any, start: int, scale: float, settings: Move) -> Sums:
-    """Return the Gram and the misfit of the final X of a block."""
-    D, P = dense_block(block, start) / scale, settings[1].P
-    sums: Sums = {"XX": np.zeros((len(P), len(P))), "misfit": 0.0}
+def moved(state: State, D: Float, settings: Move) -> Iterator[tuple[slice, Float]]:
+    """Yield the final X of a block, some rows at a time; see `move_in`."""
     for rows in batches(len(D)):
-        X = move_in((state[0][rows], state[1][rows]), D[rows], *settings)
-        sums["XX"] += X.T @ X
-        sums["misfit"] += np.sum((X @ P - D[rows]) ** 2)
-    return sums
+        yield rows, move_in((state[0][rows], state[1][rows]), D[rows], *settings)
+
+
+def judge_block(state: State, block: Any, start: int, scale: float, settings: Move) -> Sums:
+    """Return what `judged` does of the final X of a block."""
+    D = dense_block(block, start) / scale
+    return judged(moved(state, D, settings), D, settings[1].P)
 
 
 def final_factors(state: State, block: Any, start: int, scale: float, settings: Move, right: Float) -> Float:
     """Return the left factor of a block, in units of D."""
-    D = dense_block(block, start) / scale
-    lefts = (move_in((state[0][rows], state[1][rows]), D[rows], *settings) @ right for rows in batches(len(D)))
+    lefts = [X @ right for _, X in moved(state, dense_block(block, start) / scale, settings)]
     return scale * np.concatenate([np.empty((0, right.shape[1])), *lefts])
 
 
