@@ -19,7 +19,7 @@ import scanpy as sc
 import scipy.sparse as sp
 import zarr
 
-from scialm_dask.data import csr, layout, temporary, text
+from scialm_dask.data import csr, temporary, text
 from scialm_dask.data.ingest import convert
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.qc import quality_control
@@ -40,7 +40,7 @@ def same(a, b):
 def small_pieces(monkeypatch):
     """Sizes at which a small matrix takes many blocks, pieces, buckets and chunks."""
     for module, name, value in (
-        (layout, "_LEAST_NONZEROS", 100),
+        (csr, "_LEAST_NONZEROS", 100),
         (csr, "CHUNK_VALUES", 512),
         (csr, "CHUNK_ROWS", 50),
         (temporary, "_PIECE", 100),
@@ -413,8 +413,8 @@ def test_a_full_disk(store_of, tmp_path, form, command):
 INTERRUPT = """
 import os, signal, sys
 from scialm_dask.__main__ import main
-from scialm_dask.data import csr, layout
-layout._LEAST_NONZEROS = 100
+from scialm_dask.data import csr
+csr._LEAST_NONZEROS = 100
 append, calls = csr.CSRWriter.append, []
 def interrupted(self, rows):
     calls.append(1)
@@ -464,8 +464,8 @@ def test_progress_adds_up(counts, store_of, tmp_path, small_pieces, source):
 
 @pytest.mark.parametrize("form", ["csr", "csc", "mex"])
 def test_memory_does_not_grow_with_cells(tmp_path, monkeypatch, store_of, form):
-    monkeypatch.setattr(layout, "_MOST_NONZEROS", 50_000)
-    monkeypatch.setattr(layout, "_LEAST_NONZEROS", 50_000)
+    monkeypatch.setattr(csr, "_MOST_NONZEROS", 50_000)
+    monkeypatch.setattr(csr, "_LEAST_NONZEROS", 50_000)
     monkeypatch.setattr(temporary, "_PIECE", 50_000)
     monkeypatch.setattr(temporary, "_BUCKET", 100_000)
     monkeypatch.setattr(text, "_PIECE", 50_000)
