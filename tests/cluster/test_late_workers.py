@@ -46,7 +46,7 @@ def plugins(client):
     return [name for name in names if name.startswith("scialm")]
 
 
-@pytest.mark.parametrize("kind", ["memory", "zarr"])
+@pytest.mark.parametrize("kind", ["memory", pytest.param("zarr", marks=pytest.mark.slow)])
 def test_a_worker_that_comes_late_gets_half_the_blocks(cluster, client, store_of, tmp_path, kind):
     matrix = ExpressionMatrix.open(store_of(COUNTS), blocks=6)
     client.register_plugin(faults.Faults(VISIT, tmp_path / "calls", {}, each=True))

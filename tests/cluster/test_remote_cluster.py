@@ -32,6 +32,7 @@ def client(bucket, monkeypatch):
         yield connected
 
 
+@pytest.mark.slow
 def test_processes_share_a_bucket_that_fails(client, bucket, store_of, tmp_path):
     path = store_of(low_rank_counts(160, 90, density=0.5, seed=3))
     convert(path, "s3://bucket/in.zarr")

@@ -21,6 +21,7 @@ def _may_mount():
         pytest.skip("no mount namespace may be made here")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_may_mount")
 @pytest.mark.parametrize("command", ["convert", "impute"])
 def test_a_disk_that_fills_up_has_a_whole_result_or_none(store_of, tmp_path, command):

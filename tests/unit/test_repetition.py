@@ -25,7 +25,8 @@ def test_runs_killed_at_random_moments_end_as_one_left_alone(preset, kills):
     assert int(done.stdout.splitlines()[-1].split()[0]) >= kills
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 10))
 def test_a_bucket_that_fails_at_random_changes_nothing(bucket, store_of, seed):
     """One request in thirty: source, checkpoints and result lie there."""
     rng, path = np.random.default_rng(seed), store_of(low_rank_counts(160, 90, density=0.5, seed=3))
