@@ -211,7 +211,8 @@ def pool_report(pools: ArrayLike) -> PoolReport:
     rank = int(np.sum(singular > singular[0] * max(P.shape) * np.finfo(float).eps))
     _, copies = np.unique(P, axis=0, return_counts=True)
     return PoolReport(
-        *P.shape,
+        P.shape[0],
+        P.shape[1],
         rank,
         (int(per_gene.min()), int(per_gene.max())),
         (int(per_pool.min()), int(per_pool.max())),
