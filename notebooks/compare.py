@@ -20,22 +20,23 @@ HERE = Path(__file__).resolve().parent / "compared"
 METHODS = "denoise,complete,paper,magic,scvi,alra,knn,softimpute"
 ABOUT = """# Methods side by side
 
-`notebooks/compare.py` makes these tables. For your own cells, run `scialm-dask evaluate SRC compared --methods all --labels
-COLUMN`.
+`notebooks/compare.py` makes these tables. For your own cells, run `scialm-dask evaluate SRC compared --methods all
+--labels COLUMN`.
 
-Every method sees the same cells with the same entries hidden, in a separate process. Methods for counts get counts. All are
-scored on normalised counts, with one seed. Times are from two cores of a busy machine, good for orders of magnitude. kNN
-smoothing, ALRA and softImpute are implemented from their papers; MAGIC 3.0.0 and scVI (scvi-tools 1.4.2, at most 100 epochs)
-are the authors' programs.
+Every method sees the same cells with the same entries hidden, in a separate process. Methods for counts get counts.
+All are scored on normalised counts, with one seed. Times are from two cores of a busy machine, good for orders of
+magnitude. kNN smoothing, ALRA and softImpute are implemented from their papers; MAGIC 3.0.0 and scVI (scvi-tools
+1.4.2, at most 100 epochs) are the authors' programs.
 
 How to read the tables:
 
-- **Truth** and **unseen molecules** score all entries, zeros included. *r over cells, median gene* tells whether a gene varies
-  between cells as it should. The relative error hardly shows that, because a few highly expressed genes dominate it. Genes
-  and cells that are constant in the truth or empty in the input are left out for all methods; a constant estimate of the
-  others counts as 0.
+- **Truth** and **unseen molecules** score all entries, zeros included. *r over cells, median gene* tells whether a
+  gene varies between cells as it should. The relative error hardly shows that, because a few highly expressed genes
+  dominate it. Genes and cells that are constant in the truth or empty in the input are left out for all methods; a
+  constant estimate of the others counts as 0.
 - **Hidden non-zeros** score only entries that are known not to be zero, and so reward methods that inflate.
-- **Clusters**: every method gets as many clusters as there are types, by k-means and by Leiden with a searched resolution.
+- **Clusters**: every method gets as many clusters as there are types, by k-means and by Leiden with a searched
+  resolution.
 
 The cells:
 
