@@ -201,7 +201,7 @@ def test_the_command_writes_tables_and_figures(cli, path, tmp_path):
         (["--methods", "magick"], "no method is called 'magick'"),
         (["--methods", "json:nothing"], "cannot be imported"),
         (["--mask", "1.5"], "between 0 and 1"),
-        (["--mask", "much"], "numbers with commas"),
+        (["--mask", "much"], "numbers separated by commas"),
         (["--sweep", "rank=3"], "give field=value"),
         (["--sweep", "increment=10,x"], "give values of increment"),
         (["--sweep", "increment=0"], "give a whole number of at least 1"),
