@@ -20,21 +20,23 @@ HERE = Path(__file__).resolve().parent / "compared"
 METHODS = "denoise,complete,paper,magic,scvi,alra,knn,softimpute"
 ABOUT = """# Methods side by side
 
-Made by `notebooks/compare.py`; of your cells by `scialm-dask evaluate SRC compared --methods all --labels COLUMN`.
+`notebooks/compare.py` makes these tables. For your own cells, run `scialm-dask evaluate SRC compared --methods all
+--labels COLUMN`.
 
-Every method gets the same rest of the same cells, in a process of its own, from counts where it takes counts; all are
-scored on normalised counts, once (one seed). Seconds are those of two cores of a busy machine and tell orders of
-magnitude. kNN smoothing, ALRA and softImpute are written from their papers; MAGIC 3.0.0 and scVI (scvi-tools 1.4.2, at
-most 100 epochs) are their authors'.
+Every method sees the same cells with the same entries hidden, in a separate process. Methods for counts get counts.
+All are scored on normalised counts, with one seed. Times are from two cores of a busy machine, good for orders of
+magnitude. kNN smoothing, ALRA and softImpute are implemented from their papers; MAGIC 3.0.0 and scVI (scvi-tools
+1.4.2, at most 100 epochs) are the authors' programs.
 
-How to read it:
+How to read the tables:
 
-- **A truth** and **unseen molecules** test all entries, zeros too. *r over cells, median gene* asks whether a gene
-  differs between cells as it should, which the relative error hardly sees: the genes of most molecules rule that.
-  Genes and cells that are constant in the truth, or empty as given, are left out for every method alike; a constant
-  estimate of the others counts as 0.
-- **Hidden non-zeros** ask only for entries that are known to be no zeros, and reward methods that inflate.
-- **Clusters**: as many as there are types for every method, by k-means, and by Leiden with its resolution searched.
+- **Truth** and **unseen molecules** score all entries, zeros included. *r over cells, median gene* tells whether a
+  gene varies between cells as it should. The relative error hardly shows that, because a few highly expressed genes
+  dominate it. Genes and cells that are constant in the truth or empty in the input are left out for all methods; a
+  constant estimate of the others counts as 0.
+- **Hidden non-zeros** score only entries that are known not to be zero, and so reward methods that inflate.
+- **Clusters**: every method gets as many clusters as there are types, by k-means and by Leiden with a searched
+  resolution.
 
 The cells:
 

@@ -75,6 +75,7 @@ def test_the_job_of_one_node_runs_with_a_real_matrix(counts, store_of, tmp_path)
     run_job("impute.sbatch", store_of(counts), tmp_path / "imputed.zarr")
 
 
+@pytest.mark.slow
 def test_a_job_whose_checkpoint_was_never_whole_begins_anew(counts, store_of, tmp_path):
     """A run was killed when there was but the folder; the next goes to its end, and one more finds it finished."""
     source, result = store_of(counts), tmp_path / "imputed.zarr"

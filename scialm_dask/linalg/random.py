@@ -89,8 +89,8 @@ def hidden_entries(
 ) -> NDArray[np.bool_]:
     """Choose entries of a sparse matrix, column by column, uniformly and without replacement.
 
-    Entry number `o` of column `j`, in row order, is chosen if a pseudo-random permutation keyed by seed and column sends
-    `o` below ``n_hidden[j]``. So exactly ``n_hidden[j]`` entries are chosen, and a block needs to know only the counts
+    Entry number `o` of column `j`, in row order, is chosen if a pseudo-random permutation keyed by seed and column maps
+    it below ``n_hidden[j]``. So exactly ``n_hidden[j]`` entries are chosen, and a block needs to know only the counts
     of the blocks before it.
 
     Parameters

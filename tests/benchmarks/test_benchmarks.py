@@ -75,6 +75,7 @@ def test_a_child_over_the_cap_is_ended():
     assert not record["survived"]
 
 
+@pytest.mark.slow
 def test_ways_of_converting_give_a_record_each(tmp_path):
     choice = argparse.Namespace(small=True, density=0.05, compression=["gzip"], ways=["own"], folder=str(tmp_path))
     (record,) = bench_convert.run(choice)

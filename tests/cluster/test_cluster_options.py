@@ -81,7 +81,9 @@ def in_a_new_process(*words, **environment):
     return done.returncode, done.stdout.strip(), done.stderr.strip()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(each, marks=pytest.mark.slow) for each in ("SIGINT", "SIGHUP"))]
+)
 def test_a_signal_ends_a_run_on_a_local_cluster_in_one_line(source, tmp_path, name):
     """That of a terminal reaches the workers too."""
     command = [sys.executable, "-m", "scialm_dask", "impute", source, tmp_path / "r.zarr", "--cluster", "local"]

@@ -212,7 +212,7 @@ def test_an_asynchronous_client_is_refused_in_one_line():
         asyncio.run(use())
 
 
-@pytest.mark.parametrize("end", ["restart", "close"])
+@pytest.mark.parametrize("end", ["restart", pytest.param("close", marks=pytest.mark.slow)])
 def test_a_result_whose_workers_are_gone_says_so_in_one_line(path, tmp_path, end):
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster,

@@ -108,7 +108,7 @@ def at_iteration(number, do):
     ("kind", "target", "calls"),
     [
         ("memory", VISIT, [40]),
-        ("zarr", VISIT, [17]),
+        pytest.param("zarr", VISIT, [17], marks=pytest.mark.slow),
         pytest.param("memory", VISIT, [1, 25], marks=pytest.mark.slow),
         pytest.param("memory", READ, [2, 5], marks=pytest.mark.slow),
         pytest.param("zarr", READ, [2, 5], marks=pytest.mark.slow),
@@ -197,7 +197,7 @@ def test_a_lost_connection_without_checkpoints(client, matrix):
         impute(matrix, listen=at_iteration(8, cut), **RUN)
 
 
-@pytest.mark.parametrize("checkpointed", [True, False])
+@pytest.mark.parametrize("checkpointed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_all_workers_gone_for_good(matrix, tmp_path, checkpointed):
     """After a time that can be set the run ends as when the scheduler is gone."""
     words = {"checkpoint": tmp_path / "c", "checkpoint_every": 1} if checkpointed else {}

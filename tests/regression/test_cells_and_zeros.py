@@ -33,6 +33,7 @@ def test_transformed_cells_score_like_fitted_ones(shared, tmp_path, seed):
     assert squared_error(transformed[:, :][entries], held_out) < 1.03 * fitted
 
 
+@pytest.mark.slow
 def test_markers_of_other_lineages_stay_zero(shared, tmp_path, cli):
     source, masked = tmp_path / "qc.zarr", tmp_path / "masked.zarr"
     assert cli("qc", shared / "data" / "pbmc_facs.h5ad", source, "--min-cells", 3, "--quiet").exit_code == 0

@@ -311,7 +311,7 @@ def run(code, *args, **kwargs):
 MAIN = "from scialm_dask.__main__ import main; main()"
 
 
-@pytest.mark.parametrize("where", ["result", "scratch"])
+@pytest.mark.parametrize("where", [pytest.param("result", marks=pytest.mark.slow), "scratch"])
 def test_a_full_disk(store_of, tmp_path, where):
     """The system refuses files of more than 64 kB, which the factors, or the working state, exceed."""
     path = store_of(sp.random(3000, 60, 0.5, format="csr", random_state=0))
@@ -364,8 +364,15 @@ main()
 """
 
 
-@pytest.mark.parametrize("stage", ["iterating", "writing"])
-@pytest.mark.parametrize("scratch", ["memory", "zarr"])
+@pytest.mark.parametrize(
+    ("scratch", "stage"),
+    [
+        ("memory", "iterating"),
+        ("zarr", "writing"),
+        pytest.param("memory", "writing", marks=pytest.mark.slow),
+        pytest.param("zarr", "iterating", marks=pytest.mark.slow),
+    ],
+)
 def test_interrupting_leaves_nothing(counts, store_of, tmp_path, stage, scratch):
     path = store_of(sp.vstack([counts] * 30, format="csr"))
     (tmp_path / "scratch").mkdir()

@@ -31,7 +31,7 @@ def run(tmp_path, monkeypatch):
     return once
 
 
-@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+@pytest.mark.parametrize("kind", ["nbi", pytest.param("nbc", marks=pytest.mark.slow)])
 def test_files_cut_short_are_made_anew(run, tmp_path, kind):
     assert run() == ["42.0", "0"]
     assert run() == ["42.0", "1"]

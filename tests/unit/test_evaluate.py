@@ -224,6 +224,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(cli, path, tmp_path, options, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_killed_it_leaves_neither_method_nor_folder(path, tmp_path):
     words = ["--methods", "own_methods:never_ends", "--mask", "", "--quiet"]
     paths = os.pathsep.join([*sys.path, os.path.dirname(__file__)])

@@ -64,6 +64,7 @@ def test_a_fork_of_a_process_that_has_imputed_gives_the_same():
     assert output_of(FORKS) == "True"
 
 
+@pytest.mark.slow
 def test_a_fork_of_a_process_with_a_client_is_told_so_in_one_line():
     told = output_of(FORKS_OF_A_CLIENT).splitlines()
     assert told[0].startswith("the distributed.Client in force is of the process that this one was forked from")
@@ -73,6 +74,7 @@ def test_a_fork_of_a_process_with_a_client_is_told_so_in_one_line():
     assert len(told) == 2
 
 
+@pytest.mark.slow
 def test_many_runs_in_threads_of_one_process_give_what_each_gives_alone(tmp_path):
     def run(number):
         preset = list(RUNS)[number % 3]
