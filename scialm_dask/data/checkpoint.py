@@ -1,14 +1,12 @@
-"""Checkpoints, in a folder or behind a URL alike: for each a numbered group of Zarr arrays, and a manifest.
+"""Checkpoints, in a folder or behind a URL: a numbered group of Zarr arrays and a manifest each.
 
-The manifest, small and written last, makes one whole; it tells its own SHA-256, and every chunk has a checksum. Nothing
-is used that is not as it was written. The last two are kept. Knows nothing of what they mean.
+The manifest is written last and completes a checkpoint. It holds its own SHA-256, and every chunk has a checksum, so
+that nothing damaged is used. The last two checkpoints are kept.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +15,6 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -33,7 +30,7 @@ from zarr.storage import LocalStore
 
 from scialm_dask.config import short_repr
 from scialm_dask.data.arrays import missing_chunks
-from scialm_dask.data.lease import lease
+from scialm_dask.data.lease import Lease
 from scialm_dask.data.remote import RemoteStore, all_of, is_url
 from scialm_dask.data.store import output_error
 from scialm_dask.errors import CheckpointError, InputError, OutputError
@@ -42,16 +39,15 @@ FORMAT = 2
 _KIND = "scialm-dask checkpoint"
 _KEPT = 2
 _MANIFEST = "manifest.json"
-_LOCK, _OWNED = ".lock", ".scratch"
-_CHUNK = 32 << 20  # bytes, so that few of them are in memory beside the array itself
+_OWNED = ".scratch"
+_CHUNK = 32 << 20  # bytes; a chunk or two are in memory beside the array itself
 _NUMBERED = re.compile(r"\d{6,}")
-_ARRAY_NAME = re.compile(r"[a-z_]+\.\d+")  # so that none leads out of the folder
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # some network disks have none
+_ARRAY_NAME = re.compile(r"[a-z_]+\.\d+")  # none leads out of the folder
 _BYTES = default_buffer_prototype()
 
 
 class Piece(NamedTuple):
-    """An array of a checkpoint: its name, shape and dtype."""
+    """Name, shape and dtype of an array of a checkpoint."""
 
     name: str
     shape: tuple[int, ...]
@@ -63,12 +59,12 @@ Arrays = Mapping[str, Sequence[Piece]]
 
 @dataclass(frozen=True)
 class ArrayFolder:
-    """Writes and reads the arrays of one checkpoint, in a folder or at a URL that all workers see; small."""
+    """The arrays of one checkpoint, in a folder or at a URL that all workers see. Small enough for tasks."""
 
     path: str
 
     def put(self, name: str, block: int, array: NDArray[Any]) -> Piece:
-        """Write an array. The same call again, even at once, does no harm."""
+        """Write an array. Repeated calls, even at the same time, write the same."""
         piece = Piece(f"{name}.{block}", array.shape, array.dtype.str)
         rows = max(1, _CHUNK // max(1, array[:1].nbytes))
         store = _store_at(self.path)
@@ -83,24 +79,24 @@ class ArrayFolder:
                 zarr_format=3,
                 config={"write_empty_chunks": True},
             )
-        except ContainsArrayError:  # its chunks are replaced, each at once, by what they are
+        except ContainsArrayError:  # an earlier call wrote it: each chunk is replaced, in one step, by the same
             written = zarr.open_array(store, path=piece.name, mode="r+")
         written[...] = np.ascontiguousarray(array)
         return piece
 
     def get(self, piece: Piece) -> NDArray[Any]:
-        """Read what `put` wrote; raises `CheckpointError` if that is no longer what is there."""
-        with self._found(piece) as array:
+        """Return an array; raises `CheckpointError` if it is not as `put` wrote it."""
+        with self._opened(piece) as array:
             return np.asarray(array[...])
 
     def verify(self, piece: Piece) -> None:
-        """Raise `CheckpointError` if an array is not as it was written. Takes next to no memory."""
-        with self._found(piece) as array:
+        """Raise `CheckpointError` if an array is not as `put` wrote it. Reads a chunk at a time."""
+        with self._opened(piece) as array:
             for start in range(0, array.shape[0] if array.size else 0, array.chunks[0]):
                 array[start : start + array.chunks[0]]
 
     @contextlib.contextmanager
-    def _found(self, piece: Piece) -> Iterator[zarr.Array[Any]]:
+    def _opened(self, piece: Piece) -> Iterator[zarr.Array[Any]]:
         try:
             array = zarr.open_array(_store_at(self.path), path=piece.name, mode="r")
             if (array.shape, array.dtype.str) != piece[1:] or missing_chunks(array):
@@ -116,7 +112,7 @@ class ArrayFolder:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that is whole: plain values, and arrays by what they hold, one for each block or just one."""
+    """A complete checkpoint: plain values, and arrays by name, one for each block or a single one."""
 
     path: str
     notes: dict[str, Any]
@@ -124,27 +120,30 @@ class Checkpoint:
 
     @property
     def files(self) -> ArrayFolder:
-        """What reads the arrays."""
+        """Reader of the arrays."""
         return ArrayFolder(self.path)
 
 
 class Checkpoints:
-    """The checkpoints of one run, locked while this is open, in a folder that all workers see, or at a URL.
+    """The checkpoints of one run, in a folder that all workers see or at a URL, locked until the block ends.
 
-    The folder is made if it is not there, but not its parent. Raises `OutputError` if that cannot be done, it cannot be
+    The folder is made if it is not there, but not its parent. Raises `OutputError` if that fails, the folder cannot be
     written, or another run uses it.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = os.fspath(folder)
         self.folder = folder.rstrip("/") if is_url(folder) else os.path.abspath(folder)
-        self._store, self._refused, self._open = _store_at(self.folder), set[str](), ExitStack()
+        self._store, self._refused = _store_at(self.folder), set[str]()
+        self._cleared = not is_url(folder) and not os.path.exists(self.folder)
         try:
-            if isinstance(self._store, LocalStore):
-                self._make_folder()
-            self._lease = self._open.enter_context(lease(self._store, self.folder))
+            if not is_url(folder):
+                if not os.path.isdir(parent := os.path.dirname(self.folder)):
+                    raise OutputError(f"{parent}: no such folder; create it first")
+                os.makedirs(self.folder, exist_ok=True)
+            self._lease = Lease(self._store, self.folder)
         except OSError as error:
-            self._open.close()
+            self._tidy()
             if isinstance(error, OutputError):
                 raise
             raise OutputError(f"{self.folder}: not writable ({error.strerror}); choose another folder") from error
@@ -155,29 +154,22 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    def _make_folder(self) -> None:
-        if not os.path.isdir(os.path.dirname(self.folder)):
-            raise OutputError(f"{os.path.dirname(self.folder)}: no such folder; create it first")
-        self._cleared = not os.path.exists(self.folder)
-        os.makedirs(self.folder, exist_ok=True)
-        self._open.enter_context(_locked(self.folder))
-        self._open.callback(self._tidy)
+        self._lease.end()
+        self._tidy()
 
     def _tidy(self) -> None:
-        """Remove a folder in which nothing is left of us."""
-        with contextlib.suppress(OSError):
-            if self._cleared and not set(os.listdir(self.folder)) - {_LOCK}:
-                shutil.rmtree(self.folder)
+        """Remove the folder, if it was made or cleared here, unless it holds anything."""
+        if self._cleared and not is_url(self.folder):
+            with contextlib.suppress(OSError):
+                os.rmdir(self.folder)
 
     def names(self) -> list[str]:
-        """Names of all that were completed, newest first; those refused are left out."""
+        """Return the names of complete checkpoints, newest first, without those refused."""
         whole = (name for name in self._numbered() if sync(self._store.exists(f"{name}/{_MANIFEST}")))
         return sorted((name for name in whole if name not in self._refused), key=int, reverse=True)
 
     def read(self, name: str) -> Checkpoint:
-        """Read one, and see that all its arrays are as they were written; raises `CheckpointError` if they are not."""
+        """Return a checkpoint; raises `CheckpointError` if its manifest or an array is not as it was written."""
         found = self._manifest(name)
         every = [piece for group in found.arrays.values() for piece in group]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -185,7 +177,7 @@ class Checkpoints:
         return found
 
     def notes(self) -> dict[str, Any]:
-        """Return the notes of the last one whose manifest can be read."""
+        """Return the notes of the last checkpoint with a readable manifest."""
         refusal = ""
         for name in self.names():
             try:
@@ -195,23 +187,23 @@ class Checkpoints:
         raise InputError(f"{self.folder}: holds no checkpoint that can be read{refusal}; check the path")
 
     def refuse(self, name: str) -> None:
-        """Leave one out from now on. It is not deleted."""
+        """Leave a checkpoint out of `names` from now on, without deleting it."""
         self._refused.add(name)
 
     def begin(self) -> ArrayFolder:
-        """Choose a place for the arrays of a new one."""
+        """Return a new folder for the arrays of the next checkpoint."""
         newest = max(map(int, self._numbered()), default=0)
         return ArrayFolder(f"{self.folder}/{newest + 1:06d}")
 
     def abandon(self, files: ArrayFolder) -> None:
-        """Remove one that was begun and cannot be completed."""
+        """Delete a checkpoint that cannot be completed."""
         self._delete(os.path.basename(files.path))
 
     def commit(self, files: ArrayFolder, notes: Mapping[str, Any], arrays: Arrays) -> Checkpoint:
-        """Complete what was begun, and drop all older ones but one.
+        """Complete a checkpoint, and delete all older ones but one.
 
-        Raises `OutputError` if it cannot be written, workers wrote where this process does not see it, or another run
-        has taken over.
+        Raises `OutputError` if it cannot be written, this process does not see what workers wrote, or another run has
+        taken over.
         """
         name = os.path.basename(files.path)
         for piece in (piece for group in arrays.values() for piece in group):
@@ -228,10 +220,9 @@ class Checkpoints:
         return Checkpoint(files.path, dict(notes), {name: tuple(group) for name, group in arrays.items()})
 
     def own(self, folder: str | None) -> None:
-        """Take charge of a folder of temporary files, and remove the one before, which a run that was killed left.
+        """Take charge of a folder of temporary files, and remove the one before, which a killed run has left.
 
-        Both sides hold the same token: a folder that merely was named here by somebody is not removed, and none because
-        of what is behind a URL.
+        Both sides hold the same token, so that no folder is removed just because somebody named it here.
         """
         if is_url(self.folder):
             return
@@ -248,19 +239,19 @@ class Checkpoints:
             path.write_text(f"{token} {folder}")
 
     def clear(self) -> None:
-        """Remove all checkpoints; the folder goes when this is closed, if nothing else is there."""
+        """Remove all checkpoints, and on exit the folder, unless it holds anything else."""
         self._cleared = True
         self.own(None)
         for name in self.names():
             self.remove(name)
 
     def remove(self, name: str) -> None:
-        """Remove one: first its manifest, so that it never looks torn."""
+        """Remove a checkpoint, its manifest first, so that it never looks damaged."""
         sync(self._store.delete(f"{name}/{_MANIFEST}"))
         self._delete(name)
 
     def error(self, error: OSError) -> OSError:
-        """Say what went wrong in writing one, where that is known."""
+        """Return the `OutputError` for an error in writing a checkpoint, if its cause is known, else the error."""
         if isinstance(error, FileNotFoundError | PermissionError):
             return OutputError(
                 f"{self.folder}: a worker cannot write to this folder; choose one on a disk that all workers share"
@@ -271,11 +262,11 @@ class Checkpoints:
         return [name for name in sync(all_of(self._store.list_dir(""))) if _NUMBERED.fullmatch(name)]
 
     def _delete(self, name: str) -> None:
-        with contextlib.suppress(Exception):  # what is not whole is not used, and tried again the next time
+        with contextlib.suppress(Exception):  # without a manifest it is not used, and deleted the next time
             sync(self._store.delete_dir(name))
 
     def _manifest(self, name: str) -> Checkpoint:
-        """Read one without a look at its arrays."""
+        """Return a checkpoint without looking at its arrays."""
         path, written = f"{self.folder}/{name}", sync(self._store.get(f"{name}/{_MANIFEST}", _BYTES))
         if written is None:
             raise CheckpointError(f"{path}: has no {_MANIFEST}; it is torn")
@@ -316,19 +307,3 @@ def _manifest_of(notes: Mapping[str, Any], arrays: Arrays) -> str:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    """Lock a folder, until this process ends however it does; where its disk has locks they reach all machines."""
-    with open(os.path.join(folder, _LOCK), "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"{folder}: another run writes its checkpoints there; let it end, or choose another folder"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        yield

@@ -1,9 +1,9 @@
-"""CSR blocks: cut, taken from what people give, checked, changed in small ways, and written into stores."""
+"""CSR blocks: row partitions, checks of values, small changes, and a writer for stores."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,22 +21,22 @@ from scialm_dask.errors import InputError
 
 Observed = Literal["nonzero", "finite"]
 
-CHUNK_VALUES = 1 << 18  # values in one chunk of `data` or `indices`; a block reads few values it does not want
+CHUNK_VALUES = 1 << 18  # values in a chunk of `data` or `indices`; a block reads few values of other blocks
 CHUNK_ROWS = 1 << 16
-_MOST_THREADS = 4  # that compress
-_LARGEST = 1e15  # value; of larger ones, and of smaller than its inverse, products leave what float32 holds
-_MOST_NONZEROS = 2_000_000  # some 80 MB of a task's memory: any worker has that
-_LEAST_NONZEROS = 500_000  # below this a task is overhead
-_USEFUL_BLOCKS = 8  # enough for every core to have work on a small matrix
+_THREADS = min(CPU_COUNT, 4)  # that compress
+_LARGEST = 1e15  # squares of larger values, or of values below its inverse, are beyond float32
+_MOST_NONZEROS = 2_000_000  # about 80 MB of memory in a task
+_LEAST_NONZEROS = 500_000  # smaller tasks are mostly overhead
+_USEFUL_BLOCKS = 8  # gives every core work on a small matrix
 _MOST_ROWS = 1 << 16
-_ROW_VALUES = 16  # a row takes as much of a task as so many values, beside its own
+_ROW_VALUES = 16  # the cost of a row, in values
 
 
 @dataclass(frozen=True)
 class RowBlocks:
     """A partition of the rows of a matrix into consecutive blocks."""
 
-    bounds: tuple[int, ...]  # strictly increasing row numbers; block b is rows bounds[b] to bounds[b + 1] - 1
+    bounds: tuple[int, ...]  # strictly increasing; block b is rows bounds[b] to bounds[b + 1] - 1
 
     def __post_init__(self) -> None:
         if len(self.bounds) < 2 or self.bounds[0] != 0 or np.any(np.diff(self.bounds) <= 0):
@@ -53,18 +53,18 @@ class RowBlocks:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Rows of each block."""
+        """Number of rows of each block."""
         return tuple(stop - start for start, stop in self)
 
     @classmethod
     def even(cls, n_rows: int, n_blocks: int) -> RowBlocks:
-        """Cut into ``n_blocks`` blocks of (nearly) the same number of rows, fewer if there are fewer rows."""
+        """Cut into `n_blocks` blocks, one row each at least, with nearly equal numbers of rows."""
         n_blocks = max(1, min(n_blocks, n_rows))
         return cls(tuple(int(b) for b in np.linspace(0, n_rows, n_blocks + 1).round()))
 
     @classmethod
     def by_nonzeros(cls, indptr: NDArray[np.integer], n_blocks: int | None = None) -> RowBlocks:
-        """Cut so that blocks hold about the same number of stored values, of a size made for one task by default."""
+        """Cut into blocks with about equal numbers of stored values; by default as many as one task should have."""
         n_rows, total = len(indptr) - 1, int(indptr[-1])
         if n_blocks is not None:
             effort = indptr + _ROW_VALUES * np.arange(n_rows + 1, dtype=np.int64)
@@ -73,14 +73,17 @@ class RowBlocks:
         target = min(_MOST_NONZEROS, max(_LEAST_NONZEROS, -(-total // _USEFUL_BLOCKS)))
         n_blocks = max(1, -(-total // target))
         cuts = np.searchsorted(indptr, np.linspace(0, total, n_blocks + 1)[1:-1])
-        bounds = np.unique(np.concatenate([[0], cuts, [n_rows]]))
-        return cls(tuple(_split_long(bounds.tolist())))
+        bounds: list[int] = []
+        for start, stop in pairwise(np.unique(np.concatenate([[0], cuts, [n_rows]])).tolist()):
+            pieces = -(-(stop - start) // _MOST_ROWS)
+            bounds += (start + (stop - start) * i // pieces for i in range(pieces))
+        return cls((*bounds, n_rows))
 
     @classmethod
     def by_width(cls, n_rows: int, row_values: int, chunk_rows: int = 1) -> RowBlocks:
-        """Cut a dense matrix, each row of which holds `row_values` values, stored in chunks of `chunk_rows` rows.
+        """Cut a dense matrix with `row_values` values in a row, stored in chunks of `chunk_rows` rows.
 
-        Blocks are whole chunks where that is not far too much for one task, so that no chunk is read twice.
+        Blocks are whole chunks, so that no chunk is read twice, unless a chunk is far too large for one task.
         """
         blocks = cls.by_nonzeros(np.arange(n_rows + 1, dtype=np.int64) * row_values)
         rows = blocks.sizes[0]
@@ -92,60 +95,71 @@ class RowBlocks:
 
     @classmethod
     def panels(cls, n_rows: int, n_columns: int, most_bytes: int) -> RowBlocks:
-        """Cut so that each block takes `most_bytes` at most as dense float32, or is a single row."""
+        """Cut into blocks that take at most `most_bytes` as dense float32, or are a single row."""
         rows = max(1, min(n_rows, most_bytes // (4 * n_columns)))
         return cls((*range(0, n_rows, rows), n_rows))
 
 
-def _split_long(bounds: list[int]) -> Iterator[int]:
-    for start, stop in pairwise(bounds):
-        pieces = -(-(stop - start) // _MOST_ROWS)
-        yield from (start + (stop - start) * i // pieces for i in range(pieces))
-    yield bounds[-1]
-
-
 def row_of(csr: sp.csr_matrix) -> NDArray[np.intp]:
-    """Row of each stored value, shape ``(nnz,)``."""
+    """Return the row of each stored value, of shape (nnz,)."""
     return np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
 
 
 def entries_where(csr: sp.csr_matrix, chosen: NDArray[np.bool_]) -> sp.csr_matrix:
-    """Keep the chosen ones of the stored values, of which `chosen` tells in their order."""
+    """Return the matrix with only the stored values where `chosen`, of shape (nnz,), is true."""
     indptr = np.concatenate([[0], np.cumsum(chosen)])[csr.indptr]
     return sp.csr_matrix((csr.data[chosen], csr.indices[chosen], indptr), shape=csr.shape)
 
 
+def renumbered(csr: sp.csr_matrix, columns: NDArray[np.intp], n_columns: int) -> sp.csr_matrix:
+    """Return the matrix with column j as column ``columns[j]`` of `n_columns`, without columns where that is −1."""
+    kept = entries_where(csr, columns[csr.indices] >= 0)
+    return sp.csr_matrix((kept.data, columns[kept.indices], kept.indptr), shape=(csr.shape[0], n_columns))
+
+
 def scaled_rows(csr: sp.csr_matrix, factors: NDArray[np.floating]) -> sp.csr_matrix:
-    """Multiply each row by its factor: float32, in a matrix of the same pattern."""
+    """Return the matrix with each row multiplied by its factor, as float32."""
     values = (csr.data * np.repeat(factors, np.diff(csr.indptr))).astype(np.float32)
     return sp.csr_matrix((values, csr.indices, csr.indptr), shape=csr.shape)
 
 
 class CSRWriter:
-    """Writes a CSR matrix into an AnnData Zarr store, rows in order, whole chunks at a time.
+    """Writes a CSR matrix into an AnnData Zarr store, some rows at a time, in order.
 
-    Memory is a few chunks, whatever the number of rows. Use as a context manager; the matrix is whole only after it has
-    been left.
+    Memory is a few chunks, and 8 bytes per row. It is a context manager; the matrix is complete after the block.
     """
 
     def __init__(self, parent: zarr.Group, name: str, *, n_columns: int, dtype: Any = np.float32) -> None:
-        self._group = parent.create_group(name)
-        self._columns = n_columns
-        self._rows = 0
-        self._stored = 0
-        self._threads = _Threads()
-        self._data = _Appender(self._threads, self._group, "data", np.dtype(dtype), CHUNK_VALUES)
-        self._indices = _Appender(self._threads, self._group, "indices", np.dtype(np.int32), CHUNK_VALUES)
-        self._indptr = _Appender(self._threads, self._group, "indptr", np.dtype(np.int64), CHUNK_ROWS)
-        self._indptr.append(np.zeros(1, np.int64))
+        self._group, self._columns = parent.create_group(name), n_columns
+        kinds = {"data": np.dtype(dtype), "indices": np.dtype(np.int32)}
+        self._arrays = [new_array(self._group, part, (0,), (CHUNK_VALUES,), kind) for part, kind in kinds.items()]
+        self._indptr, self._stored = [np.zeros(1, np.int64)], 0
+        self._waiting: tuple[list[NDArray[Any]], ...] = ([], [])  # values of a chunk that is not full yet, by array
+        self._pool, self._under_way = ThreadPoolExecutor(_THREADS), deque[Future[None]]()
 
     def append(self, rows: sp.csr_matrix) -> None:
-        """Add the next rows, a CSR matrix with `n_columns` columns, which is not to be changed afterwards."""
-        self._data.append(rows.data)
-        self._indices.append(rows.indices)
+        """Add the next rows, a CSR matrix with `n_columns` columns, whose values must not change afterwards."""
+        for array, waiting, part in zip(self._arrays, self._waiting, (rows.data, rows.indices), strict=True):
+            values, chunk = np.asarray(part, array.dtype), array.chunks[0]
+            start = min(-self._stored % chunk, len(values))  # the first ones go on with a chunk that is not full
+            if start:
+                waiting.append(values[:start].copy())
+                if (self._stored + start) % chunk == 0:
+                    self._write(array, self._stored, np.concatenate(waiting))
+                    waiting.clear()
+            stop = len(values) - (len(values) - start) % chunk
+            for at in range(start, stop, chunk):
+                self._write(array, self._stored + at, values[at : at + chunk])
+            if stop < len(values):
+                waiting.append(values[stop:].copy())
         self._indptr.append(rows.indptr[1:].astype(np.int64) - int(rows.indptr[0]) + self._stored)
         self._stored += int(rows.nnz)
-        self._rows += rows.shape[0]
+
+    def _write(self, array: Any, position: int, values: NDArray[Any]) -> None:
+        """Write the chunk with this position in a thread; no more chunks wait than there are threads."""
+        self._under_way.append(self._pool.submit(write_chunk, array, position // array.chunks[0], values))
+        while len(self._under_way) > _THREADS:
+            self._under_way.popleft().result()
 
     def __enter__(self) -> CSRWriter:
         return self
@@ -153,87 +167,32 @@ class CSRWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                for appender in (self._data, self._indices, self._indptr):
-                    appender.close()
-                if self._stored <= np.iinfo(np.int32).max:
-                    self._narrow_indptr()
-                set_encoding(self._group, "csr_matrix", "0.1.0", shape=[self._rows, self._columns])
+                for array, waiting in zip(self._arrays, self._waiting, strict=True):
+                    if waiting:
+                        self._write(array, self._stored, np.concatenate(waiting))
+                    array.resize((self._stored,))
+                for writing in self._under_way:
+                    writing.result()
+                finish_csr(self._group, self._indptr, self._columns)
         finally:
-            self._threads.end()
-
-    def _narrow_indptr(self) -> None:
-        """Give indptr the type of the indices: SciPy fails on a matrix that has two, as AnnData would read it."""
-        wide: Any = self._group["indptr"]
-        values = wide[...]
-        del self._group["indptr"]
-        narrow = _Appender(self._threads, self._group, "indptr", np.dtype(np.int32), CHUNK_ROWS)
-        narrow.append(values)
-        narrow.close()
+            self._pool.shutdown(cancel_futures=True)
 
 
-class _Threads:
-    """A few threads that write; no more chunks wait for them than there are of them."""
+def finish_csr(group: zarr.Group, indptr: Sequence[NDArray[np.int64]], n_columns: int) -> None:
+    """Write `indptr`, given in parts, of a CSR matrix, and mark the group as such a matrix.
 
-    def __init__(self) -> None:
-        self._most = min(CPU_COUNT, _MOST_THREADS)
-        self._pool = ThreadPoolExecutor(self._most)
-        self._under_way: deque[Future[None]] = deque()
-
-    def write(self, array: Any, number: int, values: np.ndarray[Any, Any]) -> None:
-        self._under_way.append(self._pool.submit(write_chunk, array, number, values))
-        self.wait(self._most)
-
-    def wait(self, most: int = 0) -> None:
-        """Wait until so many chunks are left; raises what writing one has raised."""
-        while len(self._under_way) > most:
-            self._under_way.popleft().result()
-
-    def end(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-
-class _Appender:
-    """A 1-D Zarr array that grows by whole chunks; what does not fill one waits in memory."""
-
-    def __init__(self, threads: _Threads, group: zarr.Group, name: str, dtype: np.dtype[Any], chunk: int) -> None:
-        self._array = new_array(group, name, (0,), (chunk,), dtype)
-        self._threads, self._chunk, self._chunks, self._length = threads, chunk, 0, 0
-        self._waiting: list[np.ndarray[Any, Any]] = []
-
-    def append(self, values: np.ndarray[Any, Any]) -> None:
-        values = np.asarray(values, self._array.dtype)
-        self._length += len(values)
-        if self._waiting:
-            missing = self._chunk - sum(map(len, self._waiting))
-            self._waiting.append(values[:missing].copy())
-            values = values[missing:]
-            if len(self._waiting[-1]) == missing:
-                self._write_waiting()
-        whole = len(values) - len(values) % self._chunk
-        for start in range(0, whole, self._chunk):
-            self._write(values[start : start + self._chunk])
-        if whole < len(values):
-            self._waiting.append(values[whole:].copy())
-
-    def close(self) -> None:
-        self._write_waiting()
-        self._array.resize((self._length,))
-        self._threads.wait()
-
-    def _write_waiting(self) -> None:
-        if self._waiting:
-            self._write(np.concatenate(self._waiting))
-            self._waiting = []
-
-    def _write(self, values: np.ndarray[Any, Any]) -> None:
-        self._threads.write(self._array, self._chunks, values)
-        self._chunks += 1
+    It is int32 like the indices wherever it can be: SciPy fails on a matrix with two types.
+    """
+    starts = np.concatenate(indptr)
+    starts = starts.astype(np.int32 if starts[-1] <= np.iinfo(np.int32).max else np.int64)
+    new_array(group, "indptr", starts.shape, (CHUNK_ROWS,), starts.dtype)[:] = starts
+    set_encoding(group, "csr_matrix", "0.1.0", shape=[len(starts) - 1, n_columns])
 
 
 def held_array(matrix: Any, name: str) -> Any:
-    """Take what is in memory, SciPy sparse or anything that NumPy takes; raises `InputError` as `check_array`.
+    """Return a matrix in memory as a NumPy or SciPy sparse array; raises `InputError` as `check_array` does.
 
-    A sparse data frame stays sparse, and the bytes of numbers are put into the order of this machine.
+    A sparse data frame stays sparse. Numbers get this machine's byte order.
     """
     if np.ma.is_masked(matrix):
         raise InputError(f"{name}: has masked entries; fill them, with zeros or NaN, whatever stands for the unknown")
@@ -252,7 +211,7 @@ def held_array(matrix: Any, name: str) -> Any:
 
 
 def unmasked(matrix: Any, observed: Observed) -> Any:
-    """Put what stands for the unknown where a masked array is masked."""
+    """Return a masked array with its masked entries as unknown: zero, or NaN if zeros are observed."""
     if not isinstance(matrix, np.ma.MaskedArray):
         return matrix
     if observed == "nonzero":
@@ -263,7 +222,7 @@ def unmasked(matrix: Any, observed: Observed) -> Any:
 
 
 def check_array(array: Any, name: str) -> None:
-    """Raise `InputError` if an array, of NumPy, SciPy or Dask, is not a matrix of numbers of known size."""
+    """Raise `InputError` unless a NumPy, SciPy or Dask array is a matrix of numbers of known size."""
     if array.ndim != 2 or any(np.isnan(n) or n == 0 for n in array.shape):
         raise InputError(
             f"{name}: shape {array.shape}; give a matrix: two dimensions of known size, one cell and gene at least"
@@ -288,7 +247,7 @@ def check_values(csr: sp.csr_matrix, name: str, first_row: int) -> None:
 
 
 def check_observed(n_observed: int, name: str) -> None:
-    """Raise `InputError` if a matrix turned out to have no observed entry."""
+    """Raise `InputError` if a matrix has no observed entry."""
     if n_observed == 0:
         raise InputError(
             f"{name}: no entry is observed, all are zero; give a matrix with non-zeros, e.g. another layer"
@@ -296,7 +255,7 @@ def check_observed(n_observed: int, name: str) -> None:
 
 
 def finite_entries(csr: sp.csr_matrix, name: str) -> sp.csr_matrix:
-    """All entries that are not NaN, zeros stored explicitly."""
+    """Return all entries that are not NaN, with explicit zeros; raises `InputError` if one is infinite."""
     dense = csr.toarray()
     if np.isinf(dense).any():
         raise InputError(f"{name}: holds an infinite value; mark missing entries as NaN")
@@ -306,7 +265,7 @@ def finite_entries(csr: sp.csr_matrix, name: str) -> sp.csr_matrix:
 
 
 def check_size(csr: sp.csr_matrix, name: str, first_row: int) -> None:
-    """Raise `InputError` if values are so large or small that they cannot be computed with."""
+    """Raise `InputError` if the squares of the values are beyond float32."""
     largest, last_row = np.abs(csr.data).max(initial=0), first_row + csr.shape[0] - 1
     if largest and not 1 / _LARGEST <= largest <= _LARGEST:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Who holds what: a lock on a store that a dead process does not hold, and what killed runs have left behind."""
+"""Locks on stores that end with their process, and files that killed runs have left behind."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from scialm_dask.data.remote import all_of
 from scialm_dask.errors import InputError, OutputError
 from scialm_dask.events import Listener, Note
 
-BEAT = 10.0  # seconds after which a lease is renewed
-_DEAD = 3.5  # beats without renewal after which its holder is taken for dead
+BEAT = 10.0  # seconds between renewals of a lease
+_DEAD = 3.5  # beats without a renewal after which the holder counts as dead
 _PREFIX = ".lease-"
 _BYTES = default_buffer_prototype()
 _HOLDER = r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>[0-9a-f]+)-"
@@ -35,24 +35,33 @@ _MOST_NAMED = 3
 
 
 class Lease:
-    """A key that its holder renews; `lease` takes it."""
+    """A key in a store, renewed until `end`, that keeps other processes off; `OutputError` if another one holds it.
+
+    A holder on this machine is alive or dead, and known to be. One on another machine is dead if it does not renew its
+    lease for half a minute.
+    """
 
     def __init__(self, store: Any, where: str) -> None:
         self._store, self._where, self._key = store, where, f"{_PREFIX}{uuid.uuid4().hex[:12]}"
-        self._ended, self._holder, self._beats = threading.Event(), this_process(), 0
+        self._ended, self._holder, self._beats = threading.Event(), _this_process(), 0
+        self._write()
+        try:
+            self._refuse_others()
+        except BaseException:
+            self.end()
+            raise
+        threading.Thread(target=self._renew, daemon=True).start()
 
-    def write(self) -> None:
-        """Show that the holder lives."""
+    def _write(self) -> None:
         self._beats += 1
         content = json.dumps(self._holder | {"beats": self._beats}).encode()
         sync(self._store.set(self._key, _BYTES.buffer.from_bytes(content)))
 
-    def renew(self) -> None:
-        """Write again and again, until `end`."""
+    def _renew(self) -> None:
         while not self._ended.wait(BEAT):
-            with contextlib.suppress(Exception):  # a store that fails for a while; others wait for more than one beat
+            with contextlib.suppress(Exception):  # a store may fail for a while; others wait for several beats
                 if self._read(self._key):
-                    self.write()
+                    self._write()
 
     def end(self) -> None:
         """Give the lease back."""
@@ -61,33 +70,31 @@ class Lease:
             sync(self._store.delete(self._key))
 
     def check(self) -> None:
-        """Raise `OutputError` if somebody has taken over, since this process stood still for too long."""
+        """Raise `OutputError` if another process has taken over, because this one stood still for too long."""
         if not self._read(self._key):
             raise OutputError(f"{self._where}: another run goes on from these checkpoints; this one ends")
 
-    def refuse_others(self) -> None:
-        """Raise `OutputError` if another holder lives; remove what the dead have left."""
+    def _refuse_others(self) -> None:
+        """Raise `OutputError` if another holder lives; delete the leases of dead ones."""
         seen: dict[str, tuple[float, Any]] = {}
-        while True:
-            now, dead = time.monotonic(), []
+        waiting = True
+        while waiting:
+            waiting = False
             for key in sync(all_of(self._store.list_dir(""))):
                 if not key.startswith(_PREFIX) or key == self._key or (holder := self._read(key)) is None:
                     continue
-                since, before = seen.setdefault(key, (now, holder))
+                since, before = seen.setdefault(key, (time.monotonic(), holder))
                 alive = is_alive(holder)
                 if alive or holder != before:
                     raise OutputError(
                         f"{self._where}: another run writes its checkpoints there; let it end, or choose another folder"
                     )
-                if alive is False or now - since > _DEAD * BEAT:
-                    dead.append(key)
-            for key in dead:
-                with contextlib.suppress(FileNotFoundError):
-                    sync(self._store.delete(key))
-            if not seen.keys() - set(dead):
-                return
-            seen = {key: value for key, value in seen.items() if key not in dead}
-            time.sleep(BEAT / 10)
+                if alive is False or time.monotonic() - since > _DEAD * BEAT:
+                    with contextlib.suppress(FileNotFoundError):
+                        sync(self._store.delete(key))
+                else:
+                    waiting = True
+            time.sleep(BEAT / 10 if waiting else 0)
 
     def _read(self, key: str) -> dict[str, Any] | None:
         content = sync(self._store.get(key, _BYTES))
@@ -97,30 +104,12 @@ class Lease:
             return {}
 
 
-@contextlib.contextmanager
-def lease(store: Any, where: str) -> Iterator[Lease]:
-    """Hold a store while the block runs, so that no other process does; raises `OutputError` if one does already.
-
-    Of a holder on this machine it is known whether it lives. One on another machine, which a lock of the file system
-    may not reach, is dead if it does not renew its lease for half a minute.
-    """
-    held = Lease(store, where)
-    held.write()
-    try:
-        held.refuse_others()
-        threading.Thread(target=held.renew, daemon=True).start()
-        yield held
-    finally:
-        held.end()
-
-
-def this_process() -> dict[str, Any]:
-    """Name this process so that others can tell whether it lives; see `is_alive`."""
+def _this_process() -> dict[str, Any]:
     return {"machine": _machine(), "pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
 def is_alive(process: dict[str, Any]) -> bool | None:
-    """Tell whether a process lives; None if it is of another machine."""
+    """Return whether a process lives; None if it runs on another machine."""
     if process.get("machine") != _machine():
         return None
     try:
@@ -130,24 +119,24 @@ def is_alive(process: dict[str, Any]) -> bool | None:
 
 
 def _machine() -> str:
-    """Name this machine and its container: process numbers are their own in each."""
+    """Return a digest of the names of this machine and its container: each container numbers its own processes."""
     names = [socket.gethostname()]
     with contextlib.suppress(OSError):
         names.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(names)
+    return hashlib.sha256(" ".join(names).encode()).hexdigest()[:8]
 
 
 def held_name() -> str:
-    """Return part of a name that tells the others who holds it, as long as this process lives."""
-    process = this_process()
-    return f"{_short(process['machine'])}-{process['pid']}-{int(process['started']):x}-{uuid.uuid4().hex[:4]}"
+    """Return a part for the name of a file or folder by which `clean` knows whether this process still holds it."""
+    process = _this_process()
+    return f"{process['machine']}-{process['pid']}-{int(process['started']):x}-{uuid.uuid4().hex[:4]}"
 
 
 def clean(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Remove what runs that were killed have left in a folder of results or scratch, and what no living process holds.
+    """Remove what killed runs have left in a folder of results or scratch.
 
-    Returned are the names in ``removed``, and in ``kept`` what is held by processes that live, or that are of another
-    machine, where this is to be called then. Raises `InputError` if there is no such folder.
+    Returns the names in ``removed``, and in ``kept`` those that belong to living processes, or to processes on another
+    machine, where `clean` can remove them. Raises `InputError` if there is no such folder.
     """
     if not os.path.isdir(folder):
         raise InputError(f"{os.fspath(folder)}: no such folder; give the one in which results or scratch were to be")
@@ -161,7 +150,7 @@ def clean(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def tell_leftovers(folder: str | os.PathLike[str], listen: Listener) -> None:
-    """Name what runs that were killed have left in a folder."""
+    """Tell the listener what killed runs have left in a folder."""
     names = [path.name for path, alive in _leftovers(folder) if alive is False]
     if names:
         more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
@@ -170,25 +159,13 @@ def tell_leftovers(folder: str | os.PathLike[str], listen: Listener) -> None:
 
 
 def _leftovers(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, bool | None]]:
-    """Yield what is held by processes, and whether these live; None if they are of another machine."""
-    this = this_process()
+    """Yield the files and folders of runs, and whether their process lives; None if it is on another machine."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    for name in names:
-        if (match := _PARTIAL.fullmatch(name) or _SCRATCH.fullmatch(name)) is None:
+    found = {name: match for name in names if (match := _PARTIAL.fullmatch(name) or _SCRATCH.fullmatch(name))}
+    # A run killed between the two renames that replace a result has left the only copies there are.
+    replaced = {match["final"] for name, match in found.items() if name.endswith(".replaced") and match.re is _PARTIAL}
+    for name, match in found.items():
+        if match.re is _PARTIAL and match["final"] in replaced and not os.path.lexists(Path(folder, match["final"])):
             continue
-        found = match.groupdict()
-        final = found.get("final")
-        if final and not os.path.lexists(Path(folder, final)) and any(_replaces(each, final) for each in names):
-            continue  # killed between two renames: the only copies there are
-        mine = found["machine"] == _short(this["machine"])
-        holder = {"machine": this["machine"], "pid": int(found["pid"]), "started": int(found["started"], 16)}
-        yield Path(folder, name), is_alive(holder) if mine else None
-
-
-def _replaces(name: str, final: str) -> bool:
-    match = _PARTIAL.fullmatch(name)
-    return match is not None and match["final"] == final and name.endswith(".replaced")
-
-
-def _short(machine: str) -> str:
-    return hashlib.sha256(machine.encode()).hexdigest()[:8]
+        holder = {"machine": match["machine"], "pid": int(match["pid"]), "started": int(match["started"], 16)}
+        yield Path(folder, name), is_alive(holder)

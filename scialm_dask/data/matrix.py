@@ -17,7 +17,7 @@ from scialm_dask.config import checked
 from scialm_dask.data.annotation import Annotation, AnnotationHere, read_annotation
 from scialm_dask.data.csr import Observed, RowBlocks, check_size, check_values, finite_entries, held_array, unmasked
 from scialm_dask.data.formats import locate
-from scialm_dask.data.rows import MemoryRows, RenamedRows, Rows, Stamp, blocks_of, check_chunks, sum_duplicates
+from scialm_dask.data.rows import DerivedRows, MemoryRows, Rows, Stamp, blocks_of, check_chunks, sum_duplicates
 from scialm_dask.data.store import lasting, open_store, readable
 from scialm_dask.data.temporary import check_seen, computed, spill_to_csr, temporary_csr
 from scialm_dask.errors import InputError
@@ -263,7 +263,7 @@ class ExpressionMatrix:
         """
         if np.array_equal(columns, np.arange(n_genes)):
             return self
-        return replace(self, rows=RenamedRows(self.rows, columns, n_genes), annotation=None)
+        return replace(self, rows=DerivedRows(self.rows, (self.shape[0], n_genes), columns), annotation=None)
 
     def for_workers(self) -> ExpressionMatrix:
         """Return the matrix in a form small enough to go into tasks.

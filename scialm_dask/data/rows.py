@@ -1,11 +1,10 @@
-"""Rows of one matrix of a store: found, checked for damage, read where they are needed; and whether it has changed."""
+"""Rows of a matrix: read where they are needed, and checked for damage; and whether their store has changed."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from zarr.core.sync import sync
 
 from scialm_dask.data.arrays import MOST_MISSING, is_checksummed, missing_chunks, n_chunks, read_span
-from scialm_dask.data.csr import RowBlocks
+from scialm_dask.data.csr import RowBlocks, renumbered
 from scialm_dask.data.remote import RemoteStore, is_url
 from scialm_dask.data.store import open_store, readable
 from scialm_dask.errors import InputError
@@ -26,23 +25,20 @@ _METADATA = {".zarray", ".zattrs", ".zgroup", "zarr.json"}
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows of one element of a store on disk, opened anew wherever it is read."""
+    """Rows of one element of a store on disk, which is opened anew for every read."""
 
     path: str  # of the store, or its URL
-    element: str  # its name in the store, such as X; empty for a bare array
+    element: str  # name in the store, such as X; empty for a bare array
     encoding: str  # "csr_matrix", "csc_matrix" or "array"
     shape: tuple[int, int]  # cells × genes
-    label: str | None = None  # of a temporary copy alone: what it is a copy of, to call it by
-    # of a 10x file that has other features too: one byte for each, 1 for genes, which alone are read
-    features: bytes | None = None
+    label: str | None = None  # only of a temporary copy: the name of the original, for messages
+    features: bytes | None = None  # of a 10x file with other features too: a byte per feature, 1 for genes
     transposed: bool = False  # whether a dense element is stored as genes × cells
 
     @property
     def name(self) -> str:
-        """What to call it in messages."""
-        if self.label is not None:
-            return self.label
-        return f"{self.path}:{self.element}" if self.element else self.path
+        """Name in messages."""
+        return self.label or (f"{self.path}:{self.element}" if self.element else self.path)
 
     @property
     def n_stored(self) -> int:
@@ -52,23 +48,36 @@ class StoredRows:
         return int(open_store(self.path)[self.element]["data"].shape[0])
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows `start` to `stop` as stored."""
+        """Return rows `start` to ``stop - 1`` with values as stored; raises `InputError` if they are damaged."""
+        width = self.shape[1] if self.features is None else len(self.features)
         with readable(f"{self.name}: rows {start} to {stop}"):
             store = open_store(self.path)
             element = store[self.element] if self.element else store
             if self.encoding == "array":
                 dense = np.asarray(element[:, start:stop].T if self.transposed else element[start:stop])
                 return sp.csr_matrix(dense.astype(numeric(dense.dtype), copy=False))
-            indptr = np.asarray(element["indptr"][start : stop + 1], dtype=np.int64)
-            _check_rising(self.name, indptr, element["data"].shape[0])
+            n_stored, indptr = element["data"].shape[0], np.asarray(element["indptr"][start : stop + 1], dtype=np.int64)
+            if np.any(np.diff(indptr) < 0) or indptr.min(initial=0) < 0 or indptr.max(initial=0) > n_stored:
+                raise InputError(
+                    f"{self.name}: indptr falls or leads beyond {n_stored} values; the store is damaged, write it again"
+                )
             span = slice(int(indptr[0]), int(indptr[-1]))
             data, indices = read_span(element["data"], span), read_span(element["indices"], span)
-        return _assemble(self, data, indices, indptr - indptr[0], start)
+        if len(indptr) < 2 or not len(data) == len(indices) == span.stop - span.start:
+            raise InputError(
+                f"{self.name}: indptr does not fit data and indices from row {start}; write the store again"
+            )
+        if len(indices) and (indices.min() < 0 or indices.max() >= width):
+            bad = indices[(indices < 0) | (indices >= width)][0]
+            raise InputError(f"{self.name}: gene index {bad} is outside 0 to {width - 1}; write the store again")
+        data, indices = data.astype(numeric(data.dtype), copy=False), indices.astype(np.int32, copy=False)
+        csr = sp.csr_matrix((data, indices, indptr - span.start), shape=(len(indptr) - 1, width))
+        return csr if self.features is None else csr[:, np.flatnonzero(np.frombuffer(self.features, bool))]
 
 
 @dataclass(frozen=True)
 class MemoryRows:
-    """Rows of a matrix that is in memory already."""
+    """Rows of a matrix in memory."""
 
     matrix: sp.csr_matrix
     name: str = "matrix"
@@ -84,118 +93,70 @@ class MemoryRows:
         return int(self.matrix.nnz)
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows `start` to `stop`."""
+        """Return rows `start` to ``stop - 1``."""
         return self.matrix[start:stop]
 
 
 @dataclass(frozen=True)
-class _Derived:
-    """Rows that are read from others."""
+class DerivedRows:
+    """Rows of another matrix, with cells or genes in another order."""
 
     rows: Rows
+    shape: tuple[int, int]  # cells × genes
+    columns: NDArray[np.intp] | None = None  # new number of each gene, −1 for those left out
+    cells: NDArray[np.intp] | None = None  # old number of each cell
+    blocks: RowBlocks | None = None  # of the old rows; a whole block is read for each cell in it
 
     @property
     def name(self) -> str:
-        """What to call it in messages."""
+        """Name in messages."""
         return self.rows.name
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Cells × genes."""
-        return self.rows.shape
-
-    @property
     def n_stored(self) -> int:
-        """Number of stored values, the most that there can be."""
+        """Number of stored values of the other matrix, at least as many as here."""
         return self.rows.n_stored
 
-
-@dataclass(frozen=True)
-class _ReorderedRows(_Derived):
-    """Rows in another order, by their numbers: each that is asked for is read with the block that it lies in."""
-
-    blocks: RowBlocks
-    cells: NDArray[np.intp]
-
     def read(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows `start` to `stop` of the new order."""
-        wanted = self.cells[start:stop]
-        block = np.searchsorted(self.blocks.bounds, wanted, side="right") - 1
-        first = np.asarray(self.blocks.bounds)[block]
-        pieces = [self.rows.read(*self.blocks[b])[(wanted - first)[block == b]] for b in np.unique(block)]
-        return sp.vstack(pieces, format="csr")[np.argsort(np.argsort(block, kind="stable"))]
+        """Return rows `start` to ``stop - 1`` of the new order."""
+        if self.cells is None or self.blocks is None:
+            csr = self.rows.read(start, stop)
+        else:
+            wanted = self.cells[start:stop]
+            block = np.searchsorted(self.blocks.bounds, wanted, side="right") - 1
+            first = np.asarray(self.blocks.bounds)[block]
+            pieces = [self.rows.read(*self.blocks[b])[(wanted - first)[block == b]] for b in np.unique(block)]
+            csr = sp.vstack(pieces, format="csr")[np.argsort(np.argsort(block, kind="stable"))]
+        return csr if self.columns is None else renumbered(csr, self.columns, self.shape[1])
 
 
-@dataclass(frozen=True)
-class RenamedRows(_Derived):
-    """Rows with other columns: column j is number ``columns[j]`` of `n_columns`, or none of them if that is −1."""
-
-    columns: NDArray[np.intp]
-    n_columns: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Cells × genes."""
-        return self.rows.shape[0], self.n_columns
-
-    def read(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows `start` to `stop`."""
-        csr = self.rows.read(start, stop)
-        at = self.columns[csr.indices]
-        some = at >= 0
-        indptr = np.concatenate([[0], np.cumsum(some)])[csr.indptr]
-        return sp.csr_matrix((csr.data[some], at[some], indptr), shape=(csr.shape[0], self.n_columns))
-
-
-Rows = StoredRows | MemoryRows | _ReorderedRows | RenamedRows  # hand out rows as CSR; small, or shared with tasks
+Rows = StoredRows | MemoryRows | DerivedRows  # small, or shared with tasks
 
 
 def reordered(rows: Rows, blocks: RowBlocks, cells: NDArray[np.intp] | None, genes: NDArray[np.intp] | None) -> Rows:
-    """Return rows `cells`, columns `genes`, permutations both, of a matrix that is stored in these blocks."""
+    """Return the rows with cells and genes permuted; `blocks` are those in which the matrix is stored."""
     if isinstance(rows, MemoryRows):
         csr = rows.matrix if cells is None else rows.matrix[cells]
         return MemoryRows(csr if genes is None else csr[:, genes], rows.name)
-    in_order = rows if cells is None else _ReorderedRows(rows, blocks, cells)
-    return in_order if genes is None else RenamedRows(in_order, np.argsort(genes), len(genes))
-
-
-def _assemble(
-    rows: StoredRows, data: NDArray[Any], indices: NDArray[Any], indptr: NDArray[np.int64], start: int
-) -> sp.csr_matrix:
-    if len(indptr) < 2 or not len(data) == len(indices) == indptr[-1]:
-        raise InputError(f"{rows.name}: indptr does not fit data and indices from row {start}; write the store again")
-    width = rows.shape[1] if rows.features is None else len(rows.features)
-    if len(indices) and (indices.min() < 0 or indices.max() >= width):
-        bad = indices[(indices < 0) | (indices >= width)][0]
-        raise InputError(f"{rows.name}: gene index {bad} is outside 0 to {width - 1}; write the store again")
-    data, indices = data.astype(numeric(data.dtype), copy=False), indices.astype(np.int32, copy=False)
-    csr = sp.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, width))
-    return csr if rows.features is None else csr[:, np.flatnonzero(np.frombuffer(rows.features, bool))]
-
-
-def _check_rising(name: str, indptr: NDArray[np.int64], n_stored: int) -> None:
-    if np.any(np.diff(indptr) < 0) or indptr.min(initial=0) < 0 or indptr.max(initial=0) > n_stored:
-        raise InputError(
-            f"{name}: indptr falls, or leads beyond its {n_stored} values; the store is damaged, write it again"
-        )
+    return DerivedRows(rows, rows.shape, None if genes is None else np.argsort(genes), cells, blocks)
 
 
 def numeric(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Type that holds the values of `dtype` and that SciPy can compute with."""
+    """Return the type for values of `dtype` that SciPy can compute with, in this machine's byte order."""
     kind = {"b": np.uint8, "e": np.float32}.get(dtype.char if dtype.kind == "f" else dtype.kind, dtype)
     return np.dtype(kind).newbyteorder("=")
 
 
 def arrays_of(rows: StoredRows, element: Any) -> list[Any]:
-    """Return the arrays of which an element is made."""
+    """Return the arrays that an element consists of."""
     return [element] if rows.encoding == "array" else [element[name] for name in ("data", "indices", "indptr")]
 
 
 def chunk_bytes(rows: Rows) -> int:
-    """Bytes of the chunks that are in memory whole when any row in them is read; 0 of what is there anyhow."""
-    while isinstance(rows, _Derived):
+    """Return the bytes of the chunks that are in memory whole while a row is read; 0 for a matrix in memory."""
+    while isinstance(rows, DerivedRows):
         rows = rows.rows
-    if not isinstance(rows, StoredRows):
+    if isinstance(rows, MemoryRows):
         return 0
     store = open_store(rows.path)
     arrays = arrays_of(rows, store[rows.element] if rows.element else store)[:2]
@@ -203,18 +164,16 @@ def chunk_bytes(rows: Rows) -> int:
 
 
 def blocks_of(rows: StoredRows, element: Any, blocks: int | None = None) -> RowBlocks:
-    """Cut the rows of a CSR or dense element, having seen that its indptr fits."""
-    n_cells, n_genes = rows.shape
-    if rows.encoding == "array":
-        chunks = element.chunks or (1, 1)
-        rows_in_chunk = chunks[1 if rows.transposed else 0]
-        return RowBlocks.even(n_cells, blocks) if blocks else RowBlocks.by_width(n_cells, n_genes, rows_in_chunk)
-    indptr = read_indptr(rows, element)
-    return RowBlocks.by_nonzeros(indptr, blocks)
+    """Cut the rows of a CSR or dense element; raises `InputError` if its indptr does not fit."""
+    if rows.encoding != "array":
+        return RowBlocks.by_nonzeros(read_indptr(rows, element), blocks)
+    if blocks:
+        return RowBlocks.even(rows.shape[0], blocks)
+    return RowBlocks.by_width(*rows.shape, (element.chunks or (1, 1))[1 if rows.transposed else 0])
 
 
 def read_indptr(rows: StoredRows, element: Any) -> NDArray[np.int64]:
-    """Read where each row, or column, of a sparse element begins; raises `InputError` if it does not fit the sizes."""
+    """Return indptr of a CSR or CSC element; raises `InputError` if it does not fit the shape and the values."""
     lines, what = (rows.shape[0], "cells") if rows.encoding == "csr_matrix" else (rows.shape[1], "genes")
     stored = element["data"].shape[0]
     fits = element["indptr"].shape == (lines + 1,) and element["indices"].shape == (stored,)  # before it takes memory
@@ -227,29 +186,28 @@ def read_indptr(rows: StoredRows, element: Any) -> NDArray[np.int64]:
 
 
 def check_chunks(rows: StoredRows, element: Any, missing_are_zeros: bool) -> None:
-    """Refuse an element of which chunks are gone, since Zarr and HDF5 would read them as zeros."""
-    for array in arrays_of(rows, element):
-        if missing_are_zeros and rows.encoding == "array":
-            continue
+    """Raise `InputError` if chunks of an element are missing, since Zarr and HDF5 would read them as zeros."""
+    dense = rows.encoding == "array"
+    for array in [] if dense and missing_are_zeros else arrays_of(rows, element):
         gone = missing_chunks(array)
-        if gone and not _zeros_by_right(element, array, gone):
+        if gone and not _may_be_zeros(element, array, gone):
             count = f"{len(gone)}{'+' * (len(gone) == MOST_MISSING)}"
-            name = array.name.rpartition("/")[2]
             first = f", first {gone[0]}" if isinstance(array, zarr.Array) else ""  # HDF5 does not say which
-            what = f"{rows.name}: {count} of {n_chunks(array)} chunks of {name} are missing{first}"
-            if rows.encoding == "array":
-                raise InputError(
-                    f"{what}; restore them, or if they were all zeros pass --missing-chunks-are-zeros, to `scialm-dask "
+            remedy = "the store is damaged, write it again"
+            if dense:
+                remedy = (
+                    "restore them, or if they were all zeros pass --missing-chunks-are-zeros, to `scialm-dask "
                     "convert` where there is no such option"
                 )
-            raise InputError(f"{what}; the store is damaged, write it again")
+            name = array.name.rpartition("/")[2]
+            raise InputError(f"{rows.name}: {count} of {n_chunks(array)} chunks of {name} are missing{first}; {remedy}")
 
 
-def _zeros_by_right(element: Any, array: Any, gone: list[tuple[int, ...]]) -> bool:
-    """Tell whether the absent chunks of a sparse element may be chunks of zeros that Zarr chose not to write.
+def _may_be_zeros(element: Any, array: Any, gone: list[tuple[int, ...]]) -> bool:
+    """Return whether missing chunks of a sparse element may be chunks of zeros that Zarr did not write.
 
-    So it is with `indptr` before the first value, and with `indices` where each row has gene 0 alone. Rows that
-    lie over a lost chunk come out with repeated or falling indices.
+    These are chunks of `indptr` before the first value, and chunks of `indices` where each row has gene 0 alone. Rows
+    with a lost chunk of `indices` would have repeated or falling indices.
     """
     if array is element or not isinstance(array, zarr.Array) or array.basename == "data" or is_checksummed(array):
         return False
@@ -271,7 +229,7 @@ def _zeros_by_right(element: Any, array: Any, gone: list[tuple[int, ...]]) -> bo
 
 
 def sum_duplicates(csr: sp.csr_matrix, name: str) -> None:
-    """Sort the indices and sum what is stored twice, in place."""
+    """Sort the indices and sum duplicate entries, in place; raises `InputError` if a sum overflows the type."""
     if not csr.has_canonical_format:
         dtype, csr.data = csr.dtype, widened(csr.data)
         csr.sum_duplicates()
@@ -279,12 +237,12 @@ def sum_duplicates(csr: sp.csr_matrix, name: str) -> None:
 
 
 def widened(values: NDArray[Any]) -> NDArray[Any]:
-    """Give values a type in which sums do not overflow."""
+    """Return values as int64 or float64, in which sums do not overflow."""
     return values.astype(np.int64 if values.dtype.kind in "iu" else np.float64)
 
 
 def narrowed(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:
-    """Give sums their type back; raises `InputError` if one is beyond what the type holds."""
+    """Return sums as `dtype`; raises `InputError` if that type cannot hold one."""
     if dtype.kind in "iu" and len(values):
         limits = np.iinfo(dtype)
         if values.min() < limits.min or values.max() > limits.max:
@@ -293,14 +251,14 @@ def narrowed(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[A
 
 
 def fingerprint(rows: Rows) -> str | None:
-    """Digest what rows are read from, see `Stamp`; None if that is in memory."""
-    return _digest(rows.path, (rows.element,)) if isinstance(rows, StoredRows) else None
+    """Return the digest of the element that rows are read from, see `Stamp`; None for a matrix in memory."""
+    return Stamp.of(rows.path, rows.element).digest if isinstance(rows, StoredRows) else None
 
 
 class Stamp(NamedTuple):
-    """What some elements of a store were like: names, sizes and times of their files, and Zarr's metadata.
+    """State of some elements of a store, as a digest: names, sizes and times of their files, and Zarr's metadata.
 
-    Behind a URL, names, sizes and versions. The digest is None if it has no such things.
+    Behind a URL, names, sizes and versions of their keys; None where keys cannot be listed.
     """
 
     path: str
@@ -309,41 +267,31 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, path: str, *elements: str) -> Stamp:
-        """Look at these elements; at everything, if none is given."""
+        """Return the state of these elements, or of the whole store if none is given."""
         elements = elements or ("",)
-        return cls(path, elements, _digest(path, elements))
+        if is_url(path):
+            store = RemoteStore.at(path, read_only=True)
+            found = [sync(store.stamps(element)) for element in elements]
+            words = None if None in found else "\n".join(word for each in found for word in each or ())
+            return cls(path, elements, None if words is None else hashlib.sha256(words.encode()).hexdigest())
+        digest = hashlib.sha256()
+        files = [path] if os.path.isfile(path) else []
+        for element in elements if not files else ():
+            for folder, below, names in os.walk(os.path.join(path, element)):
+                below.sort()
+                files += (os.path.join(folder, name) for name in sorted(names))
+        for file in files:
+            try:
+                status = os.stat(file)
+            except FileNotFoundError:
+                continue  # deleted since the listing, which is a change too
+            digest.update(f"{os.path.relpath(file, path)} {status.st_size} {status.st_mtime_ns}\n".encode())
+            if os.path.basename(file) in _METADATA:
+                with open(file, "rb") as opened:
+                    digest.update(opened.read())
+        return cls(path, elements, digest.hexdigest())
 
     def check(self) -> None:
-        """Raise `InputError` if it is not like that any more."""
-        if _digest(self.path, self.elements) != self.digest:
-            raise InputError(
-                f"{self.path}: was changed while it was read; begin again when nothing writes to it any more"
-            )
-
-
-def _digest(path: str, elements: tuple[str, ...]) -> str | None:
-    if is_url(path):
-        store = RemoteStore.at(path, read_only=True)
-        found = [sync(store.stamps(element)) for element in elements]
-        words = None if None in found else "\n".join(word for each in found for word in each or ())
-        return None if words is None else hashlib.sha256(words.encode()).hexdigest()
-    digest = hashlib.sha256()
-    for file in (file for element in elements for file in _files(path, element)):
-        try:
-            status = os.stat(file)
-        except FileNotFoundError:
-            continue  # between the listing and now: a change as well
-        digest.update(f"{os.path.relpath(file, path)} {status.st_size} {status.st_mtime_ns}\n".encode())
-        if os.path.basename(file) in _METADATA:
-            with open(file, "rb") as opened:
-                digest.update(opened.read())
-    return digest.hexdigest()
-
-
-def _files(path: str, element: str) -> Iterator[str]:
-    if os.path.isfile(path):
-        yield path
-        return
-    for folder, below, names in os.walk(os.path.join(path, element)):
-        below.sort()
-        yield from (os.path.join(folder, name) for name in sorted(names))
+        """Raise `InputError` if the elements have changed since."""
+        if Stamp.of(self.path, *self.elements) != self:
+            raise InputError(f"{self.path}: was changed while it was read; begin again when nothing writes to it")

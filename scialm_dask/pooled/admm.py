@@ -41,7 +41,7 @@ class Projection:
         X = Z - Y @ P.T
         S = np.zeros_like(X)
         if self.non_negative and (X < 0).any():
-            from scialm_dask.linalg.nnls import nnls_gram
+            from scialm_dask.linalg.least_squares import nnls_gram
 
             S = nnls_gram(np.eye(len(P)) - P @ inner @ P.T, -X)
             Y += S @ P @ inner

@@ -182,7 +182,7 @@ def start_loadings(genes: int, rank: int, seed: int, restart: int) -> Float:
 
 def cell_factors(block: Any, start: int, basis: Float, ridge: float) -> Float:
     """Return U of a block: each row minimises ‖d − B u‖² + ridge ‖u‖² over u ≥ 0, with B = PᵀV."""
-    from scialm_dask.linalg.nnls import nnls_gram
+    from scialm_dask.linalg.least_squares import nnls_gram
 
     D = dense_block(block, start)
     gram = basis.T @ basis + ridge * np.eye(basis.shape[1])

@@ -212,7 +212,7 @@ def _weights(operator: LowRankPlusSparse, train: PreparedBlocks, svd: PartialSVD
 def _compare(
     number: int, _: Block, state: BlockState, train: PreparedBlocks, to_left: Floats
 ) -> tuple[Floats, Doubles, float]:
-    return compare_halves(train.halves(number), state.sketch @ to_left)
+    return compare_halves(*train.halves(number), state.sketch @ to_left)
 
 
 def _relative(squares: Doubles, of: Doubles) -> float:

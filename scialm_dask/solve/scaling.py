@@ -17,7 +17,7 @@ from scialm_dask.data.annotation import total_counts
 from scialm_dask.data.csr import check_observed
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
-from scialm_dask.linalg.kernels import Block, Doubles, Floats, Halves
+from scialm_dask.linalg.kernels import Block, Doubles, Floats
 from scialm_dask.linalg.random import hidden_entries, n_to_hide, thinned
 from scialm_dask.linalg.tasks import add
 from scialm_dask.reduction import tree_reduce
@@ -197,8 +197,11 @@ class PreparedBlocks:
             csr = self.molecules.of(csr, self.bounds[block])
         return Block(csr.indptr, csr.indices, csr.data * self._scale(csr, block), csr.shape[1])
 
-    def halves(self, block: int) -> Halves:
-        """Read a block, and scale the share of the molecules and, as an estimate of the same, the rest of them."""
+    def halves(self, block: int) -> tuple[Block, Floats, Floats]:
+        """Read a block and return the scaled training and test molecules, zeros kept, and the size of each cell.
+
+        Test molecules are multiplied by p/(1 − p), to estimate what the training molecules estimate.
+        """
         assert self.molecules is not None
         csr, share = self.matrix.read_block(block), self.molecules.share
         kept, scale = self.molecules.kept(csr, self.bounds[block]), self._scale(csr, block)
@@ -208,7 +211,7 @@ class PreparedBlocks:
         if self.scales.cell is not None:
             size /= self.scales.cell[rows]
         train, test = ((part * scale).astype(np.float32, copy=False) for part in (kept, test))
-        return Halves(csr.indptr, csr.indices, train, test, size, csr.shape[1])
+        return Block(csr.indptr, csr.indices, train, csr.shape[1]), test, size
 
     def _scale(self, csr: sp.csr_matrix, block: int) -> Floats | np.float32:
         """Return what each entry is multiplied with."""

@@ -19,7 +19,7 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, silent
 from scialm_dask.linalg.kernels import Doubles, Floats
-from scialm_dask.linalg.ridge import RowProblems, leave_one_out, solve_rows
+from scialm_dask.linalg.least_squares import RowProblems, leave_one_out, solve_rows
 from scialm_dask.linalg.sparse_products import spmm
 from scialm_dask.reduction import stacked
 from scialm_dask.solve.scaling import CellModel, CompletionModel, DenoisingModel

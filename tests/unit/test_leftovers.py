@@ -60,7 +60,7 @@ def test_what_is_of_another_machine_is_kept(held, tmp_path, monkeypatch):
     process.kill()
     process.wait()
     with monkeypatch.context() as there:
-        there.setattr(lease, "_short", lambda _: "0" * 8)
+        there.setattr(lease, "_machine", lambda: "0" * 8)
         assert clean(tmp_path)["kept"] == names
     assert clean(tmp_path)["removed"] == names
 
