@@ -162,8 +162,8 @@ def test_results_of_other_kinds(tmp_path, strange):
     pooled = PooledALS(3, max_sweeps=5).fit(COUNTS.toarray() @ P, P).to_imputation()
     general = impute(COUNTS.toarray() + 1.0, observed="finite", stop="residual", max_iterations=12)
     for kind, words in {
-        fit.transform(strange[60:].copy()): "completed by a fit that was made before",
-        pooled: "What is minimised",
+        fit.transform(strange[60:].copy()): "imputed with an earlier fit",
+        pooled: "The minimised objective",
         general: "Zeros of this matrix are observed values",
     }.items():
         told = write_report(kind, tmp_path / "r.html", overwrite=True)
