@@ -62,7 +62,7 @@ class Settings:
     max_iterations : int, default=1000
         Maximum number of iterations.
     first_rank, increment : int, default=5, 200
-        sv₀ and R of equation 13.
+        The parameters sv₀ and R of equation 13.
     max_rank : int or None, default=128
         Maximum number of singular values, which bounds memory and time. None means no limit. `impute`, `IALM` and the
         command line take ``"none"`` for no limit; there None keeps the value of the preset.

@@ -329,13 +329,13 @@ def dots(scores: pd.DataFrame, panels: Mapping[str, str], title: str = "") -> Fi
         for y, name in enumerate(names):
             rows = scores[scores["label"] == name].assign(value=values)
             known, status = rows["value"].dropna().to_numpy(float), rows["status"].iloc[0]
-            words = short_name(status) if column == first and status not in ("ok", "quoted") else ""
+            text = short_name(status) if column == first and status not in ("ok", "quoted") else ""
             if len(known):
                 colour, mean = _colour_of(rows["method"].iloc[0]), known.mean()
                 marks = {"facecolors": "none" if status == "quoted" else colour, "edgecolors": colour}
                 axes.scatter(known, np.full(len(known), y), s=28, linewidths=1, zorder=3, **marks)
-                words = f"{mean:,.0f}" if mean >= 1000 else f"{mean:.3f}" if mean < 1 else f"{mean:#.3g}".rstrip(".")
-            axes.annotate(words, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
+                text = f"{mean:,.0f}" if mean >= 1000 else f"{mean:.3f}" if mean < 1 else f"{mean:#.3g}".rstrip(".")
+            axes.annotate(text, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
         axes.set(title=_title(column, words, "← better", "better →"), ylim=(-0.6, len(names) - 0.4))
         axes.margins(x=0.08)
         axes.grid(axis="y")

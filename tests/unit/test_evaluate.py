@@ -292,7 +292,7 @@ def test_a_truth_is_looked_at_before_anything_is_run(cells):
 def test_count_splitting_what_is_no_counts_is_refused(cells):
     halves = cells.copy()
     halves.X = halves.X * 0.5
-    with pytest.raises(InputError, match="counts alone can be split"):
+    with pytest.raises(InputError, match="which count splitting needs"):
         evaluate_imputation(halves, split=True)
 
 

@@ -196,7 +196,7 @@ def test_a_denoised_result(result, strange, tmp_path):
         "0.530 0.588 as observed, 0.712 by gene means",
         "31%",
         "Imputation helps <here>.",
-        "unseen molecules:",
+        "recurs in unseen molecules.",
     ):
         assert words in page.text
     assert "by scialm-dask impute a b" in page.text
