@@ -222,6 +222,6 @@ def test_a_result_whose_workers_are_gone_says_so_in_one_line(path, tmp_path, end
         assert np.isfinite(result[0, 0])
         getattr(connected, end)()
         for use in (lambda: result[0, 0], lambda: result.left, lambda: result.to_zarr(tmp_path / "r.zarr")):
-            with pytest.raises(InputError, match=r"does not reach any more: their cluster was closed or started anew"):
+            with pytest.raises(InputError, match=r"can no longer reach: their cluster was closed or restarted"):
                 use()
     assert not (tmp_path / "r.zarr").exists()
