@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 KEY = "scialm"
 _FACTORS, _RESIDUAL = f"{KEY}_factors", f"{KEY}_residual"
 _LAYER = "counts"
-_LOW_RANK = "the values are those of the low-rank part alone; give `Imputation.open` the counts"
+_LOW_RANK = "only the values of the low-rank part are known; give `Imputation.open` the counts"
 
 
 def read_result(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
