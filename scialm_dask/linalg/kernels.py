@@ -210,21 +210,10 @@ def sparse_part(block: Block, state: BlockState, view: PassInputs) -> Floats:
 
 
 def compare_halves(train: Block, test: Floats, size: Floats, left: Floats) -> tuple[Floats, Doubles, float]:
-    """Return sums over the rows of two independent measurements of a block, on one CSR pattern.
+    """Return sums over the rows of two independent measurements, s and t, of the entries of a block.
 
-    Parameters
-    ----------
-    train, test
-        The two measurements, s and t at each entry; some are zero.
-    size
-        h, one number for each row, float32, shape ``(m,)``.
-    left
-        U, float32, shape ``(m, l)``.
-
-    Returns
-    -------
-    tuple
-        TᵀU, float32, shape ``(n, l)``; Σ st, Σ s², Σ t², Σ hs and Σ ht of each column, float64, shape ``(5, n)``; Σ h².
+    `size` has a number h for each row, and `left` is U, of shape ``(m, l)``. Returns TᵀU, float32, of shape ``(n, l)``;
+    Σ st, Σ s², Σ t², Σ hs and Σ ht of each column, float64, of shape ``(5, n)``; and Σ h².
     """
     indices, n, s, t = train.indices, train.n_columns, train.observed, test
     cross = np.zeros((n, left.shape[1]), np.float32)
