@@ -317,11 +317,9 @@ class RunState:
         """Raise `ValueError` if arrays do not fit the operator, as kernels would read past their ends."""
         assert self._found is not None
         rows, entries = np.diff(operator.bounds).tolist(), self._found.block_gene_counts.sum(axis=1).tolist()
-        rank = {"": blocks["right"][0].shape[1]}
-        if "best_right" in blocks:
-            rank["best_"] = blocks["best_right"][0].shape[1]
         wanted: dict[str, list[tuple[int, ...]]] = {}
-        for which, r in rank.items():
+        for which in ("", "best_") if "best_right" in blocks else ("",):
+            r = blocks[f"{which}right"][0].shape[1]
             wanted[f"{which}right"] = [(operator.shape[1], r)]
             wanted[f"{which}left"] = [(n, r) for n in rows]
             wanted[f"{which}estimate"] = [(n,) for n in entries]

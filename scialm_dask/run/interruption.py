@@ -123,12 +123,9 @@ def quiet_end(client: Client, *, ours: bool) -> Iterator[None]:
 
 
 def _hush() -> None:
-    for name in (
-        "distributed",
-        "tornado.application",
-        *(name for name in logging.root.manager.loggerDict if name.startswith("distributed.")),
-    ):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("distributed", "tornado.application")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @contextmanager

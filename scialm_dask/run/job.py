@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -37,7 +37,7 @@ from scialm_dask.run.checkpointing import Checkpointing, Job, RunState, as_writt
 from scialm_dask.run.cluster import ask_everyone, workers_here
 from scialm_dask.run.interruption import cluster_is_back, loss_of_cluster, while_workers
 from scialm_dask.run.plan import place_scratch
-from scialm_dask.solve.denoise import Denoised, DenoiseState, as_plain, denoise
+from scialm_dask.solve.denoise import Denoised, DenoiseState, denoise
 from scialm_dask.solve.estimate import find_axes
 from scialm_dask.solve.ialm import LoopState, complete, iterations
 from scialm_dask.solve.scaling import PreparedBlocks, Survey, cell_model, mean_and_covariance, prepare, survey
@@ -258,10 +258,18 @@ class _Fitting:
             raise
         assert isinstance(step, Denoised)
         svd, weights = step.svd, step.weights
+        summary = {
+            "rank": len(weights.component),
+            "singular_values": svd.values.tolist(),
+            "weights": weights.component.tolist(),
+            "residual_share": float(np.mean(weights.residual > 0)),
+            "unseen": asdict(weights.unseen),
+            "verdict": weights.unseen.verdict,
+        }
         result = self.result(
             prepare(job.matrix, self.found, job.settings),
             (step.operator.sketched(svd.to_left * (weights.component * svd.values)), svd.right),
-            as_plain(step),
+            summary,
             {"weights": weights.component},
             residual_weight=weights.residual,
             counts=job.matrix,

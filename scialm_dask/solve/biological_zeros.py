@@ -30,6 +30,7 @@ from scialm_dask.linalg.least_squares import column_minima
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.svd import extended_basis, leading_triplets
 from scialm_dask.reduction import stacked, tree_reduce
+from scialm_dask.solve.scaling import PreparedBlocks
 
 # As in ALRA: number of singular values, the share of them after which all are noise, and how many standard deviations
 # above the mean gap of these a gap must be to be signal.
@@ -77,26 +78,12 @@ def _over(right: Floats, thresholds: Floats, left: Floats) -> NDArray[np.bool_]:
     return left @ right.T > thresholds
 
 
-@dataclass(frozen=True)
-class _Detected:
+class _Detected(PreparedBlocks):
     """The detection pattern of a matrix, for `LowRankPlusSparse`."""
-
-    matrix: ExpressionMatrix
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.shape
-
-    @property
-    def bounds(self) -> tuple[int, ...]:
-        return self.matrix.blocks.bounds
 
     def load(self, block: int) -> Block:
         csr = self.matrix.read_block(block)
         return Block(csr.indptr, csr.indices, np.ones(csr.nnz, np.float32), csr.shape[1])
-
-    def held_out(self, block: int, loaded: Block) -> None:
-        return None
 
 
 @checked

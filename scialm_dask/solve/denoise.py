@@ -217,16 +217,3 @@ def _compare(
 
 def _relative(squares: Doubles, of: Doubles) -> float:
     return math.sqrt(max(0.0, squares.sum()) / of.sum())
-
-
-def as_plain(denoised: Denoised) -> dict[str, Any]:
-    """Return the entries of a summary, as JSON values."""
-    weights, unseen = denoised.weights, denoised.weights.unseen
-    return {
-        "rank": len(weights.component),
-        "singular_values": denoised.svd.values.tolist(),
-        "weights": weights.component.tolist(),
-        "residual_share": float(np.mean(weights.residual > 0)),
-        "unseen": asdict(unseen),
-        "verdict": unseen.verdict,
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -153,10 +153,10 @@ class PreparedBlocks:
     """Scaled row blocks, for `LowRankPlusSparse`."""
 
     matrix: ExpressionMatrix
-    scales: Scales
-    validation: float  # share of each gene's entries to hold out
-    seed: int  # of the choice of these entries
-    block_gene_counts: NDArray[np.int32] | None  # see Survey; None in a `part`
+    scales: Scales = Scales(None, None, "not scaled")
+    validation: float = 0.0  # share of each gene's entries to hold out
+    seed: int = 0  # of the choice of these entries
+    block_gene_counts: NDArray[np.int32] | None = None  # see Survey; None in a `part`
     molecules: Molecules | None = None  # to use; None for all
     # in a `part`, if entries are held out: number of entries of each gene before each block, and in all blocks
     entries_before: tuple[dict[int, NDArray[np.int32]], NDArray[np.int64]] | None = None
@@ -172,9 +172,10 @@ class PreparedBlocks:
         return self.matrix.blocks.bounds
 
     @property
-    def weights(self) -> list[int]:
-        """Observed entries of each block."""
-        assert self.block_gene_counts is not None
+    def weights(self) -> Sequence[int]:
+        """Observed entries of each block, or its cells if these are unknown."""
+        if self.block_gene_counts is None:
+            return self.matrix.blocks.sizes
         return self.block_gene_counts.sum(axis=1, dtype=np.int64).tolist()  # type: ignore[no-any-return]
 
     def part(self, blocks: tuple[int, ...]) -> PreparedBlocks:
