@@ -35,8 +35,8 @@ class Product(NamedTuple):
 
     cross: Doubles  # WᵀWQ, float64, shape (n, l)
     gram: Doubles  # (WQ)ᵀWQ, float64, shape (l, l)
-    misfit: float  # as in `Sums`
-    held_out: float
+    misfit: float = 0.0  # as in `Sums`
+    held_out: float = 0.0
 
 
 class _Kept(NamedTuple):
@@ -139,13 +139,13 @@ class LowRankPlusSparse:
             How to make held-out entries observed.
         """
         right = self.right if right is None else right
-        view = PassInputs(right, basis, None if basis is None else right.T @ basis, step, give_back)
+        inputs = PassInputs(right, basis, None if basis is None else right.T @ basis, step, give_back)
         changes = {"sketch"} if basis is not None else set()
         changes |= {"estimate", "left"} if step is not None else set()
         changes |= {"estimate"} if give_back is not None else set()
         # A step computes the left factor from the sketch; without a step the left factor is needed instead.
         unneeded = ("left",) if step is not None else ("sketch",)
-        sums: Sums = self._pass(tasks.visit, view, changes=changes, without=unneeded)
+        sums: Sums = self._pass(tasks.visit, inputs, changes=changes, without=unneeded)
         self.right = right
         cross = sums.sparse_cross.astype(np.float64)
         if cross.size:

@@ -164,9 +164,9 @@ def add(one: Any, other: Any, *, in_place: bool = False) -> Any:
 
 
 def visit(
-    number: int, block: Block, state: BlockState, total: Sums | None, view: PassInputs
+    number: int, block: Block, state: BlockState, total: Sums | None, inputs: PassInputs
 ) -> tuple[BlockState, Sums]:
-    return kernels.visit(block, state, view, total)
+    return kernels.visit(block, state, inputs, total)
 
 
 def reduce(
@@ -175,12 +175,12 @@ def reduce(
     return state, add(total, kernel(number, block, state, *arguments), in_place=True)
 
 
-def column_gram(number: int, block: Block, state: BlockState, view: PassInputs) -> tuple[Doubles, Doubles, Doubles]:
-    return kernels.column_gram(block, state, view)
+def column_gram(number: int, block: Block, state: BlockState, inputs: PassInputs) -> tuple[Doubles, Doubles, Doubles]:
+    return kernels.column_gram(block, state, inputs)
 
 
-def row_half(number: int, block: Block, state: BlockState, view: PassInputs, core: Doubles) -> dict[int, RowHalf]:
-    return {number: kernels.row_half(block, state, view, core)}
+def row_half(number: int, block: Block, state: BlockState, inputs: PassInputs, core: Doubles) -> dict[int, RowHalf]:
+    return {number: kernels.row_half(block, state, inputs, core)}
 
 
 def row_gram(
@@ -198,9 +198,9 @@ def row_gram(
 
 
 def take_sketch(
-    number: int, block: Block, state: BlockState, total: Any, view: PassInputs, vectors: Mapping[int, Floats]
+    number: int, block: Block, state: BlockState, total: Any, inputs: PassInputs, vectors: Mapping[int, Floats]
 ) -> tuple[BlockState, dict[int, tuple[Floats, Floats]]]:
-    parts = {number: (state.left, kernels.sparse_part(block, state, view))}
+    parts = {number: (state.left, kernels.sparse_part(block, state, inputs))}
     return replace(state, sketch=vectors[number]), add(total, parts)
 
 

@@ -113,9 +113,8 @@ def job_of(saved: Checkpoint, matrix: ExpressionMatrix | None, changes: Mapping[
         if run["settings"].keys() != {each.name for each in fields(Settings)}:
             raise ValueError("its settings are not those of this version")
         settings = Settings(**run["settings"])
-        asked = {name: run[name] for name in ("scratch", "memory_limit", "scratch_folder")}
-        for (name, value), kind in zip(asked.items(), (str, int | None, str | None), strict=True):
-            validated(name, value, kind)
+        kinds = {"scratch": str, "memory_limit": int | None, "scratch_folder": str | None}
+        asked = {name: validated(name, run[name], kind) for name, kind in kinds.items()}
     if matrix is None:
         matrix = source_of(saved.notes)
     elif matrix.observed != observed:

@@ -126,7 +126,7 @@ def find_axes(
     gram_of_mean = np.outer(along, along) / m
     varies = np.diag(gram) > (1 + _ROUNDING) * np.diag(gram_of_mean)
     cross, gram = (cross - np.outer(mean, along))[:, varies], (gram - gram_of_mean)[np.ix_(varies, varies)]
-    loadings = rayleigh_ritz(Product(cross, gram, 0.0, 0.0)).right[:, :_COMPONENTS]
+    loadings = rayleigh_ritz(Product(cross, gram)).right[:, :_COMPONENTS]
     return Axes(genes, np.ascontiguousarray(loadings), mean.astype(np.float32))
 
 

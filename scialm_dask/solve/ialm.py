@@ -114,7 +114,7 @@ class LoopState:
             cross, gram = arrays["cross"], arrays["gram"]
             if cross.ndim != 2 or gram.shape != (cross.shape[1],) * 2:
                 raise ValueError(f"cross has shape {cross.shape}, gram {gram.shape}")
-            product = Product(cross, gram, 0.0, 0.0)
+            product = Product(cross, gram)
         reason = validated("reason", notes["reason"], str)
         return cls(history, penalty, chosen, values, product, reason=reason)
 
@@ -174,9 +174,9 @@ def first_state(operator: LowRankPlusSparse, settings: Settings, listen: Listene
     """Return the state after the iterations with A = 0, and the SVD that follows them."""
     nothing = np.zeros((operator.shape[1], 0), np.float32)
     width = min(basis_width(np.zeros(settings.first_rank), 0.0, settings.first_rank), *operator.shape)
-    product, seed = operator.multiply(extended_basis(nothing, width, settings.seed)), settings.seed
+    product = operator.multiply(extended_basis(nothing, width, settings.seed))
     svd = leading_triplets(
-        operator, product, limit=1, threshold=0.0, passes=_FIRST_PASSES, tolerance=_FIRST_TOLERANCE, seed=seed
+        operator, product, limit=1, threshold=0.0, passes=_FIRST_PASSES, tolerance=_FIRST_TOLERANCE, seed=settings.seed
     )
     largest = float(svd.values[0])
     penalty = first_penalty(largest, operator.observations.n_observed / operator.size)
