@@ -208,7 +208,7 @@ def test_an_asynchronous_client_is_refused_in_one_line():
         async with Client(processes=False, n_workers=1, dashboard_address=":0", asynchronous=True):
             impute(low_rank_counts(60, 30, density=0.5, seed=3))
 
-    with pytest.raises(InputError, match=r"asynchronous, and this waits.*threads"):
+    with pytest.raises(InputError, match=r"asynchronous, but this call waits.*threads"):
         asyncio.run(use())
 
 
