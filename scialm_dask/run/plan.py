@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask
 import numpy as np
@@ -159,26 +159,14 @@ def _base_memory(resident: int | None) -> int:
     return max(resident, _IMPORTED) + started  # an idle worker has imported nothing yet
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where to keep the working state of a run, and whether it fits."""
 
     scratch: str  # "memory" or "zarr:PATH"
     forecast: Forecast
-    here: Workers
-    limit: int  # bytes for each process
-    refusal: str = ""  # why it does not fit and what would; empty if it fits
-
-    @property
-    def memory(self) -> int:
-        """Forecast for each process, in bytes."""
-        return self.forecast.in_memory if self.scratch == "memory" else self.forecast.on_disk
-
-    @property
-    def memory_in_all(self) -> int:
-        """Forecast for all processes; this one and the scheduler take no more than a worker without the state."""
-        apart = self.here.resident is not None
-        return self.here.workers * self.memory + (self.forecast.on_disk if apart else 0)
+    memory: int  # bytes that each process will take
+    limit: int  # bytes that it may take
+    refusal: str  # why it does not fit and what would; empty if it fits
 
 
 def place_scratch(job: Job, here: Workers) -> Place:
@@ -191,19 +179,17 @@ def place_scratch(job: Job, here: Workers) -> Place:
     limit, raised_by = limit_of(here, job.memory_limit)
     need = forecast(job.matrix, job.settings, here)
     on_disk = named or (scratch == "auto" and need.in_memory > limit)
-    chosen = Place(f"zarr:{path}" if on_disk else "memory", need, here, limit)
-    if chosen.memory > limit:
-        remedy = _remedy(job, here, limit, raised_by)
-        words = f"the forecast is {format_bytes(chosen.memory)} of memory and the limit {format_bytes(limit)}; {remedy}"
-        return replace(chosen, refusal=words)
+    memory, refusal = need.on_disk if on_disk else need.in_memory, ""
     free = shutil.disk_usage(path).free if on_disk and os.path.isdir(path) else math.inf
-    if on_disk and need.scratch > free:
-        words = (
+    if memory > limit:
+        remedy = _remedy(job, here, limit, raised_by)
+        refusal = f"the forecast is {format_bytes(memory)} of memory and the limit {format_bytes(limit)}; {remedy}"
+    elif on_disk and need.scratch > free:
+        refusal = (
             f"the forecast is {format_bytes(need.scratch)} of scratch and {path} has {format_bytes(int(free))} free; "
             "pass --scratch zarr:PATH with a folder on another disk"
         )
-        return replace(chosen, refusal=words)
-    return chosen
+    return Place(f"zarr:{path}" if on_disk else "memory", need, memory, limit, refusal)
 
 
 def _remedy(job: Job, here: Workers, limit: int, raised_by: str) -> str:
@@ -274,6 +260,8 @@ def plan(job: Job, *, preserve_zeros: bool = False) -> dict[str, Any]:
     place = place_scratch(replace(job, matrix=matrix), here)
     need = place.forecast
     passes = need.passes + (BIOLOGICAL_ZEROS_PASSES if preserve_zeros else 0)
+    # This process and the scheduler take no more than a worker without the state.
+    in_all = here.workers * place.memory + (0 if here.resident is None else need.on_disk)
     times = {}
     if not place.refusal:  # otherwise there is no memory to time a block
         one: float = dask.delayed(_time_of_block, pure=False)(matrix.for_workers(), need.basis_width).compute()
@@ -289,7 +277,7 @@ def plan(job: Job, *, preserve_zeros: bool = False) -> dict[str, Any]:
         "peak_memory_bytes_with_zarr_scratch": need.on_disk,
         "zarr_scratch_bytes": need.scratch,
         "scratch": place.scratch,
-        "memory_bytes_in_all": place.memory_in_all,
+        "memory_bytes_in_all": in_all,
         "memory_limit_bytes": place.limit,
         "fits": not place.refusal,
         **({"refusal": place.refusal} if place.refusal else {}),
