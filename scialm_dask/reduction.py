@@ -99,6 +99,11 @@ def current_client() -> Client | None:
     return owner if isinstance(owner, Client) else None
 
 
+def workers_of(client: Client | None) -> dict[str, Any]:
+    """Return what the scheduler knows of each worker, by address; nothing without a client."""
+    return {} if client is None else client.scheduler_info(n_workers=-1)["workers"]
+
+
 def execute(values: Sequence[Any], how: Callable[..., Any] = dask.persist) -> tuple[Any, ...]:
     """Persist or compute values on the present scheduler, with one BLAS thread for each thread of this process."""
     # Every pass sends megabytes to the workers on purpose, so Dask should not warn. Importing distributed while its
@@ -248,7 +253,7 @@ class Placement:
     def __call__(self, weights: Sequence[float]) -> tuple[Group, ...]:
         """Return a group for each thread, given the weight of each block."""
         client = current_client()
-        workers = {} if client is None else client.scheduler_info(n_workers=-1)["workers"]
+        workers = workers_of(client)
         if client is None or not workers:
             return threads_anywhere(weights)
         if client is not self._client:

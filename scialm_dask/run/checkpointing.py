@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+from dask.utils import parse_timedelta
 
 from scialm_dask import __version__
 from scialm_dask.config import Settings, short_repr, validated
@@ -84,8 +85,6 @@ class Checkpointing:
 
 def cadence(every: int | str) -> tuple[float, float]:
     """Return the most iterations and seconds between checkpoints; raise `InputError` if `every` is neither."""
-    from dask.utils import parse_timedelta
-
     words = str(every).strip()
     try:
         if re.fullmatch(r"\d+", words):

@@ -16,11 +16,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import dask
+from dask.system import CPU_COUNT
+from dask.utils import format_bytes, parse_bytes
+
 from scialm_dask.config import Count, bytes_of, checked, configured, seconds_of, validated
 from scialm_dask.errors import ClusterError, InputError
-from scialm_dask.reduction import current_client
+from scialm_dask.reduction import current_client, workers_of
 from scialm_dask.run import interruption
-from scialm_dask.run.interruption import check_processes, count_workers, losses_explained, quiet_end, while_workers
+from scialm_dask.run.interruption import check_processes, losses_explained, quiet_end, while_workers
 
 if TYPE_CHECKING:
     from distributed import Client, Security
@@ -102,8 +106,6 @@ def connect(
     >>> with scialm_dask.connect(threads=1):
     ...     result = scialm_dask.impute(counts)
     """
-    import dask
-
     if scheduler is scheduler_file is cluster is None:
         scheduler, scheduler_file, cluster = map(configured, ("scheduler", "scheduler-file", "cluster"))
     _check_places(scheduler, scheduler_file, cluster, workers=workers, threads=threads, memory=worker_memory, tls=tls)
@@ -142,12 +144,7 @@ def connect(
 
 def workers_here() -> Workers:
     """Return the processes that would compute now."""
-    import dask
-    from dask.system import CPU_COUNT
-
-    client = current_client()
-    workers = {} if client is None else client.scheduler_info(n_workers=-1)["workers"]
-    if not workers:
+    if not (workers := workers_of(current_client())):
         return Workers(1, int(dask.config.get("num_workers", None) or CPU_COUNT), None)
     pause = float(dask.config.get("distributed.worker.memory.pause") or 1)
     limits = [worker["memory_limit"] for worker in workers.values() if worker["memory_limit"]]
@@ -241,7 +238,6 @@ def _address_in(scheduler_file: str | os.PathLike[str], timeout: float) -> str:
 
 def _from_files() -> Security:
     """Return TLS settings with the files that Dask's configuration names."""
-    import dask
     from distributed import Security
 
     for key in ("ca-file", "client.cert"):
@@ -269,7 +265,6 @@ def _local(
     stack: ExitStack, _: str, workers: int | None, threads: int | None, memory: str | None, security: Security | None
 ) -> tuple[Client, int]:
     """Start worker processes on this machine."""
-    import dask
     from distributed import Client, LocalCluster
 
     preload = [*(dask.config.get("distributed.worker.preload") or ()), interruption.__name__]
@@ -293,8 +288,6 @@ def _jobqueue(
     stack: ExitStack, name: str, workers: int | None, threads: int | None, memory: str | None, security: Security | None
 ) -> tuple[Client, int]:
     """Submit jobs that run workers, as dask-jobqueue's configuration describes them."""
-    import dask
-    from dask.utils import format_bytes, parse_bytes
     from distributed import Client
 
     def get(key: str) -> Any:
@@ -361,14 +354,14 @@ def _jobqueue_class(name: str) -> Any:
 
 def _wait(client: Client, wanted: int, notify: Callable[[str], None]) -> None:
     """Wait for all workers or, after a timeout, go on with those that came."""
-    if count_workers(client) >= wanted:
+    if len(workers_of(client)) >= wanted:
         return
     timeout = seconds_of("worker-timeout")
     notify(f"waiting for {wanted} worker{'s' * (wanted > 1)}, {timeout:g} s at most")
     try:
         client.wait_for_workers(wanted, timeout=timeout)
     except TimeoutError:
-        here = count_workers(client)
+        here = len(workers_of(client))
         if here == 0:
             raise ClusterError(
                 f"{client.scheduler.address}: no worker came within {timeout:g} s; look at the queue and the logs of "

@@ -88,11 +88,6 @@ def check_processes() -> None:
         ) from error
 
 
-def count_workers(client: Client) -> int:
-    """Return the present number of workers."""
-    return len(client.scheduler_info(n_workers=-1)["workers"])
-
-
 @contextmanager
 def losses_explained() -> Iterator[None]:
     """Raise `ClusterError`, with one line, when workers or the scheduler are lost."""
