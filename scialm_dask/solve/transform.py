@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.data.annotation import total_counts
-from scialm_dask.data.csr import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, silent
@@ -60,14 +59,9 @@ def transform(
     if model is None:
         raise InputError("the result has no model of its cells, to impute others; give a result of `impute`")
     n_fitted, rank = fit.right.shape
-    columns = _matching(fit, names, matrix)
-    matched, few = int(np.count_nonzero(columns >= 0)), {}
-    if 2 * matched < n_fitted:
-        few["few_genes"] = (
-            f"{matched:,} of the fit's {n_fitted:,} genes match ({matched / n_fitted:.1%}); all others are "
-            "guessed from these, the worse the fewer: give more of them, or fit on the genes that both have"
-        )
-        listen(Note(f"{matrix.name}: {few['few_genes']}"))
+    columns, few = _matching(fit, names, matrix)
+    if few:
+        listen(Note(f"{matrix.name}: {few}"))
     sample = _sample(matrix)
     sizes, note = _size_factors(model, sample, obs)
     right = fit.right * model.gene_scale[:, None]
@@ -75,13 +69,13 @@ def transform(
     summary = {
         "n_cells": matrix.shape[0],
         "n_genes": n_fitted,
-        "n_genes_matched": matched,
-        "n_genes_not_in_fit": len(columns) - matched,
+        "n_genes_matched": int(np.count_nonzero(columns >= 0)),
+        "n_genes_not_in_fit": int(np.count_nonzero(columns < 0)),
         "rank": rank,
         "scaling": note,
         "source": matrix.name,
         "fitted_on": fit.summary.get("source"),
-        **few,
+        **({"few_genes": few} if few else {}),
     }
     counts: ExpressionMatrix | None = None
     if model.weights is None:
@@ -169,8 +163,8 @@ def _least_noise(model: CellModel, problems: list[RowProblems], right: Floats, n
     return noise
 
 
-def _matching(fit: Any, names: pd.Index | None, matrix: ExpressionMatrix) -> NDArray[np.intp]:
-    """Return the position in the fit of each gene of the new cells, or −1."""
+def _matching(fit: Any, names: pd.Index | None, matrix: ExpressionMatrix) -> tuple[NDArray[np.intp], str]:
+    """Return the position in the fit of each gene of the new cells, or −1, and a warning if few genes match."""
     genes, (n_fitted, rank), n_given = fit.var.index, fit.right.shape, matrix.shape[1]
     if names is None:
         if n_given != n_fitted:
@@ -178,7 +172,7 @@ def _matching(fit: Any, names: pd.Index | None, matrix: ExpressionMatrix) -> NDA
                 f"{matrix.name}: {n_given} genes without names, but the fit has {n_fitted}; give the same genes, "
                 "or an AnnData with gene names"
             )
-        return np.arange(n_fitted)
+        return np.arange(n_fitted), ""
     for where, index in (("the fit", genes), (matrix.name, names)):
         if not index.is_unique:
             raise InputError(f"{where}: several genes are named {index[index.duplicated()][0]}; make names unique")
@@ -189,20 +183,20 @@ def _matching(fit: Any, names: pd.Index | None, matrix: ExpressionMatrix) -> NDA
             f"{matrix.name}: {matched} of {n_given} genes are in the fit, by names such as {names[0]} and there "
             f"{genes[0]}; {rank} at least, the rank of the fit, are needed"
         )
-    return columns
+    few = (
+        f"{matched:,} of the fit's {n_fitted:,} genes match ({matched / n_fitted:.1%}); all others are "
+        "guessed from these, the worse the fewer: give more of them, or fit on the genes that both have"
+    )
+    return columns, few if 2 * matched < n_fitted else ""
 
 
 def _sample(matrix: ExpressionMatrix) -> list[_Run]:
     """Read runs of cells from all over the matrix, always the same ones, and return them with their rows."""
-    n = matrix.shape[0]
-    if n <= _RUNS * _RUN_CELLS:
-        bounds, runs = [0, n], [0]
-    else:
+    n, runs = matrix.shape[0], [slice(0, matrix.shape[0])]
+    if n > _RUNS * _RUN_CELLS:
         starts = [n * run // _RUNS for run in range(_RUNS)]
-        bounds = sorted({*starts, *(start + _RUN_CELLS for start in starts), n})
-        runs = [bounds.index(start) for start in starts]
-    cut = matrix.with_blocks(RowBlocks(tuple(bounds)))
-    return [(cut.read_block(run), slice(*cut.blocks[run])) for run in runs]
+        runs = [slice(start, start + _RUN_CELLS) for start in starts]
+    return [(matrix.take(run), run) for run in runs]
 
 
 def _size_factors(model: CellModel, sample: list[_Run], obs: pd.DataFrame) -> tuple[Doubles | None, str]:
