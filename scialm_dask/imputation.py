@@ -24,7 +24,7 @@ from scialm_dask.reduction import check_held, stacked
 from scialm_dask.solve.estimate import Axes, Estimate
 from scialm_dask.solve.scaling import CellModel
 from scialm_dask.solve.stored import KEY, follow, read_result, write_result
-from scialm_dask.solve.transform import Fit, transform
+from scialm_dask.solve.transform import transform
 
 if TYPE_CHECKING:
     import anndata
@@ -261,21 +261,9 @@ class Imputation:
         >>> result.transform(counts[:10])
         Imputation of 10 cells × 40 genes, rank 2
         """
-        fit = Fit(self.right, self.var.index, self.model, self.observed, self.summary.get("source"))
-        new = transform(fit, matrix, layer=layer, listen=listen)
-        return Imputation(
-            new.left,
-            self.right,
-            obs=new.obs,
-            var=self.var,
-            summary=new.summary,
-            history={},
-            clip=self.clip,
-            model=self.model,
-            residual_weight=None if self.residual_weight is None else self.residual_weight * new.measured,
-            counts=new.counts,
-            axes=self.axes,
-        )
+        new = transform(self, matrix, layer=layer, listen=listen)
+        same = {name: getattr(self, name) for name in ("right", "var", "clip", "model", "axes")}
+        return Imputation(**same, **new, history={})
 
     def __getitem__(self, key: Any) -> NDArray[np.float32]:
         """Return selected entries.
@@ -438,7 +426,11 @@ class Imputation:
         summary = self.summary | {"X": written}
         notes = {"summary": json.dumps(summary), "history": self.history, "clip": self.clip}
         extra = {"model": self.model, "axes": self.axes}
-        return notes | {name: vars(part).copy() for name, part in extra.items() if part is not None}
+        return notes | {
+            name: {key: value for key, value in vars(part).items() if value is not None}
+            for name, part in extra.items()
+            if part is not None
+        }
 
 
 def _rows(estimate: Estimate, left: NDArray[np.float32], first: int) -> NDArray[np.float32]:

@@ -97,44 +97,44 @@ class Sums(NamedTuple):
     held_out: float  # Σ (d − a)² over held-out entries
 
 
-def visit(block: Block, state: BlockState, view: PassInputs, total: Sums | None = None) -> tuple[BlockState, Sums]:
+def visit(block: Block, state: BlockState, inputs: PassInputs, total: Sums | None = None) -> tuple[BlockState, Sums]:
     """Take the step of a pass in one block, then multiply W = U Vᵀ + S with the basis.
 
     Returns the new state, and the sums added to `total` in place. The block and its state are not changed, so that a
     task can be run again.
     """
     misfit = held_out = 0.0
-    if view.step is not None:
-        state = replace(state, left=state.sketch @ view.step.rotation)
-    sparse = sampled_product(block, state.left, view.right)
-    if view.give_back is not None:
+    if inputs.step is not None:
+        state = replace(state, left=state.sketch @ inputs.step.rotation)
+    sparse = sampled_product(block, state.left, inputs.right)
+    if inputs.give_back is not None:
         hidden, estimate = np.flatnonzero(np.isnan(state.estimate)), state.estimate.copy()
-        weight = np.float32(sum(view.give_back.ratio**k for k in range(view.give_back.steps + 1)))
+        weight = np.float32(sum(inputs.give_back.ratio**k for k in range(inputs.give_back.steps + 1)))
         estimate[hidden] = sparse[hidden] + weight * (block.observed[hidden] - sparse[hidden])
         state = replace(state, estimate=estimate)
-    if view.step is not None:
+    if inputs.step is not None:
         estimate = np.empty_like(state.estimate)
-        growth, ratio = np.float32(view.step.growth), np.float32(view.step.ratio)
+        growth, ratio = np.float32(inputs.step.growth), np.float32(inputs.step.ratio)
         misfit, held_out = _advance(block.observed, state.estimate, growth, ratio, sparse, estimate)
         state = replace(state, estimate=estimate)
     else:
         _sparse_part(state.estimate, sparse)
     if total is None:
-        width = 0 if view.basis is None else view.basis.shape[1]
-        n, rank = view.right.shape if width else (0, 0)
+        width = 0 if inputs.basis is None else inputs.basis.shape[1]
+        n, rank = inputs.right.shape if width else (0, 0)
         total = Sums(np.zeros((n, width), np.float32), np.zeros((rank, width)), np.zeros((width, width)), 0.0, 0.0)
     total = total._replace(misfit=total.misfit + misfit, held_out=total.held_out + held_out)
-    if view.basis is None or view.overlap is None:
+    if inputs.basis is None or inputs.overlap is None:
         return state, total
-    sketch = state.left @ view.overlap
+    sketch = state.left @ inputs.overlap
     if block.is_dense:
         cross = total.sparse_cross
         for rows, entries in _panels(block):
             panel = _dense_panel(block, sparse, rows, entries)
-            sketch[rows] += panel @ view.basis
+            sketch[rows] += panel @ inputs.basis
             cross += panel.T @ sketch[rows]
     else:
-        spmm(block.indptr, block.indices, sparse, view.basis, sketch)
+        spmm(block.indptr, block.indices, sparse, inputs.basis, sketch)
         spmm_t(block.indptr, block.indices, sparse, sketch, total.sparse_cross)
     wide = sketch.astype(np.float64)
     np.add(total.left_cross, state.left.T.astype(np.float64) @ wide, out=total.left_cross)
@@ -159,9 +159,9 @@ def project(block: Block, left: Floats, sparse: Floats, vectors: Floats) -> tupl
     return cross, left.T.astype(np.float64) @ vectors
 
 
-def column_gram(block: Block, state: BlockState, view: PassInputs) -> tuple[Doubles, Doubles, Doubles]:
+def column_gram(block: Block, state: BlockState, inputs: PassInputs) -> tuple[Doubles, Doubles, Doubles]:
     """Return UᵀU, UᵀS and SᵀS (n × n), float64, which give WᵀW."""
-    left, sparse = state.left, sparse_part(block, state, view)
+    left, sparse = state.left, sparse_part(block, state, inputs)
     cross = np.zeros((block.n_columns, left.shape[1]), np.float32)
     spmm_t(block.indptr, block.indices, sparse, left, cross)
     gram = np.zeros((block.n_columns, block.n_columns))
@@ -174,14 +174,14 @@ def column_gram(block: Block, state: BlockState, view: PassInputs) -> tuple[Doub
 RowHalf = tuple[Floats, Doubles, Floats]
 
 
-def row_half(block: Block, state: BlockState, view: PassInputs, core: Doubles) -> RowHalf:
+def row_half(block: Block, state: BlockState, inputs: PassInputs, core: Doubles) -> RowHalf:
     """Return U, P and S, where WWᵀ = P Uᵀ + U Pᵀ + S Sᵀ and P = S V + ½ U VᵀV; `core` is VᵀV.
 
     U and P have m rows, float32 and float64; S has the observed entries, float32.
     """
-    left, sparse = state.left, sparse_part(block, state, view)
-    sparse_right = np.zeros((block.n_rows, view.right.shape[1]), np.float32)
-    spmm(block.indptr, block.indices, sparse, view.right, sparse_right)
+    left, sparse = state.left, sparse_part(block, state, inputs)
+    sparse_right = np.zeros((block.n_rows, inputs.right.shape[1]), np.float32)
+    spmm(block.indptr, block.indices, sparse, inputs.right, sparse_right)
     mixed = left @ (core / 2)
     mixed += sparse_right
     return left, mixed, sparse
@@ -202,29 +202,18 @@ def row_gram(blocks: tuple[Block, Block], halves: tuple[RowHalf, RowHalf]) -> Do
     return gram
 
 
-def sparse_part(block: Block, state: BlockState, view: PassInputs) -> Floats:
+def sparse_part(block: Block, state: BlockState, inputs: PassInputs) -> Floats:
     """Return S at the observed entries, float32, where the block's W = U Vᵀ + S."""
-    sparse = sampled_product(block, state.left, view.right)
+    sparse = sampled_product(block, state.left, inputs.right)
     _sparse_part(state.estimate, sparse)
     return sparse
 
 
 def compare_halves(train: Block, test: Floats, size: Floats, left: Floats) -> tuple[Floats, Doubles, float]:
-    """Return sums over the rows of two independent measurements of a block, on one CSR pattern.
+    """Return sums over the rows of two independent measurements, s and t, of the entries of a block.
 
-    Parameters
-    ----------
-    train, test
-        The two measurements, s and t at each entry; some are zero.
-    size
-        h, one number for each row, float32, shape ``(m,)``.
-    left
-        U, float32, shape ``(m, l)``.
-
-    Returns
-    -------
-    tuple
-        TᵀU, float32, shape ``(n, l)``; Σ st, Σ s², Σ t², Σ hs and Σ ht of each column, float64, shape ``(5, n)``; Σ h².
+    `size` has a number h for each row, and `left` is U, of shape ``(m, l)``. Returns TᵀU, float32, of shape ``(n, l)``;
+    Σ st, Σ s², Σ t², Σ hs and Σ ht of each column, float64, of shape ``(5, n)``; and Σ h².
     """
     indices, n, s, t = train.indices, train.n_columns, train.observed, test
     cross = np.zeros((n, left.shape[1]), np.float32)

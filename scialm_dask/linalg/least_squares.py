@@ -35,14 +35,7 @@ class RowProblems(NamedTuple):
 def solve_rows(rows: RowProblems, right: Floats, precision: Doubles, mean: Doubles) -> Floats:
     """Return left factors, float32, of shape ``(m, r)``.
 
-    Parameters
-    ----------
-    rows
-        The observed entries.
-    right
-        V, shape ``(n, r)``.
-    precision, mean
-        P, symmetric positive definite, of shape ``(r, r)``, and μ, of shape ``(r,)``.
+    `right` is V, of shape ``(n, r)``; `precision` is P, symmetric positive definite, and `mean` is μ.
     """
     left = np.empty((len(rows.indptr) - 1, right.shape[1]), np.float32)
     _solve_rows(*rows, right.astype(np.float64), precision, precision @ mean, left)
@@ -71,19 +64,8 @@ def nnls_gram(gram: Doubles, linear: Doubles) -> Doubles:
     """Minimise ½ uᵀGu − bᵀu over u ≥ 0, for every row b.
 
     Rows where the unconstrained minimum over {b > 0} is the answer take two matrix products. The others are solved
-    one by one by block principal pivoting (Kim and Park 2011, SIAM J. Sci. Comput. 33).
-
-    Parameters
-    ----------
-    gram
-        G, r × r, symmetric positive semidefinite.
-    linear
-        The vectors b, m × r.
-
-    Returns
-    -------
-    numpy.ndarray
-        The minimisers, m × r, float64.
+    one by one by block principal pivoting (Kim and Park 2011, SIAM J. Sci. Comput. 33). `gram` is G, r × r, symmetric
+    positive semidefinite, and `linear` has the rows b, m × r. Returns the minimisers, m × r, float64.
     """
     r = len(gram)
     scale = float(np.trace(gram)) / r

@@ -35,8 +35,8 @@ class Product(NamedTuple):
 
     cross: Doubles  # WᵀWQ, float64, shape (n, l)
     gram: Doubles  # (WQ)ᵀWQ, float64, shape (l, l)
-    misfit: float  # as in `Sums`
-    held_out: float
+    misfit: float = 0.0  # as in `Sums`
+    held_out: float = 0.0
 
 
 class _Kept(NamedTuple):
@@ -139,13 +139,13 @@ class LowRankPlusSparse:
             How to make held-out entries observed.
         """
         right = self.right if right is None else right
-        view = PassInputs(right, basis, None if basis is None else right.T @ basis, step, give_back)
+        inputs = PassInputs(right, basis, None if basis is None else right.T @ basis, step, give_back)
         changes = {"sketch"} if basis is not None else set()
         changes |= {"estimate", "left"} if step is not None else set()
         changes |= {"estimate"} if give_back is not None else set()
         # A step computes the left factor from the sketch; without a step the left factor is needed instead.
         unneeded = ("left",) if step is not None else ("sketch",)
-        sums: Sums = self._pass(tasks.visit, view, changes=changes, without=unneeded)
+        sums: Sums = self._pass(tasks.visit, inputs, changes=changes, without=unneeded)
         self.right = right
         cross = sums.sparse_cross.astype(np.float64)
         if cross.size:
@@ -155,13 +155,8 @@ class LowRankPlusSparse:
     def reduce(self, kernel: Callable[..., Any], *arguments: Any) -> Any:
         """Sum ``kernel(number, block, state, *arguments)`` over the blocks. One pass.
 
-        Parameters
-        ----------
-        kernel
-            Takes the number of the block, a `Block` and a `BlockState`. Returns numbers or new arrays, which are added
-            up, dicts, which are joined, or a tuple of these.
-        arguments
-            Sent to each worker once.
+        The kernel takes the number of a block, a `Block` and a `BlockState`, and returns numbers or new arrays, which
+        are added up, dicts, which are joined, or a tuple of these.
         """
         return self._pass(tasks.reduce, kernel, *arguments)
 
@@ -271,11 +266,7 @@ class LowRankPlusSparse:
         return saved
 
     def load(
-        self,
-        files: Files,
-        saved: Mapping[str, Sequence[Any]],
-        passes: int,
-        observations: Observations | None = None,
+        self, files: Files, saved: Mapping[str, Sequence[Any]], passes: int, observations: Observations | None = None
     ) -> None:
         """Load a state that `save` wrote, from this operator or another over the same blocks.
 
@@ -315,18 +306,10 @@ class LowRankPlusSparse:
         rows: Floats | None = None,
         together: bool = True,
     ) -> Any:
-        """Visit each block once: a task for each group, and a tree that adds up their totals.
+        """Visit each block once: `tasks.run` for each group, and a tree that adds up their totals.
 
-        Parameters
-        ----------
-        kernel, arguments, without
-            See `tasks.run`.
-        changes
-            Arrays of the state that the kernel changes.
-        rows
-            Last argument of the kernel; each group gets the rows of its blocks.
-        together
-            Add up the totals; otherwise return one delayed total for each group.
+        `changes` names the arrays of the state that the kernel changes; of `rows`, its last argument, a group gets the
+        rows of its blocks. Without `together`, return a delayed total for each group.
         """
         if self.passes:
             self._before_pass()

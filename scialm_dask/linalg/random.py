@@ -97,12 +97,8 @@ def hidden_entries(
     ----------
     indices
         Column of each entry of a block of rows, row by row, as in CSR.
-    first_ordinal
-        Number of entries of each column in the blocks before, shape ``(n_columns,)``.
-    counts
-        Number of entries of each column in the whole matrix, shape ``(n_columns,)``, below 2**62.
-    n_hidden
-        Number of entries to choose, shape ``(n_columns,)``.
+    first_ordinal, counts, n_hidden
+        For each column, the number of entries in the blocks before, in the whole matrix, below 2**62, and to choose.
     seed
         Any integer; its low 64 bits are used.
 
@@ -223,23 +219,10 @@ def thinned(
     share: float,
     seed: int,
 ) -> NDArray[np.float32]:
-    """Keep each molecule of a count matrix with probability `share`, in time that does not grow with the counts.
+    """Keep each molecule with probability `share`, in time that does not grow with the counts.
 
-    Parameters
-    ----------
-    indptr, indices, counts
-        A block of rows in CSR; the counts are whole numbers of any size.
-    first_row
-        Row of the whole matrix with which the block starts.
-    share
-        Between 0 and 1.
-    seed
-        Any integer; its low 64 bits are used.
-
-    Returns
-    -------
-    ndarray
-        Numbers of kept molecules, float32, shape of `counts`.
+    The counts, whole numbers of any size, are a block of rows in CSR that starts at row `first_row` of the matrix. The
+    low 64 bits of the seed are used. Returns the numbers of kept molecules, float32.
     """
     kept = np.empty_like(counts)
     tables = _small_binomials(min(share, 1 - share))

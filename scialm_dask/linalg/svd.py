@@ -90,19 +90,9 @@ def leading_triplets(
 ) -> PartialSVD:
     """Return the triplets above `threshold`, `limit` at most, widening the basis until a value falls below it.
 
-    Parameters
-    ----------
-    product
-        The product with the first basis, from the pass before.
-    limit, threshold
-        Which singular values are needed.
-    passes
-        The most passes for one width of the basis, the first included.
-    tolerance
-        Stop when the values above the threshold, minus the threshold, have changed by less than this relative to their
-        norm; 0 to make all passes.
-    seed
-        Of the random directions that widen the basis.
+    `product` is that of the first basis, from the pass before, which counts as one of the `passes` for each width. Stop
+    earlier when the values above the threshold, minus the threshold, change by less than `tolerance` relative to their
+    norm.
     """
     known, most = 0, min(operator.shape)
     while True:

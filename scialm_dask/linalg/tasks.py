@@ -23,20 +23,16 @@ class BlockSource(Protocol):
     @property
     def shape(self) -> tuple[int, int]:
         """Rows × columns."""
-        ...
 
     @property
     def bounds(self) -> tuple[int, ...]:
         """First row of each block, and the number of rows."""
-        ...
 
     def load(self, block: int) -> Block:
         """Read a block."""
-        ...
 
     def held_out(self, block: int, loaded: Block) -> NDArray[np.bool_] | None:
         """Return a mask of the block's held-out entries, or None if there are none."""
-        ...
 
 
 class Store(Protocol):
@@ -45,7 +41,6 @@ class Store(Protocol):
     @property
     def durable(self) -> bool:
         """Whether what `put` returns is small and outlives the process that made it."""
-        ...
 
     def put(self, record: R, block: int, version: int, old: R | None = None, kept: R | None = None) -> R:
         """Keep a record, and return it with references in place of its arrays.
@@ -53,15 +48,12 @@ class Store(Protocol):
         Arrays shared with `old` are not written again: their references come from `kept`, which `put` returned for
         `old`. The call can be repeated, even at the same time, so that a task can be run twice.
         """
-        ...
 
     def get(self, kept: R, without: Collection[str] = ()) -> R:
         """Return a record from what `put` returned; arrays named in `without` may be empty."""
-        ...
 
     def drop(self, name: str, version: int) -> None:
         """Delete a version of an array in all blocks."""
-        ...
 
 
 class Files(Protocol):
@@ -69,11 +61,9 @@ class Files(Protocol):
 
     def put(self, name: str, block: int, array: NDArray[Any]) -> Any:
         """Write an array and return a reference to it."""
-        ...
 
     def get(self, file: Any) -> NDArray[Any]:
         """Read an array."""
-        ...
 
 
 class Observations(NamedTuple):
@@ -105,25 +95,12 @@ def run(
     arguments: tuple[Any, ...],
     *own: Any,
 ) -> tuple[Records, Records, Any, Observations | None]:
-    """Call ``kernel(number, block, state, total, *arguments)``, which adds to the total, for each block of a group.
+    """Call ``kernel(number, block, state, total, *arguments, *own)``, which adds to the total, for blocks of a group.
 
-    Parameters
-    ----------
-    source
-        Reads the blocks on their first visit; None afterwards.
-    held
-        The blocks, empty on their first visit, and their states, as the store returned them.
-    version
-        New version number of arrays that change.
-    without
-        Arrays of the state that the kernel does not need.
-    kernel, arguments, own
-        The kernel, arguments for all groups, and arguments for this group.
-
-    Returns
-    -------
-    tuple
-        Blocks that were read, all states, the total, and the observations of blocks that were read.
+    `source` reads the blocks on their first visit, and is None afterwards; `held` has the blocks, empty on their first
+    visit, and their states, as the store returned them. Arrays that the kernel changes get a new `version`; those in
+    `without` it does not need. Returns the blocks that were read, all states, the total, and the observations of the
+    blocks that were read.
     """
     blocks, states = held
     read, changed, observed, total, recent = Records(), Records(states), None, None, None
@@ -187,9 +164,9 @@ def add(one: Any, other: Any, *, in_place: bool = False) -> Any:
 
 
 def visit(
-    number: int, block: Block, state: BlockState, total: Sums | None, view: PassInputs
+    number: int, block: Block, state: BlockState, total: Sums | None, inputs: PassInputs
 ) -> tuple[BlockState, Sums]:
-    return kernels.visit(block, state, view, total)
+    return kernels.visit(block, state, inputs, total)
 
 
 def reduce(
@@ -198,12 +175,12 @@ def reduce(
     return state, add(total, kernel(number, block, state, *arguments), in_place=True)
 
 
-def column_gram(number: int, block: Block, state: BlockState, view: PassInputs) -> tuple[Doubles, Doubles, Doubles]:
-    return kernels.column_gram(block, state, view)
+def column_gram(number: int, block: Block, state: BlockState, inputs: PassInputs) -> tuple[Doubles, Doubles, Doubles]:
+    return kernels.column_gram(block, state, inputs)
 
 
-def row_half(number: int, block: Block, state: BlockState, view: PassInputs, core: Doubles) -> dict[int, RowHalf]:
-    return {number: kernels.row_half(block, state, view, core)}
+def row_half(number: int, block: Block, state: BlockState, inputs: PassInputs, core: Doubles) -> dict[int, RowHalf]:
+    return {number: kernels.row_half(block, state, inputs, core)}
 
 
 def row_gram(
@@ -221,9 +198,9 @@ def row_gram(
 
 
 def take_sketch(
-    number: int, block: Block, state: BlockState, total: Any, view: PassInputs, vectors: Mapping[int, Floats]
+    number: int, block: Block, state: BlockState, total: Any, inputs: PassInputs, vectors: Mapping[int, Floats]
 ) -> tuple[BlockState, dict[int, tuple[Floats, Floats]]]:
-    parts = {number: (state.left, kernels.sparse_part(block, state, view))}
+    parts = {number: (state.left, kernels.sparse_part(block, state, inputs))}
     return replace(state, sketch=vectors[number]), add(total, parts)
 
 
