@@ -91,15 +91,8 @@ class PooledResult:
         from scialm_dask.imputation import Imputation
 
         cells, genes = self.shape
-        summary = {
-            "cells": cells,
-            "genes": genes,
-            "rank": self.right.shape[1],
-            "iterations": len(self.history),
-            "converged": self.converged,
-            "objective": self.objective,
-            "feasibility": self.feasibility,
-        }
+        summary = {"cells": cells, "genes": genes, "rank": self.right.shape[1], "iterations": len(self.history)}
+        summary |= {"converged": self.converged, "objective": self.objective, "feasibility": self.feasibility}
         if self.certificate is not None:
             summary["certificate"] = self.certificate
         return Imputation(
