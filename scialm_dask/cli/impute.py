@@ -229,7 +229,7 @@ def _destination(folder: str, dst: str | None, asked: dict[str, Any]) -> str:
         raise InputError(f"{folder}: the run was started from Python; name the destination: resume DIR DST.zarr")
     if os.path.dirname(destination) != os.path.dirname(lasting(folder).rstrip("/")):
         raise InputError(
-            f"{folder}: its result was to be written to {destination}, which does not lie beside it; confirm that by "
+            f"{folder}: its result goes to {destination}, which is not in the same folder; confirm that by "
             f"`scialm-dask resume {folder} {destination}`"
         )
     return str(destination)

@@ -165,10 +165,6 @@ def figures_of(evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
         values = hidden["setting"].str.extract(rf"(?:^| ){field}=([\d.e+-]+)")[0].astype(float)
         known = hidden.assign(value=values).dropna(subset=["value"])
         yield f"over-{field}", plotting.lines(known, "value", field, title=dataset)
-    yield from _cluster_figures(evaluation)
-
-
-def _cluster_figures(evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
     for kind, rows in evaluation.clusters.groupby("experiment", sort=False) if len(evaluation.clusters) else ():
         title = _TITLES[str(kind)].format(dataset=rows["dataset"].iloc[0], share=rows["share"].iloc[0])
         name = str(kind).replace(" ", "-")

@@ -37,17 +37,9 @@ def mask(
     seed, not on how the matrix is stored. The written AnnData Zarr store has X without the hidden entries,
     ``layers["held_out"]`` with the hidden entries only, and the same ``obs`` and ``var``, but no other layers.
 
-    Returns
-    -------
-    dict
-        ``destination``, ``n_cells``, ``n_genes``, ``n_observed`` (left in X), ``n_hidden``, ``fraction``, ``seed``.
-
-    Raises
-    ------
-    InputError
-        If the source is invalid, holds logarithms, or no entry would be hidden.
-    OutputError
-        If the destination cannot be written.
+    Returns ``destination``, ``n_cells``, ``n_genes``, ``n_observed`` (left in X), ``n_hidden``, ``fraction`` and
+    ``seed``. Raises `InputError` if the source is invalid, holds logarithms, or no entry would be hidden, and
+    `OutputError` if the destination cannot be written.
     """
     check_output(destination, overwrite=overwrite, sources=(source,))
     matrix = ExpressionMatrix.open(source, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)

@@ -257,23 +257,16 @@ def score_held_out(
     X is scored if the result was written with one, otherwise its factors. `held_out` has the true values of the hidden
     entries, `observed` the entries from which the result was imputed.
 
-    Returns
-    -------
-    dict
-        ``n``, ``mse``, ``mae``, ``pearson``, ``cosine``, and the last four again as ``gene_mean_…``.
-
-    Raises
-    ------
-    InputError
-        If the cells or genes differ, or nothing was hidden.
+    Returns ``n``, ``mse``, ``mae``, ``pearson``, ``cosine``, and the last four again as ``gene_mean_…``. Raises
+    `InputError` if the cells or genes differ, or nothing was hidden.
     """
     held_out, observed = aligned(held_out, result), aligned(observed, result)
     listen(Stage("scoring"))
-    if result.X is not None:  # a piece is what the imputed entries of a block are taken from: its X,
+    if result.X is not None:  # imputed entries of a block come from X,
         held_out = held_out.with_blocks(result.X.blocks)
         read, stored = dask.delayed(ExpressionMatrix.read_block), dask.delayed(result.X, traverse=False)
         pieces: list[Any] = [read(stored, block) for block in range(len(held_out.blocks))]
-    else:  # or else the estimate, left factors and range of cells
+    else:  # or from the estimate, left factors and range of cells
         estimate, blocks = dask.delayed(result.estimate, traverse=False), held_out.blocks
         lefts = result.left.rechunk((blocks.sizes, -1)).to_delayed().ravel()
         pieces = [(estimate, left, slice(*cells)) for left, cells in zip(lefts, blocks, strict=True)]

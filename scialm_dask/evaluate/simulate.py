@@ -103,17 +103,8 @@ def simulate(
     ``varm["true_right"]`` of shape ``(n_genes, rank)``, float32. `rank` is the number of programs, `density` the mean
     share of non-zero counts.
 
-    Returns
-    -------
-    dict
-        ``destination``, ``n_cells``, ``n_genes``, ``n_observed``, ``density`` (reached), ``rank``, ``seed``.
-
-    Raises
-    ------
-    InputError
-        If a setting is out of range.
-    OutputError
-        If the destination cannot be written.
+    Returns ``destination``, ``n_cells``, ``n_genes``, ``n_observed``, ``density`` (reached), ``rank`` and ``seed``.
+    Raises `InputError` if a setting is out of range, and `OutputError` if the destination cannot be written.
     """
     if rank > n_genes:
         raise InputError(f"rank is {rank}; give no more than the number of genes, {n_genes}")

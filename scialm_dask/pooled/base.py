@@ -74,17 +74,8 @@ class PooledResult:
     def to_imputation(self, obs: pd.DataFrame | None = None, var: pd.DataFrame | None = None) -> Imputation:
         """Return the result as an `Imputation`, which can be saved and indexed by name.
 
-        Its factors are float32, so the constraints hold to about 1e-7 of ‖D‖_F.
-
-        Parameters
-        ----------
-        obs, var : pandas.DataFrame, optional
-            Annotation of cells and genes. By default they are numbered.
-
-        Returns
-        -------
-        Imputation
-            The same matrix.
+        Its factors are float32, so the constraints hold to about 1e-7 of ‖D‖_F. Without `obs` and `var`, cells and
+        genes are numbered.
         """
         import pandas as pd
 

@@ -337,11 +337,7 @@ def admm(
 
     `visit` does one iteration on all cells and returns the sums over them, which is all the loop sees. `start` is the
     Gram of the first a, genes × genes. `on_sweep` is called after each iteration with its number and objective.
-
-    Returns
-    -------
-    tuple
-        H, h, a lower bound of the objective, the history, and whether the rule was met. X is close to aH.
+    Returns H, h, a lower bound of the objective, the history, and whether the rule was met. X is close to aH.
     """
     shrink, slack, bound = np.eye(len(P)), 1.0, 0.0
     step, rescale = 0.1 * float(np.sqrt(np.linalg.eigvalsh(start)[-1])), 1.0
