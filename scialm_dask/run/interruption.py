@@ -63,14 +63,10 @@ def cluster_is_back() -> bool:
 
 
 def check_processes() -> None:
-    """Raise an error if worker processes cannot be started here.
+    """Check that worker processes can be started here.
 
-    Raises
-    ------
-    InputError
-        If multiprocessing would run the present script again in each of them.
-    ClusterError
-        If /dev/shm has no room for the semaphores of multiprocessing.
+    Raises `InputError` if multiprocessing would run the present script again in each of them, and `ClusterError` if
+    /dev/shm has no room for its semaphores.
     """
     script = getattr(sys.modules["__main__"], "__file__", None) or ""
     with contextlib.suppress(OSError, UnicodeError):

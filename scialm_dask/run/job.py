@@ -49,18 +49,10 @@ _MOST_LOSSES = 2  # of the cluster, without a new checkpoint in between
 def run(job: Job, checkpoint: Checkpointing | None = None, listen: Listener = silent) -> Imputation:
     """Impute a matrix on the present scheduler of Dask, with checkpoints if asked for.
 
-    Raises
-    ------
-    InputError
-        If the matrix or the settings cannot be used, or the store changes while it is read.
-    DoesNotFitError
-        If the forecast does not fit memory or disk.
-    OutputError
-        If checkpoints cannot be written.
-    ClusterError
-        If the cluster is lost, and there are no checkpoints.
-    StoppedError
-        If the cluster is lost and there are checkpoints, or the run is asked to stop.
+    Raises `InputError` if the matrix or the settings cannot be used, or the store changes while it is read,
+    `DoesNotFitError` if the forecast does not fit memory or disk, `OutputError` if checkpoints cannot be written,
+    `ClusterError` if the cluster is lost without checkpoints, and `StoppedError` if it is lost with checkpoints, or the
+    run is asked to stop.
     """
     if checkpoint is None:
         try:
