@@ -214,6 +214,15 @@ def compare_halves(train: Block, test: Floats, size: Floats, left: Floats) -> tu
     return cross, by_column, float(np.square(size, dtype=np.float64).sum())
 
 
+def column_minima(left: Floats, right: Floats) -> Floats:
+    """Return the minimum of each column of U Vᵀ, float32, shape ``(n,)``, from one panel of rows at a time."""
+    lowest = np.full(len(right), np.inf, np.float32)
+    step = max(1, PANEL_VALUES // max(1, len(right)))
+    for start in range(0, len(left), step):
+        np.minimum(lowest, (left[start : start + step] @ right.T).min(axis=0), out=lowest)
+    return lowest
+
+
 def gram(tall: Floats) -> Doubles:
     """Return TᵀT, float64, of T with shape ``(n, l)``, by panels, so that T is not copied to float64."""
     total = np.zeros((tall.shape[1],) * 2)

@@ -17,10 +17,10 @@ from scialm_dask.linalg.kernels import Doubles, Floats, PassInputs, Sums, Update
 from scialm_dask.linalg.tasks import BlockSource, Files, Observations, Records, Store
 from scialm_dask.reduction import (
     Group,
+    at,
     at_home,
     current_client,
     execute,
-    moved,
     spread,
     sum_of_groups,
     threads_anywhere,
@@ -371,7 +371,20 @@ class LowRankPlusSparse:
         def follow(held: list[Any]) -> list[Any]:
             if self._store.durable:
                 return self._shares(tasks.join(*held))
-            return list(execute(moved(held, before, groups, tasks.pick, tasks.join)))
+            whole = {group.blocks: part for group, part in zip(before, held, strict=True)}
+            pick, join = dask.delayed(tasks.pick), dask.delayed(tasks.join)
+
+            def collected(g: int) -> Any:
+                if groups[g].blocks in whole:
+                    return whole[groups[g].blocks]
+                pieces = []
+                for group, part in zip(before, held, strict=True):
+                    if common := set(groups[g].blocks).intersection(group.blocks):
+                        with at(group.home):
+                            pieces.append(pick(part, common))
+                return join(*pieces)
+
+            return list(execute(at_home(groups, collected)))
 
         self._blocks, self._states = follow(self._blocks), follow(self._states)
         if self._best is not None:

@@ -95,8 +95,8 @@ def hidden_entries(
 
     `indices` has the column of each entry of a block of rows, as in CSR. For each column, `first_ordinal`, `counts` and
     `n_hidden` have the number of entries in the blocks before, in the whole matrix, below 2**62, and to choose. The low
-    64 bits of the seed are used. Returns a mask of the chosen entries. Raises `ValueError` if a column has more entries,
-    in the blocks before and this one, than `counts` says.
+    64 bits of the seed are used. Returns a mask of the chosen entries. Raises `ValueError` if a column has more
+    entries, in the blocks before and this one, than `counts` says.
     """
     hidden = np.zeros(len(indices), dtype=np.bool_)
     seen = np.array(first_ordinal, dtype=np.int64)
