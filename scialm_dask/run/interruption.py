@@ -85,14 +85,14 @@ def check_processes() -> None:
 
 
 @contextmanager
-def losses_explained() -> Iterator[None]:
-    """Raise `ClusterError`, with one line, when workers or the scheduler are lost."""
+def losses_explained(remedy: str = "") -> Iterator[None]:
+    """Raise `ClusterError`, with a line that ends with `remedy`, when workers or the scheduler are lost."""
     try:
         yield
     except Exception as error:
         if (loss := loss_of_cluster(error)) is None:
             raise
-        raise ClusterError(loss) from error
+        raise ClusterError(f"{loss}{remedy}") from error
 
 
 @contextmanager
