@@ -433,7 +433,7 @@ def test_the_argument_comes_before_the_environment_and_that_before_the_file(tmp_
     [
         ({"SCRATCH": "disk"}, "scratch is 'disk'; give auto"),
         ({"MEMORY_LIMIT": "a lot"}, "memory limit is 'a lot'"),
-        ({"SCRACH": "memory"}, "scialm.scrach in Dask's configuration is unknown; choose of cluster, "),
+        ({"SCRACH": "memory"}, "scialm.scrach in Dask's configuration is unknown; choose one of cluster, "),
         ({"CLUSTER": "mesos"}, "cluster is 'mesos'"),
         ({"THREADS": "many"}, "threads is 'many'; give a whole number"),
     ],
