@@ -29,9 +29,9 @@ from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore
 
 from scialm_dask.config import short_repr
-from scialm_dask.data.arrays import missing_chunks
+from scialm_dask.data.arrays import all_of, missing_chunks
 from scialm_dask.data.lease import Lease
-from scialm_dask.data.remote import RemoteStore, all_of, is_url
+from scialm_dask.data.remote import RemoteStore, is_url
 from scialm_dask.data.store import output_error
 from scialm_dask.errors import CheckpointError, InputError, OutputError
 
