@@ -1,4 +1,4 @@
-"""Where a store has its matrix and the annotation: AnnData, a bare Zarr array, 10x .h5 of any version, loom."""
+"""Locates the matrix and annotation in a store: AnnData, a bare Zarr array, 10x .h5 of any version, or loom."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from scialm_dask.errors import DoesNotFitError, InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-GENES = "Gene Expression"  # what 10x calls features that are genes
-_BYTES_EACH = 24  # of memory, for a cell or a gene, while a matrix is opened
+GENES = "Gene Expression"  # 10x's type of features that are genes
+_BYTES_EACH = 24  # memory for a cell or a gene while a matrix is opened
 
 
 class Located(NamedTuple):
-    """A matrix in an open store: what reads its rows, its node, and its annotation; notes say what was left out."""
+    """A matrix in an open store: reader of its rows, node, annotation, and notes on what was left out."""
 
     rows: StoredRows
     element: Any
@@ -31,24 +31,18 @@ class Located(NamedTuple):
 
 
 def locate(path: str, store: Any, layer: str | None, genome: str | None = None) -> Located:
-    """Find X, or a layer, in a store that `open_store` has opened; raises `InputError` if it is not there, or damaged.
+    """Find X or a layer in an open store; raises `InputError` if it is missing or damaged.
 
-    ``"raw"`` is ``.raw.X`` if no layer is called so. Of a 10x file that holds several genomes, `genome` chooses one.
+    ``"raw"`` is ``.raw.X`` unless there is a layer of that name. `genome` chooses one of several in a 10x file.
     """
-    if is_10x_h5(store):
+    groups = [] if isinstance(store, zarr.Group | zarr.Array) or "X" in store else store.values()
+    if any("barcodes" in group for group in groups if hasattr(group, "keys")):
         return _in_10x_h5(path, store, layer, genome)
     if not isinstance(store, zarr.Array) and "row_attrs" in store and "matrix" in store:
         return _in_loom(path, store, layer)
     rows, element = _describe(path, store, layer)
     place = StoredAnnotation(path, var="raw/var" if rows.element == "raw/X" else "var")
     return Located(rows, element, None if isinstance(store, zarr.Array) else place, [])
-
-
-def is_10x_h5(store: Any) -> bool:
-    """Tell whether an open HDF5 file is 10x's rather than AnnData's."""
-    if isinstance(store, zarr.Group | zarr.Array) or "X" in store:
-        return False
-    return any("barcodes" in group for group in store.values() if hasattr(group, "keys"))
 
 
 def _in_10x_h5(path: str, store: Any, layer: str | None, genome: str | None) -> Located:
@@ -76,7 +70,7 @@ def _in_10x_h5(path: str, store: Any, layer: str | None, genome: str | None) -> 
 
 
 def _group(path: str, store: Any, genome: str | None) -> str:
-    """Name of the group that holds the matrix: ``matrix``, or in files of before 2018 that of a genome."""
+    """Return the group with the matrix: ``matrix``, or the name of a genome in files from before 2018."""
     groups = [name for name, group in store.items() if hasattr(group, "keys") and "barcodes" in group]
     if genome is None and len(groups) > 1:
         raise InputError(f"{path}: holds the genomes {', '.join(groups)}; choose one by `scialm-dask convert --genome`")
@@ -86,7 +80,7 @@ def _group(path: str, store: Any, genome: str | None) -> str:
 
 
 def _annotation_of_10x(name: str, element: Any, group: str, shape: tuple[int, ...]) -> list[pd.DataFrame]:
-    """Cells and features, features by name."""
+    """Return data frames of cells and features, features by name."""
     import pandas as pd
 
     def strings(part: str, length: int) -> Any:
@@ -111,7 +105,7 @@ def _annotation_of_10x(name: str, element: Any, group: str, shape: tuple[int, ..
 
 
 def genes_among(var: pd.DataFrame) -> tuple[NDArray[np.bool_], list[str]]:
-    """Tell genes from antibodies and other features, unless there are no genes at all; notes say what is left out."""
+    """Return which features are genes, or all if none is, and notes on what is left out."""
     keep = np.ones(len(var), bool)
     if "feature_types" in var and (var["feature_types"] == GENES).any():
         keep = (var["feature_types"] == GENES).to_numpy(bool)
@@ -119,7 +113,7 @@ def genes_among(var: pd.DataFrame) -> tuple[NDArray[np.bool_], list[str]]:
 
 
 def _in_loom(path: str, store: Any, layer: str | None) -> Located:
-    """Find a matrix of a loom file, which is dense, genes × cells."""
+    """Locate a matrix of a loom file, dense, of genes × cells."""
     import pandas as pd
 
     name = f"layers/{layer}" if layer else "matrix"
@@ -144,7 +138,7 @@ def _in_loom(path: str, store: Any, layer: str | None) -> Located:
 
 
 def _describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]:
-    """Find the element and how it is stored."""
+    """Return the element and its reader."""
     element: Any
     if isinstance(store, zarr.Array):
         if layer is not None:
@@ -160,7 +154,7 @@ def _describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any
             raise InputError(f"{path}: has no {name}; its layers are: {', '.join(layers_of(store)) or 'none'}")
         element = store[name]
     encoding = str(element.attrs.get("encoding-type", "array")).replace("-", "_")
-    if before_0_7 := element.attrs.get("h5sparse_format"):  # of AnnData
+    if before_0_7 := element.attrs.get("h5sparse_format"):  # AnnData before 0.7
         encoding = f"{before_0_7}_matrix"
     if encoding in ("csr_matrix", "csc_matrix"):
         shape, dtype = _described_sparse(f"{path}:{name}", element)
@@ -180,7 +174,7 @@ def _describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any
 
 
 def _check_size(rows: StoredRows, element: Any) -> None:
-    """Refuse what cannot be read a row or a chunk at a time: its sizes may be damaged, so before it takes memory."""
+    """Raise `DoesNotFitError` if a row or chunk does not fit in memory: its sizes may be damaged."""
     cells, genes = rows.shape
     need = {
         f"{cells} cells × {genes} genes": _BYTES_EACH * (cells + genes),
@@ -197,14 +191,14 @@ def _check_size(rows: StoredRows, element: Any) -> None:
 
 
 def layers_of(store: Any) -> list[str]:
-    """Names of the layers of an open store, ``raw`` if there is a ``.raw``."""
+    """Return the names of the layers of an open store, with ``raw`` if it has ``.raw``."""
     if isinstance(store, zarr.Array):
         return []
     return [*(sorted(store["layers"]) if "layers" in store else []), *(["raw"] if "raw/X" in store else [])]
 
 
 def _described_sparse(name: str, element: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of a CSR or CSC element of which all parts are there."""
+    """Return shape and type of a CSR or CSC element; raises `InputError` if a part is missing."""
     parts = set(element) if hasattr(element, "keys") else set()
     absent = [part for part in ("data", "indices", "indptr") if part not in parts]
     shape = element.attrs.get("shape", element.attrs.get("h5sparse_shape"))
