@@ -50,13 +50,11 @@ def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed | Non
     `InputError` if the matrix cannot be used, or an `ExpressionMatrix` was opened with another layer or `observed`.
     """
     if isinstance(matrix, ExpressionMatrix):
-        name = matrix.name
+        name, opened = matrix.name, matrix.observed
         if layer is not None:
             raise InputError(f"{name}: is opened already; give the layer, {layer!r}, to ExpressionMatrix.open")
-        if observed is not None and observed != matrix.observed:
-            raise InputError(
-                f"{name}: is opened with observed={matrix.observed!r}, and {observed!r} is needed; open it with that"
-            )
+        if observed is not None and observed != opened:
+            raise InputError(f"{name}: opened with observed={opened!r}, and {observed!r} is needed; open it with that")
         return matrix
     observed = "nonzero" if observed is None else observed
     if isinstance(matrix, str | os.PathLike):
@@ -115,7 +113,7 @@ def match_names(names: pd.Index, wanted: pd.Index, what: str, owner: str) -> NDA
     """
     if len(names) != len(wanted):
         raise InputError(f"{owner}: {len(names)} {what}s where there should be {len(wanted)}; give the same {what}s")
-    if names.equals(wanted) or not _has_names(names) or not _has_names(wanted):
+    if names.equals(wanted) or _is_numbered(names) or _is_numbered(wanted):
         return None
     if names.is_unique and wanted.is_unique:
         positions: NDArray[np.intp] = names.get_indexer(wanted)
@@ -127,9 +125,8 @@ def match_names(names: pd.Index, wanted: pd.Index, what: str, owner: str) -> NDA
     )
 
 
-def _has_names(names: pd.Index) -> bool:
-    """Return whether names are more than row numbers."""
-    return str(names[-1]) != str(len(names) - 1) or list(names.astype(str)) != list(map(str, range(len(names))))
+def _is_numbered(names: pd.Index) -> bool:
+    return str(names[-1]) == str(len(names) - 1) and list(names.astype(str)) == list(map(str, range(len(names))))
 
 
 def axes_of(thing: Any) -> tuple[pd.Index | None, pd.Index | None]:
@@ -147,7 +144,7 @@ def aligned(matrix: ExpressionMatrix, to: Any) -> ExpressionMatrix:
     if matrix.shape != to.shape:
         (m, n), (cells, genes) = matrix.shape, to.shape
         raise InputError(
-            f"{matrix.name}: {m} cells × {n} genes, but {cells} × {genes} are expected; give the same cells and genes"
+            f"{matrix.name}: {m} cells × {n} genes, but {cells} × {genes} are expected; give the same ones"
         )
     cells = match_names(matrix.obs.index, to.obs.index, "cell", matrix.name)
     genes = match_names(matrix.var.index, to.var.index, "gene", matrix.name)

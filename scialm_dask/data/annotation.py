@@ -109,7 +109,7 @@ def total_counts(obs: pd.DataFrame, name: str) -> NDArray[np.float64] | None:
         return obs["total_counts"].to_numpy("float64", na_value=float("nan"))  # type: ignore[no-any-return]
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"{name}: obs['total_counts'] holds no numbers ({first_line(error)}); give raw totals or drop the column"
+            f"{name}: obs['total_counts'] holds no numbers ({first_line(error)}); give raw totals or drop it"
         ) from error
 
 
@@ -155,8 +155,7 @@ def unique_names(frame: pd.DataFrame, what: str) -> tuple[pd.DataFrame, list[str
     n_repeated = int(frame.index.duplicated().sum())
     if not n_repeated:
         return frame, []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about suffixes that look like parts of names
+    with warnings.catch_warnings(action="ignore"):  # about suffixes that look like parts of names
         frame = frame.set_axis(make_index_unique(frame.index), axis=0)
     return frame, [f"{n_repeated} repeated {what} names were made unique with -1, -2, …"]
 
@@ -291,12 +290,17 @@ def add_source(adata: anndata.AnnData, name: str) -> None:
     path, _ = place_of(name)
     if not _same_names(path, "obs", adata.obs_names):
         return
+    from anndata.experimental import read_elem_lazy
+    from anndata.io import read_elem
+
     store: Any = open_store(path)
+    groups = ["obsm", "uns"] + ["layers"] * _same_names(path, "var", adata.var_names)
     with readable(path):
-        adata.obsm.update(_elements(store, "obsm"))
-        adata.uns.update(_elements(store, "uns"))
-        if _same_names(path, "var", adata.var_names):
-            adata.layers.update(_elements(store, "layers"))
+        for group in groups:
+            for name in store.get(group, ()):
+                element = store[group][name]
+                lazy = group != "uns" and element.attrs.get("encoding-type") in ("array", "csr_matrix", "csc_matrix")
+                getattr(adata, group)[name] = read_elem_lazy(element) if lazy else read_elem(element)
 
 
 def _same_names(path: str, axis: str, names: pd.Index) -> bool:
@@ -304,15 +308,3 @@ def _same_names(path: str, axis: str, names: pd.Index) -> bool:
         if hasattr(open_store(path), "keys"):
             return bool(read_annotation(StoredAnnotation(path), axis, len(names)).index.equals(names))
     return False
-
-
-def _elements(store: Any, group: str) -> dict[str, Any]:
-    from anndata.experimental import read_elem_lazy
-    from anndata.io import read_elem
-
-    found = {}
-    for name in store.get(group, ()):
-        element = store[group][name]
-        lazy = group != "uns" and element.attrs.get("encoding-type") in ("array", "csr_matrix", "csc_matrix")
-        found[name] = read_elem_lazy(element) if lazy else read_elem(element)
-    return found

@@ -110,9 +110,7 @@ def missing_chunks(array: Any) -> list[tuple[int, ...]]:
     elif math.prod(grid) <= _MOST_ASKED:
         present = sync(_asked(array.store, [prefix + encode(position) for position in _positions(grid)]))
     else:
-        raise InputError(
-            f"{prefix[:-1]}: shape {array.shape} in chunks of {array.chunks} is too much to ask a server for"
-        )
+        raise InputError(f"{prefix[:-1]}: {math.prod(grid)} chunks are too many to ask a server for; use larger chunks")
     return list(islice((p for p in _positions(grid) if prefix + encode(p) not in present), MOST_MISSING))
 
 
@@ -148,9 +146,8 @@ def check_whole(name: str, node: Any, *, always: bool = False) -> None:
         if not (always or names or is_checksummed(array)):
             continue
         if gone := missing_chunks(array):
-            raise InputError(
-                f"{name}: chunk {gone[0]} of {path or array.basename} is missing; the store is damaged, write it again"
-            )
+            what = path or array.basename
+            raise InputError(f"{name}: chunk {gone[0]} of {what} is missing; the store is damaged, write it again")
 
 
 def _checksummed(group: zarr.Group, level: int = 0) -> Any:
@@ -202,8 +199,14 @@ def read_span(array: Any, span: slice) -> NDArray[Any]:
 
     Gzip chunks of HDF5 are inflated by isal, at twice the speed of HDF5.
     """
-    shuffled = None if isinstance(array, zarr.Array) else _is_shuffled(array)
-    if shuffled is None or span.start == span.stop:
+    import h5py
+
+    filters: tuple[int, ...] = ()
+    if not isinstance(array, zarr.Array) and array.dtype.kind in "iuf":
+        made = array.id.get_create_plist()
+        filters = tuple(made.get_filter(i)[0] for i in range(made.get_nfilters()))
+    shuffled = filters == (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE)
+    if not (shuffled or filters == (h5py.h5z.FILTER_DEFLATE,)) or span.start == span.stop:
         return np.asarray(array[span])
     chunk, dtype = array.chunks[0], array.dtype
     values = np.empty(span.stop - span.start, dtype)
@@ -223,13 +226,3 @@ def _unpacked(stored: bytes, shuffled: bool, dtype: np.dtype[Any], chunk: int) -
     if len(inflated) != n_bytes or not stream.eof:
         raise ValueError(f"a chunk of {n_bytes} bytes inflates to another size")
     return np.frombuffer(Shuffle(dtype.itemsize).decode(inflated) if shuffled else inflated, dtype)
-
-
-def _is_shuffled(dataset: Any) -> bool | None:
-    """Return whether bytes were shuffled before gzip; None with other filters, or none."""
-    import h5py
-
-    made = dataset.id.get_create_plist()
-    filters = tuple(made.get_filter(i)[0] for i in range(made.get_nfilters()))
-    plain, shuffled = (h5py.h5z.FILTER_DEFLATE,), (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE)
-    return {plain: False, shuffled: True}.get(filters) if dataset.dtype.kind in "iuf" else None

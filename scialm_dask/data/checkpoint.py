@@ -276,10 +276,8 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: {_MANIFEST} is damaged ({short_repr(error)})") from error
         if kind != _KIND or version != FORMAT:
-            raise CheckpointError(
-                f"{path}: of format {version}, and this program reads format {FORMAT}; go on with the scialm-dask that "
-                "wrote it, or begin anew"
-            )
+            remedy = "go on with the scialm-dask that wrote it, or begin anew"
+            raise CheckpointError(f"{path}: of format {version}, and this program reads format {FORMAT}; {remedy}")
         if content.pop("sha256", None) != _digest(content):
             raise CheckpointError(f"{path}: {_MANIFEST} is not what was written; it is damaged or edited")
         try:

@@ -48,7 +48,13 @@ def locate(path: str, store: Any, layer: str | None, genome: str | None = None) 
 def _in_10x_h5(path: str, store: Any, layer: str | None, genome: str | None) -> Located:
     if layer is not None:
         raise InputError(f"{path}: 10x data have no layer {layer!r}; leave the layer out")
-    group = _group(path, store, genome)
+    groups = [name for name, group in store.items() if hasattr(group, "keys") and "barcodes" in group]
+    known = ", ".join(groups)  # of genomes in files from before 2018; later ones have one group, matrix
+    if genome is None and len(groups) > 1:
+        raise InputError(f"{path}: holds the genomes {known}; choose one by `scialm-dask convert --genome`")
+    if genome is not None and "matrix" not in groups and genome not in groups:
+        raise InputError(f"{path}: has no genome {genome}; it holds {known}")
+    group = genome if genome is not None and genome in groups else str(groups[0])
     element = store[group]
     absent = [name for name in ("data", "indices", "indptr", "shape") if name not in element]
     if absent:
@@ -61,22 +67,11 @@ def _in_10x_h5(path: str, store: Any, layer: str | None, genome: str | None) -> 
     if genome is not None and "genome" in var:
         keep = keep & (var["genome"] == genome).to_numpy()  # not in place: arrays of pandas 3 are read-only
         if not keep.any():
-            known = ", ".join(sorted(set(var["genome"])))
-            raise InputError(f"{path}: has no genome {genome}; it holds {known}")
+            raise InputError(f"{path}: has no genome {genome}; it holds {', '.join(sorted(set(var['genome'])))}")
     var, repeated = unique_names(var[keep], "gene")
     features = None if keep.all() else keep.tobytes()
     rows = StoredRows(path, group, "csr_matrix", (shape[0], len(var)), features=features)
     return Located(rows, element, Annotation(obs, var), notes + repeated)
-
-
-def _group(path: str, store: Any, genome: str | None) -> str:
-    """Return the group with the matrix: ``matrix``, or the name of a genome in files from before 2018."""
-    groups = [name for name, group in store.items() if hasattr(group, "keys") and "barcodes" in group]
-    if genome is None and len(groups) > 1:
-        raise InputError(f"{path}: holds the genomes {', '.join(groups)}; choose one by `scialm-dask convert --genome`")
-    if genome is not None and "matrix" not in groups and genome not in groups:
-        raise InputError(f"{path}: has no genome {genome}; it holds {', '.join(groups)}")
-    return genome if genome is not None and genome in groups else str(groups[0])
 
 
 def _annotation_of_10x(name: str, element: Any, group: str, shape: tuple[int, ...]) -> list[pd.DataFrame]:
@@ -157,13 +152,19 @@ def _describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any
     if before_0_7 := element.attrs.get("h5sparse_format"):  # AnnData before 0.7
         encoding = f"{before_0_7}_matrix"
     if encoding in ("csr_matrix", "csc_matrix"):
-        shape, dtype = _described_sparse(f"{path}:{name}", element)
+        parts = set(element) if hasattr(element, "keys") else set()
+        absent = [part for part in ("data", "indices", "indptr") if part not in parts]
+        shape = element.attrs.get("shape", element.attrs.get("h5sparse_shape"))
+        if absent := absent + ["shape"] * (shape is None):
+            raise InputError(f"{path}:{name}: has no {', '.join(absent)}; the store is damaged, write it again")
+        for part in ("indices", "indptr"):
+            if (kind := element[part].dtype).kind not in "iu" or element[part].ndim != 1:
+                raise InputError(f"{path}:{name}: {part} are {kind}; the store is damaged, write it again")
+        shape, dtype = tuple(int(n) for n in np.ravel(shape)), element["data"].dtype
     elif encoding == "array" and hasattr(element, "shape"):
         shape, dtype = tuple(element.shape), element.dtype
     else:
-        raise InputError(
-            f"{path}:{name}: stored as {encoding}, not as numbers in CSR, CSC or a dense array; convert it"
-        )
+        raise InputError(f"{path}:{name}: stored as {encoding}, not as numbers in CSR, CSC or dense form; convert it")
     if len(shape) != 2 or min(shape) < 1:
         raise InputError(f"{path}:{name}: shape {shape}; a matrix of at least one cell and one gene is needed")
     if dtype.kind not in "buif":
@@ -195,17 +196,3 @@ def layers_of(store: Any) -> list[str]:
     if isinstance(store, zarr.Array):
         return []
     return [*(sorted(store["layers"]) if "layers" in store else []), *(["raw"] if "raw/X" in store else [])]
-
-
-def _described_sparse(name: str, element: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Return shape and type of a CSR or CSC element; raises `InputError` if a part is missing."""
-    parts = set(element) if hasattr(element, "keys") else set()
-    absent = [part for part in ("data", "indices", "indptr") if part not in parts]
-    shape = element.attrs.get("shape", element.attrs.get("h5sparse_shape"))
-    absent += ["shape"] if shape is None else []
-    if absent:
-        raise InputError(f"{name}: has no {', '.join(absent)}; the store is damaged, write it again")
-    for part in ("indices", "indptr"):
-        if element[part].dtype.kind not in "iu" or element[part].ndim != 1:
-            raise InputError(f"{name}: {part} are {element[part].dtype}; the store is damaged, write it again")
-    return tuple(int(n) for n in np.ravel(shape)), element["data"].dtype

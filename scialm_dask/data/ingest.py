@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePath
@@ -287,17 +288,15 @@ def with_genes(matrix: Matrix, positions: NDArray[np.intp], n_genes: int) -> Mat
     if n_genes == len(positions) and np.array_equal(positions, np.arange(n_genes)):
         return matrix
 
-    def placed(blocks: Blocks) -> Blocks:
-        def moved(advance: Advance) -> Iterator[sp.csr_matrix]:
-            for block in blocks(advance):
-                block = renumbered(block, positions, n_genes)
-                block.sort_indices()
-                yield block
+    def placed(blocks: Blocks, advance: Advance) -> Iterator[sp.csr_matrix]:
+        for block in blocks(advance):
+            block = renumbered(block, positions, n_genes)
+            block.sort_indices()
+            yield block
 
-        return moved
-
-    later = None if matrix.sorted_blocks is None else placed(matrix.sorted_blocks)
-    return matrix._replace(n_columns=n_genes, blocks=placed(matrix.blocks), sorted_blocks=later)
+    blocks, later = matrix.blocks, matrix.sorted_blocks
+    later = later and functools.partial(placed, later)
+    return matrix._replace(n_columns=n_genes, blocks=functools.partial(placed, blocks), sorted_blocks=later)
 
 
 def sample_names(paths: Sequence[str]) -> list[str]:

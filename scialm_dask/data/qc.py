@@ -200,14 +200,10 @@ def measure_cells(
 
 def chosen_cells(cells: CellMeasures, thresholds: Thresholds) -> NDArray[np.bool_]:
     """Return which cells are within the thresholds, bool of shape (n_cells,)."""
-    keep = np.ones(len(cells.totals), bool)
-    if thresholds.min_genes is not None:
-        keep &= cells.n_genes >= thresholds.min_genes
-    if thresholds.max_genes is not None:
-        keep &= cells.n_genes <= thresholds.max_genes
-    if thresholds.max_mito is not None:
-        keep &= cells.pct_mito <= thresholds.max_mito
-    return keep
+    most_genes = np.inf if thresholds.max_genes is None else thresholds.max_genes
+    most_mito = np.inf if thresholds.max_mito is None else thresholds.max_mito
+    in_range = (cells.n_genes >= (thresholds.min_genes or 0)) & (cells.n_genes <= most_genes)
+    return in_range & (cells.pct_mito <= most_mito)
 
 
 def _write(

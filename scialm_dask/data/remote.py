@@ -62,12 +62,13 @@ class RemoteStore(_ByGetAndSet[FsspecStore]):
     """A store behind a URL that retries after passing failures, and names the URL in errors.
 
     Credentials and other options come from fsspec's configuration and the environment, so that only the URL travels to
-    workers and into results.
+    workers and into results. Methods raise `InputError` if reading or listing fails, and `OutputError` if writing or
+    deleting fails.
     """
 
     def __init__(self, store: FsspecStore, url: str) -> None:
         super().__init__(store)
-        self.url = url
+        self.url, self._protocol = url, urlsplit(url).scheme
 
     @classmethod
     def at(cls, url: str, *, read_only: bool) -> Self:
@@ -76,9 +77,23 @@ class RemoteStore(_ByGetAndSet[FsspecStore]):
         Raises `InputError` if it is no URL of a store, or the package for its protocol is missing, and `OutputError`
         for writing to a web server.
         """
+        import fsspec
+
         url = url.rstrip("/")
         protocol = _checked(url)
-        fs, path = _reached(url, protocol)
+        # One file system for each process and host, since fsspec would make one for each thread, with a client each.
+        options = _options(protocol)
+        key = fsspec.utils.tokenize(os.getpid(), protocol, urlsplit(url).netloc, options)
+        try:
+            with _lock:
+                if key not in _file_systems:
+                    _file_systems[key] = FsspecStore.from_url(url, storage_options=options).fs
+            fs, path = _file_systems[key], fsspec.get_filesystem_class(protocol)._strip_protocol(url)
+        except Exception as error:
+            extra, remedy = _EXTRAS.get(protocol), "check the URL and the connection"
+            if isinstance(error, ImportError):
+                remedy = f"pip install 'scialm-dask[{extra}]'" if extra else "install that package"
+            raise InputError(f"{url}: cannot be opened ({_cause(error)}); {remedy}") from error
         if not read_only and protocol in _WEB:
             raise OutputError(f"{url}: {protocol} is only read; write to a folder, s3:// or gs://")
         return cls(FsspecStore(fs=fs, path=path, read_only=read_only), url)
@@ -87,50 +102,39 @@ class RemoteStore(_ByGetAndSet[FsspecStore]):
         return type(self)(store, self.url)
 
     @property
-    def protocol(self) -> str:
-        """Protocol of the URL, such as ``"s3"``."""
-        return urlsplit(self.url).scheme
-
-    @property
     def supports_listing(self) -> bool:
         """Whether keys can be listed; web servers have only pages of links."""
-        return self.protocol not in _WEB
+        return self._protocol not in _WEB
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Return the value of a key, None if there is none; raises `InputError` if it cannot be read."""
         try:
             return await self._patiently(lambda: self._store.get(key, prototype, byte_range))
         except Exception as error:
-            # Without the right to list a bucket, absent keys are forbidden ones, such as metadata of other formats.
+            # Without the right to list a bucket, absent keys are forbidden, such as metadata of other formats.
             if is_metadata(key) and (isinstance(error, PermissionError) or getattr(error, "status", 0) == 403):
                 return None
             raise InputError(self._words(f"{key} cannot be read", error)) from error
 
     async def set(self, key: str, value: Buffer) -> None:
-        """Write a key; raises `OutputError` if that fails."""
         try:
             await self._patiently(lambda: self._store.set(key, value))
         except Exception as error:
             raise OutputError(self._words(f"{key} cannot be written", error)) from error
 
     async def delete(self, key: str) -> None:
-        """Delete a key; raises `OutputError` if that fails."""
         try:
             await self._store.delete(key)
         except Exception as error:
             raise OutputError(self._words(f"{key} cannot be deleted", error)) from error
 
     async def exists(self, key: str) -> bool:
-        """Return whether a key exists."""
         return await self.looked(lambda: self._store.exists(key))
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        """Yield all keys that begin with `prefix`."""
         for key in await self.looked(lambda: all_of(self._store.list_prefix(prefix))):
             yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        """Yield the names one level below `prefix`."""
         for key in await self.looked(lambda: all_of(self._store.list_dir(prefix))):
             yield key
 
@@ -160,7 +164,7 @@ class RemoteStore(_ByGetAndSet[FsspecStore]):
     async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Retry after errors that may pass, with growing waits, unless fsspec does so itself."""
         async with asyncio.timeout(_LONGEST):
-            for wait in () if self.protocol in _PATIENT else _WAITS:
+            for wait in () if self._protocol in _PATIENT else _WAITS:
                 try:
                     return await attempt()
                 except Exception as error:
@@ -191,27 +195,6 @@ def _checked(url: str) -> str:
     if not parts.netloc or {".", ".."} & set(parts.path.split("/")):
         raise InputError(f"{url}: not the URL of a store; spell it {protocol}://BUCKET/NAME, without . and ..")
     return protocol
-
-
-def _reached(url: str, protocol: str) -> tuple[Any, str]:
-    """Return the file system of a URL, and the path there.
-
-    There is one for each process and host, since fsspec would make one for each thread, with a client each.
-    """
-    import fsspec
-
-    options = _options(protocol)
-    key = fsspec.utils.tokenize(os.getpid(), protocol, urlsplit(url).netloc, options)
-    try:
-        with _lock:
-            if key not in _file_systems:
-                _file_systems[key] = FsspecStore.from_url(url, storage_options=options).fs
-        return _file_systems[key], fsspec.get_filesystem_class(protocol)._strip_protocol(url)
-    except Exception as error:
-        extra, remedy = _EXTRAS.get(protocol), "check the URL and the connection"
-        if isinstance(error, ImportError):
-            remedy = f"pip install 'scialm-dask[{extra}]'" if extra else "install that package"
-        raise InputError(f"{url}: cannot be opened ({_cause(error)}); {remedy}") from error
 
 
 def _options(protocol: str) -> dict[str, Any]:
@@ -270,33 +253,26 @@ class NewStore(_ByGetAndSet[RemoteStore]):
         return self._held if is_metadata(key) else self._store
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Return the value of a key, None if there is none."""
         return await self._where(key).get(key, prototype, byte_range)
 
     async def set(self, key: str, value: Buffer) -> None:
-        """Write a chunk, or hold metadata."""
         await self._where(key).set(key, value)
 
     async def exists(self, key: str) -> bool:
-        """Return whether a key exists."""
         return await self._where(key).exists(key)
 
     async def delete(self, key: str) -> None:
-        """Delete a key."""
         await self._where(key).delete(key)
 
     async def delete_dir(self, prefix: str) -> None:
-        """Delete all keys below `prefix`."""
         await self._held.delete_dir(prefix)
         await self._store.delete_dir(prefix)
 
     async def is_empty(self, prefix: str) -> bool:
-        """Return whether there is no group or array at `prefix`."""
         return await self._held.is_empty(prefix)
 
     def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        """Yield groups and arrays one level below `prefix`, which all have metadata."""
-        return self._held.list_dir(prefix)
+        return self._held.list_dir(prefix)  # groups and arrays all have metadata
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from scialm_dask.errors import InputError, OutputError
 
 Array = NDArray[Any]
 R = TypeVar("R")  # a dataclass with arrays in some fields
+_REMEDY = "check that disk, or put the scratch on another"
 _NOTHING = np.zeros((0, 0), np.float32)
 _PIECE = 1 << 18  # bytes; read data are still in cache when their checksum is taken
 _PLAIN = {"zarr_format": 2, "compressor": None, "filters": None, "fill_value": 0, "order": "C"}
@@ -70,13 +71,9 @@ class _OnDisk:
                     crc, left = crc32(left[:n_read], crc), left[n_read:]
                 whole = not left.size and not stream.read(1)
         except OSError as error:
-            raise OutputError(
-                f"{self.chunk}: cannot be read ({error.strerror}); check that disk, or put the scratch on another"
-            ) from error
+            raise OutputError(f"{self.chunk}: cannot be read ({error.strerror}); {_REMEDY}") from error
         if not whole or crc != self.crc:
-            raise OutputError(
-                f"{self.chunk}: is not what was written there; check that disk, or put the scratch on another"
-            )
+            raise OutputError(f"{self.chunk}: is not what was written there; {_REMEDY}")
         return array
 
 

@@ -91,10 +91,8 @@ def _open_url(url: str) -> Any:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(
-            f"{url}: no Zarr store that we may read ({error.__class__.__name__}); check the URL, and fetch other "
-            "formats before `scialm-dask convert`"
-        ) from error
+        remedy = "check the URL, and fetch other formats before `scialm-dask convert`"
+        raise InputError(f"{url}: no Zarr store that can be read ({type(error).__name__}); {remedy}") from error
     if isinstance(root, zarr.Group) and not store.supports_listing and root.metadata.consolidated_metadata is None:
         raise InputError(f"{url}: a web server does not list keys; run zarr.consolidate_metadata on the store first")
     return root
@@ -109,9 +107,7 @@ def _open_hdf5(path: str) -> Any:
         except OSError as error:
             if "signature not found" not in str(error):
                 raise
-            raise InputError(
-                f"{path}: not an HDF5 file ({error}); give an AnnData .zarr or .h5ad, or convert it first"
-            ) from error
+            raise InputError(f"{path}: not an HDF5 file ({error}); give an AnnData .zarr or .h5ad") from error
         stray = _leads_out(path, os.stat(path).st_mtime_ns)
     if stray:
         file.close()

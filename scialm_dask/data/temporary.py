@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,10 @@ _MOST_BUCKETS = 512
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Yield a temporary folder, in Dask's temporary-directory; raises `OutputError` if its disk is full."""
-    folder = _new_folder()
+    parent = dask.config.get("temporary-directory", None)
+    if parent is not None:
+        os.makedirs(parent, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"scialm-{held_name()}-", dir=parent))
     try:
         yield folder
     except OSError as error:
@@ -50,22 +53,17 @@ def temporary_csr(blocks: Iterable[sp.csr_matrix], n_columns: int, dtype: np.dty
     It is in Dask's ``temporary-directory``, else the system's, until nothing in this process refers to the rows. Raises
     `InputError` if workers of the Dask cluster do not see the folder, `OutputError` if the disk is full.
     """
-    folder = _new_folder()
-    path, n_rows = os.fspath(folder / "rows.zarr"), 0
-    try:
+    n_rows = 0
+    with ExitStack() as opened:
+        folder = opened.enter_context(temporary_folder())
         check_seen(folder, name)
-        root = zarr.open_group(path, mode="w-", zarr_format=ZARR_FORMAT)
+        root = zarr.open_group(folder / "rows.zarr", mode="w-", zarr_format=ZARR_FORMAT)
         with CSRWriter(root, "X", n_columns=n_columns, dtype=numeric(dtype)) as writer:
             for block in blocks:
                 writer.append(block)
                 n_rows += block.shape[0]
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise output_error(folder, error) from error
-        raise
-    rows = StoredRows(path, "X", "csr_matrix", (n_rows, n_columns), label=name)
-    weakref.finalize(rows, shutil.rmtree, folder, ignore_errors=True)
+        rows = StoredRows(os.fspath(folder / "rows.zarr"), "X", "csr_matrix", (n_rows, n_columns), label=name)
+        weakref.finalize(rows, opened.pop_all().close)
     return rows
 
 
@@ -82,13 +80,6 @@ def check_seen(folder: Path, name: str) -> None:
             f"{name}: a temporary copy of it for the workers is put in {folder.parent}, which they do not see; set "
             "Dask's temporary-directory to a folder that all see, or write the matrix there and pass its path"
         )
-
-
-def _new_folder() -> Path:
-    parent = dask.config.get("temporary-directory", None)
-    if parent is not None:
-        os.makedirs(parent, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f"scialm-{held_name()}-", dir=parent))
 
 
 def computed(array: Any, name: str, observed: Observed) -> StoredRows:
@@ -145,9 +136,8 @@ def columns_of(rows: StoredRows) -> Iterator[Entries]:
         columns = np.repeat(np.arange(first, last + 1, dtype=np.int32), edges[1:] - edges[:-1])
         if cells.min() < 0 or cells.max() >= rows.shape[0]:
             bad = cells[(cells < 0) | (cells >= rows.shape[0])][0]
-            raise InputError(
-                f"{rows.name}: cell index {bad} is outside 0 to {rows.shape[0] - 1}; write the store again"
-            )
+            last = rows.shape[0] - 1
+            raise InputError(f"{rows.name}: cell index {bad} is outside 0 to {last}; write the store again")
         yield Entries(cells, columns, values)
 
 
@@ -178,25 +168,22 @@ class _Bucket:
     """A file of entries, and the CRC-32 of its content."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._crc, self.n_bytes = path, 0, 0
+        self.path, self._crc, self.n_bytes = path, 0, 0
         path.touch()
 
     def append(self, records: NDArray[Any]) -> None:
-        with self._path.open("ab") as file:
+        with self.path.open("ab") as file:
             file.write(records.data)  # tofile would hide why it fails
         self._crc, self.n_bytes = crc32(records, self._crc), self.n_bytes + records.nbytes
 
     def read(self, record: np.dtype[Any], at_once: int) -> Iterator[Entries]:
         crc = 0
-        with self._path.open("rb") as stream:
+        with self.path.open("rb") as stream:
             while len(records := np.fromfile(stream, record, at_once)):
                 crc = crc32(records, crc)
                 yield Entries(records["row"], records["column"], records["value"])
         if crc != self._crc:
-            raise OutputError(f"{self._path}: is not what was written there; check that disk, or sort on another")
-
-    def remove(self) -> None:
-        self._path.unlink()
+            raise OutputError(f"{self.path}: is not what was written there; check that disk, or sort on another")
 
 
 def _deal(
@@ -223,4 +210,4 @@ def _deal(
             parts = [Entries(*(np.empty(0, kind) for kind in (np.int64, np.int32, record["value"])))]
             parts += bucket.read(record, max(1, n_entries))
             yield (first, last), parts[-1]
-        bucket.remove()
+        bucket.path.unlink()

@@ -43,11 +43,12 @@ def open_text(path: str, prefix: str | None = None, rows: Axis | None = None) ->
     """
     name = os.path.basename(path)
     if os.path.isdir(path):
-        return _of_folder(*_folder(path, prefix))
+        names = _folder(path, prefix)
+        return MatrixMarket.open(_needed(*names, "matrix.mtx"), names=names)
     if _MARKET.search(name):
         stem = re.sub(r"matrix\.mtx(\.gz)?$", "", name)
         if stem != name and _found(os.path.dirname(path), stem, "barcodes.tsv"):
-            return _of_folder(os.path.dirname(path), stem)
+            return MatrixMarket.open(Path(path), names=(os.path.dirname(path), stem))
         if rows is None:
             raise InputError(f"{path}: has no names, so its rows may be cells or genes; say so by --rows")
         return MatrixMarket.open(Path(path), rows)
@@ -68,10 +69,6 @@ def _folder(path: str, prefix: str | None) -> tuple[str, str]:
         if places:
             return places[0]
     return path, prefix or ""
-
-
-def _of_folder(folder: str, prefix: str) -> MatrixMarket:
-    return MatrixMarket.open(_needed(folder, prefix, "matrix.mtx"), names=(folder, prefix))
 
 
 def _found(folder: str, prefix: str, *names: str) -> Path | None:
@@ -142,12 +139,16 @@ class MatrixMarket(_Text):
     def open(cls, path: Path, rows: Axis = "genes", names: tuple[str, str] | None = None) -> MatrixMarket:
         """Read the header."""
         with _stream(path, lambda: "not a Matrix Market file") as stream:
-            banner, (n_rows, n_columns, n_entries) = _read_header(stream)
+            banner = stream.readline().decode().lower().split()
+            line = stream.readline()
+            while line.startswith(b"%") or (line and not line.strip()):
+                line = stream.readline()
+            if len(sizes := [int(word) for word in line.split()]) != 3:
+                raise ValueError(f"{len(sizes)} sizes")
         if banner not in [["%%matrixmarket", "matrix", "coordinate", kind, "general"] for kind in ("integer", "real")]:
-            raise InputError(
-                f"{path}: its first line is {' '.join(banner)!r}; "
-                "give '%%MatrixMarket matrix coordinate integer general', or real"
-            )
+            wanted = "give '%%MatrixMarket matrix coordinate integer general', or real"
+            raise InputError(f"{path}: its first line is {' '.join(banner)!r}; {wanted}")
+        n_rows, n_columns, n_entries = sizes
         if 0 in (n_rows, n_columns):
             raise InputError(f"{path}: shape {(n_rows, n_columns)}; a matrix of at least one cell and gene is needed")
         shape = (n_columns, n_rows) if rows == "genes" else (n_rows, n_columns)
@@ -176,21 +177,24 @@ class MatrixMarket(_Text):
         n_read = 0
         kind = np.int64 if self.dtype.kind == "i" else np.float32
         types = {"row": np.int64, "column": np.int64, "value": kind}
-        how = {"sep": r"\s+", "header": None, "names": list(types), "dtype": types, "comment": "%", "chunksize": _PIECE}
-        with _stream(self.path, lambda: f"cannot be read after entry {n_read}") as stream:
-            _read_header(stream)
-            with suppress(pd.errors.EmptyDataError), pd.read_csv(stream, **how) as parts:
-                for part in parts:
-                    if not isinstance(part.index, pd.RangeIndex):  # made from a fourth column
-                        raise ValueError("a line of more than 3 numbers")
-                    n_read += len(part)
-                    if len(part):
-                        yield self._checked(part)
-                    advance(len(part) / max(1, self.n_entries))
+        # names replace the line of sizes
+        how = {"sep": r"\s+", "header": 0, "names": list(types), "dtype": types, "comment": "%", "chunksize": _PIECE}
+        with (
+            _stream(self.path, lambda: f"cannot be read after entry {n_read}") as stream,
+            suppress(pd.errors.EmptyDataError),
+            pd.read_csv(stream, **how) as parts,
+        ):
+            for part in parts:
+                if not isinstance(part.index, pd.RangeIndex):  # made from a fourth column
+                    raise ValueError("a line of more than 3 numbers")
+                n_read += len(part)
+                if len(part):
+                    yield self._entries(part)
+                advance(len(part) / max(1, self.n_entries))
         if n_read != self.n_entries:
             raise InputError(f"{self.path}: {n_read} entries, {self.n_entries} announced; fetch it again")
 
-    def _checked(self, part: pd.DataFrame) -> Entries:
+    def _entries(self, part: pd.DataFrame) -> Entries:
         values = part["value"].to_numpy()
         if self.dtype.kind == "i" and values.max() > np.iinfo(self.dtype).max:
             raise InputError(f"{self.path}: count {values.max()} is too large for {self.dtype}; fetch it again")
@@ -203,18 +207,6 @@ class MatrixMarket(_Text):
         return Entries(cells, genes.astype(np.int32), values.astype(self.dtype))
 
 
-def _read_header(stream: IO[bytes]) -> tuple[list[str], list[int]]:
-    """Read up to the line of sizes; returns the words of the first line, and the sizes."""
-    banner = stream.readline().decode().lower().split()
-    line = stream.readline()
-    while line.startswith(b"%") or (line and not line.strip()):
-        line = stream.readline()
-    sizes = [int(word) for word in line.split()]
-    if len(sizes) != 3:
-        raise ValueError(f"{len(sizes)} sizes")
-    return banner, sizes
-
-
 def _table(path: Path, length: int) -> pd.DataFrame:
     """Return a table of names; raises `InputError` unless all its lines have as many columns as the first."""
     import pandas as pd
@@ -224,9 +216,8 @@ def _table(path: Path, length: int) -> pd.DataFrame:
     lines = [line for line in lines if line != [""]]
     for number, line in enumerate(lines, 1):
         if len(line) != len(lines[0]):
-            raise InputError(
-                f"{path}: line {number} has {len(line)} columns, and the first {len(lines[0])}; fetch it again"
-            )
+            n = len(line)
+            raise InputError(f"{path}: line {number} has {n} columns, and the first {len(lines[0])}; fetch it again")
     if len(lines) != length:
         raise InputError(f"{path}: {len(lines)} lines, but the matrix has {length}; the files do not belong together")
     return pd.DataFrame(lines)
