@@ -1,86 +1,60 @@
 """Denoising and imputation of single-cell counts by low-rank matrices, out of core and distributed."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "IALM",
-    "Evaluation",
-    "ExpressionMatrix",
-    "Imputation",
-    "InputError",
-    "PooledALS",
-    "PooledNuclearNorm",
-    "ScialmError",
-    "Settings",
-    "__version__",
-    "balanced_pools",
-    "biological_zeros",
-    "connect",
-    "evaluate_imputation",
-    "gene_scores",
-    "impute",
-    "measure",
-    "pool_report",
-    "random_pools",
-    "resume",
-    "show_progress",
-    "write_report",
-]
+# Imported on first use (SPEC 1), which keeps `import scialm_dask` fast.
+_MODULES = {
+    "api": "impute resume",
+    "compare.benchmark": "Evaluation evaluate_imputation",
+    "config": "Settings",
+    "data.matrix": "ExpressionMatrix",
+    "errors": "InputError ScialmError",
+    "estimator": "IALM",
+    "evaluate.metrics": "gene_scores",
+    "imputation": "Imputation",
+    "pooled.als": "PooledALS",
+    "pooled.design": "balanced_pools measure pool_report random_pools",
+    "pooled.nuclear": "PooledNuclearNorm",
+    "progress": "show_progress",
+    "report.report": "write_report",
+    "run.cluster": "connect",
+    "solve.biological_zeros": "biological_zeros",
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = sorted(["__version__", *_HOME])
 
 if TYPE_CHECKING:
-    from scialm_dask.api import impute, resume
-    from scialm_dask.compare.benchmark import Evaluation, evaluate_imputation
-    from scialm_dask.config import Settings
-    from scialm_dask.data.matrix import ExpressionMatrix
-    from scialm_dask.errors import InputError, ScialmError
-    from scialm_dask.estimator import IALM
-    from scialm_dask.evaluate.metrics import gene_scores
-    from scialm_dask.imputation import Imputation
-    from scialm_dask.pooled.als import PooledALS
-    from scialm_dask.pooled.design import balanced_pools, measure, pool_report, random_pools
-    from scialm_dask.pooled.nuclear import PooledNuclearNorm
-    from scialm_dask.progress import show_progress
-    from scialm_dask.report.report import write_report
-    from scialm_dask.run.cluster import connect
-    from scialm_dask.solve.biological_zeros import biological_zeros
-
-_HOME = {
-    "Evaluation": "compare.benchmark",
-    "ExpressionMatrix": "data.matrix",
-    "IALM": "estimator",
-    "Imputation": "imputation",
-    "InputError": "errors",
-    "PooledALS": "pooled.als",
-    "PooledNuclearNorm": "pooled.nuclear",
-    "ScialmError": "errors",
-    "Settings": "config",
-    "balanced_pools": "pooled.design",
-    "biological_zeros": "solve.biological_zeros",
-    "connect": "run.cluster",
-    "evaluate_imputation": "compare.benchmark",
-    "gene_scores": "evaluate.metrics",
-    "impute": "api",
-    "measure": "pooled.design",
-    "pool_report": "pooled.design",
-    "random_pools": "pooled.design",
-    "resume": "api",
-    "show_progress": "progress",
-    "write_report": "report.report",
-}
+    from scialm_dask.api import impute as impute
+    from scialm_dask.api import resume as resume
+    from scialm_dask.compare.benchmark import Evaluation as Evaluation
+    from scialm_dask.compare.benchmark import evaluate_imputation as evaluate_imputation
+    from scialm_dask.config import Settings as Settings
+    from scialm_dask.data.matrix import ExpressionMatrix as ExpressionMatrix
+    from scialm_dask.errors import InputError as InputError
+    from scialm_dask.errors import ScialmError as ScialmError
+    from scialm_dask.estimator import IALM as IALM
+    from scialm_dask.evaluate.metrics import gene_scores as gene_scores
+    from scialm_dask.imputation import Imputation as Imputation
+    from scialm_dask.pooled.als import PooledALS as PooledALS
+    from scialm_dask.pooled.design import balanced_pools as balanced_pools
+    from scialm_dask.pooled.design import measure as measure
+    from scialm_dask.pooled.design import pool_report as pool_report
+    from scialm_dask.pooled.design import random_pools as random_pools
+    from scialm_dask.pooled.nuclear import PooledNuclearNorm as PooledNuclearNorm
+    from scialm_dask.progress import show_progress as show_progress
+    from scialm_dask.report.report import write_report as write_report
+    from scialm_dask.run.cluster import connect as connect
+    from scialm_dask.solve.biological_zeros import biological_zeros as biological_zeros
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first used, so that `import scialm_dask` is quick.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    # What is imported when first used is found by completion too.
     return __all__

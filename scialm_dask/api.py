@@ -1,4 +1,4 @@
-"""What users call from Python."""
+"""Functions that users call from Python."""
 
 from __future__ import annotations
 
@@ -41,57 +41,57 @@ def impute(
     Parameters
     ----------
     matrix : AnnData, path, array, data frame or ExpressionMatrix of shape (n_cells, n_genes)
-        Counts or normalised counts, without logarithm. An AnnData may be in memory, backed or lazy. A path leads to an
+        Raw or normalised counts, not log-transformed. An AnnData may be in memory, backed or lazy. A path is that of an
         AnnData store (.zarr or .h5ad), another file that `ExpressionMatrix.open` reads, or a bare 2-D Zarr array. An
         array may be NumPy, SciPy sparse or Dask.
     preset : {"auto", "denoise", "complete", "paper"}, default="auto"
-        ``"denoise"``: expression levels, from raw counts. ``"complete"``: entries that were lost, with all zeros
-        unknown; stops before noise is fitted. ``"paper"``: the published method [1]_. ``"auto"``: ``"denoise"`` for raw
-        counts, in X or else in layer counts, and ``"complete"`` without them; a `Note` says which and why.
+        ``"denoise"``: estimate expression levels from raw counts. ``"complete"``: recover lost entries, with all zeros
+        unknown; stops before noise is fitted. ``"paper"``: the published method [1]_. ``"auto"``: ``"denoise"`` if X,
+        or else layer counts, holds raw counts, otherwise ``"complete"``; a `Note` tells the choice and the reason.
     layer : str, optional
         The layer to read instead of X; ``"raw"`` for ``.raw.X``.
     key_added : str or None, default="scialm"
-        The result is added to an AnnData under names that begin with this; see `Imputation.add_to`. None adds nothing.
-        The matrix itself stays.
+        Prefix of the names under which the result is added to an AnnData; see `Imputation.add_to`. None adds nothing.
+        The matrix itself is not changed.
     observed : {"nonzero", "finite"}, default="nonzero"
         ``"nonzero"``: zeros are unknown, as in the paper. ``"finite"``: NaN is unknown and zeros are observed, for
         general matrices. An `ExpressionMatrix` keeps its own.
     scratch : str, default="auto"
-        Where the working state is kept: ``"memory"``, ``"zarr:PATH"`` for a folder on a local disk, or ``"auto"``: in
-        memory if the forecast fits there. Dask's configuration, ``scialm.scratch``, can change the default.
+        Where the working state is kept: ``"memory"``, ``"zarr:PATH"`` for a folder on a local disk, or ``"auto"`` for
+        memory if the forecast fits. Dask's configuration, ``scialm.scratch``, can change the default.
     memory_limit : float or str, optional
-        Bytes that each process may take in all, or words such as ``"8 GB"``. By default Dask's configuration,
-        ``scialm.memory-limit``, else what is free.
+        Maximum memory of each process, in bytes or as text such as ``"8 GB"``. By default ``scialm.memory-limit`` of
+        Dask's configuration, else the free memory.
     scratch_folder : str or path-like, optional
-        Folder for the scratch that ``"auto"`` puts on disk. By default Dask's ``temporary-directory``.
+        Folder for scratch of ``"auto"`` on disk. By default Dask's ``temporary-directory``.
     checkpoint : str or path-like, optional
-        A new folder for checkpoints, on a disk that all workers see. `resume` continues from the last one. They are
-        kept when the run is complete.
+        A new folder for checkpoints, on a disk that all workers share. `resume` continues from the last one. A finished
+        run keeps its checkpoints.
     checkpoint_every : int or str, default="10min"
-        Iterations between checkpoints, or time.
+        Iterations or time between checkpoints.
     listen : callable, optional
-        Called with every event of the work; see `show_progress`.
+        Called with every event of the computation; see `show_progress`.
     **settings
-        Fields of `Settings` that differ from the preset's, such as ``max_rank=50`` or ``seed=1``. None keeps the
-        preset's; ``max_rank="none"`` is no limit.
+        Fields of `Settings` that replace those of the preset, such as ``max_rank=50`` or ``seed=1``. None keeps the
+        value of the preset; ``max_rank="none"`` means no limit.
 
     Returns
     -------
     Imputation
-        The imputed matrix as factors. Entries are computed when they are used.
+        The imputed matrix as factors. Entries are computed on use.
 
     Raises
     ------
     InputError
-        If the matrix or a setting cannot be used, or a setting has no effect beside the others.
+        If the matrix or a setting is invalid, or a setting has no effect.
     DoesNotFitError
-        If the forecast does not fit memory or disk.
+        If the forecast exceeds memory or disk space.
     OutputError
         If checkpoints cannot be written, or the disk is full.
     ClusterError
         If the cluster was lost and there is no checkpoint.
     StoppedError
-        If the cluster was lost and `resume` can go on.
+        If the cluster was lost and `resume` can continue.
 
     References
     ----------
@@ -146,10 +146,10 @@ def impute(
 def resolve_preset(
     matrix: ExpressionMatrix, preset: str, given: Any = None, listen: Listener = silent
 ) -> tuple[ExpressionMatrix, str]:
-    """Return the matrix to impute and the preset that ``"auto"`` means for it; a `Note` says why.
+    """Return the matrix to impute and its preset, which replaces ``"auto"``; a `Note` says why.
 
-    Raw counts are denoised: the matrix itself, or layer counts beside an X that holds none, as `qc` leaves it. Anything
-    else is completed. `given` is the AnnData that the matrix was made of, if any.
+    Raw counts are denoised: the matrix itself, or layer counts beside a normalised X, as `qc` writes it. Anything else
+    is completed. `given` is the AnnData from which the matrix was made, if any.
     """
     if preset != "auto":
         return matrix, preset
@@ -174,39 +174,39 @@ def resume(
     stop: Callable[[], bool] = lambda: False,
     listen: Listener = silent,
 ) -> Imputation:
-    """Continue a run from its last whole checkpoint, on any scheduler and any number of workers.
+    """Continue a run from its last complete checkpoint, on any scheduler with any number of workers.
 
-    The result is that of a run without interruption.
+    The result is the same as without the interruption.
 
     Parameters
     ----------
     folder : str or path-like
-        The `checkpoint` of `impute`. Further checkpoints are written there.
+        The `checkpoint` of `impute`. Further checkpoints are written to it.
     matrix : matrix, optional
-        What was imputed, if that was in memory; of an AnnData the layer, if one was read. A store is opened where it
-        was. `Imputation.add_to` puts the result into an AnnData.
+        The imputed matrix if it was in memory: for an AnnData, the layer that was read. A store is opened at its path.
+        `Imputation.add_to` adds the result to an AnnData.
     scratch, memory_limit : optional
         As in `impute`; by default those of the run.
     stop : callable, optional
-        Asked before every pass whether to stop there with a checkpoint.
+        Called before every pass; if it returns True, the run stops with a checkpoint.
     listen : callable, optional
-        Called with every event of the work. A `Note` tells of each checkpoint that cannot be used.
+        Called with every event of the computation. A `Note` names each damaged checkpoint.
 
     Returns
     -------
     Imputation
-        Its summary has ``resumed_after_iteration``.
+        The result. Its summary has ``resumed_after_iteration``.
 
     Raises
     ------
     InputError
-        If no checkpoint can be used, or the matrix is another, or was in memory and is not given.
+        If there is no valid checkpoint, or the matrix differs or is missing.
     DoesNotFitError
-        If the forecast does not fit memory or disk.
+        If the forecast exceeds memory or disk space.
     OutputError
         If checkpoints cannot be written, or the disk is full.
     StoppedError
-        If the run was asked to stop, or the cluster was lost and did not come back.
+        If `stop` returned True, or the cluster was lost and did not return.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Settings and arguments of functions, checked once by the types and intervals that they are annotated with."""
+"""Settings, presets and configuration; arguments checked by the types and intervals of their annotations."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ RankPolicy = Literal["paper", "adaptive"]
 Method = Literal["denoise", "complete"]
 Stop = Literal["residual", "held-out"]
 Preset = Literal["auto", "denoise", "complete", "paper"]
-_LEAST_BYTES = 10**6  # less is a unit forgotten: no Python starts within it
-
+_LEAST_BYTES = 10**6  # no Python process starts in less: the unit was forgotten
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "denoise": {"method": "denoise", "max_rank": 64},
@@ -39,56 +38,53 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "svd_tolerance": 3e-4,
     },
 }
-_OF_COMPLETION = (
-    *("rank_policy", "stop", "epsilon", "max_iterations", "first_rank", "increment", "validation", "patience"),
-    "svd_tolerance",
-)
+_OF_DENOISING = ("method", "max_rank", "scaling", "svd_passes", "seed")
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a matrix is imputed. Symbols are the paper's [1]_.
+    """Settings of an imputation. Symbols are those of the paper [1]_.
 
     Parameters
     ----------
     method : {"complete", "denoise"}, default="complete"
-        ``"denoise"``: low rank plus sparse by count splitting, from raw counts. It uses only `max_rank`, `scaling`,
+        ``"denoise"``: low rank plus sparse by count splitting, from raw counts; uses only `max_rank`, `scaling`,
         `svd_passes` and `seed`. ``"complete"``: completion of the zeros, Algorithm 3.
     rank_policy : {"adaptive", "paper"}, default="adaptive"
-        ``"paper"``: equation 13. ``"adaptive"``: every singular value over the threshold.
+        ``"paper"``: equation 13. ``"adaptive"``: every singular value above the threshold.
     stop : {"held-out", "residual"}, default="held-out"
-        ``"residual"``: when ‖P_Ω(D − A)‖ / ‖D‖ < ε, D and A as scaled. ``"held-out"``: when the error on a small hidden
-        share of the observed entries has not fallen for `patience` iterations; the best iterate is kept.
+        ``"residual"``: when ‖P_Ω(D − A)‖ / ‖D‖ < ε, with D and A scaled. ``"held-out"``: when the error on a small
+        hidden share of the observed entries has not fallen for `patience` iterations; the best iterate is kept.
     epsilon : float in (0, 1), default=1e-4
         The residual ε to stop at.
     max_iterations : int, default=1000
-        The most iterations.
+        Maximum number of iterations.
     first_rank, increment : int, default=5, 200
-        Of equation 13: sv₀ and R.
+        The parameters sv₀ and R of equation 13.
     max_rank : int or None, default=128
-        The most singular values to compute, which bounds memory and time. None is no limit; in `impute`, `IALM` and on
-        the command line that is ``"none"``, and None is what the preset has.
+        Maximum number of singular values, which bounds memory and time. None means no limit. `impute`, `IALM` and the
+        command line take ``"none"`` for no limit; there None keeps the value of the preset.
     validation : float in (0, 1), default=0.02
         Share of each gene's observed entries to hide for the held-out stop.
     patience : int, default=2
         Iterations without a lower held-out error before stopping.
     scaling : (float, float) or None, default=None
-        Exponents (g, c). Each gene is divided by (mean of its observed entries)^g and each cell by (size factor)^c
-        before, and the factors multiplied after. (½, ½) makes counting noise even; (0, 0) is as published. None: (½,
-        ½), but cells only as far as their totals are known.
+        Exponents (g, c). Before the fit each gene is divided by (mean of its observed entries)^g and each cell by (size
+        factor)^c; afterwards the factors are scaled back. (½, ½) evens out counting noise; (0, 0) is as published.
+        None means (½, ½), but cells are scaled only if their totals are known.
     svd_passes : int, default=2
-        The most passes over the data for one SVD.
+        Maximum number of passes over the data per SVD.
     svd_tolerance : float in [0, 1], default=0
-        An SVD stops early once its thresholded values have moved by less than this. 0 makes all passes.
+        An SVD stops early once its thresholded values change by less than this. 0 makes all passes.
     seed : int, default=0
-        Fixes every random draw.
+        Seed of all random draws.
 
     Raises
     ------
     InputError
-        If a value has another type, lies outside its limits, or is none of its choices.
+        If a value has the wrong type, is out of range, or is not one of the choices.
 
     References
     ----------
@@ -125,32 +121,33 @@ class Settings:
 
     @property
     def exponents(self) -> tuple[float, float]:
-        """Exponents (g, c) of genes and of cells."""
+        """Exponents (g, c) of genes and cells."""
         return (0.5, 0.5) if self.scaling is None else self.scaling
 
     @property
     def idle(self) -> dict[str, tuple[str, str]]:
-        """Settings that have no effect beside the others: for each, why, and what it goes with."""
+        """Settings that have no effect: for each, the reason, and the settings it goes with."""
         idle: dict[str, tuple[str, str]] = {}
         if self.method == "denoise":
-            return dict.fromkeys(_OF_COMPLETION, ("method denoise", "the presets complete and paper"))
+            others = (name for name in self.__dataclass_fields__ if name not in _OF_DENOISING)
+            return dict.fromkeys(others, ("method denoise", "the presets complete and paper"))
         if self.rank_policy == "adaptive":
             why = "rank_policy adaptive", "rank_policy paper, as in preset paper"
             idle |= {"first_rank": why, "increment": why}
         if self.stop == "residual":
             why = "stop residual", "stop held-out, as in preset complete"
             idle |= {"validation": why, "patience": why}
-        if self.svd_passes < 3:  # the first two are made before anything is compared
+        if self.svd_passes < 3:  # nothing is compared before the third
             idle["svd_tolerance"] = f"svd_passes {self.svd_passes}", "svd_passes of 3 or more, as in preset paper"
         return idle
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON and for the result's ``uns``.
+        """Return the fields as plain values, for JSON and ``uns``.
 
         Returns
         -------
         dict
-            Every field.
+            All fields.
 
         Examples
         --------
@@ -161,22 +158,29 @@ class Settings:
 
 
 def preset(name: str, **changes: Any) -> Settings:
-    """Return a named set of settings, with changes, of which None keeps the preset's.
+    """Return the settings of a preset, with changes; None keeps the value of the preset.
 
-    `max_rank` may be ``"none"``, for no limit, and `scaling` ``"none"``, ``"poisson"`` or two numbers with a comma
-    between. Raises `InputError` if there is no such preset or field, or a value cannot be used or has no effect; see
-    `Settings.idle`.
+    `max_rank` may also be ``"none"``, no limit, and `scaling` ``"none"``, ``"poisson"`` or two comma-separated numbers.
+    Raises `InputError` if there is no such preset or field, or a value is invalid or has no effect (`Settings.idle`).
     """
     unknown = [field for field in changes if field not in Settings.__dataclass_fields__]
     if unknown:
         raise InputError(f"no setting is called {unknown[0]}; there are {', '.join(Settings.__dataclass_fields__)}")
     changes = {field: value for field, value in changes.items() if value is not None}
-    if isinstance(changes.get("scaling"), str):
-        changes["scaling"] = _exponents(changes["scaling"])
-    if isinstance(changes.get("max_rank"), str):
-        changes["max_rank"] = _limit("max_rank", changes["max_rank"])
+    if isinstance(words := changes.get("scaling"), str):
+        named = {"none": "0,0", "poisson": "0.5,0.5"}
+        try:
+            gene, cell = named.get(words, words).split(",")
+            changes["scaling"] = float(gene), float(cell)
+        except ValueError:
+            raise InputError(f"scaling is {words!r}; give none, poisson, or two exponents such as 0.75,0.5") from None
+    if isinstance(words := changes.get("max_rank"), str):
+        try:
+            changes["max_rank"] = None if words == "none" else int(words)
+        except ValueError:
+            raise InputError(f"max_rank is {words!r}; give a number, or none for no limit") from None
     if validated("preset", name, Preset) not in _PRESETS:
-        raise InputError(f"preset is {name!r}, which a matrix decides; choose one of {', '.join(_PRESETS)}")
+        raise InputError(f"preset is {name!r}, which depends on the matrix; choose one of {', '.join(_PRESETS)}")
     settings = Settings(**{**_PRESETS[name], **changes})
     for field, (because, wanted) in settings.idle.items():
         if field in changes:
@@ -185,28 +189,28 @@ def preset(name: str, **changes: Any) -> Settings:
 
 
 def configured(name: str, given: Any = None) -> Any:
-    """Return `given`, or if it is None, what Dask's configuration has for `name` in the namespace ``scialm``.
+    """Return `given`, or if it is None, ``scialm.NAME`` of Dask's configuration.
 
-    That is the environment (``DASK_SCIALM__WORKER_MEMORY``), else a file in ``~/.config/dask``, else the shipped
-    ``scialm.yaml``. A commented copy of the latter is put there.
+    Dask reads the environment (``DASK_SCIALM__WORKER_MEMORY``), then files in ``~/.config/dask``, then the shipped
+    ``scialm.yaml``, of which a commented copy is put into that folder.
     """
     import dask
 
     defaults = _shipped_defaults()
     absent = object()
     if any(dask.config.get(f"scialm.{known}", absent) is absent for known in defaults):
-        # not yet there, or gone with what was set for a while before they were
+        # not yet set, or removed with a temporary configuration that was older than they
         dask.config.update_defaults({"scialm": defaults})
     unknown = {key.replace("_", "-") for key in dask.config.get("scialm")} - defaults.keys()
     if unknown:
         raise InputError(
-            f"scialm.{min(unknown)} in Dask's configuration is unknown; choose of {', '.join(sorted(defaults))}"
+            f"scialm.{min(unknown)} in Dask's configuration is unknown; choose one of {', '.join(sorted(defaults))}"
         )
     return dask.config.get(f"scialm.{name}") if given is None else given
 
 
 def bytes_of(name: str, limit: float | str | None) -> int | None:
-    """Return words such as ``"8 GB"`` as bytes, None as None; raises `InputError` for no number, or less than 1 MB."""
+    """Return a size such as ``"8 GB"`` in bytes, or None. Raises `InputError` if it is no size or less than 1 MB."""
     from dask.utils import parse_bytes
 
     try:
@@ -220,7 +224,7 @@ def bytes_of(name: str, limit: float | str | None) -> int | None:
 
 
 def seconds_of(name: str) -> float:
-    """Return a time of Dask's configuration, namespace ``scialm``, in seconds."""
+    """Return ``scialm.NAME`` of Dask's configuration, a time, in seconds."""
     from dask.utils import parse_timedelta
 
     words = configured(name)
@@ -232,7 +236,7 @@ def seconds_of(name: str) -> float:
 
 @functools.cache
 def _shipped_defaults() -> dict[str, Any]:
-    """Put a commented copy of our defaults where Dask's are, as its other packages do, and read them."""
+    """Return our defaults, and put a commented copy beside those of Dask's other packages."""
     import dask
     import yaml
 
@@ -242,33 +246,15 @@ def _shipped_defaults() -> dict[str, Any]:
     return defaults
 
 
-def _limit(field: str, word: str) -> int | None:
-    try:
-        return None if word == "none" else int(word)
-    except ValueError:
-        raise InputError(f"{field} is {word!r}; give a number, or none for no limit") from None
-
-
-def _exponents(words: str) -> tuple[float, float]:
-    named = {"none": (0.0, 0.0), "poisson": (0.5, 0.5)}
-    if words in named:
-        return named[words]
-    try:
-        gene, cell = (float(word) for word in words.split(","))
-    except ValueError:
-        raise InputError(f"scaling is {words!r}; give none, poisson, or two exponents such as 0.75,0.5") from None
-    return gene, cell
-
-
 class Interval(NamedTuple):
-    """Limits of a number, for `Annotated`; without its ends where `open`. NaN and infinity lie in none."""
+    """Limits of a number, for `Annotated`. An `open` interval lacks its ends. None holds NaN or infinity."""
 
     low: float
     high: float = math.inf
     open: bool = False
 
     def holds(self, value: float) -> bool:
-        """Tell whether a number lies within."""
+        """Return whether a number is in the interval."""
         inside = self.low < value < self.high if self.open else self.low <= value <= self.high
         return inside and value != math.inf
 
@@ -286,13 +272,13 @@ Ratio = Annotated[float, Interval(0, 1)]
 
 _NUMBERS: dict[Any, tuple[type, Callable[[Any], Any]]] = {int: (Integral, int), float: (Real, float)}
 _NAMES = {int: "whole number", float: "number", str: "word", os.PathLike: "path", Callable: "function"}
-_UNCHECKED = (Any, bool, object)  # everything has a truth
+_UNCHECKED = (Any, bool, object)  # anything can be true or false
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """Check what a function is given by its annotations, before it begins; see `validated`."""
+    """Check the arguments of a function against its annotations before each call; see `validated`."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -306,17 +292,17 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def check_fields(made: Any) -> None:
-    """Check the fields of a dataclass, frozen or not, by its annotations; see `validated`."""
+    """Check the fields of a dataclass, frozen or not, against its annotations; see `validated`."""
     for name, kind in _kinds(made.__class__).items():
         object.__setattr__(made, name, validated(name, getattr(made, name), kind))
 
 
 def validated(name: str, value: Any, kind: Any) -> Any:
-    """Return `value` as what it is annotated with; raises `InputError`, which calls it `name`, if it is something else.
+    """Return `value` as an instance of `kind`. Raises `InputError` about `name` if it is something else.
 
-    Numbers of NumPy become Python's, and what can be iterated over a tuple. Truth values are no numbers here. A `kind`
-    is a class, `Annotated` with an `Interval`, `Literal`, ``tuple``, ``Sequence``, ``Callable``, or a union of these;
-    what only type checkers can see may be anything.
+    NumPy numbers become Python numbers, and iterables tuples. Booleans do not count as numbers. A `kind` is a class,
+    `Annotated` with an `Interval`, `Literal`, ``tuple``, ``Sequence``, ``Callable``, or a union of these. A name that
+    only type checkers can resolve accepts anything.
     """
     try:
         return _as(value, kind)
@@ -326,12 +312,12 @@ def validated(name: str, value: Any, kind: Any) -> Any:
 
 
 def short_repr(value: Any) -> str:
-    """Return any value in half a line."""
+    """Return any value as half a line of text."""
     return " ".join(_short.repr(value).split())
 
 
 def _as(value: Any, kind: Any) -> Any:
-    """Do what `validated` does, with a TypeError for what is something else."""
+    """Return `value` as an instance of `kind`. Raises `TypeError` if it is something else."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         number = _as(value, parts[0])
@@ -361,7 +347,7 @@ def _as(value: Any, kind: Any) -> Any:
 
 
 def _words(kind: Any, plural: str = "") -> str:
-    """Say what is wanted."""
+    """Return a kind in words."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return f"{_words(parts[0], plural)} {parts[1]}"
@@ -379,7 +365,7 @@ def _words(kind: Any, plural: str = "") -> str:
 
 
 class _Names(dict[str, Any]):
-    """Names of a module; what is imported for type checkers alone may be anything."""
+    """Names of a module; others, which only type checkers import, are `Any`."""
 
     def __missing__(self, name: str) -> Any:
         return Any
@@ -387,6 +373,6 @@ class _Names(dict[str, Any]):
 
 @functools.cache
 def _kinds(thing: Any) -> dict[str, Any]:
-    """Annotations, evaluated."""
+    """Return the evaluated annotations of a function or class."""
     names = _Names(vars(builtins) | vars(sys.modules[thing.__module__]))
     return typing.get_type_hints(thing, localns=names, include_extras=True)

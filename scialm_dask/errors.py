@@ -1,17 +1,17 @@
-"""Exceptions. Each message is one line that names the value, the limit and the remedy."""
+"""Exceptions. Every message is one line with the value, the limit and the remedy."""
 
 from __future__ import annotations
 
 
 class ScialmError(Exception):
-    """Base of every error that this package raises on purpose.
+    """Base class of the errors raised by this package.
 
     The command line prints the message and exits with `exit_code`.
 
     Parameters
     ----------
     message : str
-        What is wrong, the limit and the remedy. It is made one line, as the words of other packages in it may not be.
+        The value, the limit and the remedy. Line breaks, which quoted errors may have, become spaces.
 
     Examples
     --------
@@ -30,7 +30,7 @@ class ScialmError(Exception):
 
 
 class InputError(ScialmError, ValueError):
-    """The matrix, a setting or a file cannot be used.
+    """A matrix, setting or file is invalid.
 
     Parameters
     ----------
@@ -48,24 +48,24 @@ class InputError(ScialmError, ValueError):
 
 
 class OutputError(ScialmError, OSError):
-    """The result cannot be written where it was asked for."""
+    """The output cannot be written."""
 
 
 class DoesNotFitError(ScialmError, MemoryError):
-    """The forecast is larger than the memory or the disk at hand."""
+    """The forecast exceeds the available memory or disk space."""
 
 
 class ClusterError(ScialmError, ConnectionError):
-    """The scheduler or workers cannot be reached, or were lost. The same command may succeed later."""
+    """The scheduler or its workers cannot be reached or were lost. The same command may succeed later."""
 
     exit_code = 69  # EX_UNAVAILABLE
 
 
 class CheckpointError(InputError):
-    """A checkpoint is torn, truncated, edited, of another matrix or of a newer version."""
+    """A checkpoint is damaged, or belongs to another matrix or a newer version."""
 
 
 class StoppedError(ScialmError, RuntimeError):
-    """A run was stopped before its end, its input being fine, and can go on from a checkpoint."""
+    """A run was stopped early and can be resumed from a checkpoint."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: the same again, later
+    exit_code = 75  # EX_TEMPFAIL

@@ -1,4 +1,4 @@
-"""The method as an estimator, by scikit-learn's conventions."""
+"""The method as a scikit-learn estimator."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from scialm_dask.imputation import Imputation
 
 if TYPE_CHECKING:
     import dask.array as da
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
 
 
 class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Denoise or complete expression matrices, as a scikit-learn transformer.
 
-    `fit` learns gene factors and `transform` imputes cells with them, those of the fit or others. Both give lazy Dask
-    arrays, cells × genes, float32.
+    `fit` learns gene factors, and `transform` imputes the same or other cells with them, as a lazy Dask array of shape
+    (n_cells, n_genes), float32.
 
     Parameters
     ----------
     preset : {"auto", "denoise", "complete", "paper"}, default="auto"
         As in `impute`.
     max_rank, max_iterations, scaling, validation : optional
-        As in `Settings`; None keeps the preset's. A `max_rank` of ``"none"`` is no limit.
+        As in `Settings`; None keeps the value of the preset. ``max_rank="none"`` means no limit.
     observed : {"nonzero", "finite"}, default="nonzero"
         ``"nonzero"``: zeros are missing. ``"finite"``: NaN is missing, zeros and negative values are observed.
     memory_limit : int or str, optional
-        Bytes that each process may take in all, or words such as ``"8 GB"``. By default what is free.
+        Maximum memory of each process, in bytes or as text such as ``"8 GB"``. By default the free memory.
     random_state : int, default=0
-        Fixes every random draw; the `seed` of `Settings`.
+        Seed of all random draws; `seed` of `Settings`.
 
     Attributes
     ----------
@@ -46,14 +46,14 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
     n_features_in_ : int
         Number of genes.
     feature_names_in_ : ndarray of shape (n_genes,), object
-        Their names, if the cells of the fit came with any.
+        Names of the genes, if X had any.
 
     Notes
     -----
-    ``fit_transform(X)`` is the imputed X, as `impute` returns it. ``fit(X).transform(X)`` solves for each cell anew
-    with the gene factors alone, as for any other cell; the two are close but not the same.
+    ``fit_transform(X)`` is the imputed X, as `impute` returns it. ``fit(X).transform(X)`` solves for each cell again,
+    given the gene factors, as for new cells; the two are close but not equal.
 
-    X is what `impute` takes. An AnnData stays as it is.
+    X is any matrix that `impute` takes. An AnnData is not changed.
 
     Examples
     --------
@@ -104,7 +104,7 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
         Raises
         ------
         InputError
-            If X or a parameter cannot be used.
+            If X or a parameter is invalid.
 
         Examples
         --------
@@ -118,7 +118,7 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
         return self
 
     def fit_transform(self, X: Any, y: object = None) -> da.Array:
-        """Impute the cells X; see the class for how this differs from ``fit(X).transform(X)``.
+        """Impute the cells X. The class describes the difference from ``fit(X).transform(X)``.
 
         Parameters
         ----------
@@ -130,7 +130,7 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
         Returns
         -------
         dask.array.Array of shape (n_cells, n_genes), float32
-            Lazy.
+            The imputed cells, lazy.
 
         Examples
         --------
@@ -140,23 +140,23 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
         return self.fit(X).imputation_.to_dask()
 
     def transform(self, X: Any) -> da.Array:
-        """Impute cells with the gene factors of the fit: one pass over them, a small least-squares problem for each.
+        """Impute cells with the gene factors of the fit, in one pass: a small least-squares problem for each cell.
 
         Parameters
         ----------
         X : matrix of shape (n_cells, n_genes)
             Cells on the scale of the fit. The genes of an AnnData or a store are matched by name, and some may be
-            missing. Other kinds must have those of the fit in their order.
+            missing. Other matrices must have the genes of the fit in the same order.
 
         Returns
         -------
         dask.array.Array of shape (n_cells, n_genes of the fit), float32
-            Lazy.
+            The imputed cells, lazy.
 
         Raises
         ------
         InputError
-            If X cannot be used.
+            If X is invalid.
 
         Examples
         --------
@@ -168,21 +168,25 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
 
     @property
     def components_(self) -> NDArray[np.float32]:
-        """Gene factors, float32, of shape (rank, n_genes)."""
+        """Gene factors, float32 of shape (rank, n_genes)."""
         return self.imputation_.right.T
 
     @property
     def n_iter_(self) -> int:
-        """Iterations made; 1 where counts were denoised."""
+        """Number of iterations; 1 if counts were denoised."""
         return int(self.imputation_.summary.get("iterations", 1))
 
     def _matrix(self, X: Any, *, reset: bool) -> ExpressionMatrix:
-        """Check X as scikit-learn does if it is an array, and take it."""
+        """Return X as a matrix; an array is checked as scikit-learn does."""
         import dask
 
         is_array = not (is_anndata(X) or isinstance(X, str | os.PathLike | ExpressionMatrix))
         if is_array and not dask.is_dask_collection(X):
-            return named(as_matrix(self._checked(X, reset), observed=self.observed), X)
+            finite = self.observed == "finite"
+            accepted = {"accept_sparse": "csr", "dtype": "numeric", "ensure_non_negative": not finite}
+            allowed = "allow-nan" if finite else True
+            checked = validate_data(self, X, reset=reset, ensure_all_finite=allowed, **accepted)
+            return named(as_matrix(checked, observed=self.observed), X)
         matrix = as_matrix(X, observed=self.observed)
         if reset:
             self.n_features_in_ = matrix.shape[1]
@@ -190,18 +194,6 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
             if matrix.annotation is not None:
                 self.feature_names_in_ = matrix.var.index.to_numpy(object)
         return matrix
-
-    def _checked(self, X: ArrayLike, reset: bool) -> Any:
-        finite = self.observed == "finite"
-        return validate_data(
-            self,
-            X,
-            reset=reset,
-            accept_sparse="csr",
-            dtype="numeric",
-            ensure_all_finite="allow-nan" if finite else True,
-            ensure_non_negative=not finite,
-        )
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

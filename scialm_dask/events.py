@@ -1,4 +1,4 @@
-"""What happens in long work, as typed events. Who listens decides how they look; nothing else prints."""
+"""Typed events of long computations. Listeners decide how to show them; nothing else prints."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Event:
-    """Base of all events. They carry facts of the work and no clock: whoever listens has one."""
+    """Base class of events. They have no timestamps; listeners have their own clock."""
 
 
 @dataclass(frozen=True)
 class Stage(Event):
-    """Another part of the work begins."""
+    """A stage of the computation begins."""
 
     name: str  # such as "surveying" or "iterating"
-    detail: str = ""  # what is particular to it this time
-    iterations: int | None = None  # expected; None if nobody knows
+    detail: str = ""
+    iterations: int | None = None  # expected number, if known
 
 
 @dataclass(frozen=True)
 class Advanced(Event):
-    """A share of the stage is done, from 0 to 1."""
+    """A share of the stage, from 0 to 1, is done."""
 
     done: float
 
 
 @dataclass(frozen=True)
 class Pass(Event):
-    """All blocks of the matrix have been visited once more, `passes` times so far."""
+    """Another pass over all blocks of the matrix is done; `passes` so far."""
 
     passes: int
 
 
 @dataclass(frozen=True)
 class Iteration(Event):
-    """One iteration of Algorithm 3, a line of the history."""
+    """One iteration of Algorithm 3, a row of the history."""
 
     iteration: int  # from 1, as in the paper
-    rank: int  # svp, the number of singular values over the threshold that were kept
+    rank: int  # svp, the number of singular values kept, those above the threshold
     threshold: float  # 1/μ
-    residual: float  # ‖P_Ω(D − A)‖ / ‖D‖, of the scaled matrix
-    held_out: float  # the same over the held-out entries; NaN if there are none
-    passes: int  # over the data so far
+    residual: float  # ‖P_Ω(D − A)‖ / ‖D‖ of the scaled matrix
+    held_out: float  # the same on the held-out entries; NaN if there are none
+    passes: int  # so far
 
 
 @dataclass(frozen=True)
@@ -56,40 +56,40 @@ class Sweep(Event):
 
 @dataclass(frozen=True)
 class Note(Event):
-    """Something the user should know, in words."""
+    """A message to the user."""
 
     words: str
 
 
 @dataclass(frozen=True)
 class Scored(Event):
-    """A method has been tried on an experiment of an evaluation; numbers are NaN where there are none."""
+    """A method was run on an experiment of an evaluation. Scores without a value are NaN."""
 
-    experiment: str  # what was asked, with the share hidden and the seed
-    method: str  # with its setting
-    status: str  # "ok", or what went wrong
-    mse: float  # over the entries asked for
-    relative_error: float  # over the same
+    experiment: str  # its kind, the hidden share and the seed
+    method: str  # with its settings
+    status: str  # "ok", or the kind of failure
+    mse: float  # over the scored entries
+    relative_error: float
     seconds: float
-    note: str  # what it says of itself, or what went wrong
+    note: str  # of the method, or the error
 
 
 Listener = Callable[[Event], None]
-Advance = Callable[[float], None]  # told what share of the stage has been done since the last time
+Advance = Callable[[float], None]  # called with the share of the stage done since the last call
 
 
 def silent(_: Event) -> None:
-    """Listen to nothing."""
+    """Ignore an event."""
 
 
 def begin(listen: Listener, name: str) -> Advance:
-    """Begin a stage of known length; what is returned is to be told the share of it done since the last call."""
+    """Begin a stage of known length. Return a function to call with the share done since its last call."""
     listen(Stage(name))
     done = 0.0
 
     def advance(share: float) -> None:
         nonlocal done
-        done = min(done + share, 1.0)  # rounding must not overrun
+        done = min(done + share, 1.0)  # rounding must not exceed 1
         listen(Advanced(done))
 
     return advance

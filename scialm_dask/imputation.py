@@ -1,4 +1,4 @@
-"""The result: two factors whose product is the completed matrix, multiplied only where it is asked for."""
+"""The result: two factors of the completed matrix, multiplied only on use."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from scialm_dask.solve.biological_zeros import BiologicalZeros
 from scialm_dask.solve.estimate import Axes, Estimate
 from scialm_dask.solve.scaling import CellModel
 from scialm_dask.solve.stored import KEY, follow, read_result, write_result
-from scialm_dask.solve.transform import Fit, transform
+from scialm_dask.solve.transform import transform
 
 if TYPE_CHECKING:
     import anndata
     import dask.array as da
     import pandas as pd
 
-LONG = ("settings", "singular_values", "weights")  # of a summary; told elsewhere, or not to everybody
+LONG = ("settings", "singular_values", "weights")  # keys of a summary that are not shown with the others
 
 
 class Imputation:
-    """An imputed matrix, cells × genes: two factors and, where it was denoised, a share of the counts.
+    """An imputed matrix, cells × genes: two factors and, after denoising, a share of the counts.
 
     The matrix is X̂ = A diag(1 − λ) + C diag(λ), where A is ``left @ right.T``, C the counts and λ the weight of each
-    gene's own counts. Without counts it is A. Negative entries become zero. Its values are on the scale of the input.
-    Index it, ``imputation[cells, genes]``, or take all of it lazily by `to_dask`.
+    gene's own counts. Without counts it is A. Negative entries become zero. Values are on the scale of the input.
+    Index it as ``imputation[cells, genes]``, or get the whole matrix lazily by `to_dask`.
 
     Parameters
     ----------
@@ -51,14 +51,14 @@ class Imputation:
     obs, var : pandas.DataFrame
         Annotation of cells and genes.
     summary : dict
-        What was done and found, such as ``verdict``, ``rank`` and ``seconds``; the site's page on summaries has all of
-        it.
+        Description of the run, such as ``verdict``, ``rank`` and ``seconds``. All keys are on the site's page on
+        summaries.
     history : dict
-        Columns of equal length, with a value for each iteration.
+        Columns of equal length, with one value per iteration.
     clip : bool, default=True
         Whether negative entries become zero.
     model : CellModel, optional
-        What `transform` has to know of the fit.
+        Scaling of the fit, for `transform`.
     residual_weight : ndarray of shape (n_genes,), float32, optional
         The weights λ.
     counts : ExpressionMatrix, optional
@@ -66,7 +66,7 @@ class Imputation:
     axes : Axes, optional
         Principal axes of the log-normalised X̂.
     stored : str, optional
-        The store that it was opened from.
+        The store from which it was opened.
 
     Examples
     --------
@@ -109,25 +109,25 @@ class Imputation:
     @classmethod
     @checked
     def open(cls, path: str | os.PathLike[str], *, counts: Any = None) -> Imputation:
-        """Open what `to_zarr` or ``scialm-dask impute`` has written, or an AnnData that `impute` has added to.
+        """Open a result of `to_zarr` or ``scialm-dask impute``, or an AnnData to which `impute` has added a result.
 
         Parameters
         ----------
         path : str or path-like
             A .zarr or .h5ad; Zarr may be at a URL.
         counts : matrix, optional
-            The counts, as `impute` takes them, if they are no longer where they were.
+            The counts, as `impute` takes them, if they were moved.
 
         Returns
         -------
         Imputation
-            Its left factors are read when they are used. If the counts of a denoised result are gone or have changed,
-            it is the low-rank part alone, and a warning says so.
+            The result. Left factors are read on use. If the counts of a denoised result are missing or have changed,
+            it is the low-rank part alone, with a warning.
 
         Raises
         ------
         InputError
-            If there is no such result at `path`, or `counts` are of other cells or genes.
+            If there is no result at `path`, or `counts` has other cells or genes.
 
         Examples
         --------
@@ -144,12 +144,12 @@ class Imputation:
         else:
             result.counts, note = follow(reference, arguments["stored"], result.shape)
             if note:
-                warnings.warn(note, stacklevel=3)  # of who called what is checked
+                warnings.warn(note, stacklevel=3)  # points to the caller of the checked function
         return result
 
     @property
     def left(self) -> da.Array:
-        """Left factors; raises `InputError` if workers of a cluster that is gone had them."""
+        """Left factors. Raises `InputError` if they were on workers of a cluster that is gone."""
         check_held(self._left)
         return self._left
 
@@ -174,21 +174,21 @@ class Imputation:
 
     @functools.cached_property
     def X(self) -> ExpressionMatrix | None:  # noqa: N802  as AnnData calls it
-        """What `to_zarr` has written as X beside the factors, an `ExpressionMatrix`; None if nothing."""
+        """The X that `to_zarr` has written beside the factors, if any."""
         if self.stored is None or not self.summary.get("X"):
             return None
         return ExpressionMatrix.open(self.stored, observed=self.observed)
 
     @property
     def mean_ratio(self) -> float | None:
-        """Mean of X, or of the imputed matrix without X, over the mean observed; None if that is unknown."""
+        """Mean of X, or else of the imputed matrix, over the mean of the input; None if unknown."""
         written = self.summary.get("X")
         ratio = written["mean_over_observed"] if written else self.summary.get("mean_imputed_over_observed")
         return None if ratio is None else float(ratio)
 
     @property
     def history(self) -> pd.DataFrame:
-        """One row for each iteration: rank, threshold, residual, held-out error, passes."""
+        """One row per iteration: rank, threshold, residual, held-out error, passes."""
         import pandas as pd
 
         return pd.DataFrame(self._history)
@@ -198,14 +198,14 @@ class Imputation:
 
     @property
     def estimate(self) -> Estimate:
-        """What makes imputed cells from left factors and counts."""
+        """Computes imputed cells from left factors and counts."""
         return Estimate(self.right, self.residual_weight, self.counts, self.clip)
 
     @property
     def embedding(self) -> da.Array | None:
-        """Principal components of the log-normalised imputed matrix: lazy, float32, of shape (n_cells, n_components).
+        """Principal components of the log-normalised imputed matrix: lazy, float32 of shape (n_cells, n_components).
 
-        None if zeros of the input were values.
+        None if zeros of the input were observed values.
         """
         return None if self.axes is None else self._by_rows(self.axes.place, self.left, self.axes.loadings.shape[1])
 
@@ -215,7 +215,7 @@ class Imputation:
         Returns
         -------
         dask.array.Array of shape (n_cells, n_genes), float32
-            Dense; each block is computed when it is used.
+            Dense; each block is computed on use.
 
         Examples
         --------
@@ -226,7 +226,7 @@ class Imputation:
         return self._by_rows(_rows, self.left.rechunk((rows, max(1, self.rank))), self.shape[1])
 
     def _by_rows(self, function: Callable[..., Any], left: da.Array, columns: int) -> da.Array:
-        """Apply ``function(estimate, left, first)`` to the chunks of a left factor."""
+        """Apply ``function(estimate, left, first)`` to the chunks of `left`; `first` is the first cell of a chunk."""
         estimate, apply = dask.delayed(self.estimate, traverse=False), dask.delayed(function)
         sizes = left.chunks[0]
         firsts = np.cumsum([0, *sizes[:-1]]).tolist()
@@ -234,14 +234,14 @@ class Imputation:
         return stacked(pieces, sizes, columns)
 
     def transform(self, matrix: Any, *, layer: str | None = None, listen: Listener = silent) -> Imputation:
-        """Impute cells that were not in the fit: one pass over them, a small least-squares problem for each.
+        """Impute new cells in one pass: a small least-squares problem for each cell.
 
         Parameters
         ----------
         matrix : matrix
-            New cells, as `impute` takes them, on the scale of the fit: raw counts if those were, else normalised to the
-            same total. Genes are matched by name, and some may be missing; those of an array, which has no names, must
-            be those of the fit in their order.
+            New cells, as `impute` takes them, on the scale of the fit: raw counts, or counts normalised to the same
+            total. Genes are matched by name, and some may be missing. An array, which has no names, must have the genes
+            of the fit in the same order.
         layer : str, optional
             The layer to read instead of X.
         listen : callable, optional
@@ -250,54 +250,41 @@ class Imputation:
         Returns
         -------
         Imputation
-            Of the new cells × the genes of the fit. Cells are read when they are used. A cell without an observed entry
-            is zero.
+            The new cells × the genes of the fit. Cells are read on use. A cell without observed entries is zero.
 
         Raises
         ------
         InputError
-            If too few genes match, names are ambiguous, or only one of the two is raw counts.
+            If too few genes match, names are ambiguous, or only one of fit and new cells has raw counts.
 
         Examples
         --------
         >>> result.transform(counts[:10])
         Imputation of 10 cells × 40 genes, rank 2
         """
-        fit = Fit(self.right, self.var.index, self.model, self.observed, self.summary.get("source"))
-        new = transform(fit, matrix, layer=layer, listen=listen)
-        return Imputation(
-            new.left,
-            self.right,
-            obs=new.obs,
-            var=self.var,
-            summary=new.summary,
-            history={},
-            clip=self.clip,
-            model=self.model,
-            residual_weight=None if self.residual_weight is None else self.residual_weight * new.measured,
-            counts=new.counts,
-            axes=self.axes,
-        )
+        new = transform(self, matrix, layer=layer, listen=listen)
+        same = {name: getattr(self, name) for name in ("right", "var", "clip", "model", "axes")}
+        return Imputation(**same, **new, history={})
 
     def __getitem__(self, key: Any) -> NDArray[np.float32]:
-        """Return some entries.
+        """Return selected entries.
 
         Parameters
         ----------
-        key : selection of cells, or a pair of those of cells and of genes
-            Numbers, names or symbols of genes, slices, masks, or lists of these.
+        key : selection of cells, or pair of selections of cells and genes
+            Numbers, names, symbols of genes, slices, masks, or lists of these.
 
         Returns
         -------
         ndarray, float32
-            Cells × genes. An axis that is picked by one name or number is dropped.
+            Cells × genes. Selecting a single name or number drops that axis.
 
         Raises
         ------
         InputError
-            If there is no cell or gene of a name.
+            If there is no cell or gene of that name.
         IndexError
-            If a number is too large, or a mask has the wrong length.
+            If a number is out of range, or a mask has the wrong length.
         """
         cells, genes = key if isinstance(key, tuple) else (key, slice(None))
         rows, one_cell = positions_of(cells, self.obs, "cell")
@@ -320,37 +307,37 @@ class Imputation:
         """Write an AnnData Zarr store.
 
         It has the factors in ``obsm["scialm_factors"]`` and ``varm["scialm_factors"]``, λ in ``var["scialm_residual"]``
-        and the embedding in ``obsm["X_scialm"]``. Counts in memory are written as layer counts; others stay where they
-        are.
+        and the embedding in ``obsm["X_scialm"]``. Counts in memory are written as layer counts; counts on disk are
+        referred to by path.
 
         Parameters
         ----------
         path : str or path-like
-            The store, which appears only when it is complete.
+            The store. It appears only when complete.
         dense : bool, default=False
-            Write the imputed matrix too, as chunked X.
+            Also write the imputed matrix, as chunked X.
         keep_observed : ExpressionMatrix, optional
-            In X, leave the observed entries of this matrix as they were.
+            In X, keep the observed entries of this matrix unchanged.
         preserve_zeros : BiologicalZeros, optional
-            Write the imputed matrix as sparse X in which the biological zeros of this rule stay zero. Observed entries
-            stay: at their observed value where they were imputed as zero. Instead of `dense`.
+            Instead of `dense`, write the imputed matrix as sparse X in which the biological zeros of this rule stay
+            zero. Observed entries imputed as zero keep their observed value.
         overwrite : bool, default=False
-            Replace what is at `path`.
+            Replace an existing store at `path`.
         sources : tuple of path-like, default=()
-            Stores that are read meanwhile, and must not be replaced.
+            Stores that are read meanwhile and must not be replaced.
         listen : callable, optional
-            Called with every event of the work; see `scialm_dask.events`.
+            Called with every event of the computation; see `scialm_dask.events`.
 
         Returns
         -------
         dict
-            The summary as it was written: with ``X``.
+            The summary as written, with ``X``.
 
         Raises
         ------
         InputError
-            If `dense` and `preserve_zeros` are both given, `keep_observed` without either, or `preserve_zeros` is of
-            another matrix.
+            If both `dense` and `preserve_zeros` are given, `keep_observed` is given without either, or `preserve_zeros`
+            was found on another matrix.
         OutputError
             If `path` cannot be written.
 
@@ -364,12 +351,12 @@ class Imputation:
         return self.summary | {"X": written}
 
     def to_anndata(self) -> anndata.AnnData:
-        """Return an AnnData whose X is the lazy imputed matrix, with what `add_to` adds.
+        """Return an AnnData with the lazy imputed matrix as X and the entries of `add_to`.
 
         Returns
         -------
         anndata.AnnData
-            Its matrices are lazy; ``obsm``, ``uns`` and ``layers`` of the store that was imputed are there too.
+            Its matrices are lazy. It also has ``obsm``, ``uns`` and ``layers`` of the imputed store.
 
         Examples
         --------
@@ -384,21 +371,21 @@ class Imputation:
         return adata
 
     def add_to(self, adata: anndata.AnnData, key: str = KEY) -> None:
-        """Put the result into an AnnData of the same cells and genes, as `impute` does.
+        """Add the result to an AnnData of the same cells and genes, as `impute` does.
 
         Parameters
         ----------
         adata : anndata.AnnData
             Gets the embedding as ``obsm["X_" + key]``, the factors as ``obsm[key + "_factors"]`` and ``varm[key +
-            "_factors"]``, λ as ``var[key + "_residual"]`` and notes as ``uns[key]``. What goes to ``obsm`` is computed
-            unless X is lazy. Cells and genes are matched by name. A view becomes an AnnData of its own.
+            "_factors"]``, λ as ``var[key + "_residual"]`` and notes as ``uns[key]``. Entries of ``obsm`` are computed
+            unless X is lazy. Cells and genes are matched by name. A view becomes an actual AnnData.
         key : str, default="scialm"
-            Begins all names.
+            Prefix of all names.
 
         Raises
         ------
         InputError
-            If the cells or genes are others.
+            If the cells or genes differ.
 
         Examples
         --------
@@ -420,17 +407,17 @@ class Imputation:
         add_result(adata, obsm=placed(by_cell, cells), by_gene=placed(by_gene, genes), uns=uns)
 
     def notes(self, written: dict[str, Any] | None) -> dict[str, Any]:
-        """Return what is kept in ``uns``.
+        """Return the entries of ``uns``.
 
         Parameters
         ----------
         written : dict or None
-            What was written as X, for the summary.
+            Description of the written X, for the summary.
 
         Returns
         -------
         dict
-            Summary, history, and what `transform` and the embedding need.
+            Summary, history, and the parameters of `transform` and the embedding.
 
         Examples
         --------
@@ -440,7 +427,11 @@ class Imputation:
         summary = self.summary | {"X": written}
         notes = {"summary": json.dumps(summary), "history": self.history, "clip": self.clip}
         extra = {"model": self.model, "axes": self.axes}
-        return notes | {name: vars(part).copy() for name, part in extra.items() if part is not None}
+        return notes | {
+            name: {key: value for key, value in vars(part).items() if value is not None}
+            for name, part in extra.items()
+            if part is not None
+        }
 
 
 def _rows(estimate: Estimate, left: NDArray[np.float32], first: int) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Progress as people and programs see it: a live bar on a terminal or in a notebook, lines elsewhere, or JSON lines."""
+"""Progress displays: a bar on a terminal or in a notebook, plain lines elsewhere, or JSON lines."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ from typing import Any, Self, TextIO
 
 from scialm_dask.events import Advanced, Event, Iteration, Note, Pass, Scored, Stage, Sweep
 
-_SILENCE = 10.0  # seconds after which plain lines give a sign of life
-_LAST = 3  # iterations whose mean time the next ones are expected to take
+_SILENCE = 10.0  # seconds without a plain line after which a pass or a share is shown too
+_LAST = 3  # iterations; their mean time predicts that of the next ones
 _UNKNOWN = "{desc} {elapsed}{postfix}"
 _KNOWN = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
 def show_progress(*, json_lines: bool = False) -> Display:
-    """Return a listener that shows the progress of long work on standard error.
+    """Return a listener that shows progress on standard error.
 
-    Give it to whatever takes `listen`. It falls silent when nobody reads it any more or the disk of the log is full;
-    the work goes on.
+    Pass it as `listen`. If standard error cannot be written any more, the display stops and the computation goes on.
 
     Parameters
     ----------
     json_lines : bool, default=False
-        Write one JSON object on a line for each event: ``time`` (UTC), ``event`` (its class in `scialm_dask.events`, in
-        small letters), ``stage``, ``seconds_left`` (null while unknown) and the fields of the event. Otherwise there is
-        a bar on a terminal, a widget in a notebook that has ipywidgets, and plain lines elsewhere.
+        Write each event as one JSON object per line: ``time`` (UTC), ``event`` (its class in `scialm_dask.events`, in
+        lower case), ``stage``, ``seconds_left`` (null while unknown) and the fields of the event. By default there is a
+        bar on a terminal, a widget in a notebook with ipywidgets, and plain lines elsewhere.
 
     Returns
     -------
     Display
-        A callable and a context manager.
+        A callable and context manager.
 
     Examples
     --------
@@ -54,7 +53,7 @@ def show_progress(*, json_lines: bool = False) -> Display:
 
 
 class Display:
-    """A listener that shows events on `stream` until it is closed, or until nothing can be written there any more."""
+    """A listener that shows events on `stream` until it is closed or the stream cannot be written."""
 
     def __init__(self, stream: TextIO | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock, self._shown = stream, clock, -math.inf
@@ -79,7 +78,6 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it."""
         with contextlib.suppress(OSError, ValueError):
             self.close()
 
@@ -91,7 +89,7 @@ class Display:
         self._durations: deque[float] = deque(maxlen=_LAST)
 
     def _see(self, event: Event) -> None:
-        """Learn how far the stage is, and how long it will go on by what it has taken so far."""
+        """Update the share of the stage done and the estimate of the time left."""
         now, expected = self._clock(), self._stage.iterations
         if isinstance(event, Stage):
             self._begin(event)
@@ -99,10 +97,10 @@ class Display:
             self._done = event.done
             self._seconds_left = (now - self._began) * (1 - event.done) / event.done if event.done else None
         elif isinstance(event, Iteration):
-            if event.rank:  # those without are made at once and tell nothing
+            if event.rank:  # iterations of rank 0 take no time
                 self._durations.append(now - self._last)
             self._last, self._done, self._seconds_left = now, None, None
-            if expected and event.iteration < expected:  # past that it is not known
+            if expected and event.iteration < expected:  # after that the time left is unknown
                 self._done = event.iteration / expected
                 if self._durations:
                     self._seconds_left = (expected - event.iteration) * fmean(self._durations)
@@ -112,7 +110,7 @@ class Display:
 
 
 class _JSONLines(Display):
-    """One JSON object for each event."""
+    """One JSON object per event."""
 
     def _show(self, event: Event, stream: TextIO) -> None:
         record = {
@@ -120,13 +118,14 @@ class _JSONLines(Display):
             "event": type(event).__name__.lower(),
             "stage": self._stage.name,
             "seconds_left": self._seconds_left,
-            **{name: _finite(value) for name, value in asdict(event).items()},
+            # JSON has neither NaN nor infinity
+            **{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(event).items()},
         }
         print(json.dumps(record, default=float), file=stream, flush=True)
 
 
 class _Lines(Display):
-    """Plain lines: stages, iterations and notes; and a sign of life when none of them has come for a while."""
+    """Plain lines for stages, iterations and notes, and after a silence for passes and shares."""
 
     def _show(self, event: Event, stream: TextIO) -> None:
         passing = isinstance(event, Advanced | Pass)
@@ -138,7 +137,7 @@ class _Lines(Display):
 
 
 class _Bar(Display):
-    """A bar for each stage; in a notebook it stays."""
+    """A bar for each stage, which stays in a notebook."""
 
     _bar: Any = None
 
@@ -161,14 +160,14 @@ class _Bar(Display):
             self._bar.set_postfix_str((words + self._left()).removeprefix(", "))
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
 def _words(event: Event) -> str:
-    """Say it on one line."""
+    """Return an event as one line of text."""
     match event:
         case Stage(name, detail):
             words = f"{name} ({detail})" if detail else name
@@ -194,24 +193,24 @@ def _words(event: Event) -> str:
 
 
 def printable(words: str) -> str:
-    """Return text with what a terminal would take for a command, escape sequences above all, written as escapes."""
+    """Return text in which characters that could control a terminal are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 def duration(seconds: float) -> str:
-    """Return a time in words, no more exactly than is known."""
+    """Return a duration in rounded words, such as "5 min"."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def label(key: str) -> str:
-    """Return what people call a key of a summary."""
+    """Return a key of a summary in words."""
     return "time" if key == "seconds" else key.removeprefix("n_").replace("_bytes", "").replace("_", " ")
 
 
 def in_words(value: Any, key: str = "") -> str:
-    """Return a value of a summary as people read it; its key tells bytes and seconds from numbers."""
+    """Return a value of a summary in words; its key says whether it is in bytes or seconds."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, int | float):
@@ -223,8 +222,3 @@ def in_words(value: Any, key: str = "") -> str:
     if isinstance(value, dict):
         return ", ".join(f"{label(name)} {in_words(each, name)}" for name, each in value.items())
     return (", ".join(map(in_words, value)) or "none") if isinstance(value, list | tuple) else str(value)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Graphs of block tasks: which worker visits which blocks, what it is sent, and trees that add up what blocks give."""
+"""Graphs of block tasks: assigning blocks to workers, sending them arguments, and trees that add up results."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from distributed import Client
 
 T = TypeVar("T")
-_MOST_THREADS = 4  # one thread takes what they make, so more would only hold more memory
+_MOST_THREADS = 4  # one thread consumes their results, so more would only hold more memory
 A = TypeVar("A")
 B = TypeVar("B")
-OURS = {"scialm": True}  # the annotation by which a scheduler knows our tasks from others
+OURS = {"scialm": True}  # annotation of our tasks
 _OF_PARENT: WeakSet[Any] = WeakSet()  # clients made before this process was forked
-_SERVED = 8  # workers to which the scheduler sends the inputs of a pass itself
-_BUNCH = 16  # workers that otherwise get them from the first of them
+_SERVED = 8  # workers, at most, that get the arguments of a pass from the scheduler
+_BUNCH = 16  # workers that otherwise get them from one of them
 
 
 def _after_fork() -> None:
-    """Forget what threads do that are not in a forked process: Dask is to make its own anew."""
+    """Drop Dask's thread pools, whose threads do not exist in a forked process."""
     dask.threaded.default_pool, dask.threaded.pools_lock = None, threading.Lock()
     dask.threaded.pools.clear()
     if "distributed" in sys.modules:
@@ -50,14 +50,14 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class Group(NamedTuple):
-    """Blocks that one task visits, and the address of the worker that is to run it; None for any."""
+    """The blocks that one task visits, and the address of its worker; None for any worker."""
 
     home: str | None
     blocks: tuple[int, ...]
 
 
 def stretches(weights: Sequence[float], homes: Sequence[str | None]) -> tuple[Group, ...]:
-    """Cut blocks into consecutive groups of about the same weight, one for each of `homes`, or each block."""
+    """Cut blocks into consecutive groups of similar weight, at most one for each of `homes`."""
     ends = np.cumsum(weights)
     middles = (ends - np.asarray(weights) / 2) * len(homes) / max(ends[-1], 1)
     slots = np.minimum(middles.astype(int), len(homes) - 1)
@@ -66,12 +66,12 @@ def stretches(weights: Sequence[float], homes: Sequence[str | None]) -> tuple[Gr
 
 
 def threads_anywhere(weights: Sequence[float]) -> tuple[Group, ...]:
-    """Make a group for each thread of the scheduler in force, wherever that is."""
+    """Return a group for each thread of the present scheduler, on any worker."""
     return stretches(weights, [None] * n_threads())
 
 
 def n_threads() -> int:
-    """Count the threads of the scheduler in force: of all workers, or of this process."""
+    """Return the number of threads of the present scheduler: of all workers, or of this process."""
     get = get_scheduler()
     workers: dict[str, int] = getattr(getattr(get, "__self__", None), "nthreads", dict)()
     here = 1 if get is dask.get else int(dask.config.get("num_workers", None) or CPU_COUNT)
@@ -79,8 +79,8 @@ def n_threads() -> int:
 
 
 def current_client() -> Client | None:
-    """Return the `distributed.Client` that Dask would compute with just now; None if it would use threads."""
-    if "distributed" not in sys.modules:  # then nobody has made one
+    """Return the `distributed.Client` that Dask would use now, or None if it would use threads."""
+    if "distributed" not in sys.modules:  # so there is none
         return None
     from distributed import Client
 
@@ -88,28 +88,33 @@ def current_client() -> Client | None:
         owner = getattr(get_scheduler(), "__self__", None)
     except RuntimeError as error:
         raise InputError(
-            "the distributed.Client in force is asynchronous, and this waits for results; give Client(…) without "
+            "the current distributed.Client is asynchronous, but this call waits for results; create Client(…) without "
             "asynchronous=True, or compute on threads: dask.config.set(scheduler='threads')"
         ) from error
     if owner in _OF_PARENT:
         raise InputError(
-            "the distributed.Client in force is of the process that this one was forked from, and does not work here; "
-            "make one here, or start processes by multiprocessing.get_context('spawn')"
+            "the current distributed.Client belongs to the process that this one was forked from, and does not work "
+            "here; create one here, or start processes by multiprocessing.get_context('spawn')"
         )
     return owner if isinstance(owner, Client) else None
 
 
+def workers_of(client: Client | None) -> dict[str, Any]:
+    """Return what the scheduler knows of each worker, by address; nothing without a client."""
+    return {} if client is None else client.scheduler_info(n_workers=-1)["workers"]
+
+
 def execute(values: Sequence[Any], how: Callable[..., Any] = dask.persist) -> tuple[Any, ...]:
-    """Persist, or compute, on the scheduler in force, where threads of this process leave BLAS one thread each."""
-    # Inputs of some megabytes go to the workers with every pass: that is meant, and no cause for a warning. Without
-    # distributed there are none; were it imported while its configuration is changed, its defaults would go with that.
+    """Persist or compute values on the present scheduler, with one BLAS thread for each thread of this process."""
+    # Every pass sends megabytes to the workers on purpose, so Dask should not warn. Importing distributed while its
+    # configuration is changed would lose its defaults, so leave it alone where it is not imported.
     large = {"distributed.admin.large-graph-warning-threshold": "1GB"} if "distributed" in sys.modules else {}
     with threadpool_limits(1, user_api="blas"), dask.config.set(large):
         return how(*values)  # type: ignore[no-any-return]
 
 
 def check_held(collection: Any) -> None:
-    """Raise `InputError` if workers hold parts of a collection, and this process does not reach them any more."""
+    """Raise `InputError` if a collection has parts on workers that this process can no longer reach."""
     if "distributed" not in sys.modules:
         return
     from distributed.client import futures_of
@@ -117,14 +122,14 @@ def check_held(collection: Any) -> None:
     clients = {None if future.cancelled() else future.client for future in futures_of(collection)}
     if any(client is None or client.status == "closed" or client in _OF_PARENT for client in clients):
         raise InputError(
-            "the factors of this result are held by workers that this process does not reach any more: their cluster "
-            "was closed or started anew, or the process forked; impute again, and write the result (to_zarr) before"
+            "the factors of this result are on workers that this process can no longer reach: their cluster was closed "
+            "or restarted, or the process was forked; impute again, and write the result (to_zarr) first"
         )
 
 
 @contextmanager
 def at(home: str | None) -> Iterator[None]:
-    """Send tasks that are made meanwhile to this worker, or elsewhere if it is no more; see `Placement`."""
+    """Assign tasks made within the block to a worker, or to others once it is lost; see `Placement`."""
     if home is None:
         yield
     else:
@@ -133,7 +138,7 @@ def at(home: str | None) -> Iterator[None]:
 
 
 def at_home(groups: Sequence[Group], make: Callable[[int], T]) -> list[T]:
-    """Make tasks for each group, given by its number, to run where the group is at home."""
+    """Return ``make(g)`` for each group number, with its tasks assigned to the worker of the group."""
     made = []
     for g, group in enumerate(groups):
         with at(group.home):
@@ -142,25 +147,21 @@ def at_home(groups: Sequence[Group], make: Callable[[int], T]) -> list[T]:
 
 
 def spread(arguments: Any, groups: Sequence[Group]) -> list[Any]:
-    """Return what all tasks need, for the task of each group: with it, or by way of one worker of each bunch."""
+    """Return, for each group, the arguments to pass to its task: the value, or a task on a worker that relays it."""
     homes = list(dict.fromkeys(group.home for group in groups))
     if homes == [None] or len(homes) == len(groups) <= _SERVED:
         return [arguments] * len(groups)
-    relay, sent = dask.delayed(_relayed, pure=False), {}
+    relay, sent = dask.delayed(lambda value: value, pure=False), {}
     for start in range(0, len(homes), _BUNCH):
         with at(homes[start]):
             sent.update(dict.fromkeys(homes[start : start + _BUNCH], relay(arguments)))
     return [sent[group.home] for group in groups]
 
 
-def _relayed(arguments: Any) -> Any:
-    return arguments
-
-
 def tree_reduce(parts: Sequence[Any], combine: Callable[[T, T], T], homes: Sequence[str | None] = ()) -> Any:
-    """Combine delayed parts, one at least, pairwise, neighbours first: a fixed order, and few parts alive at a time.
+    """Combine delayed parts pairwise, neighbours first: in a fixed order, with few parts in memory at a time.
 
-    `homes` has for each part the address of the worker that has it; each pair is combined where its first part is.
+    `homes` has the worker of each part; a pair is combined where its first part is. There must be at least one part.
     """
     merge = dask.delayed(combine)
     placed = list(zip(parts, homes or [None] * len(parts), strict=True))
@@ -174,7 +175,7 @@ def tree_reduce(parts: Sequence[Any], combine: Callable[[T, T], T], homes: Seque
 
 
 def stacked(pieces: Iterable[Any], sizes: Iterable[int], width: int, dtype: Any = np.float32) -> da.Array:
-    """Put delayed blocks of rows, of these sizes, on top of each other: a Dask array with a chunk for each."""
+    """Return a Dask array with a chunk for each of the delayed blocks of rows, which have these sizes."""
     import dask.array as da
 
     chunks = [da.from_delayed(piece, (size, width), dtype) for piece, size in zip(pieces, sizes, strict=True)]
@@ -182,7 +183,7 @@ def stacked(pieces: Iterable[Any], sizes: Iterable[int], width: int, dtype: Any 
 
 
 def sum_of_groups(groups: Sequence[Group], add: Callable[[T, T], T], parts: Sequence[Any]) -> Any:
-    """Add up what groups give: at each home what is there, then what homes have."""
+    """Add up the delayed parts of groups: first on each worker, then between workers."""
     of_homes: dict[str | None, list[Any]] = {}
     for group, part in zip(groups, parts, strict=True):
         of_homes.setdefault(group.home, []).append(part)
@@ -197,9 +198,9 @@ def moved(
     pick: Callable[..., Any],
     join: Callable[..., Any],
 ) -> list[Delayed]:
-    """Share out anew what is held of each group of `before`, delayed, among those of `after`.
+    """Regroup delayed parts, one for each group of `before`, into parts for the groups of `after`.
 
-    ``pick(part, blocks)`` takes what is held of some blocks out of a part, ``join(*parts)`` puts such together.
+    ``pick(part, blocks)`` returns the part of some blocks, and ``join(*parts)`` joins parts.
     """
     whole = {group.blocks: part for group, part in zip(before, held, strict=True)}
     pick, join = dask.delayed(pick), dask.delayed(join)
@@ -220,8 +221,8 @@ def moved(
 def in_order(make: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
     """Call `make` on every item in a few threads and yield the results in order.
 
-    No more results than threads, and the one handed out, are alive at a time. After an exception, or when the
-    consumer leaves, what has not been begun is not made.
+    At most one result for each thread is in memory, besides the one yielded. After an exception, or when the consumer
+    stops, calls that have not started are cancelled.
     """
     n_threads = min(CPU_COUNT, _MOST_THREADS)
     pool = ThreadPoolExecutor(n_threads)
@@ -238,10 +239,10 @@ def in_order(make: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
 
 
 class Placement:
-    """Assigns blocks to the threads of workers, about the same weight to each, for as long as their worker lives.
+    """Assigns blocks to the threads of workers, with similar weights, for as long as the workers live.
 
-    Blocks move only when a worker is lost, to those with the least to do, or when one comes that has none, from those
-    with the most. As long as the store of their state is there, what was lost may have to be made again.
+    Blocks move only when a worker is lost, to threads with the least weight, or when a worker joins, from threads with
+    the most. As long as `store`, which keeps the state of blocks, exists, lost blocks may have to be computed again.
     """
 
     def __init__(self, store: object) -> None:
@@ -250,9 +251,9 @@ class Placement:
         self._store = weakref.ref(store)
 
     def __call__(self, weights: Sequence[float]) -> tuple[Group, ...]:
-        """Return the groups of blocks of these weights, one for each thread."""
+        """Return a group for each thread, given the weight of each block."""
         client = current_client()
-        workers = {} if client is None else client.scheduler_info(n_workers=-1)["workers"]
+        workers = workers_of(client)
         if client is None or not workers:
             return threads_anywhere(weights)
         if client is not self._client:
@@ -268,7 +269,7 @@ class Placement:
 
 
 def balanced(known: Sequence[Group], weights: Sequence[float], threads: Mapping[str, int]) -> tuple[Group, ...]:
-    """Keep groups whose worker is there; share out the blocks of the others, and give some to workers without any."""
+    """Keep groups on live workers, assign the blocks of others, and move some to threads that have none."""
     mine = [group for group in known if group.home in threads]
     homes, blocks = [str(group.home) for group in mine], [list(group.blocks) for group in mine]
     idle = [home for home, count in threads.items() for _ in range(count - homes.count(home))]
@@ -297,16 +298,16 @@ def balanced(known: Sequence[Group], weights: Sequence[float], threads: Mapping[
 
 
 def _rehouse(client: Client) -> str:
-    """Let our tasks whose home is lost run on a worker that comes later; returns the name of the plugin that does so.
+    """Let our tasks that wait for a lost worker run on a later one; return the name of the scheduler plugin.
 
-    The scheduler sends them elsewhere at once, if there is anywhere. If all workers are lost together they wait, and
-    when another comes it asks only whether that is their home: they would wait for ever.
+    With another worker alive, the scheduler moves them itself. If all workers are lost at once the tasks wait, and
+    would wait for ever, since the scheduler offers a new worker only the tasks assigned to it.
     """
     from distributed import SchedulerPlugin
 
     ours, own = dict(OURS), f"scialm-rehouse-{uuid.uuid4().hex[:12]}"
 
-    class Rehouse(SchedulerPlugin):  # type: ignore[misc]  # made here, so that it is sent as it is: the scheduler may know nothing of us
+    class Rehouse(SchedulerPlugin):  # type: ignore[misc]  # local, so that it is pickled by value: the scheduler may lack this package
         name = own
 
         def add_worker(self, scheduler: Any, worker: str) -> None:
@@ -319,10 +320,10 @@ def _rehouse(client: Client) -> str:
 
 
 def _forget(client: Client, plugin: str) -> None:
-    """Take a plugin off the scheduler, from whichever thread collects garbage, without waiting for it."""
+    """Remove a plugin from the scheduler, without waiting, from whichever thread collects garbage."""
 
     async def unregister() -> None:
-        with contextlib.suppress(Exception):  # a scheduler that is gone has none
+        with contextlib.suppress(Exception):  # the scheduler may be gone
             await client.scheduler.unregister_scheduler_plugin(name=plugin)
 
     if client.status == "running":

@@ -1,4 +1,4 @@
-"""The command line: thin click commands, one for each thing a user does."""
+"""The command group, options that commands share, and the commands that prepare counts."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from scialm_dask.events import Listener, Note, silent
 from scialm_dask.progress import in_words, label, printable
 from scialm_dask.run.interruption import Terminated, on_sigterm
 
-_NO_THREAD = "can't start new thread"  # what Python says if there is no memory for it
-_INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal
+_NO_THREAD = "can't start new thread"  # Python's message if there is no memory for it
+_INTERRUPTED, _TERMINATED = 130, 143  # 128 plus the number of the signal
 _WHERE = "scheduler scheduler_file cluster workers threads worker_memory tls".split()
 _TASKS = {
     "Prepare counts": "convert qc mask simulate",
@@ -35,7 +35,7 @@ _TASKS = {
 
 
 class _Command(click.Command):
-    """Shows its epilog, the words of a command line, as an example."""
+    """A command that shows its epilog as an example."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Example"):
@@ -43,7 +43,7 @@ class _Command(click.Command):
 
 
 class _Commands(click.Group):
-    """Turns errors of the package, Ctrl-C and SIGTERM into one line on standard error and an exit code."""
+    """A group that turns errors, Ctrl-C and SIGTERM into one line on standard error and an exit code."""
 
     command_class = _Command
 
@@ -53,11 +53,11 @@ class _Commands(click.Group):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(1000)) for name in names.split()])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta["command"] = command_of(args)  # for results, which keep how they were made
+        ctx.meta["command"] = command_of(args)  # stored in results
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed stream's number is not to go to another file
+        while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # no other file may get the number of a closed stream
             pass
         os.close(spare)
         try:
@@ -68,7 +68,7 @@ class _Commands(click.Group):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            # Outputs and scratch say which disk is full; numba, which keeps compiled code, does not.
+            # Outputs and scratch name the full disk; numba's cache of compiled code does not.
             remedy = "free some space, in your home too, or set NUMBA_CACHE_DIR to a folder on another disk"
             _end(f"error: {error.strerror}; {remedy}", OutputError.exit_code)
         except (MemoryError, RuntimeError) as error:
@@ -84,12 +84,12 @@ class _Commands(click.Group):
 
 
 def command_of(args: list[str]) -> str:
-    """Return the command that was given, without credentials in URLs."""
+    """Return the command line without credentials in URLs."""
     return re.sub(r"://[^/@\s]+@", "://", shlex.join(["scialm-dask", *args]))
 
 
 def _end(words: str, exit_code: int) -> NoReturn:
-    """Say why on standard error, if possible, and exit."""
+    """Print a line on standard error, if possible, and exit."""
     with contextlib.suppress(OSError, ValueError):
         click.echo(f"scialm-dask: {printable(words)}", err=True)
     sys.exit(exit_code)
@@ -115,9 +115,9 @@ def main() -> None:
 def reports(
     command: Callable[..., dict[str, Any]], in_short: Callable[[dict[str, Any]], list[str]] | None = None
 ) -> Callable[..., None]:
-    """Give a command the option --json, and print the dictionary that it returns: as lines of text, or as JSON.
+    """Add the option --json to a command, and print the dictionary that it returns, as JSON or as text.
 
-    `in_short` returns these lines; by default there is one for each key.
+    `in_short` returns the lines of text; by default one per key.
     """
 
     @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on the last line.")
@@ -133,14 +133,14 @@ def reports(
 
 
 def _tell(lines: list[str], *, written: bool) -> None:
-    """Print lines. Where the result is `written` already, the command succeeds even if they cannot be printed."""
+    """Print lines. If they cannot be printed, the command fails only if no result is `written`."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # letters that its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
     try:
         for line in lines:
             click.echo(printable(line))
     except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):  # else what is left in the buffer fails again at exit
+        with contextlib.suppress(OSError, ValueError):  # otherwise flushing the buffer fails again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         reason = getattr(error, "strerror", None) or error
         if not written:
@@ -150,13 +150,13 @@ def _tell(lines: list[str], *, written: bool) -> None:
 
 
 def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that say where to compute, as one argument `connected`.
+    """Add options for the cluster to a command, as one argument `connected`.
 
-    It is a function of the listener that returns a context manager, opened once the input is known to be fit.
+    It is a function from the listener to a context manager, to be entered once the input has been checked.
     """
 
     @click.option("--scheduler", metavar="ADDRESS", help="Compute on this running scheduler.")
-    @click.option("--scheduler-file", metavar="FILE", help="Compute on the scheduler that has written this file.")
+    @click.option("--scheduler-file", metavar="FILE", help="Compute on the scheduler that wrote this file.")
     @click.option("--cluster", metavar="KIND", help="Start local, slurm, pbs, sge or lsf workers.")
     @click.option("--workers", type=click.IntRange(min=1), help="Processes to start, or to wait for.")
     @click.option("--threads", type=click.IntRange(min=1), help="Threads of each worker, or of this process.")
@@ -176,15 +176,20 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is at the destination.")
-layer_option = click.option("--layer", help="Read this layer instead of X; raw for .raw.X.")
+Connect = Callable[[Listener], contextlib.AbstractContextManager[Any]]
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing destination.")
 missing_chunks_option = click.option(
-    "--missing-chunks-are-zeros", is_flag=True, help="Read absent chunks of a dense Zarr as zeros; else refuse."
+    "--missing-chunks-are-zeros", is_flag=True, help="Read missing chunks of a dense Zarr as zeros instead of failing."
 )
 
 
+def matrix_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options --layer and --missing-chunks-are-zeros to a command."""
+    return click.option("--layer", help="Read this layer instead of X; raw for .raw.X.")(missing_chunks_option(command))
+
+
 def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options --quiet and --log-json, as one argument `listen`."""
+    """Add the options --quiet and --log-json to a command, as one argument `listen`."""
 
     @click.option("--quiet", is_flag=True, help="Show no progress.")
     @click.option("--log-json", is_flag=True, help="Show progress as JSON lines on standard error.")
@@ -209,9 +214,9 @@ def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("src", metavar="SRC...", nargs=-1, required=True)
 @click.argument("dst", metavar="DST.zarr")
 @click.option("--sample-key", default="sample", help="Column of obs for the names of several SRC.")
-@click.option("--join", type=click.Choice(["inner", "outer"]), default="inner", help="Genes that all SRC have, or any.")
-@click.option("--layer", help="Take this layer alone, as X; raw for .raw.X.")
-@click.option("--genome", help="Take this genome of a 10x .h5 file that holds several.")
+@click.option("--join", type=click.Choice(["inner", "outer"]), default="inner", help="Genes of all SRC, or of any.")
+@click.option("--layer", help="Convert only this layer, as X; raw for .raw.X.")
+@click.option("--genome", help="Genome to read from a 10x .h5 file with several.")
 @click.option("--prefix", help="Prefix of the file names in an MEX folder, such as GSM123_.")
 @click.option("--rows", type=click.Choice(["cells", "genes"]), help="What the rows of a text file are.")
 @missing_chunks_option
@@ -219,10 +224,10 @@ def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
 @reports
 @shows_progress
 def convert(src: tuple[str, ...], dst: str, **options: Any) -> dict[str, Any]:
-    """Turn .h5ad, 10x .h5, MEX or STARsolo folders, loom, .mtx, .csv, .tsv or Zarr into chunked AnnData Zarr.
+    """Convert .h5ad, 10x .h5, MEX or STARsolo folders, loom, .mtx, .csv, .tsv or Zarr to chunked AnnData Zarr.
 
-    Memory does not grow with the size of the matrix. X, all layers and .raw are taken, with obs and var. Of several
-    SRC, the cells are put one after the other, genes matched by name.
+    Memory does not grow with the size of the matrix. X, all layers and .raw are converted, with obs and var. The cells
+    of several SRC are concatenated, with genes matched by name.
     """
     from scialm_dask.data.ingest import convert
 
@@ -232,48 +237,37 @@ def convert(src: tuple[str, ...], dst: str, **options: Any) -> dict[str, Any]:
 @main.command(epilog="qc cells.zarr clean.zarr --min-genes 200 --max-mito 20 --min-cells 3")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
-@click.option("--min-genes", type=int, help="Fewest genes with counts in a cell.")
-@click.option("--max-genes", type=int, help="Most genes with counts in a cell.")
-@click.option("--max-mito", type=float, help="Most mitochondrial counts of a cell, in percent.")
-@click.option("--mito-prefix", default="MT-", help="Prefix of mitochondrial names or symbols, in either case.")
-@click.option("--min-cells", type=int, help="Fewest kept cells with counts of a gene.")
-@layer_option
-@missing_chunks_option
+@click.option("--min-genes", type=int, help="Minimum number of genes with counts in a cell.")
+@click.option("--max-genes", type=int, help="Maximum number of genes with counts in a cell.")
+@click.option("--max-mito", type=float, help="Maximum mitochondrial counts of a cell, in percent.")
+@click.option("--mito-prefix", default="MT-", help="Prefix of mitochondrial genes, in either case.")
+@click.option("--min-cells", type=int, help="Minimum number of kept cells with counts of a gene.")
+@matrix_options
 @overwrite_option
 @reports
 @shows_progress
-def qc(
-    src: str,
-    dst: str,
-    min_genes: int | None,
-    max_genes: int | None,
-    max_mito: float | None,
-    mito_prefix: str,
-    min_cells: int | None,
-    **source: Any,
-) -> dict[str, Any]:
-    """Drop poor cells, then rare genes; scale every cell to the median total. No logarithm.
+def qc(src: str, dst: str, **options: Any) -> dict[str, Any]:
+    """Drop poor cells, then rare genes; scale each cell to the median total, without logarithm.
 
     The counts are kept in layer counts, for `impute --layer counts --preset denoise`.
     """
     from scialm_dask.data.qc import Thresholds, quality_control
 
-    thresholds = Thresholds(min_genes, max_genes, max_mito, mito_prefix, min_cells)
-    return quality_control(src, dst, thresholds, **source)
+    limits = {name: options.pop(name) for name in Thresholds.__dataclass_fields__}
+    return quality_control(src, dst, Thresholds(**limits), **options)
 
 
 @main.command(epilog="mask clean.zarr masked.zarr --fraction 0.1")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
-@click.option("--fraction", type=float, default=0.1, help="Share of the non-zeros of each gene to hide.")
+@click.option("--fraction", type=float, default=0.1, help="Share of each gene's non-zeros to hide.")
 @click.option("--seed", type=int, default=0, help="Seed of the random choice.")
-@layer_option
-@missing_chunks_option
+@matrix_options
 @overwrite_option
 @reports
 @shows_progress
 def mask(src: str, dst: str, **options: Any) -> dict[str, Any]:
-    """Hide non-zeros, gene by gene, in layer held_out, to score their recovery."""
+    """Move a share of each gene's non-zeros to layer held_out, to score their recovery."""
     from scialm_dask.evaluate.mask import mask
 
     return mask(src, dst, **options)
@@ -283,14 +277,14 @@ def mask(src: str, dst: str, **options: Any) -> dict[str, Any]:
 @click.argument("dst", metavar="DST.zarr")
 @click.option("--cells", type=int, required=True, help="Number of cells.")
 @click.option("--genes", type=int, required=True, help="Number of genes.")
-@click.option("--density", type=float, default=0.05, help="Share of the entries that are not zero.")
+@click.option("--density", type=float, default=0.05, help="Share of non-zero entries.")
 @click.option("--rank", type=int, default=20, help="Number of expression programs.")
 @click.option("--seed", type=int, default=0, help="Seed of all random draws.")
 @overwrite_option
 @reports
 @shows_progress
 def simulate(dst: str, cells: int, genes: int, **options: Any) -> dict[str, Any]:
-    """Simulate counts of low rank with known factors, of any size."""
+    """Simulate counts of low rank with known factors, at any size."""
     from scialm_dask.evaluate.simulate import simulate
 
     return simulate(dst, n_cells=cells, n_genes=genes, **options)
@@ -300,7 +294,7 @@ def simulate(dst: str, cells: int, genes: int, **options: Any) -> dict[str, Any]
 @click.argument("folder", metavar="PATH")
 @reports
 def clean(folder: str) -> dict[str, Any]:
-    """Remove from folder PATH what killed runs have left: unfinished results and scratch."""
+    """Remove unfinished results and scratch of killed runs from folder PATH."""
     from scialm_dask.data.lease import clean
 
     return clean(folder)

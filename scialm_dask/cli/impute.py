@@ -1,4 +1,4 @@
-"""The commands that impute: `plan`, `impute`, `resume`, `transform` and `demo`."""
+"""The commands `impute`, `resume`, `transform`, `plan` and `demo`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import os
 import shlex
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
 from scialm_dask.cli.group import (
+    Connect,
     cluster_options,
-    layer_option,
     main,
-    missing_chunks_option,
+    matrix_options,
     overwrite_option,
     reports,
     shows_progress,
@@ -31,8 +31,8 @@ _OPTIONS = (
         "--preset",
         type=click.Choice(["auto", "denoise", "complete", "paper"]),
         default="auto",
-        help="auto: denoise for raw counts, else complete. denoise: expression. complete: lost entries. paper: as "
-        "published.",
+        help="auto: denoise for raw counts, else complete. denoise: expression levels. complete: lost entries. "
+        "paper: as published.",
     ),
     click.option(
         "--observed",
@@ -41,41 +41,36 @@ _OPTIONS = (
         help="finite: zeros are values, NaN is missing.",
     ),
     click.option("--stop", type=click.Choice(["residual", "held-out"]), help="When to stop.  [default: by preset]"),
-    click.option("--epsilon", type=float, help="Residual of the scaled matrix to stop at.  [default: 1e-4]"),
-    click.option("--validation", type=float, help="Share hidden to know when to stop.  [default: 0.02]"),
-    click.option("--max-iterations", type=int, help="Most iterations.  [default: 1000]"),
+    click.option("--epsilon", type=float, help="Residual of the scaled matrix at which to stop.  [default: 1e-4]"),
+    click.option("--validation", type=float, help="Share of entries hidden to decide when to stop.  [default: 0.02]"),
+    click.option("--max-iterations", type=int, help="Maximum number of iterations.  [default: 1000]"),
     click.option(
         "--rank-policy",
         type=click.Choice(["paper", "adaptive"]),
-        help="How the number of singular values to compute follows what was kept.  [default: by preset]",
+        help="How many singular values to compute in the next iteration.  [default: by preset]",
     ),
     click.option("--increment", type=int, help="R of the paper's rank policy."),
     click.option(
         "--max-rank",
-        help="Most singular values to keep, or none for no limit.  [default: 64; complete: 128; paper: none]",
+        help="Maximum number of singular values, or none.  [default: 64; complete: 128; paper: none]",
     ),
-    click.option("--scaling", help="none, poisson, or exponents of genes and cells such as 0.75,0.5."),
+    click.option("--scaling", help="none, poisson, or exponents of genes and cells, such as 0.75,0.5."),
     click.option("--seed", type=int, help="Seed of all random draws.  [default: 0]"),
     click.option("--scratch", help="Where the working state is kept: auto, memory, or zarr:PATH."),
-    click.option("--memory-limit", help="Most memory to use, such as 8GB.  [default: what is free]"),
+    click.option("--memory-limit", help="Maximum memory, such as 8GB.  [default: free memory]"),
     click.option("--blocks", type=click.IntRange(min=1), help="Number of row blocks."),
 )
 _SETTINGS = "stop epsilon validation max_iterations rank_policy increment max_rank scaling seed".split()
 
 
-class _Chosen(NamedTuple):
-    """The matrix to impute, the preset that ``auto`` means for it, settings, and notes that say why."""
-
-    matrix: Any
-    preset: str
-    settings: dict[str, Any]
-    notes: list[Note]
+# from SRC to the matrix to impute, the preset that `auto` resolves to, settings, and notes that say why
+Choose = Callable[[str], tuple[Any, str, dict[str, Any], list[Note]]]
 
 
 def imputes(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that say what is imputed and how, as one argument `choose`.
+    """Add the options for matrix and settings to a command, as one argument `choose`.
 
-    It is a function that opens SRC and checks the settings.
+    It is a function that opens SRC and checks the settings; see `Choose`.
     """
 
     @functools.wraps(command)
@@ -89,7 +84,7 @@ def imputes(command: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         settings = {name: options.pop(name) for name in _SETTINGS}
 
-        def choose(src: str) -> _Chosen:
+        def choose(src: str) -> tuple[Any, str, dict[str, Any], list[Note]]:
             from scialm_dask.api import resolve_preset
             from scialm_dask.config import preset as settings_of
             from scialm_dask.data.matrix import ExpressionMatrix
@@ -102,32 +97,31 @@ def imputes(command: Callable[..., Any]) -> Callable[..., Any]:
             notes: list[Any] = []
             matrix, resolved = resolve_preset(matrix, preset, listen=notes.append)
             settings_of(resolved, **settings)
-            return _Chosen(matrix, resolved, settings, notes)
+            return matrix, resolved, settings, notes
 
         return command(choose=choose, **options)
 
-    options = reversed((*_OPTIONS, layer_option, missing_chunks_option))
-    return functools.reduce(lambda decorated, option: option(decorated), options, wrapper)
+    return functools.reduce(lambda decorated, option: option(decorated), reversed((*_OPTIONS, matrix_options)), wrapper)
 
 
 def _in_short(result: dict[str, Any]) -> list[str]:
-    """Return a few lines: what was made, what it is worth, and what to do next."""
-    if "n_cells" not in result:  # a run that was finished before
+    """Return the result, its quality and the next step in a few lines."""
+    if "n_cells" not in result:  # the run had finished before
         return [f"the result is in {result['destination']}"]
     size = f"{result['n_cells']:,} cells × {result['n_genes']:,} genes"
     if "unseen" in result:
         share, errors = result["residual_share"], result["unseen"]
         lines = [
-            f"denoised {size}: {result['rank']} components, and a share of the counts for {share:.0%} of genes",
-            f"error on molecules not seen: {errors['imputed']:.4g}; of the counts {errors['observed']:.4g}, "
-            f"of the means of genes {errors['gene_mean']:.4g}",
+            f"denoised {size}: {result['rank']} components, plus a share of the counts for {share:.0%} of the genes",
+            f"error on unseen molecules: {errors['imputed']:.4g}; counts {errors['observed']:.4g}, "
+            f"gene means {errors['gene_mean']:.4g}",
             result["verdict"],
         ]
     else:
         lines = [f"completed {size}: rank {result['rank']} after {result['iterations']} iterations"]
         if result["held_out_error"] is not None:
             lines.append(f"error on hidden entries: {result['held_out_error']:.4g}")
-        lines.append(f"stopped, as {result['stop_reason']}")
+        lines.append(f"stopped: {result['stop_reason']}")
     cost = (in_words(result[key], key) for key in ("seconds", "peak_memory_bytes"))
     lines.append(f"{result['passes']} passes, {', at most '.join(cost)} of memory")
     lines += [f"beware: {fact} {meaning}" for fact, meaning in result["warnings"]]
@@ -139,11 +133,17 @@ def _in_short(result: dict[str, Any]) -> list[str]:
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
 @imputes
-@click.option("--write", type=click.Choice(["factors", "dense"]), default="factors", help="dense: the matrix as X too.")
-@click.option("--keep-observed", is_flag=True, help="In X, leave observed entries as they were.")
-@click.option("--preserve-zeros", is_flag=True, help="Write X, sparse: biological zeros (rule of ALRA) stay zero.")
+@click.option(
+    "--write", type=click.Choice(["factors", "dense"]), default="factors", help="dense: also write the matrix as X."
+)
+@click.option("--keep-observed", is_flag=True, help="In X, keep observed entries unchanged.")
+@click.option(
+    "--preserve-zeros", is_flag=True, help="Write a sparse X in which biological zeros (ALRA's rule) stay zero."
+)
 @click.option("--checkpoint", metavar="DIR", help="Write checkpoints to this new folder, for `resume`.")
-@click.option("--checkpoint-every", help="Iterations, or a time such as 30min.  [default: 10 minutes]")
+@click.option(
+    "--checkpoint-every", help="Iterations or time between checkpoints, such as 30min.  [default: 10 minutes]"
+)
 @cluster_options
 @overwrite_option
 @functools.partial(reports, in_short=_in_short)
@@ -151,16 +151,16 @@ def _in_short(result: dict[str, Any]) -> list[str]:
 def impute(
     src: str,
     dst: str,
-    choose: Callable[[str], _Chosen],
+    choose: Choose,
     scratch: str | None,
     memory_limit: str | None,
     checkpoint: str | None,
     checkpoint_every: str | None,
     listen: Listener,
-    connected: Callable[[Listener], Any],
+    connected: Connect,
     **asked: Any,
 ) -> dict[str, Any]:
-    """Denoise or complete the matrix SRC and write the result, in factors, to DST.zarr."""
+    """Denoise or complete the matrix SRC and write the result, as factors, to DST.zarr."""
     from scialm_dask.api import impute
     from scialm_dask.data.scratch import scratch_folder_for
     from scialm_dask.data.store import check_output, lasting
@@ -198,8 +198,8 @@ def impute(
 @main.command(epilog="resume run1")
 @click.argument("folder", metavar="DIR")
 @click.argument("dst", metavar="[DST.zarr]", required=False)
-@click.option("--scratch", help="Where the working state is kept.  [default: as when the run began]")
-@click.option("--memory-limit", help="Most memory to use, such as 8GB.  [default: as when the run began]")
+@click.option("--scratch", help="Where the working state is kept.  [default: that of the run]")
+@click.option("--memory-limit", help="Maximum memory, such as 8GB.  [default: that of the run]")
 @overwrite_option
 @cluster_options
 @functools.partial(reports, in_short=_in_short)
@@ -210,13 +210,13 @@ def resume(
     scratch: str | None,
     memory_limit: str | None,
     overwrite: bool,
-    connected: Callable[[Listener], Any],
+    connected: Connect,
     listen: Listener,
 ) -> dict[str, Any]:
-    """Continue `impute --checkpoint DIR` from its last whole checkpoint.
+    """Continue `impute --checkpoint DIR` from its last complete checkpoint.
 
-    The result is written to the destination of that run, or to DST.zarr, which must be given if that destination is not
-    beside DIR. Further checkpoints are written to DIR.
+    The result is written to the destination of the run, or to DST.zarr, which is required if that destination is not in
+    the same folder as DIR. Further checkpoints are written to DIR.
     """
     from scialm_dask.config import bytes_of, validated
     from scialm_dask.data.store import check_output
@@ -243,13 +243,13 @@ def resume(
 
 
 def _destination(folder: str, dst: str | None, asked: dict[str, Any]) -> str:
-    """Return where to write. As a checkpoint may be somebody else's, a place elsewhere must be confirmed."""
+    """Return the destination. One outside the folder of the checkpoint, which anybody may have made, needs DST."""
     from scialm_dask.data.store import lasting
 
     if dst is not None:
         return lasting(dst)
     if (destination := asked.get("destination")) is None:
-        raise InputError(f"{folder}: the run was begun from Python; say where to write its result: resume DIR DST.zarr")
+        raise InputError(f"{folder}: the run was started from Python; name the destination: resume DIR DST.zarr")
     if os.path.dirname(destination) != os.path.dirname(lasting(folder).rstrip("/")):
         raise InputError(
             f"{folder}: its result was to be written to {destination}, which does not lie beside it; confirm that by "
@@ -259,7 +259,7 @@ def _destination(folder: str, dst: str | None, asked: dict[str, Any]) -> str:
 
 
 def _ended_now(checkpoints: Any, asked: dict[str, Any]) -> str:
-    """Finish a run that was killed after its result was written, and say so; return "" for others."""
+    """Finish a run that was killed after writing its result, and return a message; return "" for other runs."""
     from scialm_dask.imputation import Imputation
     from scialm_dask.run.checkpointing import finish
 
@@ -272,9 +272,9 @@ def _ended_now(checkpoints: Any, asked: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _resumable(checkpoint: str | None, *, deferred: bool = True) -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether SIGTERM came; if work is interrupted, say how to go on.
+    """Yield a function that returns whether SIGTERM came. An interruption becomes an error that says how to go on.
 
-    Without checkpoints, or unless `deferred`, SIGTERM interrupts at once.
+    Without a checkpoint, or unless `deferred`, SIGTERM interrupts at once.
     """
     try:
         with on_sigterm(deferred=deferred and checkpoint is not None) as stop:
@@ -288,21 +288,27 @@ def _resumable(checkpoint: str | None, *, deferred: bool = True) -> Iterator[Cal
 def _write(
     result: Any, matrix: Any, asked: dict[str, Any], src: str, checkpoints: Any, listen: Listener
 ) -> dict[str, Any]:
-    """Write the result as it was asked for, and end the checkpoints."""
+    """Write the result as the options say, and finish the checkpoints."""
+    from scialm_dask.data.scratch import scratch_folder_for
     from scialm_dask.imputation import LONG
     from scialm_dask.report.diagnostics import warnings_of
     from scialm_dask.run.checkpointing import finish
+    from scialm_dask.solve.biological_zeros import biological_zeros
 
     if "run" in asked:
         result.summary["run"] = asked["run"]
     result.summary["command"] = click.get_current_context().meta["command"]
-    dst, preserve_zeros = asked["destination"], asked.get("preserve_zeros", False)
+    dst, zeros = asked["destination"], None
     with _resumable(checkpoints and checkpoints.folder, deferred=False):
+        if asked.get("preserve_zeros"):
+            scratch = scratch_folder_for(dst) if result.summary["scratch"] == "zarr" else None
+            seed = result.summary["settings"]["seed"]
+            zeros = biological_zeros(matrix, seed=seed, scratch_folder=scratch, listen=listen)
         summary = result.to_zarr(
             dst,
             dense=asked.get("write") == "dense",
             keep_observed=matrix if asked.get("keep_observed") else None,
-            preserve_zeros=_zeros_of(matrix, result, dst, listen) if preserve_zeros else None,
+            preserve_zeros=zeros,
             overwrite=asked.get("overwrite", False),
             sources=(src,),
             listen=listen,
@@ -313,38 +319,21 @@ def _write(
     return {"destination": dst} | told | {"warnings": warnings_of(result)}
 
 
-def _zeros_of(matrix: Any, result: Any, dst: str, listen: Listener) -> Any:
-    """Find biological zeros, with scratch on disk if the fit had its own there."""
-    from scialm_dask.data.scratch import scratch_folder_for
-    from scialm_dask.solve.biological_zeros import biological_zeros
-
-    folder = scratch_folder_for(dst) if result.summary["scratch"] == "zarr" else None
-    return biological_zeros(matrix, seed=result.summary["settings"]["seed"], scratch_folder=folder, listen=listen)
-
-
 @main.command(epilog="transform denoised.zarr new_cells.h5ad new_denoised.zarr")
 @click.argument("result", metavar="RESULT.zarr")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
-@layer_option
-@missing_chunks_option
+@matrix_options
 @overwrite_option
 @cluster_options
 @reports
 @shows_progress
 def transform(
-    result: str,
-    src: str,
-    dst: str,
-    layer: str | None,
-    missing_chunks_are_zeros: bool,
-    overwrite: bool,
-    listen: Listener,
-    connected: Callable[[Listener], Any],
+    result: str, src: str, dst: str, overwrite: bool, connected: Connect, listen: Listener, **source: Any
 ) -> dict[str, Any]:
-    """Complete the cells of SRC, which were not in the fit, with the gene factors of RESULT.zarr.
+    """Impute the cells of SRC, which were not in the fit, with the gene factors of RESULT.zarr.
 
-    Genes are matched by name. SRC must be on the scale of the matrix of the fit.
+    Genes are matched by name. SRC must be on the scale of the fitted matrix.
     """
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.data.store import check_output
@@ -352,7 +341,7 @@ def transform(
 
     check_output(dst, overwrite=overwrite, sources=(src, result))
     fit = Imputation.open(result)
-    matrix = ExpressionMatrix.open(src, layer, observed=fit.observed, missing_chunks_are_zeros=missing_chunks_are_zeros)
+    matrix = ExpressionMatrix.open(src, observed=fit.observed, **source)
     with connected(listen):
         completed = fit.transform(matrix, listen=listen)
         completed.to_zarr(dst, overwrite=overwrite, sources=(src, result), listen=listen)
@@ -363,24 +352,24 @@ def transform(
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="[DST.zarr]", required=False)
 @imputes
-@click.option("--preserve-zeros", is_flag=True, help="Include what finding biological zeros takes.")
+@click.option("--preserve-zeros", is_flag=True, help="Include the search for biological zeros.")
 @cluster_options
 @reports
 @shows_progress
 def plan(
     src: str,
     dst: str | None,
-    choose: Callable[[str], _Chosen],
+    choose: Choose,
     scratch: str | None,
     memory_limit: str | None,
     preserve_zeros: bool,
-    connected: Callable[[Listener], Any],
+    connected: Connect,
     listen: Listener,
 ) -> dict[str, Any]:
-    """Say what imputing SRC will take, and whether it fits: memory, disk, passes, tasks, bytes and time.
+    """Estimate memory, disk space, passes, tasks, bytes and time of imputing SRC, and whether it fits.
 
-    One block is read, to estimate the time; with --scheduler or --cluster, on those workers. DST.zarr is not written:
-    it tells where scratch on disk would be.
+    One block is read to estimate the time, on the workers of --scheduler or --cluster if given. DST.zarr is not
+    written; it determines the folder of scratch on disk.
     """
     from scialm_dask.config import bytes_of, configured
     from scialm_dask.config import preset as settings_of
@@ -403,7 +392,7 @@ def plan(
 @reports
 @shows_progress
 def demo(folder: str, overwrite: bool, listen: Listener) -> dict[str, Any]:
-    """Denoise a thousand simulated cells, offline, and compare with the truth. Makes FOLDER."""
+    """Denoise a thousand simulated cells and compare with the truth, offline. Creates FOLDER."""
     from scialm_dask.run.demo import demo
 
     return demo(folder, overwrite=overwrite, listen=listen)

@@ -1,4 +1,4 @@
-"""The commands for pooled measurements: `pools` and `unpool`."""
+"""The commands `pools` and `unpool`, for pooled measurements."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from scialm_dask.cli.group import layer_option, main, missing_chunks_option, overwrite_option, reports, shows_progress
+from scialm_dask.cli.group import main, matrix_options, overwrite_option, reports, shows_progress
 from scialm_dask.events import Listener, Note
 
 
@@ -14,9 +14,9 @@ from scialm_dask.events import Listener, Note
 @click.argument("table", metavar="P.csv")
 @click.option("--genes", type=int, help="Draw a design of this many genes and write it to P.csv.")
 @click.option("--pools", type=int, help="With --genes: number of pools.")
-@click.option("--per-gene", type=int, help="With --genes: balanced, each gene in this many pools.")
-@click.option("--density", type=float, default=0.25, help="With --genes: random, a gene is in a pool by this chance.")
-@click.option("--names-of", metavar="SRC", help="With --genes: take the names of genes from SRC.")
+@click.option("--per-gene", type=int, help="With --genes: number of pools of every gene, balanced.")
+@click.option("--density", type=float, default=0.25, help="With --genes: probability that a gene is in a pool.")
+@click.option("--names-of", metavar="SRC", help="With --genes: matrix with the names of the genes.")
 @click.option("--seed", type=int, default=0, help="Seed of the random draws.")
 @overwrite_option
 @reports
@@ -33,49 +33,47 @@ def pools(
     """Describe the design P.csv, genes × pools; with --genes and --pools, draw it first."""
     from dataclasses import asdict
 
+    import pandas as pd
+
+    from scialm_dask.data.matrix import ExpressionMatrix
+    from scialm_dask.errors import InputError
     from scialm_dask.pooled.design import balanced_pools, pool_report, random_pools, read_design, write_design
 
     if (genes is None) != (pools is None):
         raise click.UsageError("--genes and --pools go together")
     if genes is not None and pools is not None:
-        import pandas as pd
-
         if per_gene is None:
             P = random_pools(genes, pools, density=density, random_state=seed)
         else:
             P = balanced_pools(genes, pools, per_gene=per_gene, random_state=seed)
-        names = _gene_names(names_of, genes)
+        names = [f"gene{gene}" for gene in range(genes)]
+        if names_of is not None:
+            names = [str(name) for name in ExpressionMatrix.open(names_of).var.index]
+            if len(names) != genes:
+                raise InputError(f"{names_of}: {len(names)} genes, --genes says {genes}; give the same number")
         columns = [f"pool{pool}" for pool in range(pools)]
         write_design(pd.DataFrame(P, index=names, columns=columns), table, overwrite=overwrite)
     report = asdict(pool_report(read_design(table).to_numpy()))
     return {name: list(value) if isinstance(value, tuple) else value for name, value in report.items()}
 
 
-def _gene_names(source: str | None, genes: int) -> list[str]:
-    from scialm_dask.data.matrix import ExpressionMatrix
-    from scialm_dask.errors import InputError
-
-    if source is None:
-        return [f"gene{gene}" for gene in range(genes)]
-    names = [str(name) for name in ExpressionMatrix.open(source).var.index]
-    if len(names) != genes:
-        raise InputError(f"{source}: {len(names)} genes, --genes says {genes}; give the same number")
-    return names
-
-
 @main.command(epilog="unpool measured.zarr recovered.zarr --pools P.csv")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
 @click.option("--pools", "design", required=True, metavar="P", help="The design, genes × pools: .csv, .tsv or .npy.")
-@click.option("--method", type=click.Choice(["als", "nuclear"]), default="als", help="By rank, or by the nuclear norm.")
+@click.option(
+    "--method",
+    type=click.Choice(["als", "nuclear"]),
+    default="als",
+    help="Least squares of given rank, or nuclear norm.",
+)
 @click.option("--rank", type=int, default=10, help="als: number of components.")
 @click.option("--ridge", type=float, default=0.0, help="als: weight of the penalty.")
 @click.option("--restarts", type=int, default=1, help="als: number of starts.")
 @click.option("--seed", type=int, default=0, help="als: seed of the start.")
-@click.option("--delta", type=float, default=0.0, help="nuclear: largest ‖XP − D‖ over all cells.")
-@click.option("--max-iterations", type=int, help="Most sweeps (als, 100) or iterations (nuclear, 1000).")
-@layer_option
-@missing_chunks_option
+@click.option("--delta", type=float, default=0.0, help="nuclear: maximum ‖XP − D‖ over all cells.")
+@click.option("--max-iterations", type=int, help="Maximum sweeps (als, 100) or iterations (nuclear, 1000).")
+@matrix_options
 @overwrite_option
 @reports
 @shows_progress
@@ -90,14 +88,13 @@ def unpool(
     seed: int,
     delta: float,
     max_iterations: int | None,
-    layer: str | None,
-    missing_chunks_are_zeros: bool,
     overwrite: bool,
     listen: Listener,
+    **source: Any,
 ) -> dict[str, Any]:
     """Recover expression from SRC, cells × pools, measured through the pools P; write its factors to DST.zarr.
 
-    Pools are matched by name if SRC and P have the same names, else by position.
+    Pools are matched by name if SRC and P have the same names, otherwise by position.
     """
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.data.store import check_output
@@ -106,8 +103,10 @@ def unpool(
     from scialm_dask.pooled.nuclear import PooledNuclearNorm
 
     check_output(dst, overwrite=overwrite, sources=(src, design))
-    matrix = ExpressionMatrix.open(src, layer, missing_chunks_are_zeros=missing_chunks_are_zeros)
-    table = _by_name(read_design(design), matrix.var.index)
+    matrix, table = ExpressionMatrix.open(src, **source), read_design(design)
+    table, names = table.set_axis(table.columns.astype(str), axis=1), matrix.var.index
+    if names.is_unique and table.columns.is_unique and set(names) == set(table.columns):
+        table = table[names]
     if method == "als":
         als = PooledALS(rank, seed, ridge=ridge, restarts=restarts, max_sweeps=max_iterations or 100)
         result = als.fit(matrix, table.to_numpy(), listen=listen)
@@ -116,15 +115,8 @@ def unpool(
         result = nuclear.fit(matrix, table.to_numpy(), listen=listen)
     imputation = result.to_imputation(obs=matrix.obs, var=table[[]])
     imputation.to_zarr(dst, overwrite=overwrite, sources=(src, design), listen=listen)
-    if not matrix.var.index.equals(table.columns):
-        listen(Note("pools are matched by position, as their names in the design and the matrix differ"))
+    if not names.equals(table.columns):
+        listen(Note("pools are matched by position, as their names differ between the design and the matrix"))
     if not result.converged:
         listen(Note("not converged; raise --max-iterations"))
     return {"destination": dst, **imputation.summary}
-
-
-def _by_name(table: Any, names: Any) -> Any:
-    """Return a design with its pools in the order of `names`, if it has the same ones."""
-    table = table.set_axis(table.columns.astype(str), axis=1)
-    same = names.is_unique and table.columns.is_unique and set(names) == set(table.columns)
-    return table[names] if same else table

@@ -1,4 +1,4 @@
-"""Methods side by side on one's own data: the same hidden entries, the same scores, each in a process of its own."""
+"""A benchmark of methods on the user's data: the same hidden entries and scores for all, each in its own process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from scialm_dask.compare.experiments import (
     Experiment,
     Source,
     against_truth,
-    as_it_is,
     check_truth,
     count_split,
     masked,
@@ -56,7 +55,7 @@ _COLUMNS = (
     *("dataset", "experiment", "share", "seed", "method", "setting", "status", "n", *METRICS),
     *(*(f"gene_{name}" for name in METRICS), *WHOLE, *_COSTS, "note"),
 )
-_LEAST_ENTRIES = 10  # of a gene whose scores on hidden entries are to count
+_LEAST_ENTRIES = 10  # hidden entries of a gene that counts in the medians over genes
 _GIVEN, _EMBEDDED = "as observed", "X_scialm"
 Row = dict[str, Any]
 _folder_in = partial(tempfile.TemporaryDirectory, None, None, ignore_cleanup_errors=True)
@@ -64,29 +63,29 @@ _folder_in = partial(tempfile.TemporaryDirectory, None, None, ignore_cleanup_err
 
 @dataclass
 class Evaluation:
-    """What `evaluate_imputation` returns: scores of methods side by side.
+    """Scores of methods, as returned by `evaluate_imputation`.
 
     Parameters
     ----------
     scores : pandas.DataFrame
-        One row for each experiment, seed and method. ``experiment`` is ``masking``, scored on the hidden non-zeros;
-        ``count split`` or ``truth``, scored on all entries; or ``all data``, not scored. ``mse``, ``mae``, ``pearson``
-        and ``cosine`` are over the scored entries, on the scale of normalised counts; ``gene_…`` is the median over
-        genes. Where all entries are scored there are also ``relative_error``; ``gene_correlation`` and
-        ``cell_correlation``, the median of Pearson's r across cells and across genes; ``zeros_pearson``, over entries
-        that were zero; and ``mean_ratio``, mean imputed over mean true. The medians of every method leave out genes and
-        cells that are constant in the truth or empty as given; a constant estimate of the others counts as 0.
-        ``seconds`` and ``peak_bytes`` are those of the method without its imports. ``status`` is ``ok``, ``failed``,
-        ``out of memory``, ``timed out``, ``not installed``, ``needs counts`` or ``quoted``; ``note`` says more.
+        One row per experiment, seed and method. ``experiment`` is ``masking``, scored on the hidden non-zeros; ``count
+        split`` or ``truth``, scored on all entries; or ``all data``, not scored. ``mse``, ``mae``, ``pearson`` and
+        ``cosine`` are over the scored entries, on the scale of normalised counts; ``gene_…`` is the median over genes.
+        If all entries are scored, there are also ``relative_error``; ``gene_correlation`` and ``cell_correlation``, the
+        median of Pearson's r across cells and across genes; ``zeros_pearson``, over entries that were zero; and
+        ``mean_ratio``, mean imputed over mean true. For every method the medians leave out genes and cells that are
+        constant in the truth or empty in the input; a constant estimate of the others counts as 0. ``seconds`` and
+        ``peak_bytes`` exclude imports. ``status`` is ``ok``, ``failed``, ``out of memory``, ``timed out``, ``not
+        installed``, ``needs counts`` or ``quoted``; ``note`` has details.
     genes : pandas.DataFrame
-        Scores of each gene, over the seeds together.
+        Scores of each gene, over all seeds together.
     clusters : pandas.DataFrame
-        ARI, NMI and silhouette, if labels were given, on the principal components of the log-normalised matrix, or
-        where the setting is ``X_scialm``, on the embedding of a result.
+        ARI, NMI and silhouette, if labels were given, on principal components of the log-normalised matrix, or for the
+        setting ``X_scialm`` on the embedding of a result.
     umap : dict
-        Pictures of the cells, arrays of shape (n_cells, 2), by (experiment, method).
+        UMAP of the cells, arrays of shape (n_cells, 2), by (experiment, method).
     labels : pandas.Series or None
-        The labels of the cells.
+        Labels of the cells.
 
     Examples
     --------
@@ -110,7 +109,7 @@ class Evaluation:
         Returns
         -------
         pandas.DataFrame
-            One row for each experiment and method.
+            One row per experiment and method.
 
         Examples
         --------
@@ -142,53 +141,53 @@ def evaluate_imputation(
     scratch_folder: str | os.PathLike[str] | None = None,
     listen: Listener = silent,
 ) -> Evaluation:
-    """Measure on your own data whether imputation helps, beside other methods.
+    """Measure on your own data whether imputation helps, next to other methods.
 
     Parameters
     ----------
     source : matrix of shape (n_cells, n_genes)
-        Raw counts, or counts normalised as ``scialm-dask qc`` does, as `impute` takes them. Do quality control first
-        for figures that can be compared.
+        Raw counts, or counts normalised as by ``scialm-dask qc``, as `impute` takes them. Do quality control first, so
+        that scores are comparable.
     methods : sequence of str, default=("denoise", "complete")
-        The presets ``denoise``, ``complete`` and ``paper``; ``gene-mean``, always there; ``magic``, ``scvi``, ``alra``,
-        ``knn``, ``softimpute``; ``dca``, ``saver``, ``scimpute``, whose rows quote the publication; the groups
-        ``peers`` and ``all``; or ``module:function``, a function of yours that takes a `scialm_dask.compare.peers.Task`
-        and returns the completed matrix.
+        The presets ``denoise``, ``complete`` and ``paper``; ``gene-mean``, always included; ``magic``, ``scvi``,
+        ``alra``, ``knn``, ``softimpute``; ``dca``, ``saver``, ``scimpute``, quoted from the publication; the groups
+        ``peers`` and ``all``; or ``module:function``, your own function that takes a `scialm_dask.compare.peers.Task`
+        and returns the imputed matrix.
     shares : sequence of float in (0, 1), default=(0.1,)
-        Shares of each gene's non-zeros to hide, each an experiment.
+        Shares of each gene's non-zeros to hide, one experiment each.
     seeds : sequence of int, default=(0,)
-        Each experiment is done once with each.
+        Seeds with which each experiment is repeated.
     split : bool, optional
-        Split counts into molecules to learn from and molecules to predict, which tests zeros too. By default done if
+        Split counts into molecules to learn from and molecules to predict, which also tests zeros. By default done if
         the counts are known.
     reference : matrix, optional
-        The truth: the same cells and genes, sequenced deeper, matched by name.
+        The truth: the same cells and genes, sequenced more deeply, matched by name.
     labels : str, optional
         Column of obs with known cell types. Cells are clustered as observed, masked and imputed, into as many clusters
         as there are types.
     sweeps : sequence of str, default=()
-        Such as ``"max_rank=10,20,…,50"``: the presets at each value of a field of `Settings`.
+        Values of a field of `Settings` at which to run the presets, such as ``"max_rank=10,20,…,50"``.
     layer : str, optional
         The layer to read instead of X.
     memory_limit : float or str, optional
-        Bytes of data that each method may hold over what its imports take, or words such as ``"8 GB"``. A method that
+        Maximum memory of each method in excess of its imports, in bytes or as text such as ``"8 GB"``. A method that
         needs more gets a row that says so.
     method_timeout : float, optional
-        Seconds that each method may take each time. One that needs more gets a row that says so.
+        Maximum seconds of each run. A method that needs more gets a row that says so.
     scratch_folder : str or path-like, optional
-        Folder for matrices while they are worked on. By default the system's.
+        Folder for temporary matrices. By default that of the system.
     listen : callable, optional
-        Called with every event of the work, a `Scored` for each row.
+        Called with every event of the computation, a `Scored` for each row.
 
     Returns
     -------
     Evaluation
-        Scores of all methods in all experiments; clusters and pictures of cells if labels were given.
+        Scores of all methods in all experiments; clusters and UMAP if labels were given.
 
     Raises
     ------
     InputError
-        If the source, the reference, the labels, a method or a setting cannot be used.
+        If the source, the reference, the labels, a method or a setting is invalid.
 
     Examples
     --------
@@ -207,7 +206,7 @@ def evaluate_imputation(
         opened = open_source(source, work, layer=layer)
         known = None if labels is None else clustering.labels_of(opened.matrix.obs, labels, opened.name)
         if split and opened.counts is None:
-            count_split(opened, 0, work)  # says what is missing
+            count_split(opened, 0, work)  # raises the error
         split = opened.counts is not None if split is None else split
         truth = None if reference is None else as_matrix(reference, observed="nonzero")
         if truth is not None:
@@ -217,20 +216,20 @@ def evaluate_imputation(
         experiments = [partial(masked, opened, share, seed) for share in shares for seed in seeds]
         experiments += [partial(count_split, opened, seed) for seed in seeds] if split else []
         experiments += [] if truth is None else [partial(against_truth, opened, truth, seeds[0])]
-        experiments += [] if known is None else [lambda _: as_it_is(opened, seeds[0])]
+        experiments += [] if known is None else [lambda _: Experiment("all data", None, seeds[0], opened, None)]
         bench = _Bench(opened, listed, limit, method_timeout, known, listen, len(experiments))
         bench.forecast()
         for number, make in enumerate(experiments):
             with _folder_in(work) as place, dask.config.set(scheduler="threads"):
                 bench.run(make(Path(place)), place, first=number == 0)
-        for name in expanded(methods):
+        for name in filter(QUOTED.__contains__, expanded(methods)):
             bench.quote(name)
         return bench.evaluation()
 
 
 @dataclass
 class _Bench:
-    """Runs all methods on all experiments; keeps what came out, and how much is left to do."""
+    """Runs all methods on all experiments, and collects the scores."""
 
     source: Source
     listed: list[Contestant]
@@ -246,12 +245,12 @@ class _Bench:
     umap: dict[tuple[str, str], NDArray[np.float32]] = field(default_factory=dict)
 
     def forecast(self) -> None:
-        """Tell how long it may take, and what takes longest."""
+        """Announce the expected time, and the slowest method."""
         seconds = [self._expected(each) * self.experiments for each in self.listed]
         longest = int(np.argmax(seconds))
         runs, most = self.experiments * len(seconds), self.listed[longest]
         words = f"about {duration(sum(seconds))} for {runs} runs, of which {duration(seconds[longest])} for {most}"
-        self.listen(Note(f"{words}; --methods picks, --method-timeout ends"))
+        self.listen(Note(f"{words}; --methods selects methods, --method-timeout limits their time"))
 
     def _expected(self, contestant: Contestant) -> float:
         m, n = self.source.matrix.shape
@@ -259,7 +258,7 @@ class _Bench:
         return min(begin + rate * m * n / 1e6, self.timeout or np.inf)
 
     def run(self, experiment: Experiment, place: str, *, first: bool) -> None:
-        """Run all methods, and judge the matrix as observed first where that says something."""
+        """Run all methods on an experiment, after scoring the observed matrix where that makes sense."""
         clustered = experiment.kind == "all data" or (first and experiment.kind == "masking")
         labels, given = self.labels if clustered else None, experiment.given.matrix
         if experiment.all_entries or labels is not None:
@@ -270,7 +269,7 @@ class _Bench:
         for contestant in self.listed:
             self.done += 1
             if experiment.target is None and contestant.method == "gene-mean":
-                continue  # all cells alike, nothing to cluster
+                continue  # all cells are alike: no clusters
             left = duration(average * (runs - self.done + 1))
             self.listen(Stage(str(contestant), f"{self.done} of {runs}, about {left} left"))
             with _folder_in(place) as folder:
@@ -279,7 +278,7 @@ class _Bench:
                 self._judge(experiment, contestant, outcome, answer, labels, embedding)
 
     def _run(self, contestant: Contestant, experiment: Experiment, folder: Path) -> tuple[Outcome, da.Array | None]:
-        """Run a method on the view that it takes; return also its answer, normalised, unless it failed."""
+        """Run a method on the view that it takes. Return the imputed matrix, normalised, too, unless it failed."""
         takes, given = find_method(contestant.method).takes, experiment.given
         counts = takes == "counts" or (takes == "either" and given.counts is not None)
         path = given.counts if counts else given.normalised
@@ -309,7 +308,7 @@ class _Bench:
             "method": contestant.method,
             "setting": contestant.words,
         }
-        if experiment.all_entries or contestant.method != _GIVEN:  # what is given says nothing of hidden entries
+        if experiment.all_entries or contestant.method != _GIVEN:  # the observed matrix has no hidden entries
             scores = {} if answer is None else self._scores(experiment, answer, tuple(which.values()))
             self.add({**which, "seed": experiment.seed, **asdict(outcome), **scores})
         if answer is None or labels is None or contestant.method == "gene-mean":
@@ -339,7 +338,7 @@ class _Bench:
         return {**scores.as_dict(), **medians, **found}
 
     def add(self, values: Row) -> None:
-        """Add a row of the scores, and tell it."""
+        """Add a row to the scores, and announce it."""
         row = dict.fromkeys(_COLUMNS, np.nan) | {"dataset": self.source.name, **values}
         self.rows.append(row)
         share = "" if np.isnan(row["share"]) else f" {row['share']:.0%}"
@@ -349,16 +348,15 @@ class _Bench:
         self.listen(Scored(experiment, label, str(row["status"]), **numbers, note=str(row["note"])))
 
     def quote(self, name: str) -> None:
-        """Add what the publication says of a method that is not run here."""
-        if (quoted := QUOTED.get(name)) is None:
-            return
+        """Add the rows that quote the publication on a method that is not run here."""
+        _, by_dataset, words = QUOTED[name]
         row = {"experiment": "masking", "share": 0.1, "method": name, "setting": "", "status": "quoted"}
-        row["note"] = f"quoted from the publication, not run here: {quoted.words}"
-        for dataset, scores in (quoted.scores or {"PBMC": {}}).items():
+        row["note"] = f"quoted from the publication, not run here: {words}"
+        for dataset, scores in (by_dataset or {"PBMC": {}}).items():
             self.add({**row, "dataset": f"{dataset}, as published", **scores})
 
     def evaluation(self) -> Evaluation:
-        """Return everything as tables."""
+        """Return the scores as tables."""
         import pandas as pd
 
         names, tables = self.source.matrix.var.index, []

@@ -1,8 +1,8 @@
-"""What imputation does to the clusters of cells: normalise, logarithm, PCA, k-means and Leiden, against known labels.
+"""Clusters of cells against known labels: normalisation, logarithm, PCA, then k-means and Leiden.
 
-The completed matrix is read panel by panel and never whole; what follows works on its leading components. At one
-resolution for all, Leiden cuts each representation into another number of clusters, and an index says little of which
-is better: the resolution is searched, for every method and seed alike, until there are as many clusters as labels.
+The imputed matrix is read in panels of rows, and the rest works on its leading components. At a fixed resolution Leiden
+finds another number of clusters for every method, which makes indices hard to compare. So the resolution is searched,
+for every method and seed alike, until there are as many clusters as labels.
 """
 
 from __future__ import annotations
@@ -28,24 +28,22 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 _NEEDS = ("sklearn", "dask_ml", "igraph", "umap", "scanpy")
-_TOTAL = 1e4  # of each cell before the logarithm
+_TOTAL = 1e4  # of each cell, before the logarithm
 _COMPONENTS, _NEIGHBOURS = 50, 15  # scanpy's defaults
-_STARTS = 5  # of k-means; the tightest is kept
-_SEEDS, _HALVINGS, _WIDEST = 5, 12, (1e-3, 1e2)  # of Leiden: starts, steps of the search, and resolutions
+_STARTS = 5  # of k-means; the best is kept
+_SEEDS, _HALVINGS, _WIDEST = 5, 12, (1e-3, 1e2)  # of Leiden: seeds, bisections, and range of resolutions
 _SILHOUETTE_CELLS = 5000
 
 
 def check_libraries() -> None:
-    """Raise `InputError` if something that clustering needs is not installed."""
-    for name in _NEEDS:
-        if importlib.util.find_spec(name) is None:
-            raise InputError(
-                f"clustering needs {name}; install it by `pip install 'scialm-dask[evaluate]'`, or give no labels"
-            )
+    """Raise `InputError` if a library for clustering is not installed."""
+    if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
+        remedy = "install it by `pip install 'scialm-dask[evaluate]'`, or give no labels"
+        raise InputError(f"clustering needs {missing[0]}; {remedy}")
 
 
 def labels_of(obs: pd.DataFrame, column: str, name: str) -> pd.Series:
-    """Pick the labels of cells. Raises `InputError` if they cannot be used."""
+    """Return the labels of the cells. Raises `InputError` if any is missing or all are the same."""
     if column not in obs:
         raise InputError(f"{name}: obs has no column {column!r}; it has {', '.join(map(str, obs.columns)) or 'none'}")
     labels = pd.Series(as_text(obs[column]), obs.index, object).where(obs[column].notna())
@@ -58,10 +56,13 @@ def labels_of(obs: pd.DataFrame, column: str, name: str) -> pd.Series:
 
 
 def principal_components(matrix: da.Array, seed: int) -> Floats:
-    """Leading components of log(1 + x) of cells scaled to the same total, out of core, shape ``(m, k)``."""
+    """Return principal components of log(1 + x) of cells scaled to the same total, shape (m, k). Out of core."""
     from dask_ml.decomposition import PCA
 
-    log = matrix.map_blocks(_log_normalised, dtype=np.float32)
+    def log_normalised(rows: Floats) -> Floats:
+        return np.log1p(rows * ratio(_TOTAL, rows.sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32))
+
+    log = matrix.map_blocks(log_normalised, dtype=np.float32)
     components = min(_COMPONENTS, *(side - 1 for side in log.shape))
     with dask.config.set(scheduler="threads"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations between dask-ml and scikit-learn
@@ -69,29 +70,26 @@ def principal_components(matrix: da.Array, seed: int) -> Floats:
         return np.asarray(pca.fit_transform(log).compute(), np.float32)
 
 
-def _log_normalised(rows: Floats) -> Floats:
-    totals = rows.sum(axis=1, keepdims=True, dtype=np.float64)
-    return np.log1p(rows * ratio(_TOTAL, totals).astype(np.float32))
-
-
 def embedding_of(folder: Path) -> Floats | None:
-    """Return ``obsm["X_scialm"]`` of a result that was left in `folder`, where that is an embedding; else None."""
+    """Return the embedding of the result in `folder`, if it has one."""
     path = folder / "result.zarr"
     embedding = Imputation.open(path).embedding if path.exists() else None
     return None if embedding is None else np.asarray(embedding.compute(scheduler="threads"))
 
 
 def cluster(components: Floats, labels: pd.Series, seed: int) -> tuple[dict[str, float], Floats]:
-    """Cluster cells by their components, shape ``(m, k)``, into as many clusters as there are labels, and compare.
+    """Cluster cells by their components, shape (m, k), into as many clusters as labels, and compare with the labels.
 
     Returns
     -------
     dict, ndarray
-        ARI and NMI of k-means, and of Leiden (means over five seeds) with the number of clusters that it found, and the
-        silhouette of the labels on the components; UMAP of the cells, float32, shape ``(m, 2)``.
+        ARI and NMI of k-means and of Leiden (means over five seeds), the number of Leiden clusters, and the silhouette
+        of the labels on the components; and UMAP of the cells, float32 of shape (m, 2).
     """
     import anndata
+    import dask.array as da
     import scanpy as sc
+    from dask_ml.cluster import KMeans
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 
     with dask.config.set(scheduler="threads"), warnings.catch_warnings():
@@ -99,9 +97,11 @@ def cluster(components: Floats, labels: pd.Series, seed: int) -> tuple[dict[str,
         cells = anndata.AnnData(obsm={"X_pca": components}, shape=(len(components), 0))
         sc.pp.neighbors(cells, n_neighbors=min(_NEIGHBOURS, len(components) - 1), use_rep="X_pca", random_state=seed)
         sc.tl.umap(cells, random_state=seed)
+        n, chunked = labels.nunique(), da.from_array(components, chunks=(1 << 16, -1))
+        fits = [KMeans(n, init="k-means||", random_state=seed + start).fit(chunked) for start in range(_STARTS)]
         found = {
-            "kmeans": [_k_means(components, labels.nunique(), seed)],
-            "leiden": [_leiden(cells, labels.nunique(), seed + start) for start in range(_SEEDS)],
+            "kmeans": [np.asarray(min(fits, key=lambda fit: float(fit.inertia_)).labels_)],
+            "leiden": [_leiden(cells, n, seed + start) for start in range(_SEEDS)],
         }
         few = min(len(labels), _SILHOUETTE_CELLS)
         scores = {"silhouette": float(silhouette_score(components, labels, sample_size=few, random_state=seed))}
@@ -112,17 +112,8 @@ def cluster(components: Floats, labels: pd.Series, seed: int) -> tuple[dict[str,
         return scores, np.asarray(cells.obsm["X_umap"], np.float32)
 
 
-def _k_means(components: Floats, n_clusters: int, seed: int) -> NDArray[Any]:
-    import dask.array as da
-    from dask_ml.cluster import KMeans
-
-    cells = da.from_array(components, chunks=(1 << 16, -1))
-    starts = [KMeans(n_clusters, init="k-means||", random_state=seed + start).fit(cells) for start in range(_STARTS)]
-    return np.asarray(min(starts, key=lambda fit: float(fit.inertia_)).labels_)
-
-
 def _leiden(cells: anndata.AnnData, n_clusters: int, seed: int) -> NDArray[Any]:
-    """Search by bisection the resolution that gives this number of clusters, or one that comes near."""
+    """Return Leiden clusters, as near to `n_clusters` as a bisection over the resolution gets."""
     import scanpy as sc
 
     low, high = np.log(_WIDEST)

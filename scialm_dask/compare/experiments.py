@@ -1,7 +1,7 @@
-"""What methods are given and what they are scored against: masking, count splitting, a truth. Out of core.
+"""Input and target of each experiment: masking, count splitting, or a truth. Out of core.
 
-Every experiment has two views of the same cells: counts normalised to one total, and the raw counts where they are
-known. Answers to raw counts are multiplied by the size factors, so that all are scored on the normalised scale.
+Every experiment has two views of the same cells: counts normalised to one total, and the raw counts if they are known.
+Imputed raw counts are multiplied by the size factors, so that all methods are scored on the normalised scale.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from scialm_dask.solve.scaling import Molecules
 
 Doubles = NDArray[np.float64]
 TRAIN_SHARE = 0.8
-_OTHER = 0x5CA1E  # bits by which the seed of a split differs from that of methods
-_WHOLE = 1e-2  # how far from whole numbers restored counts may be, by rounding of float32
+_OTHER = 0x5CA1E  # XORed to the seed of a split, which must differ from that of methods
+_WHOLE = 1e-2  # rounding error that restored counts may have, due to float32
 
 
 @dataclass(frozen=True)
 class Source:
-    """A matrix as AnnData stores: one of cells with the same total, and one of counts, if they are known."""
+    """A matrix as AnnData stores: cells normalised to the same total, and counts if they are known."""
 
     name: str
     normalised: Path
     counts: Path | None = None
-    factors: Doubles | None = None  # what the counts of each cell were multiplied by, shape (m,)
+    factors: Doubles | None = None  # normalised over raw counts of each cell, shape (m,)
 
     @property
     def matrix(self) -> ExpressionMatrix:
@@ -48,25 +48,25 @@ class Source:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One matrix to complete."""
+    """A matrix to impute and its target."""
 
     kind: str  # masking, count split, truth or all data
-    share: float | None  # of what is hidden; None where nothing is
-    seed: int  # of what is hidden, and of the methods
+    share: float | None  # hidden share, if any
+    seed: int  # of the hidden entries and of the methods
     given: Source
-    target: ExpressionMatrix | None  # what to predict, normalised: by masking its stored entries, else all
+    target: ExpressionMatrix | None  # normalised; for masking only its stored entries are scored
 
     @property
     def all_entries(self) -> bool:
-        """Whether zeros are scored too."""
+        """Whether all entries are scored, including zeros."""
         return self.kind != "masking"
 
 
 def open_source(source: Any, folder: Path, *, layer: str | None = None) -> Source:
-    """Write both views of a matrix to `folder`. Raises `InputError` if it cannot be read, or holds logarithms.
+    """Write both views of a matrix to `folder`. Raises `InputError` if it cannot be read or holds logarithms.
 
-    Whole numbers are taken for raw counts and normalised to the median total. Anything else is taken as normalised;
-    with the raw totals in ``obs["total_counts"]``, as ``scialm-dask qc`` leaves them, its counts are restored.
+    Whole numbers count as raw counts and are normalised to the median total. Anything else counts as normalised; its
+    raw counts are restored if ``obs["total_counts"]`` has the raw totals, as written by ``scialm-dask qc``.
     """
     matrix = as_matrix(source, layer, observed="nonzero")
     refuse_logarithms(matrix, source, layer)
@@ -76,7 +76,7 @@ def open_source(source: Any, folder: Path, *, layer: str | None = None) -> Sourc
     if whole:
         factors = ratio(np.median(sums[sums > 0]) if sums.any() else 1.0, sums)
         obs = matrix.obs.assign(total_counts=sums.astype(np.float32))
-        _write(normalised, _scaled(matrix, factors), obs=obs, var=matrix.var)
+        _write(normalised, _blocks(matrix, factors), obs=obs, var=matrix.var)
         _write(counts, matrix.stream(), obs=matrix.obs, var=matrix.var)
         return Source(name, normalised, counts, factors)
     _write(normalised, matrix.stream(), obs=matrix.obs, var=matrix.var)
@@ -88,12 +88,21 @@ def open_source(source: Any, folder: Path, *, layer: str | None = None) -> Sourc
 
 
 def _totals(matrix: ExpressionMatrix) -> tuple[Doubles, bool]:
-    """Total of each cell, and whether all values are whole numbers."""
+    """Return the total of each cell, and whether all values are whole numbers."""
     sums, whole = [], True
     for block in matrix.stream():
         sums.append(block.sum(axis=1, dtype=np.float64).A1)
         whole = whole and not np.any(block.data % 1)
     return np.concatenate(sums), whole
+
+
+def _blocks(
+    matrix: ExpressionMatrix, factors: Doubles | None = None, part: Molecules | None = None
+) -> Iterator[sp.csr_matrix]:
+    """Yield the row blocks of a matrix, or of a part of its counts, with cells multiplied by `factors`."""
+    for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
+        block = block if part is None else part.of(block, start)
+        yield block if factors is None else scaled_rows(block, factors[start:stop])
 
 
 def _write(path: Path, blocks: Iterator[sp.csr_matrix], *, obs: Any, var: Any) -> None:
@@ -105,7 +114,7 @@ def _write(path: Path, blocks: Iterator[sp.csr_matrix], *, obs: Any, var: Any) -
 
 
 def _restore(matrix: ExpressionMatrix, factors: Doubles, path: Path) -> bool:
-    """Write the counts that a matrix was normalised from; return whether they came out whole."""
+    """Write the counts from which a matrix was normalised; return whether they are whole numbers."""
     whole = True
 
     def restored() -> Iterator[sp.csr_matrix]:
@@ -120,13 +129,8 @@ def _restore(matrix: ExpressionMatrix, factors: Doubles, path: Path) -> bool:
     return whole
 
 
-def as_it_is(source: Source, seed: int) -> Experiment:
-    """Hide nothing and score nothing: for clustering alone."""
-    return Experiment("all data", None, seed, source, None)
-
-
 def masked(source: Source, share: float, seed: int, folder: Path) -> Experiment:
-    """Hide a share of each gene's non-zeros, in both views the same; see `mask`."""
+    """Hide the same share of each gene's non-zeros in both views; see `mask`."""
     given = replace(source, normalised=folder / "normalised.zarr")
     mask(source.normalised, given.normalised, fraction=share, seed=seed)
     if source.counts is not None:
@@ -137,40 +141,34 @@ def masked(source: Source, share: float, seed: int, folder: Path) -> Experiment:
 
 
 def count_split(source: Source, seed: int, folder: Path) -> Experiment:
-    """Split the molecules of every count binomially: some to complete, the others to predict, zeros too.
+    """Split the molecules of every count binomially: some are given, the others, including zeros, are predicted.
 
-    Raises `InputError` if the counts are not known.
+    Raises `InputError` if the counts are unknown.
     """
     if source.counts is None or source.factors is None:
         raise InputError(
-            f"{source.name}: no raw counts, nor obs['total_counts'] to restore them by, and counts alone can be split; "
-            "give those, or leave count splitting out"
+            f"{source.name}: no raw counts, nor obs['total_counts'] to restore them from, which count splitting needs; "
+            "give one of them, or leave count splitting out"
         )
     counts, factors = ExpressionMatrix.open(source.counts), source.factors
     given = Source(source.name, folder / "normalised.zarr", folder / "counts.zarr", factors / TRAIN_SHARE)
     obs = counts.obs.drop(columns="total_counts", errors="ignore")
-    # Methods get the seed too, and denoise splits what it gets: that must be by other draws.
+    # denoise splits its input with the same seed, so these draws must differ
     train, test = (Molecules(TRAIN_SHARE, rest, _OTHER ^ seed) for rest in (False, True))
-    _write(folder / "counts.zarr", _part(counts, train), obs=obs, var=counts.var)
+    _write(folder / "counts.zarr", _blocks(counts, part=train), obs=obs, var=counts.var)
     totals, _ = _totals(ExpressionMatrix.open(folder / "counts.zarr"))
-    normalised = _part(counts, train, factors / TRAIN_SHARE)
+    normalised = _blocks(counts, factors / TRAIN_SHARE, train)
     _write(given.normalised, normalised, obs=obs.assign(total_counts=totals.astype(np.float32)), var=counts.var)
-    unseen = _part(counts, test, factors / (1 - TRAIN_SHARE))
+    unseen = _blocks(counts, factors / (1 - TRAIN_SHARE), test)
     _write(folder / "target.zarr", unseen, obs=obs, var=counts.var)
     target = ExpressionMatrix.open(folder / "target.zarr")
     return Experiment("count split", 1 - TRAIN_SHARE, seed, given, target)
 
 
-def _part(counts: ExpressionMatrix, which: Molecules, factors: Doubles | None = None) -> Iterator[sp.csr_matrix]:
-    for (start, stop), block in zip(counts.blocks, counts.stream(), strict=True):
-        part = which.of(block, start)
-        yield part if factors is None else scaled_rows(part, factors[start:stop])
-
-
 def check_truth(truth: ExpressionMatrix, given: ExpressionMatrix) -> ExpressionMatrix:
-    """Return a truth in the order of the given cells and genes. Raises `InputError` if these are not the same.
+    """Return a truth in the order of the given cells and genes. Raises `InputError` if they differ.
 
-    If no cell has the same name in both, cells are taken in their order.
+    If no cell has the same name in both, cells are matched by position.
     """
     if len(truth.obs) == len(given.obs) and not truth.obs.index.isin(given.obs.index).any():
         truth = replace(truth, annotation=Annotation(given.obs[[]], truth.var))
@@ -178,13 +176,8 @@ def check_truth(truth: ExpressionMatrix, given: ExpressionMatrix) -> ExpressionM
 
 
 def against_truth(source: Source, truth: ExpressionMatrix, seed: int, folder: Path) -> Experiment:
-    """Score all entries against the same cells sequenced deeply, scaled to the same totals; see `check_truth`."""
+    """Score all entries against a truth, scaled to the same totals of cells; see `check_truth`."""
     factors = ratio(_totals(source.matrix)[0], _totals(truth)[0])
-    _write(folder / "target.zarr", _scaled(truth, factors), obs=truth.obs, var=truth.var)
+    _write(folder / "target.zarr", _blocks(truth, factors), obs=truth.obs, var=truth.var)
     target = ExpressionMatrix.open(folder / "target.zarr")
     return Experiment("truth", None, seed, source, target)
-
-
-def _scaled(matrix: ExpressionMatrix, factors: Doubles) -> Iterator[sp.csr_matrix]:
-    for (start, stop), block in zip(matrix.blocks, matrix.stream(), strict=True):
-        yield scaled_rows(block, factors[start:stop])

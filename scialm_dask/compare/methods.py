@@ -1,8 +1,8 @@
-"""The methods that can be compared, by name, and how one is run: in a process of its own.
+"""Methods by name, each run in a process of its own.
 
-Time and memory are then the method's alone, and so is its death. The process reads what to do from a JSON file, and
-leaves a JSON file and its answer: a store or arrays (.npy). Nothing is pickled. A watcher, a third process, ends it
-and removes the folder should this one be killed.
+So time and memory are those of the method alone, and a crash ends nothing else. The process reads its task from a JSON
+file and writes a JSON file and the imputed matrix, as a store or arrays (.npy). Nothing is pickled. If this process is
+killed, a third one, the watcher, kills the method and removes the folder.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OURS = ("denoise", "complete", "paper")
-_ELLIPSES = ("...", "…")
 _REQUEST, _ANSWER, _LOG = "request.json", "answer.json", "log.txt"
 _INSTALL = "install it by `pip install 'scialm-dask[bench]'`"
 _PANEL_BYTES = 16 << 20
@@ -64,14 +63,13 @@ _watchers: list[subprocess.Popen[str]] = []
 
 
 class Method(NamedTuple):
-    """A way to complete a matrix."""
+    """An imputation method."""
 
     label: str  # in figures
-    takes: Literal["counts", "normalised", "either"]  # either: counts where they are known
-    complete: Callable[[Task], Any]  # gives a dense matrix, a pair of factors or an Imputation, on the scale it takes
-    needs: tuple[str, ...] = ()  # modules, imported before time and memory are taken
-    # about what it takes on one core, imports included: to begin with, and for each million of entries, zeros too
-    seconds: tuple[float, float] = (5.0, 0.5)
+    takes: Literal["counts", "normalised", "either"]  # either: counts if they are known
+    complete: Callable[[Task], Any]  # returns a dense matrix, a pair of factors or an Imputation, on the scale it takes
+    needs: tuple[str, ...] = ()  # modules to import before time and memory are measured
+    seconds: tuple[float, float] = (5.0, 0.5)  # on one core: for the start, and per million entries including zeros
 
 
 def _ours(name: str) -> Callable[[Task], Any]:
@@ -94,36 +92,29 @@ METHODS = {
     "knn": Method("kNN smoothing", "counts", peers.knn, ("sklearn.decomposition", "sklearn.neighbors"), (5, 0.2)),
     "softimpute": Method("softImpute", "normalised", peers.softimpute, ("scipy.sparse.linalg",), (40, 1)),
     "gene-mean": Method("gene mean", "normalised", peers.gene_mean, (), (5, 0.02)),
-    "auto": Method("scIALM auto", "either", _ours("auto"), _RUN, (5, 0.1)),  # one of the first two
+    "auto": Method("scIALM auto", "either", _ours("auto"), _RUN, (5, 0.1)),  # denoise or complete
 }
 
 
-class Quoted(NamedTuple):
-    """What the publication's text says of a method that is not run here."""
-
-    label: str
-    scores: dict[str, dict[str, float]]
-    words: str
-
-
+# methods that are not run here: label, scores and words in the text of the publication
 _COMPARED = "10 % masked: Pearson of scIALM higher by 3.2 % (PBMC) and 2.1 % (Klein), cosine by 3.5 % and 6.78 %"
-QUOTED = {
-    "dca": Quoted("DCA", {}, _COMPARED),
-    "saver": Quoted("SAVER", {"PBMC": {"pearson": 0.7768}, "Campbell": {"pearson": 0.3389}}, "10 % masked"),
-    "scimpute": Quoted("scImpute", {"PBMC": {"mse": 32.9176}, "Klein": {"mse": 288.8302}}, "10 % masked"),
+QUOTED: dict[str, tuple[str, dict[str, dict[str, float]], str]] = {
+    "dca": ("DCA", {}, _COMPARED),
+    "saver": ("SAVER", {"PBMC": {"pearson": 0.7768}, "Campbell": {"pearson": 0.3389}}, "10 % masked"),
+    "scimpute": ("scImpute", {"PBMC": {"mse": 32.9176}, "Klein": {"mse": 288.8302}}, "10 % masked"),
 }
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A method, by name, at some settings: fields of `Settings` that are swept."""
+    """A method by name, with values of swept fields of `Settings`."""
 
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def words(self) -> str:
-        """The settings in words, empty where there are none."""
+        """The settings in words."""
         return " ".join(f"{name}={value}" for name, value in self.settings.items())
 
     def __str__(self) -> str:
@@ -131,21 +122,20 @@ class Contestant:
 
 
 def label_of(method: str, setting: str = "") -> str:
-    """Return what figures and tables call a method."""
-    known = METHODS.get(method) or QUOTED.get(method)
-    return f"{known.label if known else method} {setting}".strip()
+    """Return the label of a method in figures and tables."""
+    return f"{(METHODS.get(method) or QUOTED.get(method) or [method])[0]} {setting}".strip()
 
 
 def labelled(scores: pd.DataFrame) -> pd.DataFrame:
-    """Add a column ``label``, what figures call the method of each row."""
+    """Return scores with a column ``label``, the label of the method."""
     return scores.assign(label=list(map(label_of, scores["method"], scores["setting"])))
 
 
 def find_method(name: str) -> Method:
-    """Look a method up by its name, or import it as ``module:function``. Raises `InputError` if there is none.
+    """Return a method by its name, or import it as ``module:function``. Raises `InputError` if there is none.
 
-    Such a function takes a `Task` and returns the completed matrix, on the scale of normalised counts, or of raw counts
-    if it has an attribute ``takes`` that is ``"counts"``.
+    The function takes a `Task` and returns the imputed matrix on the scale of normalised counts, or of raw counts if it
+    has an attribute ``takes`` equal to ``"counts"``.
     """
     if name in METHODS:
         return METHODS[name]
@@ -161,15 +151,11 @@ def find_method(name: str) -> Method:
 
 
 def contestants(names: Iterable[str], sweeps: Iterable[str] = ()) -> list[Contestant]:
-    """List what is compared, in order and once each; what is quoted is left out.
+    """Return the methods to run, in order and without duplicates; quoted methods are left out.
 
     Our presets are run at each combination of values of the `sweeps`, such as ``"max_rank=10,20,…,50"``. Values that
-    hold commas are separated by semicolons.
-
-    Raises
-    ------
-    InputError
-        If a method, a field or a value is not valid, or a preset does not use the field.
+    contain commas are separated by semicolons. Raises `InputError` if a method, field or value is invalid, or a preset
+    does not use the field.
     """
     names, sweeps = list(dict.fromkeys(expanded(names))), list(sweeps)
     if sweeps and not set(names) & set(OURS):
@@ -184,52 +170,48 @@ def contestants(names: Iterable[str], sweeps: Iterable[str] = ()) -> list[Contes
 
 
 def expanded(names: Iterable[str]) -> list[str]:
-    """Replace ``"peers"`` and ``"all"`` by the names they stand for."""
+    """Return the names with the groups ``"peers"`` and ``"all"`` replaced by their members."""
     runnable = [name for name in METHODS if name != "auto"]
     groups = {"peers": [*(name for name in runnable if name not in OURS), *QUOTED], "all": [*runnable, *QUOTED]}
     return [each for name in names for each in groups.get(name, [name])]
 
 
 def _sweep(words: str) -> list[tuple[str, Any]]:
-    """Read ``field=value,value,…`` into pairs."""
+    """Read ``field=value,value,…`` into pairs of field and value; an ellipsis stands for even steps."""
     name, equals, listed = words.partition("=")
     types: dict[str, type[Any]] = {f.name: type(f.default) for f in fields(Settings)}
     name = name.strip().replace("-", "_")
     if not equals or name not in types:
         raise InputError(f"sweep is {words!r}; give field=value,value with a field out of {', '.join(types)}")
-    values = [value.strip() for value in listed.split(";" if ";" in listed else ",")]
+    values = [value.strip().replace("...", "…") for value in listed.split(";" if ";" in listed else ",")]
     read: Callable[[str], Any] = types[name] if types[name] in (int, float) else str
     try:
-        return [(name, read(value)) for value in _filled(values)]
+        if "…" in values:
+            at = values.index("…")
+            before, first, last = (int(values[i]) for i in (max(at - 2, 0), at - 1, at + 1))
+            steps = range(2 * first - before, last, first - before)
+            values = [*values[:at], *map(str, steps), *values[at + 1 :]]
+        return [(name, read(value)) for value in values]
     except (ValueError, IndexError):
         raise InputError(
-            f"sweep is {words!r}; give values of {name} with commas between, such as 10,20,30 or 10,20,…,100"
+            f"sweep is {words!r}; give values of {name} separated by commas, such as 10,20,30 or 10,20,…,100"
         ) from None
-
-
-def _filled(values: list[str]) -> list[str]:
-    """Replace an ellipsis by the even steps that it stands for."""
-    if not set(values) & set(_ELLIPSES):
-        return values
-    at = next(i for i, value in enumerate(values) if value in _ELLIPSES)
-    before, first, last = (int(values[i]) for i in (max(at - 2, 0), at - 1, at + 1))
-    return values[:at] + [str(v) for v in range(2 * first - before, last, first - before)] + values[at + 1 :]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a method."""
+    """The outcome of running a method."""
 
     status: str  # ok, failed, out of memory, timed out, needs counts or not installed
     seconds: float = float("nan")  # wall time, without imports
-    peak_bytes: float = float("nan")  # most memory over what its imports took
+    peak_bytes: float = float("nan")  # peak memory in excess of its imports
     imports_bytes: float = float("nan")
-    note: str = ""  # what the method says of itself, or what went wrong
+    note: str = ""  # of the method, or the error
 
 
 @contextlib.contextmanager
 def watched_folder(parent: str | os.PathLike[str] | None = None) -> Iterator[Path]:
-    """Make a temporary folder. It goes at the end, and so do methods that run, even if this process is killed."""
+    """Yield a temporary folder. At the end it is removed and methods are killed, even if this process is killed."""
     folder = tempfile.mkdtemp(prefix="scialm-evaluate-", dir=parent)
     command = [sys.executable, "-I", "-S", "-c", _WATCH, folder]
     with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as watcher:
@@ -242,7 +224,7 @@ def watched_folder(parent: str | os.PathLike[str] | None = None) -> Iterator[Pat
 
 
 def _watch(child: int) -> None:
-    """Tell the watchers which process to end if this one is killed; 0 for none."""
+    """Tell the watchers which process to kill if this one is killed; 0 for none."""
     for watcher in _watchers:
         assert watcher.stdin is not None
         with contextlib.suppress(OSError):
@@ -253,11 +235,11 @@ def _watch(child: int) -> None:
 def run_isolated(
     method: str, task: Task, folder: Path, *, memory_limit: int | None = None, timeout: float | None = None
 ) -> Outcome:
-    """Run a method in a new process and wait for it; on success `folder` has its answer, see `read_answer`.
+    """Run a method in a new process. On success `folder` has the imputed matrix; see `read_answer`.
 
-    The process may hold `memory_limit` bytes of data over what its imports take, and is ended after `timeout` seconds.
+    The process may use `memory_limit` bytes of data in excess of its imports, and is killed after `timeout` seconds.
     """
-    (folder / _ANSWER).unlink(missing_ok=True)  # of a run before, not to be taken for one of this
+    (folder / _ANSWER).unlink(missing_ok=True)  # of an earlier run
     request = {"method": method, "memory_limit": memory_limit, **asdict(task), "path": str(task.path)}
     (folder / _REQUEST).write_text(json.dumps(request))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -275,7 +257,7 @@ def run_isolated(
             return Outcome("timed out", time.perf_counter() - began, note=f"ended after {timeout:g} s")
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # and whatever it has started
+                os.killpg(child.pid, signal.SIGKILL)  # and its child processes
             _watch(0)
     if (folder / _ANSWER).exists():
         return Outcome(**json.loads((folder / _ANSWER).read_text()))
@@ -286,15 +268,8 @@ def run_isolated(
     return Outcome("failed", seconds, note=f"process ended with code {code}: {last.strip()}"[:300])
 
 
-def _main(folder: Path) -> None:
-    request = json.loads((folder / _REQUEST).read_text())
-    outcome = _measured(request.pop("method"), folder, request.pop("memory_limit"), Task(**request))
-    partial = folder / (_ANSWER + ".partial")
-    partial.write_text(json.dumps(asdict(outcome)))
-    partial.replace(folder / _ANSWER)
-
-
 def _measured(name: str, folder: Path, memory_limit: int | None, task: Task) -> Outcome:
+    """Run a method in this process, keep its answer in `folder`, and return its time and memory."""
     method = find_method(name)
     try:
         for module in ("anndata", "dask.array", "pandas", *method.needs):
@@ -302,36 +277,24 @@ def _measured(name: str, folder: Path, memory_limit: int | None, task: Task) -> 
     except ImportError as error:
         return Outcome("not installed", note=f"{error}; {_INSTALL}")
     imports = peak_memory()
-    if memory_limit is not None:
-        _limit_memory(memory_limit)
+    if memory_limit is not None and (proc := Path("/proc/self/status")).exists():  # Linux alone limits private data
+        import resource
+
+        held = int(next(line.split()[1] for line in proc.read_text().splitlines() if line.startswith("VmData")))
+        resource.setrlimit(resource.RLIMIT_DATA, (held * 1024 + memory_limit, resource.RLIM_INFINITY))
     status, began = "ok", time.perf_counter()
     try:
         _keep(method.complete(task), folder)
-    except Exception as error:  # any failure of a method is a row of the table too
+    except Exception as error:  # any failure becomes a row of the table
         lost = isinstance(error, MemoryError) or ("memory" in str(error).lower() and "alloc" in str(error).lower())
-        status, task.note = "out of memory" if lost else "failed", _words(error)
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        words = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
+        status, task.note = "out of memory" if lost else "failed", " ".join(words.split())[:300]
     return Outcome(status, time.perf_counter() - began, peak_memory() - imports, imports, task.note)
 
 
-def _words(error: BaseException) -> str:
-    """Say what was raised, and where."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(last.filename).name}:{last.lineno}"
-    return " ".join(f"{type(error).__name__}: {error} ({where})".split())[:300]
-
-
-def _limit_memory(limit: int) -> None:
-    """Make allocations fail past `limit` bytes of private data over what is held now. Linux alone."""
-    import resource
-
-    status = Path("/proc/self/status")
-    if status.exists():
-        held = int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmData")))
-        resource.setrlimit(resource.RLIMIT_DATA, (held * 1024 + limit, resource.RLIM_INFINITY))
-
-
 def _keep(answer: Any, folder: Path) -> None:
-    """Write what a method has returned. Raises `ValueError` if that is no matrix of finite numbers."""
+    """Write the matrix that a method returned. Raises `ValueError` unless its numbers are finite."""
     if isinstance(answer, Imputation):
         answer.to_zarr(folder / "result.zarr")
         return
@@ -347,7 +310,7 @@ def _keep(answer: Any, folder: Path) -> None:
 
 
 def read_answer(folder: Path, scale: NDArray[np.floating] | None = None) -> da.Array:
-    """Return the answer in a folder: lazy, cells × genes, not negative, each cell multiplied by its `scale`."""
+    """Return the imputed matrix in a folder: lazy, cells × genes, clipped at 0, cells multiplied by `scale`."""
     import dask.array as da
 
     def read(name: str) -> Any:
@@ -367,10 +330,15 @@ def read_answer(folder: Path, scale: NDArray[np.floating] | None = None) -> da.A
 
 
 def by_panels(read: Any, shape: tuple[int, int]) -> da.Array:
-    """Return a lazy float32 array whose rows are what ``read(slice)`` returns."""
+    """Return a lazy float32 array with the rows that ``read(slice)`` returns."""
     visit, rows = dask.delayed(read, pure=False, traverse=False), RowBlocks.panels(*shape, _PANEL_BYTES)
     return stacked([visit(slice(*span)) for span in rows], rows.sizes, shape[1])
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    place = Path(sys.argv[1])
+    request = json.loads((place / _REQUEST).read_text())
+    outcome = _measured(request.pop("method"), place, request.pop("memory_limit"), Task(**request))
+    partial = place / (_ANSWER + ".partial")
+    partial.write_text(json.dumps(asdict(outcome)))
+    partial.replace(place / _ANSWER)

@@ -1,8 +1,8 @@
-"""Other methods, each at the settings that its authors document.
+"""Other methods, with the settings documented by their authors.
 
-Each takes a `Task` and returns the completed matrix: dense, float32, cells × genes, or a pair of factors. What a
-method does to its input first (roots, logarithms, totals) is undone, so that all are compared on one scale. Peers work
-in memory.
+Each takes a `Task` and returns the imputed matrix: dense, float32, cells × genes, or a pair of factors. Its
+transformations of the input (roots, logarithms, totals) are undone, so that all methods are compared on one scale.
+Peers work in memory.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from scialm_dask.solve.biological_zeros import spectral_gap_rank
 Floats = NDArray[np.float32]
 Pair = tuple[Floats, Floats]
 
-_KNN, _KNN_COMPONENTS = 15, 10  # the example of its authors, and their default
+_KNN, _KNN_COMPONENTS = 15, 10  # the authors' example and default
 _ALRA_TOTAL, _ALRA_VALUES, _ALRA_ITERATIONS, _ALRA_QUANTILE = 1e4, 100, 10, 1e-3
 _SCVI_EPOCHS, _SCVI_PATIENCE = 100, 15
 _VALIDATION = 0.05
-_STEP, _LOWEST = 0.75, 1e-3  # from one λ to the next, and the last one relative to the first
-_PATIENCE = 2  # λs without a lower error on the hidden share
-_SWEEPS, _SETTLED = 50, 1e-4  # at one λ: the most, and the relative fall of the objective that ends them
-_SPARE = 10  # columns that a factor may grow by from one λ to the next
-_PANEL = 2048  # genes or cells worked on at a time where a temporary array would be as large as the matrix
+_STEP, _LOWEST = 0.75, 1e-3  # ratio of successive λ, and of the last λ to the first
+_PATIENCE = 2  # number of λ without a lower error on the hidden share
+_SWEEPS, _SETTLED = 50, 1e-4  # at one λ: their maximum, and the relative decrease of the objective that ends them
+_SPARE = 10  # columns by which a factor may grow from one λ to the next
+_PANEL = 2048  # genes or cells at a time, so that temporary arrays stay small
 
 
 @dataclass
 class Task:
-    """What a method is to complete.
+    """A matrix to impute.
 
     Parameters
     ----------
     path : str or path-like
-        AnnData store whose X it is: counts, or counts normalised to one total.
+        AnnData store with the matrix as X: counts, or counts normalised to one total.
     seed : int, default=0
-        Fixes random draws.
+        Seed of random draws.
     zeros_matter : bool, default=False
-        Whether all entries will be scored, and not only hidden ones that are known to be no zeros.
+        Whether all entries are scored, not only hidden non-zeros.
     settings : dict
-        Fields that differ from the method's own.
+        Settings that replace those of the method.
     """
 
     path: str | Path
@@ -65,12 +65,12 @@ class Task:
         return ExpressionMatrix.open(self.path)
 
     def csr(self) -> sp.csr_matrix:
-        """All of X, float32."""
+        """Return X, float32."""
         return sp.vstack(list(self.matrix.stream()), format="csr")
 
 
 def gene_mean(task: Task) -> Pair:
-    """Predict each gene's mean: over its non-zeros where only non-zeros are asked for, else over all cells."""
+    """Predict each gene's mean, over its non-zeros if only non-zeros are scored, else over all cells."""
     matrix = task.matrix
     if task.zeros_matter:
         sums = matrix.reduce(lambda csr, _: csr.sum(axis=0, dtype=np.float64).A1, np.add)
@@ -81,9 +81,9 @@ def gene_mean(task: Task) -> Pair:
 
 
 def knn(task: Task) -> Floats:
-    """kNN-smoothing 2 (Wagner, Yan and Yanai 2018): sums over ever more neighbours, found on ever smoother cells.
+    """kNN-smoothing 2 (Wagner, Yan and Yanai 2018): sums over more and more neighbours, found on smoothed cells.
 
-    Takes counts. Each smoothed cell is scaled back to its own total.
+    Takes counts. Each smoothed cell is scaled to its original total.
     """
     from sklearn.decomposition import PCA
     from sklearn.neighbors import NearestNeighbors
@@ -107,7 +107,7 @@ def _totals(X: sp.csr_matrix) -> NDArray[np.float64]:
 
 
 def _with_totals(X: sp.csr_matrix, totals: Any) -> sp.csr_matrix:
-    """Scale cells to the given totals."""
+    """Return cells scaled to the given totals."""
     return scaled_rows(X, ratio(totals, _totals(X)).astype(np.float32))
 
 
@@ -121,11 +121,10 @@ def _freeman_tukey(counts: sp.csr_matrix, total: float) -> Floats:
 
 
 def alra(task: Task) -> Floats:
-    """ALRA (Linderman et al. 2022): best approximation of rank k of the log-counts, small values set to zero.
+    """ALRA (Linderman et al. 2022): rank-k approximation of the log-counts, with small values set to zero.
 
-    k stands before the last gap of the singular values that is out of the ordinary. Of each gene, what does not rise
-    over the size of its lowest permille is zero, and the rest gets the mean and spread of the gene's non-zeros.
-    Takes counts.
+    k is at the last unusual gap of the singular values. Values of a gene below the magnitude of its 0.1 % quantile
+    become zero; the others get the mean and standard deviation of the gene's non-zeros. Takes counts.
     """
     from sklearn.utils.extmath import randomized_svd
 
@@ -146,7 +145,7 @@ def alra(task: Task) -> Floats:
 
 
 def _adjusted(low_rank: Floats, observed: Floats) -> Floats:
-    """Threshold some genes of the approximation, and match their first two moments to the observed non-zeros."""
+    """Threshold some genes of the approximation, and give them the mean and spread of the observed non-zeros."""
     lowest = np.abs(np.quantile(low_rank, _ALRA_QUANTILE, axis=0))
     kept = np.where(low_rank > lowest, low_rank, 0)
     (mean, spread), (wanted_mean, wanted_spread) = _of_nonzeros(kept), _of_nonzeros(observed)
@@ -159,7 +158,7 @@ def _adjusted(low_rank: Floats, observed: Floats) -> Floats:
 
 
 def _of_nonzeros(values: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and standard deviation of each column's non-zeros; NaN where there are too few."""
+    """Return mean and standard deviation of each column's non-zeros; NaN if there are too few."""
     n = np.count_nonzero(values, axis=0).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = values.sum(axis=0, dtype=np.float64) / n
@@ -168,23 +167,28 @@ def _of_nonzeros(values: Floats) -> tuple[NDArray[np.float64], NDArray[np.float6
 
 
 def softimpute(task: Task) -> Pair:
-    """Complete by softImpute (Hastie et al. 2015): the nuclear norm with zeros unknown, λ chosen on hidden entries."""
+    """Run softImpute (Hastie et al. 2015): nuclear norm, with zeros unknown and λ chosen on hidden entries."""
     left, right = soft_impute(task.csr(), seed=task.seed)
     task.note = f"rank {left.shape[1]}"
     return left, right
 
 
 def soft_impute(D: sp.csr_matrix, *, max_rank: int = 100, seed: int = 0) -> Pair:
-    """Complete a matrix by alternating least squares (Hastie, Mazumder, Lee and Zadeh 2015), never dense.
+    """Return factors by alternating least squares (Hastie, Mazumder, Lee and Zadeh 2015), without dense matrices.
 
     Minimises ½ ‖P_Ω(D − A Bᵀ)‖² + λ/2 (‖A‖² + ‖B‖²). Each factor in turn is regressed on the filled-in matrix
-    P_Ω(D − A Bᵀ) + A Bᵀ, which is sparse plus low rank. λ falls along a path with warm starts, and the one kept is
-    that which predicts a hidden share of Ω best.
+    P_Ω(D − A Bᵀ) + A Bᵀ, which is sparse plus low rank. λ decreases along a path with warm starts, and the λ with the
+    lowest error on a hidden share of Ω is kept.
     """
+    from scipy.sparse.linalg import svds
+
     counts = np.bincount(D.indices, minlength=D.shape[1])
     hidden = hidden_entries(D.indices, np.zeros_like(counts), counts, n_to_hide(counts, _VALIDATION), seed)
     train, validation = entries_where(D, ~hidden), entries_where(D, hidden)
-    lambdas = _path(train)
+    # λ falls from just below σ₁, at which the solution is still zero
+    v0 = np.ones(min(train.shape))
+    largest = float(svds(train.astype(np.float64), k=1, return_singular_vectors=False, v0=v0)[0])
+    lambdas = largest * _STEP ** np.arange(1, 1 + int(np.log(_LOWEST) / np.log(_STEP)), dtype=np.float64)
     errors: list[float] = []
     for left, right in _along(train, lambdas, max_rank, seed):
         errors.append(_square(_residual(validation, left, right).data))
@@ -194,17 +198,8 @@ def soft_impute(D: sp.csr_matrix, *, max_rank: int = 100, seed: int = 0) -> Pair
     return kept
 
 
-def _path(D: sp.csr_matrix) -> NDArray[np.float64]:
-    """λ from just below σ₁, where the answer is no longer zero."""
-    from scipy.sparse.linalg import svds
-
-    first = float(svds(D.astype(np.float64), k=1, return_singular_vectors=False, v0=np.ones(min(D.shape)))[0])
-    powers = np.arange(1, 1 + int(np.log(_LOWEST) / np.log(_STEP)), dtype=np.float64)
-    return first * _STEP**powers
-
-
 def _along(D: sp.csr_matrix, lambdas: NDArray[np.float64], max_rank: int, seed: int) -> Iterator[Pair]:
-    """Minimise at each λ, beginning from the answer at the last."""
+    """Yield the minimiser at each λ, starting from the one before."""
     rng = np.random.default_rng(seed)
     A, B = np.zeros((D.shape[0], 0), np.float32), np.zeros((D.shape[1], 0), np.float32)
     size = float(np.sqrt(np.mean(D.data**2, dtype=np.float64))) if D.nnz else 1.0
@@ -230,7 +225,7 @@ def _minimise(D: sp.csr_matrix, A: Floats, B: Floats, lam: float) -> Pair:
 
 
 def _regressed(S: sp.csr_matrix, other: Floats, own: Floats, lam: float) -> Floats:
-    """Ridge regression of S + own·otherᵀ on `other`, row by row."""
+    """Return the ridge regression of S + own·otherᵀ on `other`, row by row."""
     gram = other.T.astype(np.float64) @ other
     target = S @ other + own @ gram.astype(np.float32)
     solved = np.linalg.solve(gram + lam * np.eye(len(gram)), target.T.astype(np.float64))
@@ -238,7 +233,7 @@ def _regressed(S: sp.csr_matrix, other: Floats, own: Floats, lam: float) -> Floa
 
 
 def _balanced(A: Floats, B: Floats) -> Pair:
-    """Give the same product, its singular values shared evenly, without directions that have vanished."""
+    """Return factors with the same product, singular values shared evenly, without vanished directions."""
     (P, R), (Q, T) = np.linalg.qr(A), np.linalg.qr(B)
     U, d, Vt = np.linalg.svd(R @ T.T)
     r = int(np.count_nonzero(d > 1e-4 * d[0])) if len(d) and d[0] > 0 else 0
@@ -257,7 +252,7 @@ def _square(values: Floats) -> float:
 
 
 def magic(task: Task) -> Floats:
-    """MAGIC (van Dijk et al. 2018) with its defaults, on roots of normalised counts as its authors advise."""
+    """MAGIC (van Dijk et al. 2018) with its defaults, on square roots of normalised counts as its authors advise."""
     import magic as peer
 
     operator = peer.MAGIC(random_state=task.seed, verbose=0)
@@ -267,10 +262,10 @@ def magic(task: Task) -> Floats:
 
 
 def scvi(task: Task) -> Floats:
-    """Train scVI (Lopez et al. 2018), give expected counts at the totals observed.
+    """Run scVI (Lopez et al. 2018): expected counts at the observed totals.
 
-    Training ends when the loss on a tenth of the cells has not fallen for 15 epochs, or after 100 epochs; scVI's own
-    number for few cells is 400, of which the later ones change little and take hours without a GPU.
+    Training ends when the loss on a tenth of the cells has not fallen for 15 epochs, or after 100 epochs. scVI's own
+    maximum for few cells is 400, but later epochs change little and take hours without a GPU.
     """
     import anndata
     import scvi as peer

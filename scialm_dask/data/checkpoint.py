@@ -253,9 +253,7 @@ class Checkpoints:
     def error(self, error: OSError) -> OSError:
         """Return the `OutputError` for an error in writing a checkpoint, if its cause is known, else the error."""
         if isinstance(error, FileNotFoundError | PermissionError):
-            return OutputError(
-                f"{self.folder}: a worker cannot write to this folder; choose one on a disk that all workers share"
-            )
+            return OutputError(f"{self.folder}: a worker cannot write there; choose a folder that all workers share")
         return output_error(self.folder, error)
 
     def _numbered(self) -> list[str]:

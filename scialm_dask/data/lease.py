@@ -37,24 +37,27 @@ _MOST_NAMED = 3
 class Lease:
     """A key in a store, renewed until `end`, that keeps other processes off; `OutputError` if another one holds it.
 
-    A holder on this machine is alive or dead, and known to be. One on another machine is dead if it does not renew its
-    lease for half a minute.
+    A holder on this machine is known to be alive or dead. One on another machine is dead if it does not renew its lease
+    for half a minute. Of several processes that ask at the same time, the one with the smallest key gets the lease.
     """
 
     def __init__(self, store: Any, where: str) -> None:
         self._store, self._where, self._key = store, where, f"{_PREFIX}{uuid.uuid4().hex[:12]}"
-        self._ended, self._holder, self._beats = threading.Event(), _this_process(), 0
+        self._ended, self._holder, self._beats, self._held = threading.Event(), _this_process(), 0, False
         self._write()
+        self._renewing = threading.Thread(target=self._renew, daemon=True)
+        self._renewing.start()
         try:
             self._refuse_others()
         except BaseException:
             self.end()
             raise
-        threading.Thread(target=self._renew, daemon=True).start()
+        self._held = True
+        self._write()
 
     def _write(self) -> None:
         self._beats += 1
-        content = json.dumps(self._holder | {"beats": self._beats}).encode()
+        content = json.dumps(self._holder | {"beats": self._beats, "held": self._held}).encode()
         sync(self._store.set(self._key, _BYTES.buffer.from_bytes(content)))
 
     def _renew(self) -> None:
@@ -66,6 +69,7 @@ class Lease:
     def end(self) -> None:
         """Give the lease back."""
         self._ended.set()
+        self._renewing.join(BEAT)  # else it might write the key anew
         with contextlib.suppress(Exception):
             sync(self._store.delete(self._key))
 
@@ -75,7 +79,7 @@ class Lease:
             raise OutputError(f"{self._where}: another run goes on from these checkpoints; this one ends")
 
     def _refuse_others(self) -> None:
-        """Raise `OutputError` if another holder lives; delete the leases of dead ones."""
+        """Raise `OutputError` if another holder lives, or asks with a smaller key; delete the leases of dead ones."""
         seen: dict[str, tuple[float, Any]] = {}
         waiting = True
         while waiting:
@@ -83,17 +87,17 @@ class Lease:
             for key in sync(all_of(self._store.list_dir(""))):
                 if not key.startswith(_PREFIX) or key == self._key or (holder := self._read(key)) is None:
                     continue
-                since, before = seen.setdefault(key, (time.monotonic(), holder))
-                alive = is_alive(holder)
-                if alive or holder != before:
+                now, alive = time.monotonic(), is_alive(holder)
+                since, before = seen.get(key, (now, holder))
+                if alive is False or (holder == before and now - since > _DEAD * BEAT):
+                    with contextlib.suppress(FileNotFoundError):
+                        sync(self._store.delete(key))
+                elif (alive or holder != before) and (holder.get("held", True) or key < self._key):
                     raise OutputError(
                         f"{self._where}: another run writes its checkpoints there; let it end, or choose another folder"
                     )
-                if alive is False or time.monotonic() - since > _DEAD * BEAT:
-                    with contextlib.suppress(FileNotFoundError):
-                        sync(self._store.delete(key))
                 else:
-                    waiting = True
+                    seen[key], waiting = (since if holder == before else now, holder), True
             time.sleep(BEAT / 10 if waiting else 0)
 
     def _read(self, key: str) -> dict[str, Any] | None:

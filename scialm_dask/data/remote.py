@@ -26,21 +26,15 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "ht
 _WEB = ("http", "https")
 _ARCHIVES = ("zip", "tar", "libarchive")
 _PATIENT = ("s3", "s3a", "gs", "gcs", "memory")  # retry by themselves, or need not
-_VERSIONS = (
-    "ETag",
-    "etag",
-    "LastModified",
-    "updated",
-    "last_modified",
-    "mtime",
-    "created",
-)  # of a key; the first one known is used
+# What tells versions of a key; the first one known is used.
+_VERSIONS = ("ETag", "etag", "LastModified", "updated", "last_modified", "mtime", "created")
 _S3_ATTEMPTS = 6
 _S3_SILENCE = 20  # seconds without a byte that fail an attempt; botocore waits for 60
 _WAITS = (0.25, 0.5, 1.0, 2.0, 4.0)  # seconds between attempts, where fsspec does not retry
 _LONGEST = 600  # seconds for all attempts at one key
 _PASSING = (408, 429, 500, 502, 503, 504)  # HTTP states to retry after
 _LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_LISTED = "cannot be listed"
 _file_systems: dict[str, Any] = {}
 _lock = threading.Lock()
 T = TypeVar("T")
@@ -108,34 +102,29 @@ class RemoteStore(_ByGetAndSet[FsspecStore]):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         try:
-            return await self._patiently(lambda: self._store.get(key, prototype, byte_range))
-        except Exception as error:
+            return await self._tried(f"{key} cannot be read", lambda: self._store.get(key, prototype, byte_range))
+        except InputError as error:
             # Without the right to list a bucket, absent keys are forbidden, such as metadata of other formats.
-            if is_metadata(key) and (isinstance(error, PermissionError) or getattr(error, "status", 0) == 403):
+            cause = error.__cause__
+            if is_metadata(key) and (isinstance(cause, PermissionError) or getattr(cause, "status", 0) == 403):
                 return None
-            raise InputError(self._words(f"{key} cannot be read", error)) from error
+            raise
 
     async def set(self, key: str, value: Buffer) -> None:
-        try:
-            await self._patiently(lambda: self._store.set(key, value))
-        except Exception as error:
-            raise OutputError(self._words(f"{key} cannot be written", error)) from error
+        await self._tried(f"{key} cannot be written", lambda: self._store.set(key, value), OutputError)
 
     async def delete(self, key: str) -> None:
-        try:
-            await self._store.delete(key)
-        except Exception as error:
-            raise OutputError(self._words(f"{key} cannot be deleted", error)) from error
+        await self._tried(f"{key} cannot be deleted", lambda: self._store.delete(key), OutputError)
 
     async def exists(self, key: str) -> bool:
-        return await self.looked(lambda: self._store.exists(key))
+        return await self._tried(_LISTED, lambda: self._store.exists(key))
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        for key in await self.looked(lambda: all_of(self._store.list_prefix(prefix))):
+        for key in await self._tried(_LISTED, lambda: all_of(self._store.list_prefix(prefix))):
             yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        for key in await self.looked(lambda: all_of(self._store.list_dir(prefix))):
+        for key in await self._tried(_LISTED, lambda: all_of(self._store.list_dir(prefix))):
             yield key
 
     async def stamps(self, prefix: str) -> list[str] | None:
@@ -143,37 +132,36 @@ class RemoteStore(_ByGetAndSet[FsspecStore]):
         if not self.supports_listing:
             return None
         fs, path = self._store.fs, f"{self._store.path}/{prefix}".rstrip("/")
-        found = await self.looked(lambda: fs._find(path, detail=True))
+        found = await self._tried(_LISTED, lambda: fs._find(path, detail=True))
         versions = {key: next((info[name] for name in _VERSIONS if name in info), "") for key, info in found.items()}
         return [f"{key} {found[key].get('size')} {version}" for key, version in sorted(versions.items())]
 
     async def is_a_key(self) -> bool:
         """Return whether the URL itself is a key."""
-        return bool((await self.looked(lambda: self._store.fs._info(self._store.path)))["type"] == "file")
+        found = await self._tried(_LISTED, lambda: self._store.fs._info(self._store.path))
+        return bool(found["type"] == "file")
 
-    async def looked(self, look: Callable[[], Awaitable[T]]) -> T:
-        """Return the result of a listing; raises `InputError` if it fails."""
+    async def _tried(
+        self, problem: str, attempt: Callable[[], Awaitable[T]], kind: type[ScialmError] = InputError
+    ) -> T:
+        """Retry after errors that may pass, with growing waits, unless fsspec does so; raises `kind` in the end."""
         try:
-            return await self._patiently(look)
+            async with asyncio.timeout(_LONGEST):
+                for wait in () if self._protocol in _PATIENT else _WAITS:
+                    try:
+                        return await attempt()
+                    except Exception as error:
+                        status, module = getattr(error, "status", None), type(error).__module__.partition(".")[0]
+                        passing = module == "aiohttp" or (
+                            isinstance(error, OSError) and not isinstance(error, _LASTING)
+                        )
+                        if not (status in _PASSING if isinstance(status, int) and status else passing):
+                            raise
+                    await asyncio.sleep(wait * random.uniform(0.5, 1.5))
+                return await attempt()
         except Exception as error:
-            raise InputError(self._words("cannot be listed", error)) from error
-
-    def _words(self, what: str, error: Exception) -> str:
-        return f"{self.url}: {what} ({_cause(error)}); check the connection and the permissions"
-
-    async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Retry after errors that may pass, with growing waits, unless fsspec does so itself."""
-        async with asyncio.timeout(_LONGEST):
-            for wait in () if self._protocol in _PATIENT else _WAITS:
-                try:
-                    return await attempt()
-                except Exception as error:
-                    status, module = getattr(error, "status", None), type(error).__module__.partition(".")[0]
-                    passing = module == "aiohttp" or (isinstance(error, OSError) and not isinstance(error, _LASTING))
-                    if not (status in _PASSING if isinstance(status, int) and status else passing):
-                        raise
-                await asyncio.sleep(wait * random.uniform(0.5, 1.5))
-            return await attempt()
+            remedy = "check the connection and the permissions"
+            raise kind(f"{self.url}: {problem} ({_cause(error)}); {remedy}") from error
 
 
 def _checked(url: str) -> str:

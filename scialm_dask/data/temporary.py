@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import uuid
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,8 +151,7 @@ def rows_in_order(
     """
     record = np.dtype([("row", np.int64), ("column", np.int32), ("value", dtype)])
     with temporary_folder() as folder:
-        names = (folder / f"{number}" for number in count())
-        for span, entries in _deal(pieces, (0, shape[0]), n_expected, record, names):
+        for span, entries in _deal(pieces, (0, shape[0]), n_expected, record, folder):
             yield csr_of(entries, span, shape[1], dtype, name)
 
 
@@ -187,13 +186,13 @@ class _Bucket:
 
 
 def _deal(
-    pieces: Iterable[Entries], span: tuple[int, int], n_expected: int, record: np.dtype[Any], names: Iterator[Path]
+    pieces: Iterable[Entries], span: tuple[int, int], n_expected: int, record: np.dtype[Any], folder: Path
 ) -> Iterator[tuple[tuple[int, int], Entries]]:
     """Distribute the entries of rows `span` to bucket files; yield the rows and entries of each."""
     start, stop = span
     n_buckets = min(max(1, -(-n_expected // (_BUCKET // 2))), _MOST_BUCKETS, stop - start)
     bounds = np.linspace(start, stop, n_buckets + 1).round().astype(np.int64)
-    buckets = [_Bucket(next(names)) for _ in range(n_buckets)]
+    buckets = [_Bucket(folder / uuid.uuid4().hex) for _ in range(n_buckets)]
     for piece in pieces:
         of_bucket = np.searchsorted(bounds, piece.rows, side="right") - 1
         order = np.argsort(of_bucket, kind="stable")
@@ -205,7 +204,7 @@ def _deal(
     for bucket, first, last in zip(buckets, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         n_entries = bucket.n_bytes // record.itemsize
         if n_entries > _BUCKET and last - first > 1:
-            yield from _deal(bucket.read(record, _PIECE), (first, last), n_entries, record, names)
+            yield from _deal(bucket.read(record, _PIECE), (first, last), n_entries, record, folder)
         else:
             parts = [Entries(*(np.empty(0, kind) for kind in (np.int64, np.int32, record["value"])))]
             parts += bucket.read(record, max(1, n_entries))

@@ -56,9 +56,9 @@ def write_dense(root: zarr.Group, imputed: da.Array, keep_observed: ExpressionMa
 def write_sparse(
     root: zarr.Group,
     imputed: da.Array,
-    observed: ExpressionMatrix,
     left: da.Array,
     rule: Callable[[NDArray[np.float32]], NDArray[np.bool_]],
+    observed: ExpressionMatrix,
     keep_observed: bool,
     advance: Advance,
 ) -> float:

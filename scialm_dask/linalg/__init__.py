@@ -1,1 +1,1 @@
-"""Numbers: block kernels, the operator, the SVD. Nothing here knows of cells."""
+"""Block kernels, the operator W, and its SVD. Knows nothing of cells."""

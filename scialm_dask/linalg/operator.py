@@ -1,11 +1,10 @@
-"""W, low rank plus sparse, over all row blocks. The one numeric file that builds Dask graphs."""
+"""The operator W, low rank plus sparse, over all row blocks. The one file in linalg that builds Dask graphs."""
 
 from __future__ import annotations
 
 import functools
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -27,50 +26,49 @@ from scialm_dask.reduction import (
     threads_anywhere,
 )
 
+PANEL_COLUMNS = 256  # left vectors that are projected at a time
+_UNUSED = -1  # a version that no pass makes
+
 
 class Product(NamedTuple):
-    """What one pass gives: WᵀWQ (n × l) and its Gram (WQ)ᵀWQ (l × l), float64; sums over entries as in `Sums`."""
+    """The result of a pass."""
 
-    cross: Doubles
-    gram: Doubles
-    misfit: float
-    held_out: float
+    cross: Doubles  # WᵀWQ, float64, shape (n, l)
+    gram: Doubles  # (WQ)ᵀWQ, float64, shape (l, l)
+    misfit: float = 0.0  # as in `Sums`
+    held_out: float = 0.0
 
 
 class _Kept(NamedTuple):
-    """State without the sketch, V, and the versions of what the state refers to."""
+    """The best A so far, and the W that goes with it."""
 
-    states: list[Any]
+    states: list[Any]  # of each group, without the sketch
     right: Floats
     versions: dict[str, int]
 
 
-PANEL_COLUMNS = 256  # of left vectors that are projected at once
-_UNUSED = -1  # a version that no pass makes
-
-
 class LowRankPlusSparse:
-    """The matrix whose SVD each iteration takes, never formed: A = U Vᵀ plus what A misses on the observed entries.
+    """W = U Vᵀ + S, the matrix of which each iteration takes the SVD: A = U Vᵀ plus a sparse correction, never formed.
 
-    Every method that visits the blocks makes one *pass*: one task for each thread of each worker, which visits its
-    blocks in turn and adds up what they give, and a tree over workers. The first pass reads the blocks. Works with
-    whatever scheduler Dask has: threads in this process, or a `distributed.Client`.
+    Every method that visits the blocks makes one *pass*: one task for each thread of each worker visits its blocks in
+    turn and adds up results, and a tree adds up those of the tasks. The first pass reads the blocks. Runs on whichever
+    scheduler Dask uses: threads of this process, or a `distributed.Client`.
 
     Parameters
     ----------
     source
-        Hands out the blocks. If it has ``weights``, a number for each block in proportion to its entries, work is
-        shared out by those, else by rows; if it has ``part``, tasks get what that returns for the numbers of theirs.
+        Reads the blocks. Its attribute ``weights``, if it has one, balances work, one number for each block; otherwise
+        rows do. Its method ``part``, if it has one, returns the source to send to a task, given block numbers.
     store
-        Keeps the blocks, as they were read once, and their working state.
+        Keeps the blocks and their state between passes.
     on_pass
-        Called after each pass with their number so far.
+        Called after each pass with the number of passes so far.
     before_pass
-        Called before each pass but the first. If it raises, all is as after the pass before.
+        Called before each pass except the first. If it raises, the operator stays as the last pass left it.
     on_read
-        Called with the `observations` when a pass has read the blocks.
+        Called with the `observations` after the pass that reads the blocks.
     placement
-        Shares blocks of given weights out among workers; asked before each pass.
+        Assigns blocks of given weights to workers; called before each pass.
 
     Attributes
     ----------
@@ -79,7 +77,9 @@ class LowRankPlusSparse:
     bounds : tuple of int
         First row of each block, and the number of rows.
     passes : int
-        How many times the blocks were visited so far.
+        Number of passes so far.
+    right : ndarray of shape (n, r), float32
+        V.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class LowRankPlusSparse:
         self._weights: Sequence[float] = getattr(source, "weights", np.diff(source.bounds).tolist())
         self._groups = placement(self._weights)
         self._store = store
-        self._right = np.zeros((self.shape[1], 0), np.float32)
+        self.right = np.zeros((self.shape[1], 0), np.float32)
         self._versions: dict[str, int] = dict.fromkeys(("estimate", "left", "sketch"), 0)
         self._best: _Kept | None = None
         self._source: BlockSource | None = source  # until it has been read
@@ -109,26 +109,16 @@ class LowRankPlusSparse:
 
     @property
     def observations(self) -> Observations:
-        """Of the observed entries, as they were before the first iteration; takes a pass if there was none yet."""
+        """Counts and norms of the observed entries; makes a pass if there was none yet."""
         if self._observations is None:
-            self.reduce(tasks.nothing)
-            assert self._observations is not None
+            self.reduce(lambda *_: None)
+        assert self._observations is not None
         return self._observations
 
     @property
     def size(self) -> float:
         """Number of entries, mn."""
         return float(self.shape[0]) * self.shape[1]
-
-    @property
-    def right(self) -> Floats:
-        """V, float32, shape ``(n, r)``, of the A in force."""
-        return self._right
-
-    @property
-    def n_blocks(self) -> int:
-        """Number of row blocks."""
-        return len(self.bounds) - 1
 
     def multiply(
         self,
@@ -137,52 +127,45 @@ class LowRankPlusSparse:
         right: Floats | None = None,
         give_back: ReleaseHeldOut | None = None,
     ) -> Product:
-        """Take a step or give back the held-out entries, if told to, then compute WᵀWQ. One pass.
+        """Take a step or release the held-out entries, if told to, then compute WᵀWQ. One pass.
 
         Parameters
         ----------
         basis
             Q, shape ``(n, l)``; None to take the step only.
         step, right
-            The new A, as its left factor in terms of the last pass's W Q, and its right factor, ``(n, r)``.
+            The new A: how to compute its left factor from the last sketch, and its right factor, shape ``(n, r)``.
         give_back
-            Make held-out entries observed ones.
+            How to make held-out entries observed.
         """
-        view = self._view(right)
-        overlap = None if basis is None else view.right.T @ basis
-        view = replace(view, basis=basis, overlap=overlap, step=step, give_back=give_back)
+        right = self.right if right is None else right
+        inputs = PassInputs(right, basis, None if basis is None else right.T @ basis, step, give_back)
         changes = {"sketch"} if basis is not None else set()
         changes |= {"estimate", "left"} if step is not None else set()
         changes |= {"estimate"} if give_back is not None else set()
-        # A step makes a new left factor of the sketch; without one the old left factor is in force.
+        # A step computes the left factor from the sketch; without a step the left factor is needed instead.
         unneeded = ("left",) if step is not None else ("sketch",)
-        sums: Sums = self._pass(tasks.visit, view, changes=changes, without=unneeded)
-        self._right = view.right
+        sums: Sums = self._pass(tasks.visit, inputs, changes=changes, without=unneeded)
+        self.right = right
         cross = sums.sparse_cross.astype(np.float64)
         if cross.size:
-            kernels.add_product(cross, view.right, sums.left_cross)
+            kernels.add_product(cross, right, sums.left_cross)
         return Product(cross, sums.gram, sums.misfit, sums.held_out)
 
     def reduce(self, kernel: Callable[..., Any], *arguments: Any) -> Any:
-        """Add up what ``kernel(number, block, state, *arguments)`` returns of each block. One pass.
+        """Sum ``kernel(number, block, state, *arguments)`` over the blocks. One pass.
 
-        Parameters
-        ----------
-        kernel
-            A function of a module. Gets the number of the block, a `Block` and a `BlockState`, and returns numbers and
-            new arrays, which are added up, dicts, which are joined, or a tuple of these.
-        arguments
-            Sent to each worker once.
+        The kernel takes the number of a block, a `Block` and a `BlockState`, and returns numbers or new arrays, which
+        are added up, dicts, which are joined, or a tuple of these.
         """
         return self._pass(tasks.reduce, kernel, *arguments)
 
     def project(self, vectors: Floats) -> Floats:
-        """Compute Wᵀ times left vectors, shape ``(m, l)``, which become the sketch: float32, ``(n, l)``. One pass.
+        """Return Wᵀ times left vectors, shape ``(m, l)``, which become the sketch: float32, ``(n, l)``. One pass.
 
-        A few vectors at a time, so that what the blocks give back is never all there at once.
+        Works on some vectors at a time, to limit memory.
         """
-        view = self._view()
-        parts = self._pass(tasks.take_sketch, view, rows=vectors, changes={"sketch"}, together=False)
+        parts = self._pass(tasks.take_sketch, PassInputs(self.right), rows=vectors, changes={"sketch"}, together=False)
         cross = np.empty((self.shape[1], vectors.shape[1]), np.float32)
         for start in range(0, vectors.shape[1], PANEL_COLUMNS):
             some = slice(start, start + PANEL_COLUMNS)
@@ -190,24 +173,23 @@ class LowRankPlusSparse:
             sums = at_home(self._groups, lambda g: project(self._store, self._blocks[g], parts[g], *rows[g]))  # noqa: B023
             (total,) = execute([sum_of_groups(self._groups, tasks.add, sums)], dask.compute)
             cross[:, some] = total[0]
-            kernels.add_product(cross[:, some], view.right, total[1])
+            kernels.add_product(cross[:, some], self.right, total[1])
         return cross
 
     def column_gram(self) -> Doubles:
-        """WᵀW, shape ``(n, n)``, when columns are the short side. One pass."""
-        view = self._view()
-        left_gram, cross, sparse_gram = self.reduce(tasks.column_gram, view)
-        right = view.right.astype(np.float64)
+        """Return WᵀW, float64, shape ``(n, n)``, for matrices with fewer columns than rows. One pass."""
+        left_gram, cross, sparse_gram = self.reduce(tasks.column_gram, PassInputs(self.right))
+        right = self.right.astype(np.float64)
         gram = right @ cross
         gram += gram.T
         gram += sparse_gram
-        kernels.add_product(gram, view.right, left_gram @ right.T)
+        kernels.add_product(gram, self.right, left_gram @ right.T)
         return gram  # type: ignore[no-any-return]
 
     def row_gram(self) -> Doubles:
-        """WWᵀ, shape ``(m, m)``, when rows are the short side: a task for each pair of groups. One pass."""
-        view = self._view()
-        halves = self._pass(tasks.reduce, tasks.row_half, view, kernels.gram(view.right), together=False)
+        """Return WWᵀ, float64, shape ``(m, m)``, from a task for each pair of groups. One pass."""
+        core = kernels.gram(self.right)
+        halves = self._pass(tasks.reduce, tasks.row_half, PassInputs(self.right), core, together=False)
         pair, groups = dask.delayed(tasks.row_gram), range(len(self._groups))
         pairs = [(g, h) for g in groups for h in groups[g:]]
         blocks = self._blocks
@@ -220,59 +202,56 @@ class LowRankPlusSparse:
         return gram
 
     def keep(self) -> None:
-        """Remember the A in force, and W, as the best so far; `factors` gives that A back."""
+        """Keep the present A and W as the best so far."""
         versions = {name: self._versions[name] for name in ("estimate", "left")}
         states = list(execute([self._where_held(tasks.without_sketch)(states) for states in self._states]))
-        forgotten, self._best = self._best, _Kept(states, self._right, versions)
+        forgotten, self._best = self._best, _Kept(states, self.right, versions)
         if forgotten is not None:
             for name, version in forgotten.versions.items():
                 if version != versions[name]:
                     self._store.drop(name, version)
 
     def restore(self) -> None:
-        """Put the A last kept in force again, and W with it."""
+        """Go back to the A and W last kept."""
         if self._best is not None:
             with_kept = self._where_held(tasks.with_kept)
             self._states = list(execute([*map(with_kept, self._states, self._best.states)]))
-            self._right = self._best.right
-            for name, version in self._best.versions.items():
-                if version != self._versions[name]:
-                    self._store.drop(name, self._versions[name])
-                self._versions[name] = version
+            self.right = self._best.right
+            self._renew(self._best.versions)
 
     def factors(self) -> tuple[list[Delayed], Floats]:
-        """Left factor, a delayed float32 array of shape ``(rows of the block, r)`` for each block, and right factor.
+        """Return U and V of the A last kept, or else of the present A.
 
-        Those of the A last kept, else of the one in force.
+        U is a list with a delayed float32 array of shape ``(rows of the block, r)`` for each block.
         """
         if self._best is None:
             self.keep()
         assert self._best is not None
-        return self._by_block(tasks.get_left, self._best.states), self._best.right
+        return self._by_block(self._best.states, None), self._best.right
 
     def sketched(self, rotation: Doubles) -> list[Delayed]:
-        """Return the last sketch times `rotation`: for each block a delayed float32 array of its rows. No pass."""
-        return self._by_block(tasks.sketched, self._states, dask.delayed(rotation.astype(np.float32), traverse=False))
+        """Return the last sketch times `rotation`, a delayed float32 array for each block. No pass."""
+        return self._by_block(self._states, dask.delayed(rotation.astype(np.float32), traverse=False))
 
-    def _by_block(self, function: Callable[..., Floats], states: list[Any], *arguments: Any) -> list[Delayed]:
-        """Apply a function lazily to the state of each block."""
-        apply, made = dask.delayed(function), {}
+    def _by_block(self, states: list[Any], rotation: Delayed | None) -> list[Delayed]:
+        apply, made = dask.delayed(tasks.left_of), {}
         for group, held in zip(self._groups, states, strict=True):
             for b in group.blocks:
-                made[b] = apply(self._store, tasks.pick(held, (b,)) if self._store.durable else held, b, *arguments)
-        return [made[b] for b in range(self.n_blocks)]
+                made[b] = apply(self._store, tasks.pick(held, (b,)) if self._store.durable else held, b, rotation)
+        return [made[b] for b in sorted(made)]
 
     def release(self) -> None:
-        """Forget the blocks and all that is known of them."""
-        names = {*self._versions.items(), *((name, 0) for name in tasks.BLOCK_ARRAYS)}
-        for name, version in names if self._best is None else names | {*self._best.versions.items()}:
-            self._store.drop(name, version)
+        """Delete the blocks and their state."""
+        best = {} if self._best is None else self._best.versions
+        for versions in (self._versions, best, dict.fromkeys(tasks.BLOCK_ARRAYS, 0)):
+            for name, version in versions.items():
+                self._store.drop(name, version)
 
     def save(self, files: Files, *, sketch: bool) -> dict[str, list[Any]]:
-        """Write the state, each block from the worker that has it, so that `load` can put it back.
+        """Write the state to files, each block from the worker that holds it, for `load`.
 
-        With the `sketch` of the last pass too, if the next step is made from that. Returns what `files` gave for each
-        array, by what the array holds.
+        With `sketch`, write the sketch too, for when the next step is made from it. Returns the references that `files`
+        gave, by array and then by block.
         """
         names = ("estimate", "left", "sketch") if sketch else ("estimate", "left")
         apart = self._best if self._best is not None and self._best.versions["left"] != self._versions["left"] else None
@@ -280,22 +259,18 @@ class LowRankPlusSparse:
         save = dask.delayed(tasks.save, pure=False)
         parts = at_home(self._groups, lambda g: save(self._store, files, self._states[g], names, best[g]))
         written = tasks.join(*execute(parts, dask.compute))
-        saved = {name: [written[b][name] for b in range(self.n_blocks)] for name in written[0]}
-        saved["right"] = [files.put("right", 0, self._right)]
+        saved = {name: [written[b][name] for b in sorted(written)] for name in written[0]}
+        saved["right"] = [files.put("right", 0, self.right)]
         if apart is not None:
             saved["best_right"] = [files.put("best_right", 0, apart.right)]
         return saved
 
     def load(
-        self,
-        files: Files,
-        saved: Mapping[str, Sequence[Any]],
-        passes: int,
-        observations: Observations | None = None,
+        self, files: Files, saved: Mapping[str, Sequence[Any]], passes: int, observations: Observations | None = None
     ) -> None:
-        """Put back what `save` wrote to `files`, of this operator or of one over the same blocks, which are read later.
+        """Load a state that `save` wrote, from this operator or another over the same blocks.
 
-        `passes` and `observations` are as they were then.
+        `passes` and `observations` are the values at that time.
         """
         of_all = {name: saved[name][0] for name in ("right", "best_right") if name in saved}
         of_blocks = {name: group for name, group in saved.items() if name not in of_all}
@@ -310,18 +285,16 @@ class LowRankPlusSparse:
 
         parts = at_home(self._groups, restored)
         held = execute([part for pair in parts for part in pair], dask.compute if self._store.durable else dask.persist)
-        for name, version in self._versions.items():
-            self._store.drop(name, version)
-        self._states, self._right, self.passes = list(held[::2]), files.get(of_all["right"]), passes
-        self._versions = dict.fromkeys(self._versions, passes)
+        self._states, self.right, self.passes = list(held[::2]), files.get(of_all["right"]), passes
+        self._renew(dict.fromkeys(self._versions, passes))
         self._observations = observations or self._observations
-        best_right = files.get(of_all["best_right"]) if apart else self._right
+        best_right = files.get(of_all["best_right"]) if apart else self.right
         versions = dict.fromkeys(("estimate", "left"), _UNUSED if apart else passes)
         self._best = _Kept(list(held[1::2]), best_right, versions)
 
     @property
     def depends_on_workers(self) -> bool:
-        """Whether a block that a worker loses is made again by all the passes since the state was last put back."""
+        """Whether a lost worker's state would be computed again by all passes since the state was last loaded."""
         return not self._store.durable and current_client() is not None
 
     def _pass(
@@ -333,18 +306,10 @@ class LowRankPlusSparse:
         rows: Floats | None = None,
         together: bool = True,
     ) -> Any:
-        """Visit each block once: a task for each group, and a tree over them that adds up what they give.
+        """Visit each block once: `tasks.run` for each group, and a tree that adds up their totals.
 
-        Parameters
-        ----------
-        kernel, arguments, without
-            See `tasks.run`.
-        changes
-            Arrays of the state that the kernel makes anew.
-        rows
-            The last argument, of which a group gets the rows of its blocks.
-        together
-            Add up; else what each group gives stays where it is.
+        `changes` names the arrays of the state that the kernel changes; of `rows`, its last argument, a group gets the
+        rows of its blocks. Without `together`, return a delayed total for each group.
         """
         if self.passes:
             self._before_pass()
@@ -353,8 +318,10 @@ class LowRankPlusSparse:
         shared, own = spread(arguments, self._groups), self._rows(rows)
 
         def visit(g: int) -> Delayed:
-            held, numbers = (self._blocks[g], self._states[g]), self._groups[g].blocks
-            part = None if source is None else _shipped(source, numbers)
+            held, numbers, part = (self._blocks[g], self._states[g]), self._groups[g].blocks, None
+            if source is not None:  # under a name of its own, so that Dask does not hash it
+                some = source.part(numbers) if hasattr(source, "part") else source
+                part = dask.delayed(some, name=f"source-{uuid.uuid4().hex[:12]}", traverse=False)
             return run(self._store, part, numbers, held, number, without, kernel, shared[g], *own[g])
 
         parts, fresh = at_home(self._groups, visit), source is not None
@@ -364,7 +331,7 @@ class LowRankPlusSparse:
         if fresh or changes:
             self._states = states
         self.passes = number
-        self._renew(changes, number)
+        self._renew(dict.fromkeys(changes, number))
         self._on_pass(number)
         if observed is not None:
             self._observations = observed
@@ -372,11 +339,11 @@ class LowRankPlusSparse:
         return total
 
     def _settled(self, parts: list[Delayed], fresh: bool, changed: bool, together: bool) -> tuple[Any, ...]:
-        """Compute what `tasks.run` returns: blocks and states by groups, their total, and the observations."""
+        """Compute the results of `tasks.run`: blocks and states by group, the total, and the observations."""
         add_up = functools.partial(sum_of_groups, self._groups, tasks.add)
         if self._store.durable and together:
-            # References to a disk come here: a scheduler that held them would make a lost one again from versions that
-            # are gone. Else blocks and states stay with the workers.
+            # References to a disk are kept here: a scheduler that held them would recompute a lost one from versions
+            # that are gone. In memory, blocks and states stay with the workers.
             ((read, states, total, observed),) = execute([add_up(parts)], dask.compute)
             return self._shares(read), self._shares(states), total, observed
         read, states, totals, seen = (list(column) for column in zip(*map(tuple, parts), strict=True))
@@ -386,26 +353,23 @@ class LowRankPlusSparse:
             blocks, states = dask.compute(blocks, states)
         return blocks, states, total[0].compute() if together else total, seen[0].compute() if fresh else None
 
-    def _renew(self, changed: Collection[str], number: int) -> None:
-        """Forget what a pass has made anew, unless it is kept."""
-        for name in changed:
-            if self._best is None or self._best.versions.get(name) != self._versions[name]:
+    def _renew(self, versions: Mapping[str, int]) -> None:
+        """Replace versions of arrays, and delete those that are not kept as the best."""
+        best = {} if self._best is None else self._best.versions
+        for name, version in versions.items():
+            if self._versions[name] not in (version, best.get(name)):
                 self._store.drop(name, self._versions[name])
-            self._versions[name] = number
-
-    def _view(self, right: Floats | None = None) -> PassInputs:
-        """Return what a pass carries, without a basis; `right` is that of a new A."""
-        return PassInputs(self._right if right is None else right)
+            self._versions[name] = version
 
     def _rows(self, rows: Floats | None) -> list[tuple[Records, ...]]:
-        """Give the rows of the blocks of each group, by block."""
+        """Return for each group a tuple of its part of `rows`, by block; empty tuples for None."""
         if rows is None:
             return [()] * len(self._groups)
         spans = list(pairwise(self.bounds))
         return [(Records((b, rows[slice(*spans[b])]) for b in group.blocks),) for group in self._groups]
 
     def _follow(self, groups: tuple[Group, ...]) -> None:
-        """Take on a new placement: what is held of blocks that move goes with them."""
+        """Move blocks and their state to a new placement."""
         if groups == self._groups:
             return
         before, self._groups = self._groups, groups
@@ -423,11 +387,5 @@ class LowRankPlusSparse:
         return [tasks.pick(records, group.blocks) for group in self._groups]
 
     def _where_held(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Make a function that moves no data work on what is held of a group."""
+        """Make a function run where its arguments are held."""
         return function if self._store.durable else dask.delayed(function)
-
-
-def _shipped(source: BlockSource, blocks: tuple[int, ...]) -> Delayed:
-    if hasattr(source, "part"):
-        source = source.part(blocks)
-    return dask.delayed(source, name=f"source-{uuid.uuid4().hex[:12]}", traverse=False)

@@ -1,4 +1,4 @@
-"""Random choices that are keyed by column and ordinal: the same whatever the blocks, threads and workers."""
+"""Random choices keyed by row, column and seed, so that they do not depend on blocks, threads or workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy.special import bdtr
 
 from scialm_dask.linalg.sparse_products import compiled
 
-_NEVER_HIDDEN = 3  # columns with no more entries keep them all
+_NEVER_HIDDEN = 3  # columns with at most this many entries keep them all
 
 # Two rounds leave about n**-0.5 of any bias in pairs of entries, so small n need more of them.
 _SMALL = np.uint64(256)
@@ -28,7 +28,7 @@ _ZERO, _ONE = np.uint64(0), np.uint64(1)
 
 @compiled()
 def mixed(x: np.uint64) -> np.uint64:
-    """Scramble 64 bits one to one (the output function of SplitMix64)."""
+    """Return a bijective hash of 64 bits, the output function of SplitMix64."""
     x = (x ^ (x >> _S30)) * _MIX_1
     x = (x ^ (x >> _S27)) * _MIX_2
     return x ^ (x >> _S31)
@@ -36,10 +36,10 @@ def mixed(x: np.uint64) -> np.uint64:
 
 @compiled()
 def _permuted(x: np.uint64, n: np.uint64, n_left: np.uint64, n_right: np.uint64, key: np.uint64) -> np.uint64:
-    """Where a pseudo-random permutation of 0 … n - 1 sends `x`.
+    """Return the image of `x` under a pseudo-random permutation of 0 … n - 1.
 
-    A Feistel network on pairs (left, right) below (n_left, n_right), whose product is n or little more; a result
-    of n or more is sent on until it falls below n (cycle walking), which keeps it a permutation.
+    This is a Feistel network on pairs (left, right) below (n_left, n_right), where n_left · n_right is n or slightly
+    more. Results of n or more are permuted again until they fall below n (cycle walking).
     """
     while True:
         left, right, k = x // n_right, x % n_right, key
@@ -65,11 +65,8 @@ def _hide(
     hidden: NDArray[np.bool_],
 ) -> None:
     n_columns = len(counts)
-    keys, lefts, rights = (
-        np.empty(n_columns, np.uint64),
-        np.empty(n_columns, np.uint64),
-        np.empty(n_columns, np.uint64),
-    )
+    keys = np.empty(n_columns, np.uint64)
+    lefts, rights = np.empty_like(keys), np.empty_like(keys)
     for j in range(n_columns):
         keys[j] = mixed(mixed(seed) + np.uint64(j) * _GOLDEN + _ONE)
         n_left = max(np.int64(1), np.int64(np.ceil(np.sqrt(counts[j]))))
@@ -92,57 +89,53 @@ def hidden_entries(
 ) -> NDArray[np.bool_]:
     """Choose entries of a sparse matrix, column by column, uniformly and without replacement.
 
-    The entry that is number `o` of its column, in row order, is chosen if a pseudo-random permutation keyed by
-    the seed and the column sends `o` below ``n_hidden``. So exactly ``n_hidden[j]`` entries of column `j` are
-    chosen in all, and a block can tell which ones from the counts before it alone.
+    Entry number `o` of column `j`, in row order, is chosen if a pseudo-random permutation keyed by seed and column maps
+    it below ``n_hidden[j]``. So exactly ``n_hidden[j]`` entries are chosen, and a block needs to know only the counts
+    of the blocks before it.
 
     Parameters
     ----------
     indices
         Column of each entry of a block of rows, row by row, as in CSR.
-    first_ordinal
-        Number of entries of each column in the blocks before, shape ``(n_columns,)``.
-    counts
-        Number of entries of each column in the whole matrix, shape ``(n_columns,)``, below 2**62.
-    n_hidden
-        How many of them to choose, shape ``(n_columns,)``.
+    first_ordinal, counts, n_hidden
+        For each column, the number of entries in the blocks before, in the whole matrix, below 2**62, and to choose.
     seed
-        Any integer; its low 64 bits count. Other seeds give independent choices.
+        Any integer; its low 64 bits are used.
 
     Returns
     -------
     ndarray of bool
-        Which entries of the block are chosen, shape of `indices`.
+        True for chosen entries, shape of `indices`.
 
     Raises
     ------
     ValueError
-        If the block holds more entries of a column than `counts` leaves after `first_ordinal`.
+        If a column has more entries, in the blocks before and this one, than `counts` says.
     """
     hidden = np.zeros(len(indices), dtype=np.bool_)
     seen = np.array(first_ordinal, dtype=np.int64)
-    counts = _as_int64(counts)
+    counts, n_hidden = (np.ascontiguousarray(values, dtype=np.int64) for values in (counts, n_hidden))
     if len(indices) and np.any(seen + np.bincount(indices, minlength=len(counts)) > counts):
         raise ValueError("a column has more entries than its count")
-    _hide(indices, seen, counts, _as_int64(n_hidden), np.uint64(seed & _MASK), hidden)
+    _hide(indices, seen, counts, n_hidden, np.uint64(seed & _MASK), hidden)
     return hidden
 
 
 def n_to_hide(counts: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
-    """Tell how many entries of each column to hide: ``int(count * fraction)``, none if `count` is three or less."""
+    """Return how many entries of each column to hide: ``int(count * fraction)``, none if `count` is at most three."""
     hidden: NDArray[np.int64] = (counts * fraction).astype(np.int64)
     return np.where(counts > _NEVER_HIDDEN, hidden, 0)
 
 
 @compiled()
 def _uniform(x: np.uint64) -> float:
-    """Give a number between 0 and 1, never either: the upper 52 bits of `x`, and a half."""
+    """Return a number in the open interval (0, 1) from the upper 52 bits of `x`."""
     return (np.float64(x >> _S12) + 0.5) * 2.0**-52
 
 
 @compiled()
 def _stirling(x: float) -> float:
-    """Give what Stirling's formula for log x! leaves out."""
+    """Return the error of Stirling's formula for log x!."""
     y = x + 1
     if x < 10:
         return math.lgamma(y) - (x + 0.5) * math.log(y) + y - 0.5 * math.log(2 * math.pi)
@@ -151,7 +144,7 @@ def _stirling(x: float) -> float:
 
 @compiled()
 def _inverted(n: float, p: float, u: float) -> float:
-    """Draw from Binomial(n, p) by adding up its probabilities: steps as the mean, so for small ones."""
+    """Draw from Binomial(n, p) by inversion, in time proportional to the mean."""
     k, last, odds = 0.0, min(n, n * p + 10 * math.sqrt(n * p + 1)), p / (1 - p)
     f = math.exp(n * math.log1p(-p))
     while u >= f and k < last:
@@ -163,7 +156,7 @@ def _inverted(n: float, p: float, u: float) -> float:
 
 @compiled()
 def _rejected(n: float, p: float, key: np.uint64) -> Any:
-    """Draw from Binomial(n, p), mean at least 10 and p at most a half, in constant time (BTRS of Hörmann 1993)."""
+    """Draw from Binomial(n, p) in constant time, for np ≥ 10 and p ≤ ½ (BTRS of Hörmann 1993)."""
     sd, mode, odds = math.sqrt(n * p * (1 - p)), np.floor((n + 1) * p), p / (1 - p)
     b = 1.15 + 2.53 * sd
     a = -0.0873 + 0.0248 * b + 0.01 * p
@@ -178,7 +171,7 @@ def _rejected(n: float, p: float, key: np.uint64) -> Any:
             return k
         if k < 0 or k > n:
             continue
-        d = k - mode  # log of P(k) / P(mode), in terms that do not grow beyond d: exact for 1e12 as for 100
+        d = k - mode  # log of P(k) / P(mode), from terms of the size of d, so that it is exact for n = 1e12 too
         ratio = d * math.log(odds * (n - k + 1) / (k + 1)) + _stirling(mode) + _stirling(n - mode)
         ratio -= (mode + 0.5) * math.log1p(d / (mode + 1)) + (n - mode + 0.5) * math.log1p(-d / (n - mode + 1))
         if math.log(v * (2.83 + 5.1 / b) * sd / (a / (near * near) + b)) <= ratio - _stirling(k) - _stirling(n - k):
@@ -187,7 +180,7 @@ def _rejected(n: float, p: float, key: np.uint64) -> Any:
 
 @lru_cache
 def _small_binomials(p: float) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-    """Tabulate P(at most m of n), n below 64, and where the search for a uniform number begins, by its upper 8 bits."""
+    """Return P(at most m of n) for n < 64, and where to start the search for a uniform number, by its upper 8 bits."""
     n, m = np.arange(64)[:, None], np.arange(64)
     below = np.where(m < n, bdtr(np.minimum(m, n), n, p), 1.0)
     return below, np.sum(below[:, None] <= np.arange(256)[:, None] / 256, axis=2, dtype=np.uint8)
@@ -226,31 +219,12 @@ def thinned(
     share: float,
     seed: int,
 ) -> NDArray[np.float32]:
-    """Keep each molecule of a count matrix with probability `share`: binomial thinning, keyed by row and column.
+    """Keep each molecule with probability `share`, in time that does not grow with the counts.
 
-    The time does not grow with the counts.
-
-    Parameters
-    ----------
-    indptr, indices, counts
-        A block of rows in CSR, with whole numbers of any size.
-    first_row
-        Number of its first row in the whole matrix.
-    share
-        Between 0 and 1.
-    seed
-        Any integer; its low 64 bits count.
-
-    Returns
-    -------
-    ndarray
-        The counts that are kept, float32, shape of `counts`.
+    The counts, whole numbers of any size, are a block of rows in CSR that starts at row `first_row` of the matrix. The
+    low 64 bits of the seed are used. Returns the numbers of kept molecules, float32.
     """
     kept = np.empty_like(counts)
     tables = _small_binomials(min(share, 1 - share))
     _thin(indptr, indices, counts, np.uint64(first_row), share, np.uint64(seed & _MASK), *tables, kept)
     return kept
-
-
-def _as_int64(values: Any) -> NDArray[np.int64]:
-    return np.ascontiguousarray(values, dtype=np.int64)

@@ -1,12 +1,12 @@
-"""The three products of a sparse row block with tall matrices, in tiles that stay in cache and in registers.
+"""Three products of a sparse row block with tall matrices, in tiles that stay in cache and registers.
 
-For a CSR pattern with values s, rows Y (m × l) and columns Q (n × l): ``spmm`` adds S Q to Y, ``spmm_t`` adds Sᵀ Y
-to Q, ``sddmm`` computes the entries of Y Qᵀ on the pattern. Each entry costs l multiplications with one row of Q,
-which is fetched at random, so Q is cut into tiles: as many rows as fit in the second-level cache, and 64 columns, so
-that a row of Y stays in registers while its entries are visited. Where entries are few, copying Q into tiles would take
-longer than it saves. Columns must ascend within each row of the pattern.
+For a block S in CSR, rows Y (m × l) and columns Q (n × l): ``spmm`` adds S Q to Y, ``spmm_t`` adds Sᵀ Y to Q, and
+``sddmm`` computes Y Qᵀ on the pattern of S. Each entry needs one row of Q, in random order, so Q is cut into tiles: as
+many rows as fit in the second-level cache, and 64 columns, so that a row of Y stays in registers while its entries are
+visited. Where entries are few, copying Q into tiles would take longer than it saves. Columns must ascend within each
+row of the pattern.
 """
-# ruff: noqa: ARG001 (numba calls the functions that make LLVM code, with more than they need)
+# ruff: noqa: ARG001 (numba passes code generators more arguments than they need)
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Pattern = NDArray[np.integer]
 
-_TILE_VALUES = 1 << 16  # of a tile of Q: 256 KB
-_ROW_ENTRIES = 256  # that a tile meets in a row on average, at least: each row of a tile waits for memory once
-_FEW = 16  # entries for each row of Q, under which they are visited without tiles: measured with 48 to 200 columns
+_TILE_VALUES = 1 << 16  # in a tile of Q: 256 KB
+_ROW_ENTRIES = 256  # entries of a row in a tile, on average, at least: each row of a tile waits for memory once
+_FEW = 16  # entries per row of Q; with fewer, no tiles: measured with 48 to 200 columns
 _GATHER, _SCATTER, _SAMPLED = range(3)
 _FAST = ("reassoc", "contract", "nsz")
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
-    """A cache that drops files that cannot be read, such as those cut short by a full disk, and writes what it can."""
+    """Drops cached files that cannot be read, such as those truncated by a full disk, and ignores failed writes."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
@@ -50,17 +50,17 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 
 def compiled(**options: Any) -> Callable[[Any], Any]:
-    """Return a decorator that compiles a function, without the interpreter lock, when it is called first.
+    """Return a decorator that compiles a function on its first call, to run without the interpreter lock.
 
     Parameters
     ----------
     **options
-        Of `numba.njit`.
+        Passed to `numba.njit`.
     """
 
     def decorate(function: Any) -> Any:
         dispatcher = numba.njit(nogil=True, **options)(function)
-        with contextlib.suppress(RuntimeError):  # neither the package's folder nor the home can be written
+        with contextlib.suppress(RuntimeError):  # no folder for the cache can be written
             dispatcher._cache = _Cache(function)
         return dispatcher
 
@@ -82,17 +82,17 @@ def spmm_t(indptr: Pattern, indices: Pattern, values: Floats, rows: Floats, colu
 
 
 def sddmm(indptr: Pattern, indices: Pattern, rows: Floats, columns: Floats) -> Floats:
-    """Give (Y Qᵀ) on the pattern, shape ``(N,)``."""
+    """Return Y Qᵀ on the pattern, shape ``(N,)``."""
     values = np.zeros(len(indices), np.float32)
     _product(_SAMPLED, indptr, indices, values, columns, rows, np.empty((0, 0), np.float32))
     return values
 
 
-# A row of a tile as one LLVM vector. Loops over so few columns are not kept in registers by the compiler alone.
+# A row of a tile is one LLVM vector. In a loop over its columns, the compiler would not keep it in registers.
 
 
 class _Lanes(types.Type):
-    """A row of `count` float32."""
+    """A row of `count` float32 numbers."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -110,7 +110,7 @@ def _vector(count: int, element: ir.Type | None = None) -> ir.VectorType:
 
 
 def _address(context: Any, builder: Any, signature: Any, args: Any, count: int) -> Any:
-    """Point at row ``args[1]`` of the contiguous tile ``args[0]``."""
+    """Return a pointer to row ``args[1]`` of the contiguous tile ``args[0]``."""
     row = context.cast(builder, args[1], signature.args[1], types.intp)
     data = context.make_array(signature.args[0])(context, builder, args[0]).data
     first = builder.gep(data, [builder.mul(row, ir.Constant(row.type, count))])
@@ -119,7 +119,7 @@ def _address(context: Any, builder: Any, signature: Any, args: Any, count: int) 
 
 @intrinsic
 def _load(_: Any, tile: Any, row: Any, lanes: Any) -> Any:
-    """Row of a tile; `lanes` is its width, a literal."""
+    """Load a row of a tile; `lanes` is its width, a literal."""
     if not isinstance(lanes, types.IntegerLiteral):
         raise numba.errors.RequireLiteralValue("lanes")
     count = lanes.literal_value
@@ -132,7 +132,7 @@ def _load(_: Any, tile: Any, row: Any, lanes: Any) -> Any:
 
 @intrinsic
 def _store(_: Any, tile: Any, row: Any, x: Any) -> Any:
-    """Set a row of a tile."""
+    """Store a row of a tile."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(args[2], _address(context, builder, signature, args, x.count), align=4)
@@ -143,7 +143,7 @@ def _store(_: Any, tile: Any, row: Any, x: Any) -> Any:
 
 @intrinsic
 def _axpy(_: Any, scalar: Any, x: Any, y: Any) -> Any:
-    """Scalar times x, plus y."""
+    """Return scalar · x + y."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         index = ir.IntType(32)
@@ -158,7 +158,7 @@ def _axpy(_: Any, scalar: Any, x: Any, y: Any) -> Any:
 
 @intrinsic
 def _dot(_: Any, x: Any, y: Any) -> Any:
-    """Inner product of two rows."""
+    """Return the inner product of two rows."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         single = ir.FloatType()
@@ -171,7 +171,7 @@ def _dot(_: Any, x: Any, y: Any) -> Any:
 
 @_jit
 def _product(kind, indptr, indices, values, columns, rows, out):  # type: ignore[no-untyped-def]
-    """One of the three products, into `out` (rows or columns) or `values`: tile by tile, unless entries are few."""
+    """Add one of the three products to `out` (rows or columns) or `values`: tile by tile, unless entries are few."""
     n, width = columns.shape
     if len(indices) < _FEW * n:
         _visit_directly(kind, indptr, indices, values, columns, rows, out)
@@ -202,7 +202,7 @@ def _product(kind, indptr, indices, values, columns, rows, out):  # type: ignore
 
 @_jit_fast
 def _visit_directly(kind, indptr, indices, values, columns, rows, out):  # type: ignore[no-untyped-def]
-    """Visit all entries, with rows of Q fetched from wherever they are."""
+    """Visit all entries without tiles."""
     for i in range(len(indptr) - 1):
         for k in range(indptr[i], indptr[i + 1]):
             j = indices[k]
@@ -219,7 +219,7 @@ def _visit_directly(kind, indptr, indices, values, columns, rows, out):  # type:
 
 @_jit
 def _visit_tile(lanes, kind, at, indptr, indices, values, start, stop, q, y):  # type: ignore[no-untyped-def]
-    """Visit the entries in columns `start` to `stop`; `at` says where each row goes on."""
+    """Visit the entries in columns `start` to `stop`; `at` has the next entry of each row, and is moved on."""
     numba.literally(lanes)
     for i in range(len(at)):
         k, end = at[i], indptr[i + 1]
@@ -243,7 +243,7 @@ def _visit_tile(lanes, kind, at, indptr, indices, values, start, stop, q, y):  #
 
 @_jit
 def _packed(source, start, stop, left, lanes):  # type: ignore[no-untyped-def]
-    """Rows `start` to `stop` and `lanes` columns from `left`, side by side; zeros beyond the last column."""
+    """Copy rows `start` to `stop` and `lanes` columns from `left` on; zeros beyond the last column."""
     tile = np.empty((stop - start, lanes), np.float32)
     some = min(lanes, source.shape[1] - left)
     for i in range(stop - start):
@@ -254,13 +254,13 @@ def _packed(source, start, stop, left, lanes):  # type: ignore[no-untyped-def]
 
 @_jit
 def _unpack(tile, target, start, left):  # type: ignore[no-untyped-def]
-    """Put a tile back where it came from."""
+    """Copy a tile back to where it came from."""
     for i in range(len(tile)):
         for t in range(min(tile.shape[1], target.shape[1] - left)):
             target[start + i, left + t] = tile[i, t]
 
 
 def are_compiled() -> bool:
-    """Whether an earlier process has left these products in numba's cache, so that this one need not compile them."""
+    """Return whether numba's cache has these products, so that this process need not compile them."""
     kept = _product.stats.cache_path
     return kept is not None and any(Path(kept).glob("sparse_products._product-*.nbi"))

@@ -1,8 +1,8 @@
-"""Warm-started randomized SVD of W, a pass at a time, and the exact one by the short side.
+"""Randomized SVD of W, warm-started, one pass at a time; and an exact SVD by the short side.
 
-Halko, Martinsson and Tropp (2011), with subspace iteration started from the last iteration's right vectors. After a
-pass with basis Q both Y = WQ and Z = WᵀY are known, so W is projected on the range of Y: half an iteration better
-than on Q, for free. The triplets are those of QyᵀW = R⁻ᵀZᵀ, where Y = Qy R.
+Subspace iteration as in Halko, Martinsson and Tropp (2011), started from the right vectors of the iteration before. A
+pass with basis Q gives both Y = WQ and Z = WᵀY, so W is projected on the range of Y, which is half an iteration better
+than Q, for free. The triplets are those of QyᵀW = R⁻ᵀZᵀ, where Y = Qy R.
 """
 
 from __future__ import annotations
@@ -16,30 +16,20 @@ from scialm_dask.linalg import kernels
 from scialm_dask.linalg.kernels import Doubles, Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
 
-_DEPENDENT = 1e-11  # eigenvalues of the scaled Gram under this are rounding: those columns carry nothing new
+_DEPENDENT = 1e-11  # relative eigenvalue of the scaled Gram below which a column is linearly dependent
 
 
 @dataclass(frozen=True)
 class PartialSVD:
-    """The leading singular triplets.
+    """Leading singular triplets, in descending order."""
 
-    Parameters
-    ----------
-    values
-        Singular values, float64, falling, shape ``(l,)``.
-    right
-        Right singular vectors, float32, shape ``(n, l)``.
-    to_left
-        Float64, shape ``(width of the sketch, l)``: left singular vectors are ``sketch @ to_left``.
-    """
-
-    values: Doubles
-    right: Floats
-    to_left: Doubles
+    values: Doubles  # singular values, float64, shape (l,)
+    right: Floats  # right singular vectors, float32, shape (n, l)
+    to_left: Doubles  # float64, shape (width of the sketch, l): left singular vectors are sketch @ to_left
 
 
 def rayleigh_ritz(product: Product) -> PartialSVD:
-    """Singular triplets of W projected on the range of WQ; columns that depend on others are left out."""
+    """Return the singular triplets of W projected on the range of WQ, without linearly dependent columns."""
     scale = np.sqrt(np.maximum(np.diag(product.gram), 0))
     used = scale > 0
     if not used.any():
@@ -67,9 +57,9 @@ def _with_signs(values: Doubles, right: Floats, to_left: Doubles) -> PartialSVD:
 
 
 def extended_basis(known: Floats, width: int, seed: int) -> Floats:
-    """Return orthonormal columns, ``(n, width)``, n at most: the first of `known`, then fresh random directions.
+    """Return orthonormal columns, ``(n, min(width, n))``: the first columns of `known`, then random directions.
 
-    The random numbers belong to (seed, column, row): they depend neither on blocks nor on the number of columns.
+    The random numbers are keyed by seed, column and row, so that they depend neither on blocks nor on the width.
     """
     n, have = known.shape
     width = min(width, n)
@@ -88,34 +78,6 @@ def extended_basis(known: Floats, width: int, seed: int) -> Floats:
     return basis
 
 
-def refine(
-    operator: LowRankPlusSparse, product: Product, *, limit: int, threshold: float, passes: int, tolerance: float
-) -> PartialSVD:
-    """Go on from a first pass until the values over `threshold`, `limit` at most, stand still.
-
-    Parameters
-    ----------
-    product
-        Of the first pass.
-    limit, threshold
-        Which singular values are needed.
-    passes
-        The most passes, the first included.
-    tolerance
-        Stop when the values over the threshold, less the threshold, have moved by less than this relative to their
-        norm; 0 to make all the passes.
-    """
-    svd = rayleigh_ritz(product)
-    for _ in range(passes - 1):
-        before = np.maximum(svd.values[:limit] - threshold, 0)
-        svd = rayleigh_ritz(operator.multiply(svd.right))
-        after = np.maximum(svd.values[:limit] - threshold, 0)
-        count = min(len(before), len(after))
-        if np.linalg.norm(after[:count] - before[:count]) < tolerance * np.linalg.norm(after):
-            break
-    return svd
-
-
 def leading_triplets(
     operator: LowRankPlusSparse,
     product: Product,
@@ -126,44 +88,45 @@ def leading_triplets(
     tolerance: float,
     seed: int,
 ) -> PartialSVD:
-    """All triplets over `threshold`, `limit` at most: refine, and widen the basis until one falls under it.
+    """Return the triplets above `threshold`, `limit` at most, widening the basis until a value falls below it.
 
-    Fewer where W has no more: a wider basis that finds none has found them all.
+    `product` is that of the first basis, from the pass before, which counts as one of the `passes` for each width. Stop
+    earlier when the values above the threshold, minus the threshold, change by less than `tolerance` relative to their
+    norm.
     """
-    svd = refine(operator, product, limit=limit, threshold=threshold, passes=passes, tolerance=tolerance)
-    most = min(operator.shape)
-    while (known := len(svd.values)) < min(limit, most) and svd.values[-1] > threshold:
-        basis = extended_basis(svd.right, min(2 * known, most), seed)
-        product = operator.multiply(basis)
-        svd = refine(operator, product, limit=limit, threshold=threshold, passes=passes, tolerance=tolerance)
-        if len(svd.values) <= known:
-            break
-    return svd
+    known, most = 0, min(operator.shape)
+    while True:
+        svd = rayleigh_ritz(product)
+        for _ in range(passes - 1):
+            before = np.maximum(svd.values[:limit] - threshold, 0)
+            svd = rayleigh_ritz(operator.multiply(svd.right))
+            after = np.maximum(svd.values[:limit] - threshold, 0)
+            count = min(len(before), len(after))
+            if np.linalg.norm(after[:count] - before[:count]) < tolerance * np.linalg.norm(after):
+                break
+        # A wider basis that finds no further value has found them all.
+        if not known < len(svd.values) < min(limit, most) or svd.values[-1] <= threshold:
+            return svd
+        known = len(svd.values)
+        product = operator.multiply(extended_basis(svd.right, min(2 * known, most), seed))
 
 
 def short_side_svd(operator: LowRankPlusSparse, limit: int, threshold: float) -> PartialSVD:
-    """All triplets over `threshold`, `limit` at most, by the eigenvectors of the short side's Gram. Two passes."""
+    """Return the triplets above `threshold`, 1 to `limit`, by eigenvectors of the short side's Gram. Two passes."""
     m, n = operator.shape
     gram = operator.row_gram() if m <= n else operator.column_gram()
-    values, vectors = _leading_eigenpairs(gram, limit, threshold**2)
-    if m > n:
-        operator.multiply(vectors)  # the sketch is W V = U Σ; lost blocks would be made again of these vectors
-        return _with_signs(values, vectors.copy(), np.diag(1 / values))
-    cross = operator.project(vectors)
-    cross /= values
-    return _with_signs(values, cross, np.eye(len(values)))
-
-
-def _leading_eigenpairs(gram: Doubles, limit: int, smallest: float) -> tuple[Doubles, Floats]:
-    """Square roots of the eigenvalues over `smallest`, `limit` at most and one at least, falling, and the vectors.
-
-    Overwrites `gram` by the vectors; LAPACK works in twice its room besides.
-    """
     empty = np.diagonal(gram) == 0  # rows of zeros, which rounding must not fill
-    # All of them, by divide and conquer: LAPACK takes longer to find a third, and so does iterating on a warm start.
+    # All pairs, by divide and conquer: LAPACK takes longer to find a third of them, and so does iterating. It
+    # overwrites the Gram, and needs twice its memory.
     squares, vectors = eigh(gram.T, overwrite_a=True, check_finite=False, driver="evd")
-    count = min(limit, max(1, int(np.count_nonzero(squares > smallest))))
+    count = min(limit, max(1, int(np.count_nonzero(squares > threshold**2))))
     values = np.sqrt(np.maximum(squares[::-1][:count], 0))
     leading = vectors[:, ::-1][:, :count].astype(np.float32)
+    del gram, vectors
     leading[empty] = 0
-    return values, leading
+    if m > n:
+        operator.multiply(leading)  # the sketch is W V = U Σ; lost blocks would be made again from these vectors
+        return _with_signs(values, leading.copy(), np.diag(1 / values))
+    cross = operator.project(leading)
+    cross /= values
+    return _with_signs(values, cross, np.eye(len(values)))

@@ -1,5 +1,5 @@
-"""What the workers run: one task visits the blocks of a group in turn, and adds up what a kernel makes of each."""
-# ruff: noqa: ARG001 (kernels get more than some of them need)
+"""Tasks of workers: each visits the blocks of a group in turn, and adds up what a kernel returns."""
+# ruff: noqa: ARG001 (some kernels do not need all arguments)
 
 from __future__ import annotations
 
@@ -14,80 +14,66 @@ from scialm_dask.linalg import kernels
 from scialm_dask.linalg.kernels import Block, BlockState, Doubles, Floats, PassInputs, RowHalf, Sums
 
 R = TypeVar("R")
-_ADDED_IN_PLACE = 16  # blocks whose float32 sums are made in one array; then that is added to the others
+_ADDED_IN_PLACE = 16  # blocks that are summed in one float32 array before it is added to the others, for accuracy
 
 
 class BlockSource(Protocol):
-    """Hands out row blocks, in whichever process asks."""
+    """Reads row blocks, in any process."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows × columns."""
-        ...
 
     @property
     def bounds(self) -> tuple[int, ...]:
         """First row of each block, and the number of rows."""
-        ...
 
     def load(self, block: int) -> Block:
         """Read a block."""
-        ...
 
     def held_out(self, block: int, loaded: Block) -> NDArray[np.bool_] | None:
-        """Tell which of the block's observed entries are held out; None for none."""
-        ...
+        """Return a mask of the block's held-out entries, or None if there are none."""
 
 
 class Store(Protocol):
-    """Keeps a `Block` or `BlockState` of each block between passes; see `scialm_dask.data.scratch`."""
+    """Keeps the `Block` and the `BlockState` of each block between passes; see `scialm_dask.data.scratch`."""
 
     @property
     def durable(self) -> bool:
         """Whether what `put` returns is small and outlives the process that made it."""
-        ...
 
     def put(self, record: R, block: int, version: int, old: R | None = None, kept: R | None = None) -> R:
-        """Keep the arrays of a record; returns the record with what refers to them in their place.
+        """Keep a record, and return it with references in place of its arrays.
 
-        The arrays that it shares with `old` stay where `kept`, which `put` returned for that, has them. The same call
-        again does no harm, so that a task can be run twice, even at once.
+        Arrays shared with `old` are not written again: their references come from `kept`, which `put` returned for
+        `old`. The call can be repeated, even at the same time, so that a task can be run twice.
         """
-        ...
 
     def get(self, kept: R, without: Collection[str] = ()) -> R:
-        """Return the record that `put` kept; arrays named in `without` may be empty."""
-        ...
+        """Return a record from what `put` returned; arrays named in `without` may be empty."""
 
     def drop(self, name: str, version: int) -> None:
-        """Forget a version of an array in all blocks."""
-        ...
+        """Delete a version of an array in all blocks."""
 
 
 class Files(Protocol):
-    """Keeps arrays for good; see `scialm_dask.data.checkpoint`."""
+    """Files of a checkpoint; see `scialm_dask.data.checkpoint`."""
 
     def put(self, name: str, block: int, array: NDArray[Any]) -> Any:
-        """Write an array and return what to refer to it by."""
-        ...
+        """Write an array and return a reference to it."""
 
     def get(self, file: Any) -> NDArray[Any]:
         """Read an array."""
-        ...
 
 
 class Observations(NamedTuple):
-    """What is known of the observed entries before the first iteration.
+    """Counts and norms of the observed entries, before the first iteration."""
 
-    Number of entries in Ω and of those that are held out of it; ‖D‖² over either; number of rows that had observed
-    entries and of which all are held out.
-    """
-
-    n_observed: int
-    n_held_out: int
-    sum_squares: float
-    held_out_squares: float
-    n_emptied: int
+    n_observed: int  # entries in Ω
+    n_held_out: int  # entries held out of Ω
+    sum_squares: float  # ‖D‖² over Ω
+    held_out_squares: float  # ‖D‖² over held-out entries
+    n_emptied: int  # rows with observed entries that are all held out
 
 
 BLOCK_ARRAYS = tuple(field.name for field in fields(Block) if field.name != "n_columns")
@@ -95,7 +81,7 @@ _NOTHING = np.zeros((0, 0), np.float32)
 
 
 class Records(dict[Any, Any]):
-    """What the store keeps of the blocks of a group, by their numbers. Dask does not look into it, as into dicts."""
+    """Records of the blocks of a group, by block number. Unlike plain dicts, Dask does not traverse it."""
 
 
 def run(
@@ -109,25 +95,12 @@ def run(
     arguments: tuple[Any, ...],
     *own: Any,
 ) -> tuple[Records, Records, Any, Observations | None]:
-    """Visit the blocks of a group by ``kernel(number, block, state, total, *arguments)``, which adds to the total.
+    """Call ``kernel(number, block, state, total, *arguments, *own)``, which adds to the total, for blocks of a group.
 
-    Parameters
-    ----------
-    source
-        Reads the blocks in their first visit; None afterwards.
-    held
-        What the store keeps of the blocks, empty in their first visit, and of their states.
-    version
-        Of the arrays that change.
-    without
-        Arrays of the state that the kernel does not need.
-    kernel, arguments, own
-        What to do; `own` are arguments of this group alone.
-
-    Returns
-    -------
-    tuple
-        Blocks that were read, all states, the total, and what is known of the entries of blocks that were read.
+    `source` reads the blocks on their first visit, and is None afterwards; `held` has the blocks, empty on their first
+    visit, and their states, as the store returned them. Arrays that the kernel changes get a new `version`; those in
+    `without` it does not need. Returns the blocks that were read, all states, the total, and the observations of the
+    blocks that were read.
     """
     blocks, states = held
     read, changed, observed, total, recent = Records(), Records(states), None, None, None
@@ -141,7 +114,7 @@ def run(
             first, seen = begin(block, source.held_out(number, block))
             observed = add(observed, seen)
             if number in states and len(store.get(states[number], without).estimate) != block.indptr[-1]:
-                raise ValueError(f"block {number} is not the one whose state was saved")
+                raise ValueError(f"block {number} is not the block whose state was saved")
             if number not in states:
                 state, changed[number] = first, store.put(first, number, 0)
         at = changed[number]
@@ -155,7 +128,7 @@ def run(
 
 
 def begin(block: Block, hidden: NDArray[np.bool_] | None) -> tuple[BlockState, Observations]:
-    """W = D on the observed entries, A = 0, and what is known of the entries."""
+    """Return the first state, W = D and A = 0, and the observations of a block with the mask `hidden`."""
     estimate, n_hidden, held_out_squares, n_emptied = block.observed, 0, 0.0, 0
     if hidden is not None:
         estimate = np.where(hidden, np.float32(np.nan), block.observed)
@@ -173,14 +146,9 @@ def _squares(values: Floats) -> float:
 
 
 def add(one: Any, other: Any, *, in_place: bool = False) -> Any:
-    """Add numbers and arrays, one by one in tuples; join dicts; None is nothing.
+    """Add numbers or arrays, join dicts, or do so for each item of tuples; None counts as zero.
 
-    Parameters
-    ----------
-    one, other
-        Of the same structure.
-    in_place
-        Add to the arrays of `one`.
+    With `in_place`, add to the arrays of `one`.
     """
     if one is None or other is None:
         return other if one is None else one
@@ -196,9 +164,9 @@ def add(one: Any, other: Any, *, in_place: bool = False) -> Any:
 
 
 def visit(
-    number: int, block: Block, state: BlockState, total: Sums | None, view: PassInputs
+    number: int, block: Block, state: BlockState, total: Sums | None, inputs: PassInputs
 ) -> tuple[BlockState, Sums]:
-    return kernels.visit(block, state, view, total)
+    return kernels.visit(block, state, inputs, total)
 
 
 def reduce(
@@ -207,18 +175,18 @@ def reduce(
     return state, add(total, kernel(number, block, state, *arguments), in_place=True)
 
 
-def column_gram(number: int, block: Block, state: BlockState, view: PassInputs) -> tuple[Doubles, Doubles, Doubles]:
-    return kernels.column_gram(block, state, view)
+def column_gram(number: int, block: Block, state: BlockState, inputs: PassInputs) -> tuple[Doubles, Doubles, Doubles]:
+    return kernels.column_gram(block, state, inputs)
 
 
-def row_half(number: int, block: Block, state: BlockState, view: PassInputs, core: Doubles) -> dict[int, RowHalf]:
-    return {number: kernels.row_half(block, state, view, core)}
+def row_half(number: int, block: Block, state: BlockState, inputs: PassInputs, core: Doubles) -> dict[int, RowHalf]:
+    return {number: kernels.row_half(block, state, inputs, core)}
 
 
 def row_gram(
     store: Store, blocks: tuple[Records, Records], halves: tuple[dict[int, RowHalf], dict[int, RowHalf]]
 ) -> dict[tuple[int, int], Doubles]:
-    """W₁W₂ᵀ of each pair of blocks of two groups; of a group with itself, of each pair once."""
+    """Return W₁W₂ᵀ of each pair of blocks of two groups, or of each pair within one group, once."""
     tiles = {}
     same = halves[0].keys() == halves[1].keys()
     for i, one in halves[0].items():
@@ -230,9 +198,9 @@ def row_gram(
 
 
 def take_sketch(
-    number: int, block: Block, state: BlockState, total: Any, view: PassInputs, vectors: Mapping[int, Floats]
+    number: int, block: Block, state: BlockState, total: Any, inputs: PassInputs, vectors: Mapping[int, Floats]
 ) -> tuple[BlockState, dict[int, tuple[Floats, Floats]]]:
-    parts = {number: (state.left, kernels.sparse_part(block, state, view))}
+    parts = {number: (state.left, kernels.sparse_part(block, state, inputs))}
     return replace(state, sketch=vectors[number]), add(total, parts)
 
 
@@ -242,10 +210,6 @@ def project(store: Store, blocks: Records, parts: Mapping[int, Any], vectors: Ma
         part = kernels.project(store.get(blocks[number]), left, sparse, vectors[number])
         total = add(total, part, in_place=True)
     return total
-
-
-def nothing(number: int, block: Block, state: BlockState) -> None:
-    return None
 
 
 def pick(held: Records, numbers: Collection[int]) -> Records:
@@ -264,20 +228,16 @@ def with_kept(states: Records, kept: Records) -> Records:
     return Records((number, replace(kept[number], sketch=state.sketch)) for number, state in states.items())
 
 
-def sketched(store: Store, states: Records, number: int, rotation: Floats) -> Floats:
-    state: BlockState = store.get(states[number], ("estimate", "left"))
-    return state.sketch @ rotation
-
-
-def get_left(store: Store, states: Records, number: int) -> Floats:
-    state: BlockState = store.get(states[number], ("estimate", "sketch"))
-    return state.left
+def left_of(store: Store, states: Records, number: int, rotation: Floats | None) -> Floats:
+    """Return the left factor of a block, or its sketch times `rotation`."""
+    state: BlockState = store.get(states[number], ("estimate", "sketch" if rotation is None else "left"))
+    return state.left if rotation is None else state.sketch @ rotation
 
 
 def save(
     store: Store, files: Files, states: Records, names: tuple[str, ...], best: Records | None
 ) -> dict[int, dict[str, Any]]:
-    """Write arrays of the states; returns what to refer to them by, for each block by what they hold."""
+    """Write arrays of the states; return references, by block number and then by array."""
     saved = {}
     for number, at in states.items():
         state = store.get(at)
@@ -292,7 +252,7 @@ def save(
 def restore(
     store: Store, files: Files, saved: Mapping[int, Mapping[str, Any]], version: int, of_best: int
 ) -> tuple[Records, Records]:
-    """Put back what `save` wrote: the states, and what was kept as the best."""
+    """Return the states that `save` wrote, and the best states."""
     states, best = Records(), Records()
     for number, written in saved.items():
         left = files.get(written["left"])

@@ -15,10 +15,8 @@ from scialm_dask.pooled.base import Float, Measurements, PooledResult, Sums, bat
 from scialm_dask.pooled.design import check_pools
 
 NEWTON_STEPS = 10
-PROXIMITY = 1e-8  # weight of staying near the last V, relative to the curvature
-SPREAD = 0.03  # of the first V around 1; wider starts recover genes measured through few pools worse
-
-
+PROXIMITY = 1e-8  # weight of the distance from the last V, relative to the largest curvature
+SPREAD = 0.03  # standard deviation of the first V around 1; larger ones recover genes in few pools less well
 History = tuple[dict[str, float], ...]
 
 
@@ -26,28 +24,28 @@ class PooledALS:
     """Recover expression from pools as a non-negative factorisation of given rank.
 
     Minimises ‖D − U Vᵀ P‖_F² + ridge (‖U‖_F² + ‖V‖_F²) over U ≥ 0 (cells × rank) and V ≥ 0 (genes × rank) in turn. U is
-    a small least-squares problem for each cell. V needs only UᵀU and UᵀD; as pools are fewer than genes it is not
-    unique, and the one nearest to the last V is taken.
+    a small least-squares problem for each cell. V depends only on UᵀU and UᵀD. With fewer pools than genes V is not
+    unique, and the solution nearest to the last V is taken.
 
     Parameters
     ----------
     rank : int
         Number of components.
     random_state : int, default=0
-        Seed of the start. V starts near 1, with all genes nearly alike; genes that no pool tells apart stay alike.
+        Seed of the start. V starts near 1 for all genes; genes in the same pools stay alike.
     ridge : float, default=0
         Weight of the penalty, in squared units of D over cells.
     restarts : int, default=1
-        Number of starts. The fit of the lowest objective is kept.
+        Number of starts. The fit with the lowest objective is kept.
     max_sweeps : int, default=100
-        The most sweeps of each start. A sweep reads D once.
+        Maximum number of sweeps of each start. A sweep reads D once.
     tol : float, default=1e-4
-        Stop when a sweep lowers the objective by less than this fraction of it, or the objective is below tol²
+        Stop when a sweep lowers the objective by less than this fraction of it, or when the objective is below tol²
         ‖D‖_F².
 
     Notes
     -----
-    The objective never rises. Blocks of D and the number of workers change the answer by rounding only.
+    The objective never rises. The chunks of D and the number of workers change the result by rounding only.
 
     Examples
     --------
@@ -82,8 +80,8 @@ class PooledALS:
         Parameters
         ----------
         D : matrix of shape (n_cells, n_pools)
-            Measurements: a Dask or NumPy array, the path of a Zarr store, or anything with ``to_dask()``. Read once a
-            sweep; persist it first if it is costly to make.
+            Measurements: a Dask or NumPy array, the path of a Zarr store, or anything with ``to_dask()``. D is read
+            in every sweep; persist it first if it is costly to compute.
         P : array-like of shape (n_genes, n_pools)
             The design, binary.
         listen : callable, optional
@@ -124,7 +122,7 @@ class PooledALS:
         return self._result(measured, history, converged)
 
     def transform(self, D: Any) -> PooledResult:
-        """Recover expression of other cells with the V that was learned.
+        """Recover the expression of other cells with the fitted V.
 
         Parameters
         ----------
@@ -134,7 +132,7 @@ class PooledALS:
         Returns
         -------
         PooledResult
-            `left` is U of these cells, lazy; `right` is V as it was.
+            `left` is U of these cells, lazy; `right` is the fitted V.
 
         Raises
         ------
@@ -160,7 +158,7 @@ class PooledALS:
         return PooledResult(left, self.loadings_, last["objective"], last["residual"], None, history, converged)
 
     def _descend(self, measured: Measurements, P: Float, restart: int, listen: Listener) -> tuple[Float, History, bool]:
-        """Return gene loadings from one start, the history, and whether the stopping rule was met."""
+        """Return the V found from one start, the history, and whether the stopping rule was met."""
         listen(Stage("factorising", f"start {restart + 1} of {self.restarts}" if self.restarts > 1 else ""))
         loadings = start_loadings(len(P), self.rank, self.random_state, restart)
         basis = np.linalg.eigh(P @ P.T)
@@ -169,25 +167,22 @@ class PooledALS:
             sums = measured.total(visit_cells, P.T @ loadings, self.ridge)
             history.append(_record(sums, loadings, self.ridge))
             listen(Sweep(len(history), history[-1]["objective"]))
-            converged = self._stalled(history, float(sums["measured"]))
+            now, last = history[-1]["objective"], history[-2]["objective"] if len(history) > 1 else np.inf
+            converged = now <= self.tol**2 * float(sums["measured"]) or last - now <= self.tol * now
             if converged or len(history) == self.max_sweeps:
                 return loadings, tuple(history), converged
             loadings = nearest_loadings(sums["UU"], P @ sums["UD"].T, basis, loadings, self.ridge)
 
-    def _stalled(self, history: list[dict[str, float]], measured: float) -> bool:
-        now, last = history[-1]["objective"], history[-2]["objective"] if len(history) > 1 else np.inf
-        return now <= self.tol**2 * measured or last - now <= self.tol * now
-
 
 def start_loadings(genes: int, rank: int, seed: int, restart: int) -> Float:
-    """Draw a first V: 1 ± SPREAD for every gene and component."""
+    """Return the first V, 1 ± SPREAD for every gene and component; the draws are keyed by gene."""
     draws = [np.random.default_rng([seed, restart, gene]).normal(1.0, SPREAD, rank) for gene in range(genes)]
     return np.maximum(np.array(draws), 0.0)
 
 
 def cell_factors(block: Any, start: int, basis: Float, ridge: float) -> Float:
-    """Solve the rows of U: min ‖d − B u‖² + ridge ‖u‖², u ≥ 0, with B = PᵀV."""
-    from scialm_dask.linalg.nnls import nnls_gram
+    """Return U of a block: each row minimises ‖d − B u‖² + ridge ‖u‖² over u ≥ 0, with B = PᵀV."""
+    from scialm_dask.linalg.least_squares import nnls_gram
 
     D = dense_block(block, start)
     gram = basis.T @ basis + ridge * np.eye(basis.shape[1])
@@ -198,15 +193,10 @@ def cell_factors(block: Any, start: int, basis: Float, ridge: float) -> Float:
 
 
 def visit_cells(block: Any, start: int, basis: Float, ridge: float) -> Sums:
-    """Solve U for a block and sum what V needs: UᵀU and UᵀD."""
+    """Solve U of a block; return UᵀU and UᵀD, which V depends on, and the squared norms of D − U Bᵀ and D."""
     D = dense_block(block, start)
     U = cell_factors(D, start, basis, ridge)
-    return {
-        "UU": U.T @ U,
-        "UD": U.T @ D,
-        "misfit": np.sum((D - U @ basis.T) ** 2),
-        "measured": np.sum(D**2),
-    }
+    return {"UU": U.T @ U, "UD": U.T @ D, "misfit": np.sum((D - U @ basis.T) ** 2), "measured": np.sum(D**2)}
 
 
 def _record(sums: Sums, loadings: Float, ridge: float) -> dict[str, float]:
@@ -217,12 +207,12 @@ def _record(sums: Sums, loadings: Float, ridge: float) -> dict[str, float]:
 def nearest_loadings(
     UU: Float, target: Float, pool_basis: tuple[Float, Float], last: Float, ridge: float = 0.0
 ) -> Float:
-    """Minimise ‖D − U Vᵀ P‖_F² + ridge ‖V‖_F² over V ≥ 0, as near the last V as possible.
+    """Return the V ≥ 0 that minimises ‖D − U Vᵀ P‖_F² + ridge ‖V‖_F² and is nearest to the last V.
 
     `target` is P DᵀU, genes × rank, and `pool_basis` the eigenvalues and eigenvectors of PPᵀ. The curvature is
-    H = PPᵀ ⊗ UᵀU + (ridge + τ) I, with a small weight τ on ‖V − V_last‖². Both factors are diagonalised, so that H⁻¹ is
-    two small products, and only the entries that bind need a system of equations. Projected Newton steps from the last
-    V (Bertsekas 1982, SIAM J. Control Optim. 20); none raises the objective.
+    H = PPᵀ ⊗ UᵀU + (ridge + τ) I, with a small weight τ on ‖V − V_last‖². Both factors are diagonalised, so H⁻¹ costs
+    two small products, and only the binding entries need a system of equations. The steps are projected Newton steps
+    (Bertsekas 1982, SIAM J. Control Optim. 20), none of which raises the objective.
     """
     curvature = _Curvature(UU, pool_basis, ridge)
     if curvature.tau <= 0:
@@ -249,7 +239,7 @@ def nearest_loadings(
 
 
 class _Curvature:
-    """H = PPᵀ ⊗ UᵀU + (ridge + τ) I in the eigenvectors of both factors."""
+    """H = PPᵀ ⊗ UᵀU + (ridge + τ) I, in the eigenvectors of both factors."""
 
     def __init__(self, UU: Float, pool_basis: tuple[Float, Float], ridge: float) -> None:
         pool_values, self.Q = pool_basis
@@ -259,29 +249,23 @@ class _Curvature:
         self.values += self.tau + ridge
 
     def times(self, V: Float) -> Float:
-        """H V."""
+        """Return H V."""
         return np.asarray(self.Q @ ((self.Q.T @ V @ self.R) * self.values) @ self.R.T)
 
     def _inverse_times(self, V: Float) -> Float:
         return np.asarray(self.Q @ ((self.Q.T @ V @ self.R) / self.values) @ self.R.T)
 
     def solve(self, slope: Float, bound: NDArray[np.int64]) -> Float:
-        """Solve H x = slope on the entries that are free, with x = 0 on those that are bound."""
+        """Solve H x = slope on the free entries of V, with x = 0 on the bound ones."""
         free = self._inverse_times(slope)
         if not len(bound):
             return free
-        forces = np.zeros(slope.size)
-        forces[bound] = np.linalg.solve(self._inverse_between(bound), free.ravel()[bound])
+        gene, component = np.divmod(bound, len(self.R))
+        pairs, weights = np.ix_(gene, gene), self.R[component]
+        inverse, forces = np.zeros((len(bound), len(bound))), np.zeros(slope.size)  # H⁻¹ between the bound entries
+        for b in range(len(self.R)):
+            inverse += np.outer(weights[:, b], weights[:, b]) * ((self.Q / self.values[:, b]) @ self.Q.T)[pairs]
+        forces[bound] = np.linalg.solve(inverse, free.ravel()[bound])
         x = free - self._inverse_times(forces.reshape(slope.shape))
         x.ravel()[bound] = 0.0
         return x
-
-    def _inverse_between(self, entries: NDArray[np.int64]) -> Float:
-        """H⁻¹ between the given entries of V."""
-        gene, component = np.divmod(entries, len(self.R))
-        pairs, weights = np.ix_(gene, gene), self.R[component]
-        block = np.zeros((len(entries), len(entries)))
-        for b in range(len(self.R)):
-            between_genes = (self.Q / self.values[:, b]) @ self.Q.T
-            block += np.outer(weights[:, b], weights[:, b]) * between_genes[pairs]
-        return block

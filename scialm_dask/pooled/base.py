@@ -1,7 +1,7 @@
-"""What both ways to recover expression from pooled measurements share.
+"""Measurements by row blocks, and the result: common to both methods for pooled measurements.
 
 Each cell is measured through pools of genes, D = M P, with P binary, genes × pools. A method visits the row blocks
-of D, a few thousand cells at a time, and keeps sums of the size of genes and pools.
+of D, a few thousand cells at a time, and keeps only sums whose size depends on genes and pools.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 Float = NDArray[np.float64]
 Sums = dict[str, Any]  # float64 scalars and arrays that add up over cells
 
-BATCH = 4096  # cells in work at a time within a block: bounds the memory of a task whatever the chunks of D
+BATCH = 4096  # cells worked on at a time, which bounds the memory of a task whatever the chunks of D
 
 
 @dataclass(frozen=True)
 class PooledResult:
-    """Expression recovered from pools, M = max(left · rightᵀ, 0), computed where it is used.
+    """Expression recovered from pools, M = max(left · rightᵀ, 0), computed lazily.
 
     Attributes
     ----------
@@ -41,14 +41,14 @@ class PooledResult:
     right : ndarray of shape (n_genes, rank), float64
         Gene loadings.
     objective : float
-        What was minimised: ‖D − UVᵀP‖_F² plus the ridge (least squares), or ‖X‖_* (nuclear norm).
+        The minimised objective: ‖D − UVᵀP‖_F² plus the ridge (least squares), or ‖X‖_* (nuclear norm).
     feasibility : float
         ‖XP − D‖_F.
     certificate : float or None
-        Nuclear norm: a bound, by a dual feasible point, of how far the objective is above the smallest possible one.
-        None for least squares, which are not convex.
+        Nuclear norm: an upper bound, from a dual feasible point, on how far the objective is above its minimum. None
+        for least squares, which is not convex.
     history : tuple of dict
-        One record for each iteration.
+        One record per iteration.
     converged : bool
         Whether the stopping rule was met.
     """
@@ -67,19 +67,19 @@ class PooledResult:
         return self.left.shape[0], len(self.right)
 
     def to_dask(self) -> da.Array:
-        """Return the recovered matrix: cells × genes, float64, non-negative, one chunk for each row block."""
+        """Return the recovered matrix, lazy: cells × genes, float64, non-negative, one chunk per row block."""
         left = self.left
         return left.map_blocks(_expand, self.right, chunks=(left.chunks[0], (len(self.right),)), meta=np.empty((0, 0)))
 
     def to_imputation(self, obs: pd.DataFrame | None = None, var: pd.DataFrame | None = None) -> Imputation:
-        """Return the result as an `Imputation`, which can be written and indexed by names.
+        """Return the result as an `Imputation`, which can be saved and indexed by name.
 
-        Its factors are float32, so that constraints hold to about 1e-7 of ‖D‖_F.
+        Its factors are float32, so the constraints hold to about 1e-7 of ‖D‖_F.
 
         Parameters
         ----------
         obs, var : pandas.DataFrame, optional
-            Annotation of cells and genes; by default they are numbered.
+            Annotation of cells and genes. By default they are numbered.
 
         Returns
         -------
@@ -119,13 +119,13 @@ def _expand(left: Float, right: Float) -> Float:
 
 @dataclass(frozen=True)
 class Measurements:
-    """D, cells × pools, by row blocks, each read anew in the task that visits it."""
+    """D, cells × pools, by row blocks. Each visit reads its block again."""
 
     array: da.Array
 
     @classmethod
     def of(cls, source: Any, pools: int) -> Measurements:
-        """Take whatever `as_dask` does. Raises `InputError` unless that is numbers in `pools` columns."""
+        """Take anything that `as_dask` takes. Raises `InputError` unless it holds numbers in `pools` columns."""
         array = as_dask(source, "measurements")
         if array.shape[1] != pools:
             raise InputError(
@@ -136,21 +136,21 @@ class Measurements:
     def visits(
         self, function: Callable[..., Any], *settings: Any, states: Sequence[Any] | None = None, **kwargs: Any
     ) -> list[Any]:
-        """Return `function([state,] block, start, *settings)` of each block, delayed; `start` is its first cell."""
+        """Return delayed `function([state,] block, start, *settings)` for each block; `start` is its first cell."""
         blocks, starts = self.array.to_delayed()[:, 0], [0, *np.cumsum(self.array.chunks[0])[:-1].tolist()]
         rows = zip(*(() if states is None else (states,)), blocks, starts, strict=True)
         call, shared = dask.delayed(function, **kwargs), [dask.delayed(each, traverse=False) for each in settings]
         return [call(*row, *shared) for row in rows]
 
     def total(self, function: Callable[..., Sums], *settings: Any, states: Sequence[Any] | None = None) -> Sums:
-        """Add up what `visits` return."""
+        """Return the sum of the results of `visits`."""
         parts = self.visits(function, *settings, states=states, pure=False)
         return tree_reduce(parts, add_sums).compute()  # type: ignore[no-any-return]
 
     def map(
         self, function: Callable[..., Float], width: int, *settings: Any, states: Sequence[Any] | None = None
     ) -> da.Array:
-        """Return what `visits` return as a lazy array, cells × width."""
+        """Return the results of `visits` as one lazy array, cells × width."""
         pieces = self.visits(function, *settings, states=states, pure=True)
         return stacked(pieces, self.array.chunks[0], width, np.float64)
 
@@ -168,7 +168,7 @@ def dense_block(block: Any, start: int) -> Float:
 
 
 def batches(cells: int) -> Iterator[slice]:
-    """Cut a block into runs of cells."""
+    """Yield slices of at most `BATCH` cells."""
     return (slice(start, min(start + BATCH, cells)) for start in range(0, cells, BATCH))
 
 

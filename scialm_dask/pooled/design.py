@@ -1,4 +1,4 @@
-"""Pools of genes: designs, what a design can tell apart, and measuring through it."""
+"""Pools of genes: designs, their properties, and measurements through them."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PoolReport:
-    """What a design can tell apart.
+    """Size of a design P and how well it separates genes.
 
     Attributes
     ----------
     genes, pools, rank : int
-        Size of P and its rank. No more than `rank` components of expression can be identified.
+        Size of P and its rank. At most `rank` components of expression can be identified.
     pools_per_gene, genes_per_pool : (int, int)
-        Smallest and largest.
+        Smallest and largest number.
     coherence, mean_coherence : float
-        Largest and mean cosine between the pools of two genes; 1 means that two genes are measured alike.
+        Largest and mean cosine between the rows of two genes in P. 1 means that two genes are in the same pools.
     alike : int
-        Number of genes whose pools are also those of another gene.
+        Number of genes in exactly the same pools as another gene.
     condition : float
-        Largest over smallest non-zero singular value of P: how far noise is amplified.
+        Largest over smallest non-zero singular value of P: how much noise can be amplified.
     """
 
     genes: int
@@ -61,8 +61,8 @@ class PoolReport:
 def check_pools(pools: ArrayLike, genes: int | None = None) -> NDArray[np.float64]:
     """Return a design as float64, genes × pools.
 
-    Raises `InputError` if P is not a binary matrix, has an empty pool or a gene in no pool, or not as many rows as
-    `genes` says.
+    Raises `InputError` if it is not a binary matrix, has an empty pool or a gene in no pool, or does not have `genes`
+    rows.
     """
     try:
         P = np.asarray(pools)
@@ -90,7 +90,7 @@ def check_pools(pools: ArrayLike, genes: int | None = None) -> NDArray[np.float6
 def random_pools(genes: Count, pools: Count, *, density: float = 0.25, random_state: Natural = 0) -> NDArray[np.int8]:
     """Draw a design in which each gene is in each pool with the same probability.
 
-    Genes that fall into no pool are drawn again.
+    Genes in no pool are drawn again.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def random_pools(genes: Count, pools: Count, *, density: float = 0.25, random_st
     density : float in (0, 1], default=0.25
         The probability.
     random_state : int, default=0
-        Seed; the draws are keyed by gene.
+        Seed of the draws, which are keyed by gene.
 
     Returns
     -------
@@ -135,15 +135,15 @@ def random_pools(genes: Count, pools: Count, *, density: float = 0.25, random_st
 def balanced_pools(genes: Count, pools: Count, *, per_gene: Count, random_state: Natural = 0) -> NDArray[np.int8]:
     """Draw a design in which all genes are in the same number of pools, and pool sizes differ by at most one.
 
-    Genes are placed one after another into the emptiest pools. Ties are broken in a few random ways, of which the one
-    that overlaps least with earlier genes is taken.
+    Genes are placed one after another into the emptiest pools. Ties are broken at random several times, and the choice
+    that overlaps least with earlier genes is kept.
 
     Parameters
     ----------
     genes, pools : int
         Size of the design.
     per_gene : int
-        Number of pools of each gene.
+        Number of pools per gene.
     random_state : int, default=0
         Seed.
 
@@ -189,7 +189,7 @@ def pool_report(pools: ArrayLike) -> PoolReport:
     Returns
     -------
     PoolReport
-        Its size, and what it can tell apart.
+        Size, rank, coherence and condition.
 
     Raises
     ------
@@ -260,9 +260,9 @@ def _product(block: Any, P: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def read_design(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Read a design, genes × pools, from a .csv or .tsv table with the names of both, or a .npy array without names.
+    """Return a design, genes × pools, from a .csv or .tsv table with names, or a .npy array without names.
 
-    Raises `InputError` if it cannot be read; `check_pools` judges what was read.
+    Raises `InputError` if the file cannot be read. `check_pools` checks the values.
     """
     import pandas as pd
 
@@ -282,7 +282,7 @@ def read_design(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def write_design(design: pd.DataFrame, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write a design as a .csv or .tsv table. Raises `InputError` if `path` ends otherwise."""
+    """Write a design as a .csv or .tsv table. Raises `InputError` if `path` has another suffix."""
     suffix = Path(path).suffix.lower()
     if suffix not in (".csv", ".tsv"):
         raise InputError(f"{os.fspath(path)}: unknown kind of file; name the design .csv or .tsv")

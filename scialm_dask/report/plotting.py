@@ -1,7 +1,7 @@
 """Figures of a result, and of methods side by side.
 
-Each method has one colour throughout (Okabe and Ito's, which the colour-blind can tell apart). Names of genes, cells
-and files are drawn as they are, never read as mathematics.
+Each method has the same colour in all figures (Okabe and Ito's palette, which suits colour-blind readers). Names of
+genes, cells and files are never read as mathematics.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-Draw = Callable[[Any, Mapping[str, str]], None]  # on axes, in colours that are given by name
+Draw = Callable[[Any, Mapping[str, str]], None]  # of axes, and colours by name
 
 _NAMES = "ink muted line accent second low high".split() + [f"group{number}" for number in range(10)]
 _LIGHT = (
@@ -51,7 +51,7 @@ _METHODS = dict(
 )
 _OTHERS = ("#117733", "#882255", "#332288", "#44AA99", "#AA4499")
 
-# Panels: columns of scores, and their titles.
+# Panels: columns of scores with their titles.
 HIDDEN = {"mse": "mean squared error", "mae": "mean absolute error", "pearson": "Pearson r", "cosine": "cosine"}
 WHOLE = {
     "relative_error": "relative error",
@@ -70,14 +70,14 @@ CLUSTERS = {
 COSTS = {"seconds": "seconds", "megabytes": "memory over imports, MB"}
 _LESS_IS_BETTER = ("mse", "mae", "relative_error", *COSTS)
 
-_SIZE = (4.6, 2.9)  # inches: small, so that letters stay legible on a phone
-_MANY_DECADES, _ALIKE = 30.0, 1.2  # largest over smallest, for a logarithmic scale, and for one not from zero
+_SIZE = (4.6, 2.9)  # inches: small, so that text stays legible on a phone
+_MANY_DECADES, _ALIKE = 30.0, 1.2  # largest over smallest value: logarithmic above, and not from zero below
 _MOST_GROUPS = 10
 
 
 @contextmanager
 def style(colours: Mapping[str, str] = LIGHT, ground: str = "white") -> Iterator[None]:
-    """Set Matplotlib's style for the figures made within; also a decorator."""
+    """Set Matplotlib's style in a context, or as a decorator."""
     import matplotlib as mpl
 
     by_value: dict[Any, str] = {
@@ -91,19 +91,19 @@ def style(colours: Mapping[str, str] = LIGHT, ground: str = "white") -> Iterator
         "left": "axes.titlelocation",
         # a gene may be called $x_1$
         False: "text.parse_math axes.spines.right axes.spines.top legend.frameon",
-        "scialm": "svg.hashsalt",  # the same figure is the same file
+        "scialm": "svg.hashsalt",  # makes files reproducible
     }
     parameters = {name: value for value, names in by_value.items() for name in names.split()}
-    parameters |= {"axes.facecolor": "none", "svg.fonttype": "none"}  # letters stay letters
+    parameters |= {"axes.facecolor": "none", "svg.fonttype": "none"}  # text stays text
     with mpl.rc_context(parameters), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # browsers have letters that Matplotlib lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # browsers have glyphs that Matplotlib lacks
         yield
 
 
 def new_figure(
     rows: int, columns: int, width: float, height: float, title: str = "", **kwargs: Any
 ) -> tuple[Figure, NDArray[Any]]:
-    """Return a figure of some inches and its axes, shape ``(rows, columns)``; the title is wrapped to the width."""
+    """Return a figure, sized in inches, and its axes, shape ``(rows, columns)``; the title is wrapped to the width."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -114,19 +114,19 @@ def new_figure(
 
 @style()
 def save(figure: Figure, path: Path) -> None:
-    """Save as `path` with .svg and with .png added; the same bytes for the same figure."""
+    """Save a figure as `path` + .svg and `path` + .png, reproducibly."""
     figure.savefig(f"{path}.svg", metadata={"Date": None}, dpi=150)
     figure.savefig(f"{path}.png", dpi=150)
 
 
 def short_name(name: object) -> str:
-    """Return a name as figures show it: printable, and cut if it is long."""
+    """Return a name for figures: printable, and cut to 32 characters."""
     letters = printable(str(name))
     return letters if len(letters) <= 32 else f"{letters[:31]}…"
 
 
 def _logarithmic(axis: Any) -> None:
-    """Make an axis logarithmic, with plain numbers at 1, 2 and 5, or over more than 60-fold at 1 alone."""
+    """Make an axis logarithmic, with plain numbers at 1, 2 and 5, or only at 1 if it spans more than 60-fold."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     def words(value: float, _: int) -> str:
@@ -140,7 +140,7 @@ def _logarithmic(axis: Any) -> None:
 
 
 class Picture(NamedTuple):
-    """A figure for a page: its title, what it shows in words, and SVG as data URIs for light and dark pages."""
+    """A figure for a page: title, alternative text, and SVG as data URIs for light and dark pages."""
 
     title: str
     words: str
@@ -149,7 +149,7 @@ class Picture(NamedTuple):
 
     @classmethod
     def of(cls, title: str, words: str, draw: Draw) -> Picture:
-        """Draw it twice."""
+        """Draw a figure in light and dark colours."""
         from matplotlib.figure import Figure
 
         drawn = []
@@ -164,16 +164,16 @@ class Picture(NamedTuple):
 
 
 def known_curves(history: pd.DataFrame) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the columns of a history that can be drawn, with their labels: errors, and the rank."""
+    """Return the columns of a history to draw, with their labels: errors, and the rank."""
     names = {"residual": "residual, observed entries", "held_out": "error, held-out entries", "objective": "objective"}
-    # without factors the error on held-out entries is 1 by definition, also if there are none
+    # at rank 0 the held-out error is 1, even without held-out entries
     fitted = history[history["rank"] > 0] if "rank" in history else history
     errors = {name: words for name, words in names.items() if name in history and fitted[name].notna().any()}
     return errors, {"rank": "singular values kept"} if "rank" in history and len(history) else {}
 
 
 def curves(history: pd.DataFrame, names: Mapping[str, str], kept: int | None) -> Draw:
-    """Return a function that draws columns of a history over the iterations, with a mark at the one kept."""
+    """Return a function that draws columns of a history over the iterations and marks the kept iteration."""
     iterations = history.get("iteration", np.arange(1, len(history) + 1))
 
     def draw(axes: Any, colours: Mapping[str, str]) -> None:
@@ -191,7 +191,7 @@ def curves(history: pd.DataFrame, names: Mapping[str, str], kept: int | None) ->
 
 
 def _scale(axes: Any, values: NDArray[np.float64]) -> None:
-    """Make the y axis logarithmic if values differ 30-fold, else let it start at 0 unless they are alike."""
+    """Make the y axis logarithmic if values differ 30-fold, else start it at 0 unless they are similar."""
     finite = values[np.isfinite(values)]
     if finite.min() > 0 and finite.max() > _MANY_DECADES * finite.min():
         _logarithmic(axes.yaxis)
@@ -202,7 +202,7 @@ def _scale(axes: Any, values: NDArray[np.float64]) -> None:
 
 
 def singular_values(values: NDArray[np.float64], weights: NDArray[np.float64]) -> Draw:
-    """Return a function that draws the singular values, and if each has a weight, what was kept of it."""
+    """Return a function that draws singular values, and with `weights` also the kept part of each."""
     numbers, weighted = np.arange(1, len(values) + 1), len(weights) == len(values)
     kept = np.where(weights > 0, values * weights, np.nan) if weighted else values
 
@@ -212,7 +212,7 @@ def singular_values(values: NDArray[np.float64], weights: NDArray[np.float64]) -
         axes.set(xlim=(0, len(values) + 1), xlabel="number", ylabel="singular value")
         if weighted:
             axes.plot(numbers, values, ".", color=colours["muted"], label="found")
-            _logarithmic(axes.yaxis)  # but what is kept of the last ones may be next to nothing
+            _logarithmic(axes.yaxis)  # although the kept part of the last ones may be near 0
             axes.set_ylim(0.8 * max(np.nanmin(kept, initial=values.min()), values.min() / 30), 1.5 * values.max())
             axes.legend()
 
@@ -221,9 +221,9 @@ def singular_values(values: NDArray[np.float64], weights: NDArray[np.float64]) -
 
 @style()
 def convergence(result: Imputation, title: str = "") -> Figure:
-    """Draw residual, held-out error and rank over the iterations, with the iteration that was kept."""
+    """Draw residual, held-out error and rank over the iterations, and mark the kept iteration."""
     if not len(result.history):
-        raise InputError("the result has no history of iterations to draw; preset complete and paper have one")
+        raise InputError("the result has no history of iterations to draw; presets complete and paper have one")
     figure, (row,) = new_figure(1, 2, 7, 3, title)
     for axes, names in zip(row, known_curves(result.history), strict=True):
         curves(result.history, names, result.summary.get("chosen_iteration"))(axes, LIGHT)
@@ -231,7 +231,7 @@ def convergence(result: Imputation, title: str = "") -> Figure:
 
 
 def inflation(ratios: NDArray[np.float64]) -> Draw:
-    """Return a function that draws the histogram of genes by the ratio of imputed to observed mean."""
+    """Return a function that draws the histogram of imputed over observed means of genes."""
     from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     def draw(axes: Any, colours: Mapping[str, str]) -> None:
@@ -249,15 +249,15 @@ def inflation(ratios: NDArray[np.float64]) -> Draw:
 
 
 class Colouring(NamedTuple):
-    """What cells are coloured by: a name, and for each cell a number (NaN: unknown) or the code of a group."""
+    """A variable that colours cells: its name, and for each cell a number (NaN: unknown) or the code of a group."""
 
     by: str
     values: NDArray[Any]
-    groups: Sequence[str] = ()  # by their codes; none for numbers
+    groups: Sequence[str] = ()  # names of the codes; empty for numbers
 
     @classmethod
     def of(cls, by: str, values: pd.Series) -> Colouring:
-        """Colour by a column: numbers that vary as numbers, all else by its most frequent values."""
+        """Colour by a column: numbers with many values as numbers, anything else by its most frequent values."""
         from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
         if is_numeric_dtype(values) and not is_bool_dtype(values) and values.nunique() > _MOST_GROUPS:
@@ -272,7 +272,7 @@ class Colouring(NamedTuple):
 
 
 def cells(points: NDArray[np.float64], shares: tuple[float, float], colouring: Colouring) -> Draw:
-    """Return a function that draws cells on two principal components with these shares of the variance."""
+    """Return a function that draws cells on two principal components, which have these shares of the variance."""
     from matplotlib.colors import LinearSegmentedColormap
 
     def draw(axes: Any, colours: Mapping[str, str]) -> None:
@@ -281,7 +281,7 @@ def cells(points: NDArray[np.float64], shares: tuple[float, float], colouring: C
             palette = np.array([colours[f"group{number}"] for number in range(len(colouring.groups))])
             axes.scatter(*points.T, c=palette[values], alpha=0.8, **marks)
         else:
-            order, known = np.argsort(values), values[np.isfinite(values)]  # high ones over low ones
+            order, known = np.argsort(values), values[np.isfinite(values)]  # high values on top
             ramp = LinearSegmentedColormap.from_list("", [colours["low"], colours["high"]])
             top = float(np.quantile(known, 0.99)) or None if len(known) else 1.0
             drawn = axes.scatter(*points[order].T, c=values[order], cmap=ramp, vmax=top, **marks)
@@ -294,7 +294,7 @@ def cells(points: NDArray[np.float64], shares: tuple[float, float], colouring: C
 
 
 def _title(column: str, words: str, less: str, more: str) -> str:
-    """Return the title of a panel, with the direction in which scores are better."""
+    """Return the title of a panel, with the direction of better scores."""
     better = "best: 1" if column == "mean_ratio" else less if column in _LESS_IS_BETTER else more
     return f"{words}\n{better}"
 
@@ -304,7 +304,7 @@ def _colour_of(method: str) -> str:
 
 
 def _is_spread(values: pd.Series) -> bool:
-    """Tell whether positive numbers are so unequal that a logarithmic axis is needed."""
+    """Return whether positive numbers span more than 5-fold, for a logarithmic axis."""
     known = values[values > 0]
     return len(known) > 0 and float(known.max()) > 5 * float(known.min())
 
@@ -313,8 +313,8 @@ def _is_spread(values: pd.Series) -> bool:
 def dots(scores: pd.DataFrame, panels: Mapping[str, str], title: str = "") -> Figure:
     """Draw the scores of methods, best at the top: a dot for each seed, and their mean as a number at the right.
 
-    `scores` has a row for each method and seed: ``method``, its ``label``, ``status``, and the scores. `panels` are
-    columns with their titles, such as `HIDDEN`; methods are in the order of the first.
+    `scores` has a row per method and seed: ``method``, ``label``, ``status``, and the scores. `panels` are columns with
+    their titles, such as `HIDDEN`; the first determines the order of the methods.
     """
     first = next(iter(panels))
     means = scores.groupby("label", sort=False)[first].mean()
@@ -326,9 +326,16 @@ def dots(scores: pd.DataFrame, panels: Mapping[str, str], title: str = "") -> Fi
         if column in (*_LESS_IS_BETTER, "mean_ratio") and _is_spread(values):
             _logarithmic(axes.xaxis)
             values = values.where(values > 0)
-        for place, name in enumerate(names):
-            of_it = scores["label"] == name
-            _one_method(axes, scores[of_it].assign(value=values[of_it]), place, told=column == first)
+        for y, name in enumerate(names):
+            rows = scores[scores["label"] == name].assign(value=values)
+            known, status = rows["value"].dropna().to_numpy(float), rows["status"].iloc[0]
+            text = short_name(status) if column == first and status not in ("ok", "quoted") else ""
+            if len(known):
+                colour, mean = _colour_of(rows["method"].iloc[0]), known.mean()
+                marks = {"facecolors": "none" if status == "quoted" else colour, "edgecolors": colour}
+                axes.scatter(known, np.full(len(known), y), s=28, linewidths=1, zorder=3, **marks)
+                text = f"{mean:,.0f}" if mean >= 1000 else f"{mean:.3f}" if mean < 1 else f"{mean:#.3g}".rstrip(".")
+            axes.annotate(text, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
         axes.set(title=_title(column, words, "← better", "better →"), ylim=(-0.6, len(names) - 0.4))
         axes.margins(x=0.08)
         axes.grid(axis="y")
@@ -342,25 +349,13 @@ def dots(scores: pd.DataFrame, panels: Mapping[str, str], title: str = "") -> Fi
     return figure
 
 
-def _one_method(axes: Any, rows: pd.DataFrame, y: int, *, told: bool) -> None:
-    """Draw the dots of a method, and at the right edge their mean, or if `told` why there are none."""
-    values, status = rows["value"].dropna().to_numpy(float), rows["status"].iloc[0]
-    words = short_name(status) if told and status not in ("ok", "quoted") else ""
-    if len(values):
-        colour, mean = _colour_of(rows["method"].iloc[0]), values.mean()
-        fill = "none" if status == "quoted" else colour
-        axes.scatter(values, np.full(len(values), y), s=28, facecolors=fill, edgecolors=colour, linewidths=1, zorder=3)
-        words = f"{mean:,.0f}" if mean >= 1000 else f"{mean:.3f}" if mean < 1 else f"{mean:#.3g}".rstrip(".")
-    axes.annotate(words, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
-
-
 @style()
 def lines(
     scores: pd.DataFrame, x: str, words: str, panels: Mapping[str, str] = HIDDEN, title: str = "", log_x: bool = False
 ) -> Figure:
     """Draw scores over a quantity: a line for each method, with the range of its seeds; a cross where it fails.
 
-    `x` is a numeric column, such as the share hidden, and `words` says what it is; the others are as in `dots`.
+    `x` is a numeric column, such as the hidden share, and `words` its label. For the others see `dots`.
     """
     rows = -(-len(panels) // 2)
     figure, grid = new_figure(rows, 2, 8.6, 2.8 * rows, title)
@@ -373,7 +368,14 @@ def lines(
         if len(known) <= 10:
             axes.set_xticks(known, [f"{value:,g}" for value in known])
             axes.set_xticks([], minor=True)
-        _one_line_each(axes, scores, x, column)
+        for method, of_it in scores.groupby("method", sort=False):
+            line = of_it.dropna(subset=[column]).groupby(x)[column].agg(["mean", "min", "max"])
+            colour, label = _colour_of(method), of_it["label"].iloc[0] if of_it["label"].nunique() == 1 else method
+            if len(line):
+                axes.plot(line.index, line["mean"], ".-", color=colour, label=label, linewidth=1.2)
+                axes.fill_between(line.index, line["min"], line["max"], color=colour, alpha=0.15, linewidth=0)
+                if of_it.loc[of_it[column].isna(), x].max() > line.index[-1]:
+                    axes.plot(line.index[-1:], line["mean"].iloc[-1:], "x", color=colour, markersize=9)
         axes.set(title=_title(column, name, "↓ better", "↑ better"), xlabel=words)
         axes.grid(axis="y")
     drawn = sorted(grid[0, 0].get_legend_handles_labels()[0], key=lambda line: -line.get_ydata()[-1])
@@ -381,31 +383,20 @@ def lines(
     return figure
 
 
-def _one_line_each(axes: Any, scores: pd.DataFrame, x: str, column: str) -> None:
-    for method, rows in scores.groupby("method", sort=False):
-        line, colour = rows.dropna(subset=[column]).groupby(x)[column].agg(["mean", "min", "max"]), _colour_of(method)
-        label = rows["label"].iloc[0] if rows["label"].nunique() == 1 else method
-        if len(line):
-            axes.plot(line.index, line["mean"], ".-", color=colour, label=label, linewidth=1.2)
-            axes.fill_between(line.index, line["min"], line["max"], color=colour, alpha=0.15, linewidth=0)
-            if rows.loc[rows[column].isna(), x].max() > line.index[-1]:
-                axes.plot(line.index[-1:], line["mean"].iloc[-1:], "x", color=colour, markersize=9)
-
-
 def effort(scores: pd.DataFrame, title: str = "") -> Figure:
-    """Draw the time and the memory of each method beside its error; see `dots`."""
-    # at least 0.1 MB: less cannot be told from nothing, and nothing has no logarithm
+    """Draw error, time and memory of each method; see `dots`."""
+    # at least 0.1 MB, as less is not measurable and zero has no logarithm
     known = scores.assign(megabytes=(scores["peak_bytes"] / 1e6).clip(lower=0.1))
     return dots(known[known["status"] != "quoted"], {"mse": HIDDEN["mse"], **COSTS}, title)
 
 
 @style()
 def cell_pictures(umap: Mapping[str, NDArray[np.float32]], labels: pd.Series, title: str = "") -> Figure:
-    """Draw cells by UMAP, shape ``(m, 2)``, one named panel for each matrix, coloured by their labels."""
+    """Draw UMAPs of cells, shape (m, 2), in one named panel per matrix, coloured by label."""
     from matplotlib import colormaps
 
     kinds = sorted(map(str, labels.unique()), key=lambda kind: [p.zfill(9) for p in re.split(r"(\d+)", kind)])
-    names = [f" {short_name(kind)}" for kind in kinds]  # with a space: Matplotlib leaves out what begins with "_"
+    names = [f" {short_name(kind)}" for kind in kinds]  # with a space, as Matplotlib hides labels that begin with "_"
     columns = min(4, len(umap))
     rows, beside = -(-len(umap) // columns), max(1, int(2.6 * columns / (0.45 + 0.065 * max(map(len, names)))))
     figure, grid = new_figure(rows, columns, 2.6 * columns, 2.6 * rows + 0.5 + 0.17 * -(-len(kinds) // beside), title)

@@ -1,4 +1,4 @@
-"""The report: one HTML file about a result, which needs nothing else, not even a network."""
+"""The report on a result, a self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ from scialm_dask.report.plotting import Colouring, Picture
 
 if TYPE_CHECKING:
     import jinja2
-    import pandas as pd
 
-_LEAST_DETECTED = 0.01  # share of cells in which a gene must be seen for its change to mean something
+_LEAST_DETECTED = 0.01  # minimum share of cells with an observed value for a gene to be listed
 _MOST_GENES = 20
 _ELSEWHERE = {*LONG, "verdict", "unseen", "weights", "residual_share", "command", "date", "stop_reason", "run"}
 
@@ -49,34 +48,34 @@ def write_report(
     Parameters
     ----------
     result : Imputation or path
-        What `impute` has returned or written.
+        A result of `impute`, in memory or on disk.
     path : str or path-like
         The .html file to write.
     source : matrix, optional
-        The matrix that was imputed, as `impute` takes it; by default it is opened where it was. A sample of 2,000 cells
-        is read, in one pass. Without it the report says nothing about single genes and cells.
+        The imputed matrix, as `impute` takes it. By default it is opened at its path. A sample of 2,000 cells is read
+        in one pass. Without the matrix the report has no section on genes and cells.
     color : str, optional
-        Column of ``obs``, or gene by name or symbol, to colour cells by. By default the number of genes seen.
+        Column of ``obs``, or gene by name or symbol, that colours cells. By default the number of genes seen.
     overwrite : bool, default=False
         Replace `path` if it exists.
     listen : callable, optional
-        Called with every event of the work; see `scialm_dask.events`.
+        Called with every event of the computation; see `scialm_dask.events`.
 
     Returns
     -------
     dict
-        ``destination`` and ``warnings``, the facts that the report warns of.
+        ``destination`` and ``warnings``, the facts in the warnings of the report.
 
     Raises
     ------
     InputError
-        If there is no such result, source, column or gene, or the source has other cells or genes than the result.
+        If there is no such result, source, column or gene, or the source has other cells or genes.
     OutputError
         If `path` cannot be written.
 
     Notes
     -----
-    The same result gives the same file on the same day.
+    Reports on the same result on the same day are identical.
 
     Examples
     --------
@@ -116,23 +115,22 @@ def write_report(
 
 
 def _gene_number(result: Imputation, name: str) -> int:
-    """Look a gene up by its name or symbol."""
+    """Return the number of a gene, by its name or symbol."""
     for names in symbols(result.var):
         found = np.flatnonzero(names == name)
         if len(found) == 1:
             return int(found[0])
         if len(found):
-            raise InputError(
-                f"{name}: {len(found)} genes are called so; name one of {', '.join(result.var.index[found])}"
-            )
+            named = ", ".join(result.var.index[found])
+            raise InputError(f"{name}: {len(found)} genes are called so; name one of {named}")
     known = ", ".join(map(str, result.obs.columns)) or "none"
     raise InputError(f"{name}: neither a gene nor a column of obs; its columns are: {known}")
 
 
 def _compare(result: Imputation, source: Any, gene: int | None, listen: Listener) -> tuple[Comparison | None, str]:
-    """Compare with the source; if that is not possible, say why."""
+    """Return the comparison with the source, or None and the reason why there is none."""
     if result.observed == "finite":
-        return None, "Zeros of this matrix are observed values, so this is about no expression that could be inflated."
+        return None, "Zeros of this matrix are observed values, so inflation of expression does not apply."
     where, layer = place_of(str(result.summary.get("source", "")))
     if source is not None:
         layered = isinstance(source, str | os.PathLike) or is_anndata(source)
@@ -142,11 +140,11 @@ def _compare(result: Imputation, source: Any, gene: int | None, listen: Listener
         return compare(result, matrix, gene=gene, listen=listen), ""
     except InputError as error:
         why = f"The matrix that was imputed cannot be read ({error})" if where else "The result names no source"
-        return None, f"{why}. Name it with --source to see how genes and cells have changed."
+        return None, f"{why}. Name it with --source to see how genes and cells changed."
 
 
 def _tiles(result: Imputation) -> Iterator[tuple[str, str, str]]:
-    """Yield the key numbers: name, value, and what it means."""
+    """Yield the key figures: name, value, and explanation."""
     known, (m, n) = result.summary, result.shape
     limit = known.get("settings", {}).get("max_rank")
     yield "Rank", f"{result.rank:,}", f"of at most {min(m, n) if limit is None else limit:,}"
@@ -155,9 +153,15 @@ def _tiles(result: Imputation) -> Iterator[tuple[str, str, str]]:
         words = f"{errors['observed']:.3f} as observed, {errors['gene_mean']:.3f} by gene means"
         yield "Error on unseen molecules", f"{errors['imputed']:.3f}", words
     if "residual_share" in known:
-        yield "Genes beyond the low rank", f"{known['residual_share']:.0%}", "keep a share of their own counts"
+        yield "Genes beyond the low rank", f"{known['residual_share']:.0%}", "keep a share of their counts"
     if "n_observed" in known:
-        yield "Observed entries", _short(known["n_observed"]), f"{known['n_observed'] / (m * n):.1%} of the matrix"
+        number = known["n_observed"]
+        size, unit = next(((s, u) for s, u in ((1e9, " billion"), (1e6, " million")) if number >= s), (1, ""))
+        yield (
+            "Observed entries",
+            f"{number / size:.3g}{unit}" if unit else f"{number:,}",
+            f"{number / (m * n):.1%} of the matrix",
+        )
     if known.get("chosen_iteration"):
         yield "Kept iteration", f"{known['chosen_iteration']:,}", f"of {known['iterations']:,} made"
     if known.get("held_out_error") is not None:
@@ -172,12 +176,12 @@ def _tiles(result: Imputation) -> Iterator[tuple[str, str, str]]:
 
 
 def _figures(result: Imputation, compared: Comparison | None) -> Iterator[tuple[Picture, str]]:
-    """Yield figures of the fit, and of the levels of genes, each with its caption."""
+    """Yield figures of the fit and of gene levels, each with its caption."""
     history, kept = result.history, result.summary.get("chosen_iteration")
     errors, ranks = plotting.known_curves(history)
     for title, names, caption in (
         ("Error", errors, _about_error(result, errors)),
-        ("Rank", ranks, f"Singular values over the falling threshold, of which {result.rank:,} were kept."),
+        ("Rank", ranks, f"Singular values above the decreasing threshold; {result.rank:,} were kept."),
     ):
         if names:
             ends = [f"{words}: {history[name].iloc[0]:.3g} at first, {history[name].iloc[-1]:.3g} at last"
@@ -190,7 +194,7 @@ def _figures(result: Imputation, compared: Comparison | None) -> Iterator[tuple[
         words = f"Chart of {len(values)} singular values in falling order, from {values[0]:.4g} to {values[-1]:.4g}."
         caption = f"The first holds {share:.0%} of the sum of squares of {len(values)}, on the scale of the fit."
         if len(weights):
-            caption += " Of each component is kept what recurs in unseen molecules: its weight."
+            caption += " The weight of a component is the part that recurs in unseen molecules."
         yield Picture.of("Singular values", words, plotting.singular_values(values, weights)), caption
     if compared is not None:
         ratios = (compared.genes["mean_imputed"] / compared.genes["mean_observed"]).to_numpy()
@@ -199,33 +203,27 @@ def _figures(result: Imputation, compared: Comparison | None) -> Iterator[tuple[
             low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
             words = f"Histogram of {len(ratios):,} genes by mean imputed over mean observed. "
             words += f"The median is {middle:.3g}; half of the genes lie between {low:.3g} and {high:.3g}."
-            picture = Picture.of("Levels, gene by gene", words, plotting.inflation(ratios))
-            yield picture, _about_levels(result, compared)
+            written, ratio = "The written X" if result.summary.get("X") else "The imputed matrix", result.mean_ratio
+            caption = "" if ratio is None else f"{written} has {ratio:.3g} times the mean of the observed one. "
+            caption += f"{compared.filled:.2%} of the zeros were imputed at least as high as the mean of their gene’s "
+            caption += f"non-zeros. Genes seen in at least {_LEAST_DETECTED:.0%} of the cells."
+            yield Picture.of("Levels, gene by gene", words, plotting.inflation(ratios)), caption
 
 
 def _about_error(result: Imputation, names: dict[str, str]) -> str:
     if "objective" in names:
-        return "What is minimised: it never rises."
+        return "The minimised objective, which never rises."
     if "held_out" not in names:
-        return "No entries were held out, so nothing is known of how well hidden ones are recovered."
+        return "No entries were held out, so it is unknown how well hidden entries are recovered."
     share = result.summary.get("settings", {}).get("validation", 0)
     return (
-        f"{100 * share:.3g}% of each gene’s observed entries were hidden. Their error falls as long as structure is "
-        "fitted and rises once noise is. The iteration of the lowest is kept, and one more made with all entries."
-    )
-
-
-def _about_levels(result: Imputation, compared: Comparison) -> str:
-    words, ratio = "X, as it was written," if result.summary.get("X") else "The imputed matrix", result.mean_ratio
-    words = "" if ratio is None else f"{words} has {ratio:.3g} times the mean of the observed one. "
-    return (
-        f"{words}{compared.filled:.2%} of the zeros were imputed as high as the mean of their gene’s non-zeros, or "
-        f"higher. Genes seen in {_LEAST_DETECTED:.0%} of the cells or more."
+        f"{100 * share:.3g}% of each gene’s observed entries were hidden. Their error falls while structure is fitted "
+        "and rises once noise is. The iteration with the lowest error is kept, followed by one with all entries."
     )
 
 
 def _about_cells(result: Imputation, compared: Comparison, color: str | None) -> dict[str, Any]:
-    """Return what the template shows of single genes and cells."""
+    """Return the template's variables for single genes and cells."""
     import pandas as pd
 
     k, m = len(compared.cells), result.shape[0]
@@ -236,6 +234,13 @@ def _about_cells(result: Imputation, compared: Comparison, color: str | None) ->
         before = after = Colouring.of("number of genes seen in the cell", pd.Series(compared.genes_seen))
     else:
         before = after = Colouring.of(color, result.obs[color].iloc[compared.cells])
+    ids, *others = symbols(result.var)
+    symbol = others[0] if others and ids.str.match(r"ENS[A-Z]*\d+").mean() > 0.5 else ""
+    genes = compared.genes.assign(symbol=symbol, name=compared.genes.index)
+    genes = genes[genes["detected"] >= _LEAST_DETECTED]
+    noise, ratio = genes["change"] / genes["mean_observed"] ** 0.5, genes["mean_imputed"] / genes["mean_observed"]
+    genes = genes.assign(noise=noise, ratio=ratio, part=noise / noise.max())
+    genes = genes.sort_values("noise", ascending=False, kind="stable").head(_MOST_GENES)
     drawn = []
     for name, points, shares, colouring in (
         ("before", compared.before, compared.shares[0], before),
@@ -246,31 +251,12 @@ def _about_cells(result: Imputation, compared: Comparison, color: str | None) ->
         drawn.append(Picture.of(f"Cells {name} imputation", words, plotting.cells(points, shares, colouring)))
     return {
         "sampled": f"Over all {m:,} cells." if k == m else f"Over a sample of {k:,} of the {m:,} cells.",
-        "genes": _changed_genes(result, compared),
+        "genes": list(genes.to_dict("records")),
         "least": f"{_LEAST_DETECTED:.0%}",
         "cells": drawn,
         "colouring": before,
         "plane": min(GENES_OF_PLANE, result.shape[1]),
     }
-
-
-def _changed_genes(result: Imputation, compared: Comparison) -> list[dict[str, Any]]:
-    genes = compared.genes.assign(symbol=_symbols(result.var))
-    genes = genes[genes["detected"] >= _LEAST_DETECTED]
-    noise, ratio = genes["change"] / genes["mean_observed"] ** 0.5, genes["mean_imputed"] / genes["mean_observed"]
-    genes = genes.assign(noise=noise, ratio=ratio, part=noise / noise.max(), name=genes.index)
-    return list(genes.sort_values("noise", ascending=False, kind="stable").head(_MOST_GENES).to_dict("records"))
-
-
-def _symbols(var: pd.DataFrame) -> Any:
-    """Return the symbols of genes that are named by Ensembl IDs, empty where there are none."""
-    ids, *others = symbols(var)
-    return others[0] if others and ids.str.match(r"ENS[A-Z]*\d+").mean() > 0.5 else ""
-
-
-def _short(number: int) -> str:
-    size, unit = next(((s, u) for s, u in ((1e9, " billion"), (1e6, " million")) if number >= s), (1, ""))
-    return f"{number / size:.3g}{unit}" if unit else f"{number:,}"
 
 
 @functools.cache
@@ -280,7 +266,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("scialm_dask.report", "."),
         autoescape=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,  # not what is safe already
+        finalize=lambda value: printable(value) if type(value) is str else value,  # Markup is safe already
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -290,7 +276,7 @@ def _template() -> jinja2.Template:
 
 
 def _with_code(words: str) -> Any:
-    """Escape, and set commands and options as such."""
+    """Escape text, and mark commands and options as code."""
     from markupsafe import Markup, escape
 
     return Markup(re.sub(r"`([^`]+)`|(--[a-z-]+)", lambda m: f"<code>{m[1] or m[2]}</code>", escape(printable(words))))

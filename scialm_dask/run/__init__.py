@@ -1,1 +1,1 @@
-"""Planning a run and finding workers for it."""
+"""Plan a run, find workers for it, and run it with checkpoints."""

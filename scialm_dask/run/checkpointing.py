@@ -1,4 +1,4 @@
-"""A run as it was asked for, and what it knows so far: in a checkpoint and out of it again."""
+"""A run as requested, and its state: how they are saved in checkpoints and loaded again."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from dask.utils import parse_timedelta
 
 from scialm_dask import __version__
 from scialm_dask.config import Settings, short_repr, validated
-from scialm_dask.data.checkpoint import ArrayFolder, Checkpoint, Checkpoints, Piece
+from scialm_dask.data.checkpoint import Checkpoint, Checkpoints, Piece
 from scialm_dask.data.csr import RowBlocks
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.rows import fingerprint
@@ -31,29 +31,29 @@ from scialm_dask.solve.ialm import LoopState
 from scialm_dask.solve.scaling import Survey, survey
 
 EVERY = "10 minutes"
-_SAME_SUM = 1e-9  # relative; sums of the same numbers on another machine
+_SAME_SUM = 1e-9  # relative difference between sums of the same numbers on two machines
 _SAME_SQUARES = 1e-5
 _OF_OPERATOR = ("estimate", "left", "sketch", "best_estimate", "best_left", "right", "best_right")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run as it was asked for.
+    """A run as requested.
 
-    `scratch` is where the working state goes: ``"memory"``, where the workers hold it, and the matrix; ``"zarr:PATH"``,
-    in a new folder under PATH, on a disk that all workers see, while the matrix is read anew in every pass; or
-    ``"auto"``, in memory if the forecast fits `memory_limit`, else in Zarr under `scratch_folder`.
+    `scratch` says where the working state goes. With ``"memory"``, workers hold it and the matrix. With
+    ``"zarr:PATH"``, it is in a new folder in PATH, on a disk that all workers see, and the matrix is read in every
+    pass. ``"auto"`` is memory if the forecast fits `memory_limit`, otherwise Zarr in `scratch_folder`.
     """
 
     matrix: ExpressionMatrix
     settings: Settings
     scratch: str = "auto"
-    memory_limit: int | None = None  # bytes that each process may take in all; what is free by default
-    scratch_folder: str | None = None  # Dask's temporary-directory by default, else the system's
-    resumed: bool = False  # from a checkpoint, by whose blocks and settings it is bound
+    memory_limit: int | None = None  # bytes for each process; free memory by default
+    scratch_folder: str | None = None  # by default Dask's temporary-directory, or the system's
+    resumed: bool = False  # from a checkpoint, so that blocks and settings are fixed
 
     def notes(self) -> dict[str, Any]:
-        """Return plain values, of which `job_of` makes it again."""
+        """Return JSON values for `job_of`."""
         origin = self.matrix.origin
         source = None if origin is None else asdict(origin) | {"path": lasting(origin.path)}
         return {
@@ -72,21 +72,19 @@ class Job:
 class Checkpointing:
     """Where and when to write checkpoints."""
 
-    # of this run alone, on a disk that all workers see; or those there, opened
+    # of this run alone, on a disk that all workers see; or opened checkpoints
     folder: str | os.PathLike[str] | Checkpoints
     every: int | str = EVERY  # iterations, or a time such as "10 minutes"
-    # notes on what is to become of it, for whoever resumes the run
+    # what to do with the result, as notes for resuming the run
     result: Mapping[str, Any] = field(default_factory=dict)
-    stop: Callable[[], bool] = lambda: False  # asked before every pass whether to save and stop there
+    stop: Callable[[], bool] = lambda: False  # called before each pass; True to save and stop
 
     def __post_init__(self) -> None:
         cadence(self.every)
 
 
 def cadence(every: int | str) -> tuple[float, float]:
-    """Return the most iterations and seconds between checkpoints; `InputError` if that is neither number nor time."""
-    from dask.utils import parse_timedelta
-
+    """Return the most iterations and seconds between checkpoints; raise `InputError` if `every` is neither."""
     words = str(every).strip()
     try:
         if re.fullmatch(r"\d+", words):
@@ -101,9 +99,9 @@ def cadence(every: int | str) -> tuple[float, float]:
 
 
 def job_of(saved: Checkpoint, matrix: ExpressionMatrix | None, changes: Mapping[str, Any]) -> Job:
-    """Make a job again from a checkpoint, of a matrix instead of opening it where it was, if one is given.
+    """Return the job of a checkpoint, on a given matrix, or on the one it was saved with.
 
-    What is not None in `changes`, fields of the job, replaces what was saved.
+    Fields of the job in `changes` that are not None replace those that were saved.
     """
     with as_written(saved.path):
         run = saved.notes["run"]
@@ -114,9 +112,8 @@ def job_of(saved: Checkpoint, matrix: ExpressionMatrix | None, changes: Mapping[
         if run["settings"].keys() != {each.name for each in fields(Settings)}:
             raise ValueError("its settings are not those of this version")
         settings = Settings(**run["settings"])
-        asked = {name: run[name] for name in ("scratch", "memory_limit", "scratch_folder")}
-        for (name, value), kind in zip(asked.items(), (str, int | None, str | None), strict=True):
-            validated(name, value, kind)
+        kinds = {"scratch": str, "memory_limit": int | None, "scratch_folder": str | None}
+        asked = {name: validated(name, run[name], kind) for name, kind in kinds.items()}
     if matrix is None:
         matrix = source_of(saved.notes)
     elif matrix.observed != observed:
@@ -130,26 +127,25 @@ def job_of(saved: Checkpoint, matrix: ExpressionMatrix | None, changes: Mapping[
 
 
 def source_of(notes: Mapping[str, Any]) -> ExpressionMatrix:
-    """Open the matrix of a run again; raises `InputError` if it was in memory, or cannot be opened."""
+    """Open the matrix of a run; raise `InputError` if it was in memory or cannot be opened."""
     with as_written("the checkpoint"):
         run = notes["run"]
-        name, source = run["name"], run["source"]
-        matrix = (
-            None if source is None else functools.partial(ExpressionMatrix.open, **source, observed=run["observed"])
-        )
-    if matrix is None:
+        name, source, observed = run["name"], run["source"], run["observed"]
+        if source is not None:
+            opened = functools.partial(ExpressionMatrix.open, **source, observed=observed)
+    if source is None:
         raise InputError(f"{name} was in memory; resume the run from Python, and give the matrix again")
-    return matrix()
+    return opened()
 
 
 def ended(folder: str, notes: Mapping[str, Any]) -> str:
-    """Say what became of a run, if it has ended."""
+    """Return a line that says that a run is finished, or an empty string if it is not."""
     where = notes.get("finished")
     return f"{folder}: that run is finished; its result is {where}" if where else ""
 
 
 def finish(checkpoints: Checkpoints, destination: str) -> None:
-    """Note that a run is finished and its result written, and remove its checkpoints."""
+    """Record that a run is finished, with its result at `destination`, and remove its checkpoints."""
     older = checkpoints.names()
     checkpoints.commit(checkpoints.begin(), checkpoints.notes() | {"finished": destination}, {})
     checkpoints.own(None)
@@ -158,14 +154,14 @@ def finish(checkpoints: Checkpoints, destination: str) -> None:
 
 
 def array_of(saved: Checkpoint, name: str) -> Any:
-    """Return an array of which there is but one; None if there is none."""
+    """Return an array that is not divided into blocks; None if there is none."""
     group = saved.arrays.get(name)
     return None if group is None else saved.files.get(group[0])
 
 
 @contextlib.contextmanager
 def as_written(path: str) -> Iterator[None]:
-    """Refuse values that no run has written: a manifest can be changed and digested anew."""
+    """Raise `CheckpointError` for values that no run has written: manifests can be edited and signed again."""
     try:
         yield
     except CheckpointError:
@@ -174,12 +170,15 @@ def as_written(path: str) -> Iterator[None]:
         raise CheckpointError(f"{path}: holds what no run has written ({short_repr(error)})") from error
 
 
-State = DenoiseState | LoopState  # what a solver knows between two steps, but for what its operator holds
+State = DenoiseState | LoopState  # of a solver between two steps, except for what its operator holds
 S = TypeVar("S", DenoiseState, LoopState)
 
 
 class RunState:
-    """What a run knows so far; where to save it, and when, None for nowhere; and what it goes on from, if it does."""
+    """The state of a run.
+
+    Saves to `checkpoints` as `asked` says, unless both are None, and starts from the checkpoint `saved`, if given.
+    """
 
     def __init__(
         self,
@@ -196,31 +195,45 @@ class RunState:
         self._written(0)
 
     def surveyed(self, found: Survey, scratch: str | None) -> None:
-        """Learn what the matrix holds, and where the scratch is; raises `CheckpointError` if it is another matrix."""
+        """Set the survey and the scratch folder; raise `CheckpointError` if the checkpoint is of another matrix."""
         self._found = found
         if self._saved is not None:
-            self._compare(found, self._saved)
+            with as_written(self._saved.path):
+                before = self._saved.notes["matrix"]
+                if before is not None:
+                    n_before, sums = int(before["n_observed"]), array_of(self._saved, "gene_sums")
+            now = _identity(found)
+            if before is not None and (now != before or not _close(sums, found.gene_sums, _SAME_SUM)):
+                raise CheckpointError(
+                    f"{self._saved.path}: is of another matrix, of {n_before} observed entries, and this one of "
+                    f"{now['n_observed']} differs in genes, cells or values"
+                )
         if self._checkpoints is not None:
             self._checkpoints.own(scratch)
         self.stop_if_asked()
 
     def load(self, kind: type[S], operator: LowRankPlusSparse | None = None) -> S | None:
-        """Return the state that was saved, None if there is none, and put the operator back where it was then."""
-        if self._saved is None or (notes := self._saved.notes["state"]) is None:
+        """Return the saved state, or None, and load that of the operator."""
+        saved = self._saved
+        if saved is None or (notes := saved.notes["state"]) is None:
             return None
-        with as_written(self._saved.path):
-            small = {name: array_of(self._saved, name) for name in notes["arrays"]}
-            state = kind.of_plain(notes, small)
+        with as_written(saved.path):
+            state = kind.of_plain(notes, {name: array_of(saved, name) for name in notes["arrays"]})
             if operator is not None:
-                self._put_back(operator, notes["operator"])
+                at = notes["operator"]
+                blocks = {name: group for name, group in saved.arrays.items() if name in _OF_OPERATOR}
+                self._check_shapes(operator, blocks)
+                before = Observations(*at["observations"])
+                operator.load(saved.files, blocks, validated("passes", at["passes"], int), before)
+                self._before = before
         self._written(state.steps)
         return state
 
     def save(self, state: State | None = None, operator: LowRankPlusSparse | None = None, *, now: bool = False) -> None:
-        """Save a state, the rest of which its operator holds, between two steps, if that is due.
+        """Save a state and its operator, between two steps, if a checkpoint is due.
 
-        None, as long as there is no state, is due, and with `now` any state that is not saved already. Raises
-        `OutputError` if it cannot be written; those before it are as they were.
+        It is due at the start, without a state, and with `now` unless the state is saved already. Raises `OutputError`
+        if it cannot be written; earlier checkpoints stay.
         """
         if self._checkpoints is None or self._asked is None:
             return
@@ -231,19 +244,26 @@ class RunState:
                 return
         files, found = self._checkpoints.begin(), self._found
         try:
-            notes, small, blocks = _parts(state, operator, files)
-            others = small if found is None else {"gene_sums": found.gene_sums} | small
-            arrays = {name: [files.put(name, 0, array)] for name, array in others.items()}
+            of_state, arrays, blocks = (None, {}, {}) if state is None else (*state.plain(), {})
+            if of_state is not None:
+                of_state |= {"arrays": sorted(arrays), "operator": None}
+                if operator is not None:
+                    of_state["operator"] = {"passes": operator.passes, "observations": list(operator.observations)}
+                    # If the next SVD has begun, the sketch is a later one, but its passes will be repeated.
+                    blocks = operator.save(files, sketch=bool(arrays))
+            if found is not None:
+                arrays["gene_sums"] = found.gene_sums
             notes = {
                 "program": __version__,
                 "run": self.job.notes(),
                 "every": self._asked.every,
                 "result": dict(self._asked.result),
                 "matrix": None if found is None else _identity(found),
-                "state": notes,
+                "state": of_state,
                 "finished": None,
             }
-            checkpoint = self._checkpoints.commit(files, notes, blocks | arrays)
+            pieces = {name: [files.put(name, 0, array)] for name, array in arrays.items()}
+            checkpoint = self._checkpoints.commit(files, notes, blocks | pieces)
         except BaseException as error:
             self._checkpoints.abandon(files)
             if isinstance(error, OSError):
@@ -254,15 +274,15 @@ class RunState:
         self._written(0 if state is None else state.steps)
 
     def stop_if_asked(self) -> None:
-        """Raise `StoppedError`, which says how to go on, if the run was asked to stop."""
+        """Raise `StoppedError` if the run was asked to stop."""
         if self._checkpoints is not None and self._asked is not None and self._asked.stop():
             raise StoppedError(f"stopped as asked; go on by `scialm-dask resume {self._checkpoints.folder}`")
 
     def check_source(self, listen: Listener, *, read_once: bool) -> None:
-        """See that all that was read is of one matrix, though its store has changed since the run began.
+        """Check that the run has read one and the same matrix, if its store has changed since the run began.
 
-        With `read_once`, all that was used was read before this was called the last time, and `listen` is told; else
-        the matrix is read again now, and `InputError` raised if what was read at different times differs.
+        With `read_once`, everything was read before the last call, and `listen` gets a note. Otherwise the matrix is
+        read again, and `InputError` is raised if it differs.
         """
         latest = fingerprint(self.job.matrix.rows)
         if latest == self._fingerprint:
@@ -285,40 +305,19 @@ class RunState:
     def _written(self, steps: int) -> None:
         self._steps, self._time = steps, time.monotonic()
 
-    def _compare(self, found: Survey, saved: Checkpoint) -> None:
-        with as_written(saved.path):
-            if (before := saved.notes["matrix"]) is None:
-                return
-            latest, n_before, sums = _identity(found), int(before["n_observed"]), array_of(saved, "gene_sums")
-        if latest != before or not _close(sums, found.gene_sums, _SAME_SUM):
-            raise CheckpointError(
-                f"{saved.path}: is of another matrix, of {n_before} observed entries, and this one of "
-                f"{latest['n_observed']} differs in genes, cells or values"
-            )
-
-    def _put_back(self, operator: LowRankPlusSparse, notes: Mapping[str, Any]) -> None:
-        assert self._saved is not None
-        blocks = {name: group for name, group in self._saved.arrays.items() if name in _OF_OPERATOR}
-        self._check_shapes(operator, blocks)
-        before = Observations(*notes["observations"])
-        operator.load(self._saved.files, blocks, validated("passes", notes["passes"], int), before)
-        self._before = before
-
     def check_observations(self, now: Observations) -> None:
-        """Raise `CheckpointError` if the entries that were read are not those of the state that was saved."""
+        """Raise `CheckpointError` if the entries that were read are not those of the saved state."""
         if self._before is not None and not _close(np.array(self._before, float), np.array(now, float), _SAME_SQUARES):
             assert self._saved is not None
             raise CheckpointError(f"{self._saved.path}: is of another matrix, or of one that was scaled otherwise")
 
     def _check_shapes(self, operator: LowRankPlusSparse, blocks: Mapping[str, tuple[Piece, ...]]) -> None:
-        """Raise `ValueError` if arrays are not of this operator: with others kernels would read past their ends."""
+        """Raise `ValueError` if arrays do not fit the operator, as kernels would read past their ends."""
         assert self._found is not None
         rows, entries = np.diff(operator.bounds).tolist(), self._found.block_gene_counts.sum(axis=1).tolist()
-        rank = {"": blocks["right"][0].shape[1]}
-        if "best_right" in blocks:
-            rank["best_"] = blocks["best_right"][0].shape[1]
         wanted: dict[str, list[tuple[int, ...]]] = {}
-        for which, r in rank.items():
+        for which in ("", "best_") if "best_right" in blocks else ("",):
+            r = blocks[f"{which}right"][0].shape[1]
             wanted[f"{which}right"] = [(operator.shape[1], r)]
             wanted[f"{which}left"] = [(n, r) for n in rows]
             wanted[f"{which}estimate"] = [(n,) for n in entries]
@@ -331,27 +330,12 @@ class RunState:
             raise ValueError(f"{min(wanted.keys() - blocks.keys())} is not there")
 
 
-def _parts(
-    state: State | None, operator: LowRankPlusSparse | None, files: ArrayFolder
-) -> tuple[dict[str, Any] | None, dict[str, NDArray[Any]], dict[str, list[Piece]]]:
-    """Return the notes of a state and its small arrays; write those of its operator."""
-    if state is None:
-        return None, {}, {}
-    notes, small = state.plain()
-    notes |= {"arrays": sorted(small), "operator": None}
-    if operator is None:
-        return notes, small, {}
-    notes["operator"] = {"passes": operator.passes, "observations": list(operator.observations)}
-    # Passes of the next SVD may have made another sketch since, but then they will do so again.
-    return notes, small, operator.save(files, sketch=bool(small))
-
-
 def _close(one: Any, other: Any, tolerance: float) -> bool:
     return one is not None and one.shape == other.shape and np.allclose(one, other, rtol=tolerance, atol=0)
 
 
 def _identity(found: Survey) -> dict[str, Any]:
-    """Sum up what tells one matrix from another, but for its sums."""
+    """Return what tells one matrix from another, except for sums."""
     digest = hashlib.sha256()
     for counts in (found.block_gene_counts, found.cell_counts):
         digest.update(np.ascontiguousarray(counts).tobytes())

@@ -1,4 +1,4 @@
-"""Who computes: the one file that knows `Client`, `LocalCluster` and dask-jobqueue."""
+"""Finding and starting workers: the one file that knows `Client`, `LocalCluster` and dask-jobqueue."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import dask
+from dask.system import CPU_COUNT
+from dask.utils import format_bytes, parse_bytes
+
 from scialm_dask.config import Count, bytes_of, checked, configured, seconds_of, validated
 from scialm_dask.errors import ClusterError, InputError
-from scialm_dask.reduction import current_client
+from scialm_dask.reduction import current_client, workers_of
 from scialm_dask.run import interruption
-from scialm_dask.run.interruption import check_processes, count_workers, losses_explained, quiet_end, while_workers
+from scialm_dask.run.interruption import check_processes, losses_explained, quiet_end, while_workers
 
 if TYPE_CHECKING:
     from distributed import Client, Security
 
 _JOBQUEUE = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "sge": "SGECluster", "lsf": "LSFCluster"}
 CLUSTERS = ("local", *_JOBQUEUE)
-_RETRIES = 10  # of a lost connection; a network that fails for a minute must not end a run of hours
-# A worker that died is started again, which may take a while on a busy machine.
+_RETRIES = 10  # of a lost connection, so that a run of hours survives a minute without network
+# Restarting a worker may take a while on a busy machine.
 _RESTARTS = {"distributed.deploy.lost-worker-timeout": "5m"}
-_ANSWER = 30  # seconds to wait for one, of workers that may be busy
+_ANSWER = 30  # seconds to wait for an answer from workers, which may be busy
 _SAME_EVERYWHERE = ("python", "dask", "distributed", "scialm_dask")
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Who computes."""
+    """The processes that compute."""
 
-    workers: int  # processes
-    threads: int  # tasks that each runs at once
-    memory: int | None  # bytes that each may take before it stops taking tasks; None if only the machine sets a limit
-    resident: int | None = None  # bytes that the largest of them holds now; None for threads of this process
-
-
-def _say_nothing(_: str) -> None:
-    pass
+    workers: int  # number of processes
+    threads: int  # of each process
+    memory: int | None  # bytes at which a worker pauses; None without a limit
+    resident: int | None = None  # bytes that the largest worker uses now; None for threads of this process
 
 
 @contextmanager
@@ -59,21 +59,22 @@ def connect(
     threads: int | None = None,
     worker_memory: str | None = None,
     tls: bool | None = None,
-    notify: Callable[[str], None] = _say_nothing,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Client | None]:
-    """Find or start workers for what is computed within a ``with`` block.
+    """Find or start workers for the computations of a ``with`` block.
 
-    Options that are not given come from Dask's configuration, namespace ``scialm``. A cluster started here listens on
-    the loopback interface, or on the one that dask-jobqueue's configuration names, and is closed at its end.
+    Options not given come from Dask's configuration, namespace ``scialm``. A cluster started here listens on the
+    loopback interface, or on the interface that dask-jobqueue's configuration names, and is closed at the end.
 
     Parameters
     ----------
     scheduler : str, optional
         Address of a running scheduler.
     scheduler_file : str or path-like, optional
-        The file that ``dask scheduler --scheduler-file`` has written, or will in a moment.
+        The file that ``dask scheduler --scheduler-file`` writes; it may still be starting.
     cluster : {"local", "slurm", "pbs", "sge", "lsf"}, optional
-        Start one, as dask-jobqueue's own configuration describes it. Without any of the three: threads of this process.
+        Cluster to start; dask-jobqueue's configuration describes its jobs. Without any of these three options, threads
+        of this process compute.
     workers : int, optional
         Number of worker processes of `cluster`, or to wait for at a running scheduler.
     threads : int, optional
@@ -81,10 +82,10 @@ def connect(
     worker_memory : str, optional
         Memory of each worker, such as ``"8GB"``.
     tls : bool, optional
-        Encrypt and authenticate all connections: by a certificate made for this cluster alone, or, for a running
-        scheduler, by the files that Dask's configuration names under ``distributed.comm.tls``.
+        Encrypt and authenticate all connections: with a certificate made for this cluster alone or, for a running
+        scheduler, with the files that Dask's configuration names under ``distributed.comm.tls``.
     notify : callable, optional
-        Called with a line of text when the user should know why it waits, or that it goes on with fewer workers.
+        Called with a line of text when this waits for workers, or goes on with fewer.
 
     Yields
     ------
@@ -94,9 +95,9 @@ def connect(
     Raises
     ------
     InputError
-        If the options contradict one another, or a program or package that they need is missing.
+        If options contradict each other, or need a program or package that is missing.
     ClusterError
-        If the scheduler does not answer, no worker comes, or they are lost on the way.
+        If the scheduler does not answer, no worker comes, or workers are lost later.
 
     Examples
     --------
@@ -105,8 +106,6 @@ def connect(
     >>> with scialm_dask.connect(threads=1):
     ...     result = scialm_dask.impute(counts)
     """
-    import dask
-
     if scheduler is scheduler_file is cluster is None:
         scheduler, scheduler_file, cluster = map(configured, ("scheduler", "scheduler-file", "cluster"))
     _check_places(scheduler, scheduler_file, cluster, workers=workers, threads=threads, memory=worker_memory, tls=tls)
@@ -119,10 +118,10 @@ def connect(
         with dask.config.set({} if threads is None else {"num_workers": threads}):
             yield None
         return
-    import distributed  # noqa: F401  its settings are Dask's from here on
+    import distributed  # noqa: F401  (adds its settings to Dask's)
 
     with ExitStack() as stack:
-        # Runs take hours, and send V, of some megabytes, to every worker once per pass.
+        # Runs take hours, and send V, some megabytes, to every worker in each pass.
         retries = dask.config.get("distributed.comm.retry.count") or _RETRIES
         patient = {"comm.retry.count": retries, "admin.large-graph-warning-threshold": "1GB"}
         stack.enter_context(dask.config.set({f"distributed.{key}": value for key, value in patient.items()}))
@@ -138,19 +137,14 @@ def connect(
             try:
                 yield client
             except KeyboardInterrupt:
-                if cluster is not None:  # nobody asks any more for what its client waits for, as asyncio would say
+                if cluster is not None:  # asyncio would report futures of the client that are never awaited
                     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
                 raise
 
 
 def workers_here() -> Workers:
-    """Say who would compute just now."""
-    import dask
-    from dask.system import CPU_COUNT
-
-    client = current_client()
-    workers = {} if client is None else client.scheduler_info(n_workers=-1)["workers"]
-    if not workers:
+    """Return the processes that would compute now."""
+    if not (workers := workers_of(current_client())):
         return Workers(1, int(dask.config.get("num_workers", None) or CPU_COUNT), None)
     pause = float(dask.config.get("distributed.worker.memory.pause") or 1)
     limits = [worker["memory_limit"] for worker in workers.values() if worker["memory_limit"]]
@@ -160,13 +154,13 @@ def workers_here() -> Workers:
 
 
 def ask_everyone(question: Callable[[], int]) -> list[int]:
-    """Ask this process, and if there is a cluster its workers and scheduler; each once, who does not answer not at all.
+    """Return the answers of this process and, on a cluster, of its workers and scheduler.
 
-    The question is a function that workers can import.
+    Each process answers once; processes that do not answer are skipped. Workers must be able to import the function.
     """
     client, answers = current_client(), dict([_signed(question)])
     if client is not None:
-        # Whatever is raised, the cluster is gone, or its scheduler does not have this package.
+        # The cluster may be gone, or its scheduler may lack this package.
         with contextlib.suppress(Exception):
             answers |= client.run(_signed, question, on_error="ignore", callback_timeout=_ANSWER).values()
             answers |= [client.run_on_scheduler(_signed, question, callback_timeout=_ANSWER)]
@@ -174,20 +168,20 @@ def ask_everyone(question: Callable[[], int]) -> list[int]:
 
 
 def _signed(question: Callable[[], int]) -> tuple[tuple[str, int], int]:
-    """Answer with the name of this process: workers may be threads of the one that asks."""
+    """Return the answer after the identity of this process, as workers may be threads of the one that asks."""
     return (socket.gethostname(), os.getpid()), question()
 
 
 def _check_places(scheduler: Any, scheduler_file: Any, cluster: Any, **given: Any) -> None:
-    """Refuse options that contradict one another."""
+    """Raise `InputError` for options that contradict each other."""
     places = {"--scheduler": scheduler, "--scheduler-file": scheduler_file, "--cluster": cluster}
     named = [option for option, value in places.items() if value is not None]
     if len(named) > 1:
-        raise InputError(f"{' and '.join(named)} exclude one another; give one of them")
+        raise InputError(f"{' and '.join(named)} exclude each other; give one of them")
     if cluster is not None and cluster not in CLUSTERS:
         raise InputError(f"cluster is {cluster!r}; choose one of {', '.join(CLUSTERS)}")
     if given["workers"] is not None and not named:
-        raise InputError("--workers are in other processes; give --cluster, --scheduler or --scheduler-file too")
+        raise InputError("--workers counts other processes; give --cluster, --scheduler or --scheduler-file too")
     if given["memory"] is not None and cluster is None:
         raise InputError("--worker-memory describes a cluster to start; give --cluster too")
     if cluster is None and named and given["threads"] is not None:
@@ -197,7 +191,7 @@ def _check_places(scheduler: Any, scheduler_file: Any, cluster: Any, **given: An
 
 
 def _standing(scheduler: str | None, scheduler_file: Any, tls: bool) -> Client:
-    """Connect to a scheduler that somebody else has started."""
+    """Connect to a running scheduler."""
     from distributed import Client
 
     timeout = seconds_of("connect-timeout")
@@ -208,7 +202,7 @@ def _standing(scheduler: str | None, scheduler_file: Any, tls: bool) -> Client:
         raise InputError(f"{address}: not encrypted, and --tls was given; give the address as tls://HOST:PORT")
     security = _from_files() if address.startswith("tls://") else None
     try:
-        # One that fails would stay Dask's default, and all that is computed later would fail too.
+        # A client that fails to connect would stay Dask's default, and later computations would fail too.
         Client(address, timeout=timeout, security=security, set_as_default=False).close()
         return Client(address, timeout=timeout, security=security)
     except ValueError as error:
@@ -223,7 +217,7 @@ def _standing(scheduler: str | None, scheduler_file: Any, tls: bool) -> Client:
 
 
 def _address_in(scheduler_file: str | os.PathLike[str], timeout: float) -> str:
-    """Read the address, waiting for a scheduler that is just being started."""
+    """Return the address in a scheduler file, waiting for it to be written."""
     path = os.fspath(scheduler_file)
     end = time.monotonic() + timeout
     while True:
@@ -243,8 +237,7 @@ def _address_in(scheduler_file: str | os.PathLike[str], timeout: float) -> str:
 
 
 def _from_files() -> Security:
-    """TLS by the files that Dask's configuration names."""
-    import dask
+    """Return TLS settings with the files that Dask's configuration names."""
     from distributed import Security
 
     for key in ("ca-file", "client.cert"):
@@ -257,7 +250,7 @@ def _from_files() -> Security:
 
 
 def _temporary(tls: bool) -> Security | None:
-    """TLS by a certificate made now, which only this cluster knows."""
+    """Return TLS settings with a new certificate for this cluster alone, or None."""
     if not tls:
         return None
     from distributed import Security
@@ -272,7 +265,6 @@ def _local(
     stack: ExitStack, _: str, workers: int | None, threads: int | None, memory: str | None, security: Security | None
 ) -> tuple[Client, int]:
     """Start worker processes on this machine."""
-    import dask
     from distributed import Client, LocalCluster
 
     preload = [*(dask.config.get("distributed.worker.preload") or ()), interruption.__name__]
@@ -295,15 +287,24 @@ def _local(
 def _jobqueue(
     stack: ExitStack, name: str, workers: int | None, threads: int | None, memory: str | None, security: Security | None
 ) -> tuple[Client, int]:
-    """Submit jobs, each of which runs workers, as dask-jobqueue's configuration has them."""
-    from dask.utils import format_bytes, parse_bytes
+    """Submit jobs that run workers, as dask-jobqueue's configuration describes them."""
     from distributed import Client
+
+    def get(key: str) -> Any:
+        return dask.config.get(f"jobqueue.{name}.{key}", None)
 
     if workers is None:
         raise InputError(f"--cluster {name} needs a number of --workers")
     kind = _jobqueue_class(name)
-    options, get = _jobqueue_options(name), _of_jobqueue(name)
-    processes = options["processes"]
+    # By default dask-jobqueue would listen on all interfaces, and start many small processes.
+    of_scheduler = {"dashboard_address": configured("dashboard-address"), **(get("scheduler-options") or {})}
+    if get("interface") is None and not {"host", "interface"} & of_scheduler.keys():
+        raise InputError(
+            f"jobqueue.{name}.interface is not set in Dask's configuration; name the network interface by which "
+            "workers reach this machine, such as ib0, or lo if they run here"
+        )
+    processes = get("processes") or 1
+    options: dict[str, Any] = {"processes": processes, "scheduler_options": of_scheduler}
     if threads is not None:
         options["cores"] = threads * processes
     if memory is not None:
@@ -312,16 +313,16 @@ def _jobqueue(
         if options.get(key, get(key)) is None:
             raise InputError(f"--cluster {name} needs --{option}, or jobqueue.{name}.{key} in Dask's configuration")
     if security is not None and get("shared-temp-directory") is None:
-        options["shared_temp_directory"] = os.getcwd()  # readable by this user alone, gone at the end
+        options["shared_temp_directory"] = os.getcwd()  # readable by this user alone, removed at the end
     started = stack.enter_context(kind(**options, security=security))
     jobs = -(-workers // processes)
     _submit(started, jobs)
-    started.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # a job that ends or is cancelled is replaced
+    started.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # replaces jobs that end or are cancelled
     return stack.enter_context(Client(started)), workers
 
 
 def _submit(started: Any, jobs: int) -> None:
-    """Submit the first jobs and see that they are taken; `scale` would only log that they are not."""
+    """Submit the first jobs, and raise `ClusterError` if they are refused, which `scale` would only log."""
     from distributed import Status
 
     async def all_of_them() -> None:
@@ -333,9 +334,9 @@ def _submit(started: Any, jobs: int) -> None:
         started.sync(all_of_them)
     except RuntimeError as error:
         for job in started.workers.values():
-            job.status = Status.failed  # the cluster cannot be closed around jobs that were never started
+            job.status = Status.failed  # else the cluster cannot be closed, as jobs were never started
         words = [line for line in str(error).splitlines() if line.strip()]
-        raise ClusterError(f"the job was not taken: {words[-1]}") from error
+        raise ClusterError(f"the job was refused: {words[-1]}") from error
 
 
 def _jobqueue_class(name: str) -> Any:
@@ -351,34 +352,16 @@ def _jobqueue_class(name: str) -> Any:
     return kind
 
 
-def _of_jobqueue(name: str) -> Callable[[str], Any]:
-    import dask
-
-    return lambda key: dask.config.get(f"jobqueue.{name}.{key}", None)
-
-
-def _jobqueue_options(name: str) -> dict[str, Any]:
-    """Settle what dask-jobqueue would do otherwise: listen on all interfaces, and start many small processes."""
-    get = _of_jobqueue(name)
-    of_scheduler = {"dashboard_address": configured("dashboard-address"), **(get("scheduler-options") or {})}
-    if get("interface") is None and not {"host", "interface"} & of_scheduler.keys():
-        raise InputError(
-            f"jobqueue.{name}.interface is not set in Dask's configuration; name the network interface by which "
-            "workers reach this machine, such as ib0, or lo if they run here"
-        )
-    return {"processes": get("processes") or 1, "scheduler_options": of_scheduler}
-
-
 def _wait(client: Client, wanted: int, notify: Callable[[str], None]) -> None:
-    """Wait for all workers, or, once the time is over, go on with those that came."""
-    if count_workers(client) >= wanted:
+    """Wait for all workers or, after a timeout, go on with those that came."""
+    if len(workers_of(client)) >= wanted:
         return
     timeout = seconds_of("worker-timeout")
     notify(f"waiting for {wanted} worker{'s' * (wanted > 1)}, {timeout:g} s at most")
     try:
         client.wait_for_workers(wanted, timeout=timeout)
     except TimeoutError:
-        here = count_workers(client)
+        here = len(workers_of(client))
         if here == 0:
             raise ClusterError(
                 f"{client.scheduler.address}: no worker came within {timeout:g} s; look at the queue and the logs of "
@@ -388,7 +371,7 @@ def _wait(client: Client, wanted: int, notify: Callable[[str], None]) -> None:
 
 
 def _same_versions(client: Client) -> None:
-    """Refuse workers that have not what this process has; they would fail later, and less clearly."""
+    """Raise `ClusterError` if processes have other versions than this one: they would fail later, less clearly."""
     found = client.get_versions(packages=["scialm_dask"])
     here = found["client"]["packages"]
     everyone = {"the scheduler": found["scheduler"], **{f"worker {k}": v for k, v in found["workers"].items()}}
@@ -397,7 +380,7 @@ def _same_versions(client: Client) -> None:
             theirs, ours = _short(package, what["packages"].get(package)), _short(package, here[package])
             if theirs != ours:
                 raise ClusterError(
-                    f"{who} has {package} {theirs or 'not at all'}, this process {ours}; install the same on both"
+                    f"{who} has {package} {theirs or '(missing)'}, this process {ours}; install the same on both"
                 )
 
 

@@ -1,4 +1,4 @@
-"""The whole of it on a thousand simulated cells, whose truth is known: count, denoise, compare."""
+"""A demonstration: denoise a thousand simulated cells, and compare with the known truth."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _DENSITY = 0.1
 
 
 def demo(folder: str | os.PathLike[str], *, overwrite: bool = False, listen: Listener = silent) -> dict[str, Any]:
-    """Denoise simulated cells, and compare with the truth that they were drawn from. Needs no network.
+    """Denoise simulated cells, and compare counts and result with the simulated truth. Needs no network.
 
-    The folder is made, with ``cells.zarr`` (counts and truth) and ``denoised.zarr``. Returned are, of the counts and of
-    what was denoised, the relative error to the truth and the median over genes of the correlation with it; ``verdict``
-    is what the run itself says without knowing the truth, ``result`` the path of the result.
+    Writes ``cells.zarr`` (counts and truth) and ``denoised.zarr`` into a new folder. Returns the relative error to the
+    truth, and the median over genes of the correlation with it, before and after denoising; ``verdict``, the conclusion
+    of the run without the truth; and ``result``, the path of the result.
     """
     check_output(folder, overwrite=overwrite)
     with atomic_output(folder, overwrite=overwrite) as partial:

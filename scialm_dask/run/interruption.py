@@ -1,4 +1,4 @@
-"""How work ends early: by a signal, by Ctrl-C, or as workers cannot be started, or they or the scheduler are lost."""
+"""Early ends of work: signals, Ctrl-C, and workers or schedulers that cannot be started or are lost."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from scialm_dask.errors import ClusterError, InputError
 if TYPE_CHECKING:
     from distributed import Client
 
-_LOOK = 5.0  # seconds from one look at whether there are workers to the next
-_PATIENCE = 60  # seconds for a lost connection or lost workers to come back
+_LOOK = 5.0  # seconds between checks that there are workers
+_PATIENCE = 60  # seconds to wait for a lost scheduler or lost workers to come back
 
 
 def loss_of_cluster(error: BaseException) -> str | None:
-    """Say what was lost and what helps, if that is what the error is about; else None."""
+    """Return what was lost and what helps, if the error is about that; otherwise None."""
     if "distributed" not in sys.modules:
         return None
     from distributed import KilledWorker
@@ -36,9 +36,13 @@ def loss_of_cluster(error: BaseException) -> str | None:
     from distributed.scheduler import NoWorkerError
 
     if isinstance(error, KilledWorker):
+        from dask.utils import format_bytes
+
+        limit = getattr(error.last_worker, "memory_limit", 0)
         return (
-            f"workers died {error.allowed_failures + 1} times over the same task, most likely for want of memory"
-            f"{_limit(error)}; give more --worker-memory, fewer --threads or --scratch zarr:FOLDER"
+            f"workers died {error.allowed_failures + 1} times on the same task, most likely for lack of memory"
+            f"{f', as each has {format_bytes(limit)}' if limit else ''}; give more --worker-memory, fewer --threads or "
+            "--scratch zarr:FOLDER"
         )
     if isinstance(error, NoWorkerError):
         return f"no worker is left, and none came for {error.timeout:g} s; look at their logs"
@@ -47,58 +51,46 @@ def loss_of_cluster(error: BaseException) -> str | None:
     return None
 
 
-def _limit(error: object) -> str:
-    from dask.utils import format_bytes
-
-    limit = getattr(getattr(error, "last_worker", None), "memory_limit", 0)
-    return f", of which each has {format_bytes(limit)}" if limit else ""
-
-
 def cluster_is_back() -> bool:
-    """Wait, for a bounded time, until the scheduler answers and has a worker."""
+    """Wait for the scheduler to have a worker again; return whether it does, within a minute."""
     from distributed import get_client
 
     try:
         get_client().wait_for_workers(1, timeout=min(_PATIENCE, seconds_of("no-workers-timeout")))
-    except Exception:  # whatever it is, there is none
+    except Exception:  # of any kind: there is none
         return False
     return True
 
 
 def check_processes() -> None:
-    """Raise an error if worker processes could not be started here.
+    """Raise an error if worker processes cannot be started here.
 
     Raises
     ------
     InputError
-        If a script is under way that would begin anew in each of them, as multiprocessing imports it there.
+        If multiprocessing would run the present script again in each of them.
     ClusterError
-        If there is no room in /dev/shm, where multiprocessing keeps semaphores.
+        If /dev/shm has no room for the semaphores of multiprocessing.
     """
     script = getattr(sys.modules["__main__"], "__file__", None) or ""
     with contextlib.suppress(OSError, UnicodeError):
         begun = any(at.filename == script and at.name == "<module>" for at in traceback.extract_stack())
         if begun and "__name__" not in Path(script).read_text():
             raise InputError(
-                f"{script}: would start anew in every worker; put what it does below `if __name__ == '__main__':`"
+                f"{script}: would run again in every worker; put what it does below `if __name__ == '__main__':`"
             )
     try:
         multiprocessing.get_context("spawn").Lock()
     except OSError as error:
         raise ClusterError(
-            f"/dev/shm: worker processes need a little of it, and have none ({error.strerror}); free some space there, "
-            "or compute in threads, without --cluster"
+            f"/dev/shm: no room for semaphores of worker processes ({error.strerror}); free some space there, or "
+            "compute in threads, without --cluster"
         ) from error
-
-
-def count_workers(client: Client) -> int:
-    """Return the number of workers just now."""
-    return len(client.scheduler_info(n_workers=-1)["workers"])
 
 
 @contextmanager
 def losses_explained() -> Iterator[None]:
-    """Say in one line that workers, or the scheduler, were lost."""
+    """Raise `ClusterError`, with one line, when workers or the scheduler are lost."""
     try:
         yield
     except Exception as error:
@@ -109,9 +101,9 @@ def losses_explained() -> Iterator[None]:
 
 @contextmanager
 def quiet_end(client: Client, *, ours: bool) -> Iterator[None]:
-    """When work is interrupted, let no process say more of it than this one does."""
+    """Silence the logs of all processes when work is interrupted."""
     level = logging.getLogger("distributed").level
-    # Before anything can be interrupted: asyncio says it as soon as the first task ends.
+    # Now, as asyncio logs this as soon as the first task is interrupted.
     logging.getLogger("asyncio").addFilter(lambda record: "AllExit" not in record.getMessage())
     try:
         yield
@@ -126,50 +118,46 @@ def quiet_end(client: Client, *, ours: bool) -> Iterator[None]:
 
 
 def _hush() -> None:
-    for name in (
-        "distributed",
-        "tornado.application",
-        *(name for name in logging.root.manager.loggerDict if name.startswith("distributed.")),
-    ):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("distributed", "tornado.application")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @contextmanager
 def while_workers(client: Client | None) -> Iterator[None]:
-    """End what waits for results within the block once there has been no worker for ``scialm.no-workers-timeout``."""
+    """Cancel what waits for results within the block after ``scialm.no-workers-timeout`` without any worker."""
     if client is None:
         yield
         return
+    from distributed import Future
+
     limit, ended = seconds_of("no-workers-timeout"), threading.Event()
-    watcher = threading.Thread(target=_watch, args=(client, limit, ended), daemon=True)
-    watcher.start()
+
+    def watch() -> None:
+        last = time.monotonic()
+        while not ended.wait(min(_LOOK, limit / 4)):
+            with contextlib.suppress(Exception):  # a lost scheduler is reported elsewhere
+                if client.scheduler_info(n_workers=1)["workers"] or not client.futures:
+                    last = time.monotonic()
+                elif time.monotonic() - last > limit:
+                    client.cancel([Future(key, client) for key in list(client.futures)], force=True)
+
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
         ended.set()
 
 
-def _watch(client: Client, limit: float, ended: threading.Event) -> None:
-    from distributed import Future
-
-    last = time.monotonic()
-    while not ended.wait(min(_LOOK, limit / 4)):
-        with contextlib.suppress(Exception):  # a scheduler that is gone is told of elsewhere
-            if client.scheduler_info(n_workers=1)["workers"] or not client.futures:
-                last = time.monotonic()
-            elif time.monotonic() - last > limit:
-                client.cancel([Future(key, client) for key in list(client.futures)], force=True)
-
-
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP came; work ends as by Ctrl-C."""
+    """SIGTERM or SIGHUP came; work ends as after Ctrl-C."""
 
 
 @contextmanager
 def on_sigterm(*, deferred: bool) -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether SIGTERM or SIGHUP came. If the latter is ignored, as by ``nohup``, it stays.
+    """Yield a function that returns whether SIGTERM or SIGHUP came. Ignored signals, as by ``nohup``, stay ignored.
 
-    If `deferred`, the first signal is but noted. Else, and at the second one, `Terminated` is raised at once.
+    The signal raises `Terminated`; if `deferred`, only the second signal does.
     """
     came = 0
 
@@ -190,7 +178,7 @@ def on_sigterm(*, deferred: bool) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def ignored_by_children() -> Iterator[None]:
-    """Start processes within the block that ignore SIGHUP: this one ends them when it comes."""
+    """Let processes started within the block ignore SIGHUP, as this one ends them when it comes."""
     here = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if here else None
     try:
@@ -201,6 +189,6 @@ def ignored_by_children() -> Iterator[None]:
 
 
 def dask_setup(_: object) -> None:
-    """Leave signals that may reach all processes to that that started this worker (Dask calls this, as a preload)."""
+    """Ignore signals in a worker, as its parent handles them; Dask calls this preload function."""
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""One run: survey the matrix, complete it, hand out the result; from the beginning or from a checkpoint."""
+"""Run a job: survey the matrix, impute it, return the result; from the start or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -19,7 +18,6 @@ import dask
 import numpy as np
 from dask.delayed import Delayed
 
-from scialm_dask.config import Settings
 from scialm_dask.data.annotated import storable_annotation
 from scialm_dask.data.checkpoint import Checkpoint, Checkpoints
 from scialm_dask.data.lease import tell_leftovers
@@ -31,7 +29,7 @@ from scialm_dask.data.temporary import is_seen
 from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
 from scialm_dask.events import Iteration, Listener, Note, Pass, Stage, silent
 from scialm_dask.imputation import Imputation
-from scialm_dask.linalg.kernels import Doubles, Floats
+from scialm_dask.linalg.kernels import Floats
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.tasks import Observations, Store
 from scialm_dask.reduction import Placement, current_client, stacked
@@ -39,17 +37,17 @@ from scialm_dask.run.checkpointing import Checkpointing, Job, RunState, as_writt
 from scialm_dask.run.cluster import ask_everyone, workers_here
 from scialm_dask.run.interruption import cluster_is_back, loss_of_cluster, while_workers
 from scialm_dask.run.plan import place_scratch
-from scialm_dask.solve.denoise import Denoised, DenoiseState, as_plain, denoise
+from scialm_dask.solve.denoise import Denoised, DenoiseState, denoise
 from scialm_dask.solve.estimate import find_axes
-from scialm_dask.solve.ialm import Completion, LoopState, complete, iterations
-from scialm_dask.solve.scaling import PreparedBlocks, Survey, completion_model, denoising_model, prepare, survey
+from scialm_dask.solve.ialm import LoopState, complete, iterations
+from scialm_dask.solve.scaling import PreparedBlocks, Survey, cell_model, mean_and_covariance, prepare, survey
 
 _RETRIES = 2  # of a task that raises
-_MOST_LOSSES = 2  # of the cluster, without a checkpoint between
+_MOST_LOSSES = 2  # of the cluster, without a new checkpoint in between
 
 
 def run(job: Job, checkpoint: Checkpointing | None = None, listen: Listener = silent) -> Imputation:
-    """Complete a matrix, on whatever scheduler Dask has, with checkpoints if that is asked for.
+    """Impute a matrix on the present scheduler of Dask, with checkpoints if asked for.
 
     Raises
     ------
@@ -60,9 +58,9 @@ def run(job: Job, checkpoint: Checkpointing | None = None, listen: Listener = si
     OutputError
         If checkpoints cannot be written.
     ClusterError
-        If the cluster was lost, and there are no checkpoints.
+        If the cluster is lost, and there are no checkpoints.
     StoppedError
-        If it was lost and there are, or the run was asked to stop.
+        If the cluster is lost and there are checkpoints, or the run is asked to stop.
     """
     if checkpoint is None:
         try:
@@ -77,8 +75,7 @@ def run(job: Job, checkpoint: Checkpointing | None = None, listen: Listener = si
             return _persevere(checkpoints, checkpoint.stop, lambda _: job, listen)
         except (InputError, DoesNotFitError):
             with contextlib.suppress(InputError):
-                notes = checkpoints.notes()
-                if notes["state"] is None:  # so it cannot be done
+                if checkpoints.notes()["state"] is None:  # so resuming would fail too
                     checkpoints.clear()
             raise
 
@@ -92,10 +89,10 @@ def resume_run(
     stop: Callable[[], bool] = lambda: False,
     listen: Listener = silent,
 ) -> Imputation:
-    """Go on with a run from its last whole checkpoint, on whatever scheduler Dask has now; raises what `run` does.
+    """Continue a run from its last valid checkpoint, on the present scheduler; raises what `run` raises.
 
-    The matrix is needed only if it was in memory. `scratch` and `memory_limit` replace what the run was begun with;
-    `stop` is that of `Checkpointing`.
+    Give the matrix if it was in memory. `scratch` and `memory_limit` replace the values that the run began with; `stop`
+    is as in `Checkpointing`.
     """
     changes = {"scratch": scratch, "memory_limit": memory_limit}
     with checkpoints_of(folder) as checkpoints:
@@ -103,36 +100,36 @@ def resume_run(
         return _persevere(checkpoints, stop, lambda saved: job_of(saved, matrix, changes), listen)
 
 
+@contextlib.contextmanager
 def checkpoints_of(
     folder: str | os.PathLike[str] | Checkpoints, *, new_for: ExpressionMatrix | None = None
-) -> AbstractContextManager[Checkpoints]:
-    """Open the checkpoints of a run, unless they are open already: those that are there, or none yet, of a new run.
+) -> Iterator[Checkpoints]:
+    """Open the checkpoints of a run, unless they are open already; `new_for` is the matrix of a new run.
 
-    Raises `InputError` if there is no such folder, `OutputError` if another run uses it, or a new run finds some there.
+    Raises `InputError` if there is no such folder, and `OutputError` if another run uses it or, for a new run, if it
+    holds checkpoints.
     """
-    if not isinstance(folder, Checkpoints):
+    if isinstance(folder, Checkpoints):
+        opened: contextlib.AbstractContextManager[Checkpoints] = contextlib.nullcontext(folder)
+    else:
         if new_for is None and not is_url(folder) and not os.path.isdir(folder):
             raise InputError(f"{os.fspath(folder)}: no such folder of checkpoints; check the path")
         if new_for is not None and new_for.origin is not None:
             check_apart(folder, (new_for.origin.path,))
-        opened: AbstractContextManager[Checkpoints] = Checkpoints(folder)
-    else:
-        opened = contextlib.nullcontext(folder)
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(opened)
+        opened = Checkpoints(folder)
+    with opened as checkpoints:
         if new_for is not None and checkpoints.names():
             raise OutputError(
                 f"{checkpoints.folder}: holds checkpoints already; go on from them by `scialm-dask resume "
                 f"{checkpoints.folder}`, or choose another folder"
             )
-        stack.pop_all()
-    return opened
+        yield checkpoints
 
 
 def _persevere(
     checkpoints: Checkpoints, stop: Callable[[], bool], job_from: Callable[[Checkpoint], Job], listen: Listener
 ) -> Imputation:
-    """Go on from the last checkpoint that can be used; when the cluster is lost and back, again."""
+    """Fit from the last usable checkpoint, and again each time the cluster was lost and is back."""
     refusals: list[str] = []
     losses = 0
     while True:
@@ -163,14 +160,14 @@ def _persevere(
 
 
 def fit(known: RunState, listen: Listener) -> Imputation:
-    """Make the run once, from what is known of it."""
+    """Fit once, from the state that `known` has."""
     began, job, here = time.perf_counter(), known.job, workers_here()
     matrix = storable_annotation(job.matrix, listen).for_workers()
     place = place_scratch(replace(job, matrix=matrix), here)
     if place.refusal:
         raise DoesNotFitError(place.refusal)
     in_memory, folder = place.scratch == "memory", place.scratch.removeprefix("zarr:")
-    if job.scratch.startswith("zarr:"):  # else it lies beside the result, of which that is told already
+    if job.scratch.startswith("zarr:"):  # otherwise this was reported for the folder of the result
         tell_leftovers(folder, listen)
     with (
         dask.annotate(retries=_RETRIES),
@@ -187,7 +184,7 @@ def fit(known: RunState, listen: Listener) -> Imputation:
         known.surveyed(found, store.path)
         fitting = _Fitting(replace(job, matrix=matrix), known, found, store, listen)
         denoises = job.settings.method == "denoise"
-        result = _denoise(fitting) if denoises else _complete(fitting, place.forecast.iterations)
+        result = fitting.denoise() if denoises else fitting.complete(place.forecast.iterations)
         if matrix.observed == "nonzero":
             listen(Stage("embedding"))
             lefts = result.left.to_delayed().ravel().tolist()
@@ -207,7 +204,7 @@ def fit(known: RunState, listen: Listener) -> Imputation:
 
 @dataclass
 class _Fitting:
-    """A run under way: what is to be done, what is known, and where its blocks are."""
+    """A run in progress."""
 
     job: Job
     known: RunState
@@ -219,13 +216,13 @@ class _Fitting:
         self.placement, self.passes = Placement(self.store), count(2)  # the survey was the first
 
     def tell_pass(self, _: int = 0) -> None:
-        """Tell that a pass over the data is made."""
+        """Report a pass over the data."""
         self.listen(Pass(next(self.passes)))
 
     def operator(
         self, blocks: PreparedBlocks, check: Callable[[Observations], None] | None = None
     ) -> LowRankPlusSparse:
-        """Return W over these blocks; `check` judges what is observed once it is read."""
+        """Return W over the blocks; `check` is called once they are read."""
 
         def on_read(seen: Observations) -> None:
             if seen.sum_squares + seen.held_out_squares == 0:
@@ -245,169 +242,154 @@ class _Fitting:
             placement=self.placement,
         )
 
+    def denoise(self) -> Imputation:
+        """Denoise, and save the state between passes."""
+        job, known = self.job, self.known
+        self.listen(Stage("denoising"))
+        state = before = known.load(DenoiseState)
+        try:
+            for step in denoise(job.matrix, self.found, job.settings, self.operator, before):
+                if not isinstance(step, Denoised):
+                    state = step
+                    known.save(state)
+        except StoppedError:
+            if state is not None:
+                known.save(state, now=True)
+            raise
+        assert isinstance(step, Denoised)
+        svd, weights = step.svd, step.weights
+        summary = {
+            "rank": len(weights.component),
+            "singular_values": svd.values.tolist(),
+            "weights": weights.component.tolist(),
+            "residual_share": float(np.mean(weights.residual > 0)),
+            "unseen": asdict(weights.unseen),
+            "verdict": weights.unseen.verdict,
+        }
+        result = self.result(
+            prepare(job.matrix, self.found, job.settings),
+            (step.operator.sketched(svd.to_left * (weights.component * svd.values)), svd.right),
+            summary,
+            {"weights": weights.component},
+            residual_weight=weights.residual,
+            counts=job.matrix,
+        )
+        known.check_source(self.listen, read_once=False)
+        return result
 
-def _denoise(fitting: _Fitting) -> Imputation:
-    job, known, found, listen = fitting.job, fitting.known, fitting.found, fitting.listen
-    listen(Stage("denoising"))
-    state = before = known.load(DenoiseState)
-    try:
-        for step in denoise(job.matrix, found, job.settings, fitting.operator, before):
-            if isinstance(step, Denoised):
-                result = denoised(found, prepare(job.matrix, found, job.settings), step, job.settings)
-            else:
-                state = step
-                known.save(state)
-    except StoppedError:
-        if state is not None:
-            known.save(state, now=True)
-        raise
-    known.check_source(listen, read_once=False)
-    return result
+    def complete(self, n_iterations: int) -> Imputation:
+        """Complete, and save the state between iterations."""
+        known, settings, listen = self.known, self.job.settings, self.listen
+
+        def check(seen: Observations) -> None:
+            if settings.stop == "held-out":
+                _check_validation(seen, settings.validation)
+            known.check_observations(seen)
+
+        listen(Stage("reading"))
+        blocks = prepare(self.job.matrix, self.found, settings)
+        operator = self.operator(blocks, check)
+        state = before = known.load(LoopState, operator)
+        listen(Stage("iterating", iterations=n_iterations))
+        try:
+            for state in iterations(operator, settings, listen, state=before):
+                known.save(state, operator)
+            assert state is not None
+            completion = complete(operator, state, settings)
+        except StoppedError:
+            if state is not None:
+                known.save(state, operator, now=True)
+            raise
+        known.check_source(listen, read_once=not operator.depends_on_workers)
+        factors, last, history = operator.factors(), completion.returned, completion.history
+        mean, covariance = mean_and_covariance(factors[0], blocks.shape[0])
+        summary = {
+            "iterations": len(history),
+            "chosen_iteration": completion.chosen,
+            "rank": last.rank,
+            "residual": last.residual,
+            "held_out_error": None if np.isnan(last.held_out) else last.held_out,
+            "converged": completion.converged,
+            "stop_reason": completion.reason,
+            "singular_values": list(completion.values),
+            **({} if before is None else {"resumed_after_iteration": before.steps}),
+        }
+        model = {"mean": mean, "covariance": covariance, "residual": last.residual}
+        columns = {line.name: [getattr(i, line.name) for i in history] for line in fields(Iteration)}
+        return self.result(blocks, factors, summary, model, history=columns)
+
+    def result(
+        self,
+        blocks: PreparedBlocks,
+        factors: tuple[list[Delayed], Floats],
+        of_method: dict[str, Any],
+        model: dict[str, Any],
+        **parts: Any,
+    ) -> Imputation:
+        """Return the result, with the factors scaled back lazily, and a summary."""
+        found, matrix, scales, (lefts, right) = self.found, blocks.matrix, blocks.scales, factors
+        summary: dict[str, Any] = {
+            "n_cells": matrix.shape[0],
+            "n_genes": matrix.shape[1],
+            "n_observed": found.n_observed,
+            "n_empty_cells": int(np.count_nonzero(found.cell_counts == 0)),
+            "n_empty_genes": int(np.count_nonzero(found.gene_counts == 0)),
+            "scaling": scales.note,
+            "raw_counts": found.integer,
+            "source": matrix.name,
+            "settings": self.job.settings.as_dict(),
+            "n_blocks": len(matrix.blocks),
+            **of_method,
+        }
+        if scales.cell is not None:
+            divide, cell = dask.delayed(np.divide), scales.cell[:, None]
+            lefts = [divide(left, cell[slice(*span)]) for left, span in zip(lefts, matrix.blocks, strict=True)]
+        result = Imputation(
+            stacked(lefts, matrix.blocks.sizes, right.shape[1]),
+            right if scales.gene is None else right / scales.gene[:, None],
+            obs=matrix.obs,
+            var=matrix.var,
+            summary=summary,
+            clip=matrix.observed == "nonzero",
+            model=cell_model(blocks, found, **model),
+            **({"history": {}} | parts),
+        )
+        if matrix.observed == "nonzero":  # the ratio of means is meaningless for values of either sign
+            observed, imputed = (
+                float(found.gene_sums.sum()),
+                result.right @ result.left.sum(axis=0, dtype="f8").compute(),
+            )
+            if result.residual_weight is not None:
+                imputed += result.residual_weight * (found.gene_sums - imputed)
+            summary["mean_observed"] = observed / matrix.shape[0] / matrix.shape[1]
+            summary["mean_imputed_over_observed"] = float(imputed.sum()) / observed
+        return result
 
 
-def _complete(fitting: _Fitting, n_iterations: int) -> Imputation:
-    known, found, settings, listen = fitting.known, fitting.found, fitting.job.settings, fitting.listen
-
-    def check(seen: Observations) -> None:
-        _check_validation(seen, settings)
-        known.check_observations(seen)
-
-    listen(Stage("reading"))
-    blocks = prepare(fitting.job.matrix, found, settings)
-    operator = fitting.operator(blocks, check)
-    state = before = known.load(LoopState, operator)
-    listen(Stage("iterating", iterations=n_iterations))
-    try:
-        for state in iterations(operator, settings, listen, state=before):
-            known.save(state, operator)
-        assert state is not None
-        completion = complete(operator, state, settings)
-    except StoppedError:
-        if state is not None:
-            known.save(state, operator, now=True)
-        raise
-    known.check_source(listen, read_once=not operator.depends_on_workers)
-    result = completed(found, blocks, operator, completion, settings)
-    if before is not None:
-        result.summary["resumed_after_iteration"] = before.steps
-    return result
-
-
-def _check_validation(seen: Observations, settings: Settings) -> None:
-    if settings.stop != "held-out":
-        return
+def _check_validation(seen: Observations, share: float) -> None:
+    """Raise `InputError` if too few or too many entries are held out to stop by their error."""
     if seen.n_held_out == 0:
         raise InputError(
-            f"validation is {settings.validation}, which hides none of {seen.n_observed} observed entries, gene by "
-            "gene; give a larger share, or stop by the residual"
+            f"validation is {share}, which hides none of {seen.n_observed} observed entries, gene by gene; give a "
+            "larger share, or stop by the residual"
         )
     if seen.n_emptied:
         raise InputError(
-            f"validation is {settings.validation}, which leaves {seen.n_emptied} cells without an observed entry; "
-            "give a smaller share, or drop cells with few genes by `scialm-dask qc --min-genes`"
+            f"validation is {share}, which leaves {seen.n_emptied} cells without an observed entry; give a smaller "
+            "share, or drop cells with few genes by `scialm-dask qc --min-genes`"
         )
     if 0 in (seen.sum_squares, seen.held_out_squares):
-        share = "all" if seen.sum_squares == 0 else "none"
+        hidden = "all" if seen.sum_squares == 0 else "none"
         raise InputError(
-            f"validation is {settings.validation}, which hides {share} of the observed entries other than zero; give "
-            "another share, or stop by the residual"
+            f"validation is {share}, which hides {hidden} of the observed entries other than zero; give another share, "
+            "or stop by the residual"
         )
-
-
-def completed(
-    found: Survey, blocks: PreparedBlocks, operator: LowRankPlusSparse, completion: Completion, settings: Settings
-) -> Imputation:
-    """Return the result of a completion: its factors on the scale of the input, and what was done and found."""
-    (lefts, right), last = operator.factors(), completion.returned
-    model = completion_model(lefts, blocks, found, residual=last.residual)
-    summary = {
-        "iterations": len(completion.history),
-        "chosen_iteration": completion.chosen,
-        "rank": last.rank,
-        "residual": last.residual,
-        "held_out_error": None if np.isnan(last.held_out) else last.held_out,
-        "converged": completion.converged,
-        "stop_reason": completion.reason,
-        "singular_values": list(completion.values),
-    }
-    history = {line.name: [getattr(i, line.name) for i in completion.history] for line in fields(Iteration)}
-    return _result(found, blocks, settings, lefts, right, summary, history=history, model=model)
-
-
-def denoised(found: Survey, blocks: PreparedBlocks, outcome: Denoised, settings: Settings) -> Imputation:
-    """Return the result of denoising: low rank plus sparse, on the scale of the input, and what was found."""
-    svd, weights = outcome.svd, outcome.weights
-    lefts = outcome.operator.sketched(svd.to_left * (weights.component * svd.values))
-    return _result(
-        found,
-        blocks,
-        settings,
-        lefts,
-        svd.right,
-        as_plain(outcome),
-        history={},
-        model=denoising_model(blocks, found, weights.component),
-        residual_weight=weights.residual,
-        counts=blocks.matrix,
-    )
-
-
-def _result(
-    found: Survey,
-    blocks: PreparedBlocks,
-    settings: Settings,
-    lefts: list[Delayed],
-    right: Floats,
-    of_method: dict[str, Any],
-    **parts: Any,
-) -> Imputation:
-    """Put factors back on the scale of the input, lazily, and sum up what was found."""
-    matrix, scales = blocks.matrix, blocks.scales
-    summary: dict[str, Any] = {
-        "n_cells": matrix.shape[0],
-        "n_genes": matrix.shape[1],
-        "n_observed": found.n_observed,
-        "n_empty_cells": int(np.count_nonzero(found.cell_counts == 0)),
-        "n_empty_genes": int(np.count_nonzero(found.gene_counts == 0)),
-        "scaling": scales.note,
-        "raw_counts": found.integer,
-        "source": matrix.name,
-        "settings": settings.as_dict(),
-        "n_blocks": len(matrix.blocks),
-        **of_method,
-    }
-    if scales.cell is not None:
-        divide, cell = dask.delayed(np.divide), scales.cell[:, None]
-        lefts = [divide(left, cell[slice(*span)]) for left, span in zip(lefts, matrix.blocks, strict=True)]
-    result = Imputation(
-        stacked(lefts, matrix.blocks.sizes, right.shape[1]),
-        right if scales.gene is None else right / scales.gene[:, None],
-        obs=matrix.obs,
-        var=matrix.var,
-        summary=summary,
-        clip=matrix.observed == "nonzero",
-        **parts,
-    )
-    if matrix.observed == "nonzero":  # of values of either sign a ratio of means says nothing
-        observed = float(found.gene_sums.sum())
-        summary["mean_observed"] = observed / matrix.shape[0] / matrix.shape[1]
-        summary["mean_imputed_over_observed"] = _sum(result, found) / observed
-    return result
-
-
-def _sum(result: Imputation, found: Survey) -> float:
-    """Sum of the imputed matrix before clipping, from sums of the factors and of the counts."""
-    sums: Doubles = result.left.sum(axis=0, dtype=np.float64).compute()
-    of_genes = result.right @ sums
-    if result.residual_weight is not None:
-        of_genes += result.residual_weight * (found.gene_sums - of_genes)
-    return float(of_genes.sum())
 
 
 def peak_memory() -> int:
-    """Most memory this process has held, in bytes."""
+    """Return the most memory that this process has used, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # what getrusage tells on Linux includes the process that started this one
+    if status.exists():  # on Linux getrusage counts the parent process too
         kilobytes = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(kilobytes) * 1024
     unit = 1 if sys.platform == "darwin" else 1024

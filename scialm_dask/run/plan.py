@@ -1,4 +1,4 @@
-"""What a run will take, foreseen from sizes alone, and whether that fits: go, or refuse and say what would help."""
+"""Forecasts of memory, disk and passes from sizes alone, and whether they fit: go, or refuse and say what would."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask
 import numpy as np
@@ -33,25 +33,22 @@ from scialm_dask.solve.biological_zeros import PASSES as BIOLOGICAL_ZEROS_PASSES
 from scialm_dask.solve.estimate import PASSES as EMBEDDING_PASSES
 from scialm_dask.solve.ialm import basis_width, first_penalty, prefers_short_side, widest_basis, zero_iterations
 
-_FLOAT = 4
-_READ_VALUES = 10  # arrays as long as a block's entries that a task holds while it reads them: as stored, scaled, …
+_FLOAT, _DOUBLE = 4, 8  # bytes
+_READ_VALUES = 10  # arrays as long as a block's entries while a task reads them: as stored, scaled, …
 _TASK_VALUES = 6  # while it visits them: columns, values, old and new estimate, A there
 _TASK_ROWS = 7  # arrays as large as a block's sketch
-_DRIVER_PANELS = 5  # float64 arrays of n × l that the small algebra of an SVD holds
-_FREED_PANELS = 3  # of those, that the allocator keeps when iterations go over to the short side
-_DOUBLE = 8
-_LIKELY_RANK = (
-    0.65  # times √N: where the paper's runs end (0.55 to 0.64 on three data sets; √2 is the most there can be)
-)
-_STARTED = 160 << 20  # what loading kernels, reading and scheduling add to a process that has imported everything
-_COMPILING = 70 << 20  # and what compiling adds, once for an installation
-_IMPORTED = 250 << 20  # what a worker holds once it has imported everything
-_STOP_AT = 0.03  # threshold, relative to σ₁, at which stops that guard against noise were seen
+_DRIVER_PANELS = 5  # float64 arrays of n × l in the small algebra of an SVD
+_FREED_PANELS = 3  # of these, kept by the allocator when iterations switch to the short side
+_LIKELY_RANK = 0.65  # times √N; the paper's runs end at 0.55 to 0.64 on three data sets, and √2 is the maximum
+_STARTED = 160 << 20  # added to a process that has imported everything by loading kernels, reading and scheduling
+_COMPILING = 70 << 20  # added by compiling, once for an installation
+_IMPORTED = 250 << 20  # of a worker that has imported everything
+_STOP_AT = 0.03  # threshold, relative to σ₁, at which held-out stops were seen
 _FIRST_PASSES = 4  # the survey, and the first SVD, which reads the blocks
 _GIVE_BACK_PASSES = 3
-_READING_PASSES = 2  # of denoising: of the training part and of everything
-_SURE = 0.99  # of the limit, for what is advised: the same program does not start with quite the same memory again
-_MOST_BLOCKS = 256  # to advise, or so many times those there are; with more, adding up takes what they save
+_READING_PASSES = 2  # of denoising: over the training part and over everything
+_SURE = 0.99  # share of the limit to advise: the memory at the start varies a little
+_MOST_BLOCKS = 256  # to advise, or _FINER times the present number; with more, adding up takes what they save
 _FINER = 16
 _LEAST_RANK = 16  # to advise
 
@@ -60,25 +57,26 @@ Change = tuple[int, int | None]  # number of blocks, and max_rank, None as it is
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take. Memory is that of each process at its peak, in bytes, imported libraries included."""
+    """What a run will take. Memory is the peak of each process, in bytes, including imported libraries."""
 
-    in_memory: int  # with the working state there
+    in_memory: int  # with the working state in memory
     on_disk: int  # with the working state in Zarr
-    scratch: int  # bytes on disk that it takes there
-    basis_width: int  # columns that the SVD is expected to compute at most
+    scratch: int  # bytes of that Zarr on disk
+    basis_width: int  # most columns that the SVD is expected to compute
     iterations: int
     passes_per_iteration: int
-    passes: int  # in all: the first ones, those of choosing zeros and those at the end included
+    passes: int  # in all
     tasks_per_pass: int  # one for each thread of each worker, and those that add up
-    bytes_per_pass: int  # read and written if the state is on disk: matrix, estimate and sketch
+    bytes_per_pass: int  # read and written with the state on disk: matrix, estimate and sketch
 
 
 def forecast(matrix: ExpressionMatrix, settings: Settings, here: Workers) -> Forecast:
-    """Foresee what a run takes where `here` computes; reads nothing of the matrix, which is cut into blocks."""
+    """Forecast a run on the workers `here`, without reading the matrix."""
     (m, n), n_observed = matrix.shape, matrix.n_stored
     n_blocks = len(matrix.blocks)
     threads, groups = min(here.threads, n_blocks), min(here.threads * here.workers, n_blocks)
-    rank = _likely_rank(settings, min(m, n), n_observed)
+    most = min(m, n, settings.max_rank or n)
+    rank = most if settings.max_rank else min(most, max(1, int(_LIKELY_RANK * math.sqrt(n_observed))))
     completes = settings.method == "complete"
     wanted = basis_width(np.ones(rank), 0.5, rank) if completes else rank
     exact = completes and prefers_short_side(wanted, (m, n))
@@ -97,65 +95,51 @@ def forecast(matrix: ExpressionMatrix, settings: Settings, here: Workers) -> For
     kept = completes and settings.stop == "held-out"  # the estimate of the best iteration
     state = _FLOAT * ((2 + kept) * n_observed + m * (2 * wanted + 2 * rank))
     blocks = 2 * _FLOAT * n_observed
-    share = math.ceil(n_blocks / here.workers) / n_blocks  # what one process holds
-    idle, busy = _iterations(settings, n_observed / (m * n))
-    per_iteration = settings.svd_passes if settings.svd_tolerance == 0 else min(settings.svd_passes, 3)
+    share = math.ceil(n_blocks / here.workers) / n_blocks  # of one process
+    iterations, per_iteration, passes = _iterations_and_passes(settings, n_observed / (m * n))
     return Forecast(
         in_memory=int(working + share * (state + blocks)),
         on_disk=int(working),
         scratch=int(state + blocks + _FLOAT * m * rank),
         basis_width=wanted,
-        iterations=idle + busy,
+        iterations=iterations,
         passes_per_iteration=per_iteration,
-        passes=_passes(settings, busy, per_iteration),
+        passes=passes,
         tasks_per_pass=2 * groups - 1,
         bytes_per_pass=_FLOAT * (4 * n_observed + m * (wanted + rank)),
     )
 
 
 def _short_side_memory(shape: tuple[int, int], rows: int, rank: int, threads: int, levels: int) -> int:
-    """Bytes that the exact triplets by the Gram of the short side take, at their peak."""
+    """Return the peak memory, in bytes, of exact triplets by the Gram of the short side."""
     m, n = shape
     gram = _DOUBLE * min(shape) ** 2
     if m > n:
         return gram * (threads + levels + 2)
     pairs = gram // 2 + threads * (2 * _FLOAT * PANEL_VALUES + 2 * _DOUBLE * rows**2)
-    some = _FLOAT * n * min(rank, PANEL_COLUMNS) * max(threads + levels - 1, 4)  # what blocks give for some vectors
+    some = _FLOAT * n * min(rank, PANEL_COLUMNS) * max(threads + levels - 1, 4)  # of blocks, for some vectors
     projected = _FLOAT * n * rank + max(some, _FLOAT * n * rank)  # then with their signs
     return max(gram + pairs, 3 * gram, projected) + _FLOAT * (m + 2 * n) * rank
 
 
-def _iterations(settings: Settings, density: float) -> tuple[int, int]:
-    """Expect iterations whose A is zero, which cost no pass, and others."""
-    if settings.method == "denoise":
-        return 0, 0
+def _iterations_and_passes(settings: Settings, density: float) -> tuple[int, int, int]:
+    """Return the expected number of iterations, of passes for each of them, and of passes in all."""
+    per_iteration = settings.svd_passes if settings.svd_tolerance == 0 else min(settings.svd_passes, 3)
+    if settings.method == "denoise":  # besides its SVDs, the survey and the weights take a pass
+        return 0, per_iteration, 2 + 2 * settings.svd_passes + _READING_PASSES + EMBEDDING_PASSES
     penalty = first_penalty(1.0, density)
-    nothing, _ = zero_iterations(1.0, penalty, 0)
-    log_rho, idle = math.log(penalty.rho), len(nothing)
+    idle, log_rho = len(zero_iterations(1.0, penalty, 0)[0]), math.log(penalty.rho)
     if settings.stop == "residual":
         working = round(math.log(2.5 / settings.epsilon) / log_rho) - idle
     else:
         working = round(-math.log(_STOP_AT) / log_rho)
-    return idle, max(0, min(working, settings.max_iterations - idle))
-
-
-def _passes(settings: Settings, working: int, per_iteration: int) -> int:
-    """Expect passes over the data in all, of so many iterations whose A is not zero."""
-    if settings.method == "denoise":
-        return 2 + 2 * settings.svd_passes + _READING_PASSES + EMBEDDING_PASSES  # the survey and that of the weights
+    working = max(0, min(working, settings.max_iterations - idle))
     passes = _FIRST_PASSES + working * per_iteration + EMBEDDING_PASSES
-    if settings.stop == "held-out":
-        passes += _GIVE_BACK_PASSES
-    return passes
-
-
-def _likely_rank(settings: Settings, short_side: int, n_observed: int) -> int:
-    most = min(short_side, settings.max_rank or short_side)
-    return most if settings.max_rank else min(most, max(1, int(_LIKELY_RANK * math.sqrt(n_observed))))
+    return idle + working, per_iteration, passes + (_GIVE_BACK_PASSES if settings.stop == "held-out" else 0)
 
 
 def _to_write(matrix: ExpressionMatrix, resident: int | None) -> int:
-    """Bytes of obs and var, which are held twice while they are written, by the process that others work for."""
+    """Return the bytes of obs and var, which this process holds twice while it writes them."""
     if resident is not None or not isinstance(matrix.annotation, Annotation):
         return 0
     n_bytes = 0
@@ -169,36 +153,24 @@ def _to_write(matrix: ExpressionMatrix, resident: int | None) -> int:
 def _base_memory(resident: int | None) -> int:
     started = _STARTED + (0 if are_compiled() else _COMPILING)
     if resident is None:
-        import dask.array  # noqa: F401 (what a result is made of is to count)
+        import dask.array  # noqa: F401 (results need it, so it counts)
 
         return int(psutil.Process().memory_info().rss) + started
-    return max(resident, _IMPORTED) + started  # a worker that has done nothing yet has imported nothing either
+    return max(resident, _IMPORTED) + started  # an idle worker has imported nothing yet
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the working state of a run is to be kept, and whether that fits."""
+class Place(NamedTuple):
+    """Where to keep the working state of a run, and whether it fits."""
 
     scratch: str  # "memory" or "zarr:PATH"
     forecast: Forecast
-    here: Workers  # who computes
-    limit: int  # bytes that each process may take
-    refusal: str = ""  # why it does not fit and what would, in words; empty if it does
-
-    @property
-    def memory(self) -> int:
-        """Bytes of each process."""
-        return self.forecast.in_memory if self.scratch == "memory" else self.forecast.on_disk
-
-    @property
-    def memory_in_all(self) -> int:
-        """Bytes of all processes together: this one and the scheduler take no more than a worker without the state."""
-        apart = self.here.resident is not None
-        return self.here.workers * self.memory + (self.forecast.on_disk if apart else 0)
+    memory: int  # bytes that each process will take
+    limit: int  # bytes that it may take
+    refusal: str  # why it does not fit and what would; empty if it fits
 
 
 def place_scratch(job: Job, here: Workers) -> Place:
-    """Choose where the working state is kept, and say whether it fits; raises `InputError` for an unknown `scratch`."""
+    """Choose where to keep the working state; raise `InputError` for an unknown `scratch`."""
     scratch = job.scratch
     named = scratch.startswith("zarr:")
     path = scratch.removeprefix("zarr:") if named else os.fspath(job.scratch_folder or scratch_folder_for(None))
@@ -207,23 +179,21 @@ def place_scratch(job: Job, here: Workers) -> Place:
     limit, raised_by = limit_of(here, job.memory_limit)
     need = forecast(job.matrix, job.settings, here)
     on_disk = named or (scratch == "auto" and need.in_memory > limit)
-    chosen = Place(f"zarr:{path}" if on_disk else "memory", need, here, limit)
-    if chosen.memory > limit:
-        remedy = _remedy(job, here, limit, raised_by)
-        words = f"the forecast is {format_bytes(chosen.memory)} of memory and the limit {format_bytes(limit)}; {remedy}"
-        return replace(chosen, refusal=words)
+    memory, refusal = need.on_disk if on_disk else need.in_memory, ""
     free = shutil.disk_usage(path).free if on_disk and os.path.isdir(path) else math.inf
-    if on_disk and need.scratch > free:
-        words = (
+    if memory > limit:
+        remedy = _remedy(job, here, limit, raised_by)
+        refusal = f"the forecast is {format_bytes(memory)} of memory and the limit {format_bytes(limit)}; {remedy}"
+    elif on_disk and need.scratch > free:
+        refusal = (
             f"the forecast is {format_bytes(need.scratch)} of scratch and {path} has {format_bytes(int(free))} free; "
             "pass --scratch zarr:PATH with a folder on another disk"
         )
-        return replace(chosen, refusal=words)
-    return chosen
+    return Place(f"zarr:{path}" if on_disk else "memory", need, memory, limit, refusal)
 
 
 def _remedy(job: Job, here: Workers, limit: int, raised_by: str) -> str:
-    """Name the options with which the run would fit, or else what it would need at least."""
+    """Return the options with which the run would fit, or else the least that it needs."""
     now, forecasts = len(job.matrix.blocks), _forecasts(job, here)
 
     def take(change: Change) -> int:
@@ -247,7 +217,7 @@ def _remedy(job: Job, here: Workers, limit: int, raised_by: str) -> str:
 
 
 def _forecasts(job: Job, here: Workers) -> dict[Change, Forecast]:
-    """Forecast the run as it is, with more blocks, by doubling, and with lower ranks, by halving; mildest first."""
+    """Forecast the run as it is, with twice the blocks and so on, and with lower ranks; mildest changes first."""
     matrix, settings = job.matrix, job.settings
 
     def foresee(cut: RowBlocks, rank: int | None) -> Forecast:
@@ -267,31 +237,33 @@ def _forecasts(job: Job, here: Workers) -> dict[Change, Forecast]:
 
 
 def limit_of(here: Workers, asked: int | None) -> tuple[int, str]:
-    """Bytes that each process may take, of `asked` or else what is left, and the option that raises that."""
+    """Return the bytes for each process, `asked` or else those available, and the option that raises them."""
     if here.memory is not None and here.memory < (asked or math.inf):
         return here.memory, "--worker-memory"
     return asked or usable_memory(), "--memory-limit"
 
 
 def usable_memory() -> int:
-    """Bytes that this process may still take: what the cgroup or the machine leaves."""
+    """Return the bytes that this process may use, by its cgroup or the machine."""
     from distributed.system import MEMORY_LIMIT
 
     return int(min(MEMORY_LIMIT, psutil.virtual_memory().available + psutil.Process().memory_info().rss))
 
 
 def plan(job: Job, *, preserve_zeros: bool = False) -> dict[str, Any]:
-    """Say what a run will take, for people: the forecast and an estimate of the time after timing one block.
+    """Return the forecast of a run as JSON values, with an estimate of the time from timing one block.
 
-    With `preserve_zeros` biological zeros are looked for too, by another SVD. Memory is that of each process, in bytes,
-    but for ``memory_bytes_in_all``; ``refusal``, in words, is there only if the run does not fit, and then no time.
+    `preserve_zeros` adds the search for biological zeros. Memory is in bytes for each process, except for
+    ``memory_bytes_in_all``. If the run does not fit, ``refusal`` says why, and there are no times.
     """
     here, matrix = workers_here(), storable_annotation(job.matrix, silent)
     place = place_scratch(replace(job, matrix=matrix), here)
     need = place.forecast
     passes = need.passes + (BIOLOGICAL_ZEROS_PASSES if preserve_zeros else 0)
+    # This process and the scheduler take no more than a worker without the state.
+    in_all = here.workers * place.memory + (0 if here.resident is None else need.on_disk)
     times = {}
-    if not place.refusal:  # timing a block takes the memory that there is not
+    if not place.refusal:  # otherwise there is no memory to time a block
         one: float = dask.delayed(_time_of_block, pure=False)(matrix.for_workers(), need.basis_width).compute()
         n_blocks = len(matrix.blocks)
         seconds = one * n_blocks / min(here.threads * here.workers, n_blocks)
@@ -305,7 +277,7 @@ def plan(job: Job, *, preserve_zeros: bool = False) -> dict[str, Any]:
         "peak_memory_bytes_with_zarr_scratch": need.on_disk,
         "zarr_scratch_bytes": need.scratch,
         "scratch": place.scratch,
-        "memory_bytes_in_all": place.memory_in_all,
+        "memory_bytes_in_all": in_all,
         "memory_limit_bytes": place.limit,
         "fits": not place.refusal,
         **({"refusal": place.refusal} if place.refusal else {}),
@@ -321,7 +293,7 @@ def plan(job: Job, *, preserve_zeros: bool = False) -> dict[str, Any]:
 
 
 def _time_of_block(matrix: ExpressionMatrix, width: int) -> float:
-    """Seconds for reading and multiplying one, the second time, when all is compiled."""
+    """Return the seconds to read and multiply a block, the second time, when kernels are compiled."""
     rank = max(1, width // 2)
     right, basis = np.ones((matrix.shape[1], rank), np.float32), np.ones((matrix.shape[1], width), np.float32)
     seconds = 0.0

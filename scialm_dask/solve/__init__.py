@@ -1,1 +1,1 @@
-"""The methods: scIALM, what surrounds it, and recovery from pooled measurements."""
+"""The methods, scIALM and denoising by count splitting, with scaling, new cells and results on disk."""

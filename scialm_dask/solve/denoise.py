@@ -1,17 +1,17 @@
 """Denoising by count splitting: one split, two short SVDs, no search.
 
-Of counts C, cells × genes, S(C) = diag(a) C diag(b) has even noise; p = 0.8.
+For counts C, cells × genes, the scaled counts S(C) = diag(a) C diag(b) have even noise; p = 0.8.
 
     C = C₁ + C₂                             1. split the molecules binomially, shares p and 1 − p;
-                                               T = C₂ p/(1 − p) measures what C₁ measures, independently
+                                               T = C₂ p/(1 − p) is an independent measurement of C₁'s mean
     S(C₁) ≈ U diag(s) Vᵀ                    2. SVD of the training part
-    w = min(1, ĉ/s),  c = diag(UᵀS(T)V)     3. weights of components: how much of s is signal,
-    λ = ⟨S(C₁) − M, S(T) − M⟩ / ‖S(C₁) − M‖²   and of residuals, for each gene: how much of what M misses is,
-                                               with M = U diag(ĉ) Vᵀ
+    w = min(1, ĉ/s),  c = diag(UᵀS(T)V)     3. weights of components: the share of s that is signal; and of the
+    λ = ⟨S(C₁) − M, S(T) − M⟩ / ‖S(C₁) − M‖²   residuals of each gene: the share of S(C₁) − M that is signal,
+                                               where M = U diag(ĉ) Vᵀ
     S(C) ≈ U diag(s) Vᵀ                     4. SVD of all molecules
     X̂ = A diag(1 − λ) + C diag(λ)           5. with A = diag(a)⁻¹ U diag(w s) Vᵀ diag(b)⁻¹
 
-ĉ is c made non-increasing and not negative. All of step 3 follows from l × genes products, since UᵀU = I.
+ĉ is c made non-increasing and non-negative. Step 3 needs only l × genes products, since UᵀU = I.
 """
 
 from __future__ import annotations
@@ -33,26 +33,23 @@ from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.svd import PartialSVD, extended_basis, rayleigh_ritz
 from scialm_dask.solve.scaling import Molecules, PreparedBlocks, Survey, prepare
 
-_STEPS_OF_WEIGHTS = 100  # more than the passes of an SVD, so that steps rise
+_STEPS_OF_WEIGHTS = 100  # more than the passes of an SVD, so that steps increase
 TRAIN_SHARE = 0.8  # p; 0.5 and 0.9 change the errors by less than 2 %
 
 
 @dataclass(frozen=True)
 class Unseen:
-    """Relative errors on the test molecules, on the scale on which noise is even: ‖S(T) − P‖ / ‖S(T)‖.
+    """Relative errors of predictions P of the test molecules, on the scale with even noise: ‖S(T) − P‖ / ‖S(T)‖."""
 
-    The prediction P is the training molecules as they are, the mean of each gene times the size of each cell, or what
-    is imputed of the training molecules. The last is corrected for the weights, which were fitted to the same
-    molecules: as in Mallows' Cp, by twice their number over that of the entries.
-    """
-
-    observed: float
-    gene_mean: float
+    observed: float  # P: the training molecules themselves
+    gene_mean: float  # P: the mean of each gene times the size of each cell
+    # P: the imputed training molecules. As the weights were fitted to the test molecules, it is corrected as in
+    # Mallows' Cp, by twice the number of weights over the number of entries
     imputed: float
 
     @property
     def verdict(self) -> str:
-        """What that means, in a sentence."""
+        """The conclusion, in a sentence."""
         best = min(self.observed, self.gene_mean)
         if self.imputed < best:
             return (
@@ -66,7 +63,7 @@ class Unseen:
 
 @dataclass(frozen=True)
 class Weights:
-    """What out-of-sample molecules say of components and of residuals (step 3)."""
+    """Weights of components and residuals, from the test molecules (step 3)."""
 
     component: Doubles  # w, between 0 and 1, float64, shape (l,)
     residual: Floats  # λ, between 0 and 1, float32, shape (n,)
@@ -75,24 +72,24 @@ class Weights:
 
 @dataclass(frozen=True)
 class DenoiseState:
-    """What is known between two passes. W stays as it is, so that nothing of the cells has to be kept."""
+    """The state between two passes. W does not change, so no state of cells has to be kept."""
 
-    basis: Floats  # what the next pass multiplies with: orthonormal, float32, shape (n, l)
-    passes: int = 0  # made of the SVD under way
-    weights: Weights | None = None  # None as long as that is the SVD of the training part
-    svd: PartialSVD | None = None  # what the last pass has given; it does not outlive the process
+    basis: Floats  # of the next pass: orthonormal, float32, shape (n, l)
+    passes: int = 0  # made so far for the present SVD
+    weights: Weights | None = None  # None during the SVD of the training part
+    svd: PartialSVD | None = None  # from the last pass; not saved
 
     @property
     def steps(self) -> int:
-        """How many passes were made."""
+        """A number that increases with each pass."""
         return self.passes + (0 if self.weights is None else _STEPS_OF_WEIGHTS)
 
     def is_last(self, settings: Settings) -> bool:
-        """Whether no pass is to follow."""
+        """Return whether no pass follows."""
         return self.weights is not None and self.passes == settings.svd_passes
 
     def plain(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """Return plain values, for JSON, and small arrays, of which `of_plain` makes it again."""
+        """Return JSON values and small arrays for `of_plain`."""
         notes: dict[str, Any] = {"passes": self.passes, "unseen": None}
         arrays: dict[str, NDArray[Any]] = {"basis": self.basis}
         if self.weights is None:
@@ -102,7 +99,7 @@ class DenoiseState:
 
     @classmethod
     def of_plain(cls, notes: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> DenoiseState:
-        """Make it again; raises a `ValueError` for what no run can have left."""
+        """Return the state from what `plain` returned; raise `ValueError` for values that no run leaves."""
         basis, weights = arrays["basis"], None
         passes = validated("passes", notes["passes"], Annotated[int, Interval(0)])
         if notes["unseen"] is not None:
@@ -119,20 +116,20 @@ class DenoiseState:
 class Denoised:
     """The low-rank part, on the scale of S, and the weights."""
 
-    operator: LowRankPlusSparse  # over all molecules; its last sketch holds U
-    svd: PartialSVD  # of S(C), the components of weight 0 left out
+    operator: LowRankPlusSparse  # over all molecules; its last sketch spans U
+    svd: PartialSVD  # of S(C), without components of weight 0
     weights: Weights  # of these components, and of residuals
 
 
 def check_counts(matrix: ExpressionMatrix, found: Survey) -> None:
     """Raise `InputError` if a matrix does not hold raw counts."""
-    remedy = "denoising needs raw counts: give those (`qc` keeps them in layer counts), or take preset complete"
+    remedy = "denoising needs raw counts: give those (`qc` keeps them in layer counts), or use preset complete"
     if matrix.observed == "finite":
         raise InputError(f"{matrix.name}: opened with zeros as values and NaN as missing; {remedy}")
     if found.fraction is not None:
         row, column, value = found.fraction
         cell, gene = matrix.obs.index[row], matrix.var.index[column]
-        raise InputError(f"{matrix.name}: {value:g} of gene {gene} in cell {cell} is no whole number; {remedy}")
+        raise InputError(f"{matrix.name}: {value:g} of gene {gene} in cell {cell} is not a whole number; {remedy}")
 
 
 def denoise(
@@ -142,10 +139,10 @@ def denoise(
     operator_of: Callable[[PreparedBlocks], LowRankPlusSparse],
     state: DenoiseState | None = None,
 ) -> Iterator[DenoiseState | Denoised]:
-    """Yield the state after each pass, from any of which the work can go on, and last the result.
+    """Yield the state after each pass, to resume from, and finally the result.
 
-    `max_rank` of the settings is l, `svd_passes` the passes of each SVD; `operator_of` makes the operator over some
-    blocks. Raises `InputError` if the matrix holds no raw counts, or too few to predict any molecule from the others.
+    `max_rank` of the settings is l, and `svd_passes` the passes of each SVD; `operator_of` returns the operator over
+    given blocks. Raises `InputError` if the values are not raw counts, or too few to predict molecules from others.
     """
     check_counts(matrix, found)
     n = matrix.shape[1]
@@ -167,13 +164,16 @@ def denoise(
         yield state
     assert state.svd is not None
     assert state.weights is not None
-    yield Denoised(operator, *_kept(state.svd, state.weights))
+    svd, component = state.svd, state.weights.component
+    kept = min(len(svd.values), int(np.count_nonzero(component)))
+    svd = PartialSVD(svd.values[:kept], np.ascontiguousarray(svd.right[:, :kept]), svd.to_left[:, :kept])
+    yield Denoised(operator, svd, replace(state.weights, component=component[:kept]))
 
 
 def _svd(operator: LowRankPlusSparse, state: DenoiseState, passes: int) -> Iterator[DenoiseState]:
-    """Make passes of subspace iteration: S(C) V, then the SVD of S(C) projected on its range.
+    """Yield the state after each pass of subspace iteration: S(C) V, then the SVD of S(C) projected on its range.
 
-    The last pass is made anew where none is left to make, since U is in the sketch that it leaves.
+    When all passes were made before a restart, the last is repeated, since U is in its sketch.
     """
     for number in range(min(state.passes + 1, passes), passes + 1):
         svd = rayleigh_ritz(operator.multiply(state.basis))
@@ -182,15 +182,15 @@ def _svd(operator: LowRankPlusSparse, state: DenoiseState, passes: int) -> Itera
 
 
 def _weights(operator: LowRankPlusSparse, train: PreparedBlocks, svd: PartialSVD, name: str) -> Weights:
-    """Weigh components and residuals by the test molecules (step 3). One pass."""
+    """Return the weights of components and residuals from the test molecules (step 3). One pass."""
     cross, (st, ss, tt, hs, ht), hh = operator.reduce(_compare, train, svd.to_left.astype(np.float32))
     s, V, UtT = svd.values, svd.right.astype(np.float64), cross.astype(np.float64)
     c = np.einsum("jr,jr->r", UtT, V)
     signal = np.maximum(isotonic_regression(c, increasing=False).x, 0)
     if signal[0] == 0:
         raise InputError(
-            f"{name}: its molecules are too few to predict any from the others; give more cells or deeper "
-            "ones, or take preset complete"
+            f"{name}: its molecules are too few to predict some from the others; give more cells or deeper "
+            "ones, or use preset complete"
         )
     # With M = U diag(ĉ) Vᵀ, sums over the cells, for each gene:
     mm, ms, mt = V**2 @ signal**2, V**2 @ (signal * s), (V * UtT) @ signal
@@ -212,28 +212,8 @@ def _weights(operator: LowRankPlusSparse, train: PreparedBlocks, svd: PartialSVD
 def _compare(
     number: int, _: Block, state: BlockState, train: PreparedBlocks, to_left: Floats
 ) -> tuple[Floats, Doubles, float]:
-    return compare_halves(train.halves(number), state.sketch @ to_left)
+    return compare_halves(*train.halves(number), state.sketch @ to_left)
 
 
 def _relative(squares: Doubles, of: Doubles) -> float:
     return math.sqrt(max(0.0, squares.sum()) / of.sum())
-
-
-def _kept(svd: PartialSVD, weights: Weights) -> tuple[PartialSVD, Weights]:
-    """Leave out the components of weight 0."""
-    count = min(len(svd.values), int(np.count_nonzero(weights.component)))
-    some = PartialSVD(svd.values[:count], np.ascontiguousarray(svd.right[:, :count]), svd.to_left[:, :count])
-    return some, replace(weights, component=weights.component[:count])
-
-
-def as_plain(denoised: Denoised) -> dict[str, Any]:
-    """Return what a summary says of it: plain values, for JSON."""
-    unseen, weights = denoised.weights.unseen, denoised.weights
-    return {
-        "rank": len(weights.component),
-        "singular_values": denoised.svd.values.tolist(),
-        "weights": weights.component.tolist(),
-        "residual_share": float(np.mean(weights.residual > 0)),
-        "unseen": {"observed": unseen.observed, "gene_mean": unseen.gene_mean, "imputed": unseen.imputed},
-        "verdict": unseen.verdict,
-    }

@@ -1,8 +1,8 @@
-"""The matrix as the loop sees it: surveyed, scaled so that noise is even, with a share of its entries held out."""
+"""The matrix as the solvers see it: surveyed, scaled to even noise, and with some entries held out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from scialm_dask.data.annotation import total_counts
 from scialm_dask.data.csr import check_observed
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
-from scialm_dask.linalg.kernels import Block, Doubles, Floats, Halves
+from scialm_dask.linalg.kernels import Block, Doubles, Floats
 from scialm_dask.linalg.random import hidden_entries, n_to_hide, thinned
 from scialm_dask.linalg.tasks import add
 from scialm_dask.reduction import tree_reduce
@@ -25,18 +25,18 @@ from scialm_dask.reduction import tree_reduce
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a matrix tells."""
+    """Counts and sums of a matrix, from one pass."""
 
     block_gene_counts: NDArray[np.int32]  # observed entries of each gene in each block, shape (blocks, n)
     gene_sums: Doubles  # of the observed entries, float64, shape (n,)
     cell_sums: Doubles  # float64, shape (m,)
     cell_counts: NDArray[np.int64]  # observed entries of each cell, shape (m,)
-    # cell, gene and value of the first that is no whole number; None if all are
+    # cell, gene and value of the first entry that is not a whole number; None if all are
     fraction: tuple[int, int, float] | None
 
     @property
     def integer(self) -> bool:
-        """Whether all values are whole numbers."""
+        """Whether all entries are whole numbers."""
         return self.fraction is None
 
     @property
@@ -51,7 +51,7 @@ class Survey:
 
 
 def survey(matrix: ExpressionMatrix) -> Survey:
-    """Read the matrix once. Raises `InputError` for values that cannot be used, and if nothing is observed."""
+    """Read the matrix once; raise `InputError` for unusable values, or if nothing is observed."""
     shared, visit = dask.delayed(matrix, traverse=False), dask.delayed(_survey_block)
     parts = dask.compute(*(visit(shared, b) for b in range(len(matrix.blocks))))
     counts, gene_sums, cell_sums, cell_counts, fractions = zip(*parts, strict=True)
@@ -67,7 +67,7 @@ def survey(matrix: ExpressionMatrix) -> Survey:
 
 
 def _survey_block(matrix: ExpressionMatrix, block: int) -> tuple[Any, ...]:
-    """Return what a `Survey` has of one block, in its order."""
+    """Return the fields of a `Survey` for one block."""
     csr, n_genes, fraction = matrix.read_block(block), matrix.shape[1], None
     for at in np.flatnonzero(csr.data % 1)[:1]:
         row = int(np.searchsorted(csr.indptr, at, side="right")) - 1
@@ -83,24 +83,23 @@ def _survey_block(matrix: ExpressionMatrix, block: int) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Scales:
-    """What entries are multiplied with before the loop; factors are divided by it after."""
+    """Factors that multiply entries before the fit, and divide its result."""
 
     cell: Floats | None  # positive, shape (m,); None for ones
     gene: Floats | None  # positive, shape (n,); None for ones
-    note: str  # what was done, in words
+    note: str  # in words
     centre: float = 1.0  # geometric mean of the size factors of cells
-    cell_exponent: float = 0.0  # cells were multiplied with (size factor / centre)^−cell_exponent
+    cell_exponent: float = 0.0  # cells are multiplied by (size factor / centre)^−cell_exponent
 
 
 def scales_of(
     matrix: ExpressionMatrix, found: Survey, exponents: tuple[float, float], *, totals_needed: bool = False
 ) -> Scales:
-    """Scale genes by mean^−g and cells by (size factor)^−c.
+    """Return scales that multiply genes by mean^−g and cells by (size factor)^−c, given the exponents (g, c).
 
-    The variance of a normalised count is its mean times the cell's size factor: the number that normalisation
-    multiplied the cell with. It is known from the raw totals in ``obs["total_counts"]``. Raw counts were multiplied
-    with nothing, and their variance goes with the cell's own total instead. Where neither is known cells are not
-    scaled; raises `InputError` if they must be.
+    The variance of a normalised count is its mean times the cell's size factor, by which normalisation multiplied the
+    cell: 1 over the raw total in ``obs["total_counts"]``. For raw counts, the size factor is the cell's total. If
+    neither is known cells are not scaled, or with `totals_needed`, `InputError` is raised.
     """
     gene_exponent, cell_exponent = exponents
     if matrix.observed == "finite" or exponents == (0.0, 0.0):
@@ -118,7 +117,7 @@ def scales_of(
     elif totals_needed:
         raise InputError(
             f"{matrix.name}: cells are to be scaled by size^−{cell_exponent:g}, but obs has no total_counts and these "
-            f"are no raw counts; add the raw totals to obs (as `qc` does), or pass --scaling {gene_exponent:g},0"
+            f"are not raw counts; add the raw totals to obs (as `qc` does), or pass --scaling {gene_exponent:g},0"
         )
     else:
         return Scales(None, gene.astype(np.float32), "genes scaled; cells not, as obs has no total_counts")
@@ -130,20 +129,20 @@ def scales_of(
 
 @dataclass(frozen=True)
 class Molecules:
-    """A share of the molecules of a count matrix, or what that leaves: count splitting."""
+    """Part of the molecules of a count matrix, by count splitting."""
 
-    share: float  # probability of a molecule to be in the first part
-    rest: bool  # take the other part
-    seed: int  # which molecules
+    share: float  # probability that a molecule is in the first part
+    rest: bool  # whether this is the other part
+    seed: int
 
     def kept(self, csr: sp.csr_matrix, first_row: int) -> Floats:
-        """Draw how many molecules of each entry are in the first part."""
+        """Draw the number of molecules of each entry in the first part."""
         return thinned(csr.indptr, csr.indices, csr.data, first_row=first_row, share=self.share, seed=self.seed)
 
     def of(self, csr: sp.csr_matrix, first_row: int) -> sp.csr_matrix:
-        """Take this part of a block of rows."""
+        """Return this part of a block of rows."""
         kept = self.kept(csr, first_row)
-        part = csr.copy()  # what follows works in place
+        part = csr.copy()  # as the next lines work in place
         part.data = csr.data - kept if self.rest else kept
         part.eliminate_zeros()
         return part
@@ -151,15 +150,15 @@ class Molecules:
 
 @dataclass(frozen=True)
 class PreparedBlocks:
-    """Row blocks, read anew and scaled, for `LowRankPlusSparse`."""
+    """Scaled row blocks, for `LowRankPlusSparse`."""
 
     matrix: ExpressionMatrix
-    scales: Scales
-    validation: float  # share of each gene's entries to hold out, 0 for none
-    seed: int  # which entries
-    block_gene_counts: NDArray[np.int32] | None  # see Survey; None in a part of the source
-    molecules: Molecules | None = None  # take only these; None for all
-    # of a part that holds out: entries of each gene before each of its blocks, and in all
+    scales: Scales = Scales(None, None, "not scaled")
+    validation: float = 0.0  # share of each gene's entries to hold out
+    seed: int = 0  # of the choice of these entries
+    block_gene_counts: NDArray[np.int32] | None = None  # see Survey; None in a `part`
+    molecules: Molecules | None = None  # to use; None for all
+    # in a `part`, if entries are held out: number of entries of each gene before each block, and in all blocks
     entries_before: tuple[dict[int, NDArray[np.int32]], NDArray[np.int64]] | None = None
 
     @property
@@ -173,13 +172,14 @@ class PreparedBlocks:
         return self.matrix.blocks.bounds
 
     @property
-    def weights(self) -> list[int]:
-        """Observed entries of each block."""
-        assert self.block_gene_counts is not None
+    def weights(self) -> Sequence[int]:
+        """Observed entries of each block, or its cells if these are unknown."""
+        if self.block_gene_counts is None:
+            return self.matrix.blocks.sizes
         return self.block_gene_counts.sum(axis=1, dtype=np.int64).tolist()  # type: ignore[no-any-return]
 
     def part(self, blocks: tuple[int, ...]) -> PreparedBlocks:
-        """Return what reads these blocks alone: the counts of all blocks can be gigabytes."""
+        """Return a source for these blocks alone, without the counts of all blocks, which can be gigabytes."""
         if self.validation == 0:
             return replace(self, block_gene_counts=None)
         assert self.block_gene_counts is not None
@@ -197,8 +197,11 @@ class PreparedBlocks:
             csr = self.molecules.of(csr, self.bounds[block])
         return Block(csr.indptr, csr.indices, csr.data * self._scale(csr, block), csr.shape[1])
 
-    def halves(self, block: int) -> Halves:
-        """Read a block, and scale the share of the molecules and, as an estimate of the same, the rest of them."""
+    def halves(self, block: int) -> tuple[Block, Floats, Floats]:
+        """Read a block and return the scaled training and test molecules, zeros kept, and the size of each cell.
+
+        Test molecules are multiplied by p/(1 − p), to estimate what the training molecules estimate.
+        """
         assert self.molecules is not None
         csr, share = self.matrix.read_block(block), self.molecules.share
         kept, scale = self.molecules.kept(csr, self.bounds[block]), self._scale(csr, block)
@@ -208,17 +211,17 @@ class PreparedBlocks:
         if self.scales.cell is not None:
             size /= self.scales.cell[rows]
         train, test = ((part * scale).astype(np.float32, copy=False) for part in (kept, test))
-        return Halves(csr.indptr, csr.indices, train, test, size, csr.shape[1])
+        return Block(csr.indptr, csr.indices, train, csr.shape[1]), test, size
 
     def _scale(self, csr: sp.csr_matrix, block: int) -> Floats | np.float32:
-        """Return what each entry is multiplied with."""
+        """Return the factor of each entry."""
         gene = np.float32(1) if self.scales.gene is None else self.scales.gene[csr.indices]
         if self.scales.cell is None:
             return gene
         return gene * np.repeat(self.scales.cell[slice(*self.bounds[block : block + 2])], np.diff(csr.indptr))
 
     def held_out(self, block: int, loaded: Block) -> NDArray[np.bool_] | None:
-        """Tell which of its observed entries are held out."""
+        """Return a mask of its held-out entries, or None if there are none."""
         if self.validation == 0:
             return None
         every, counts = self.entries_before or self.part((block,)).entries_before  # type: ignore[misc]
@@ -229,7 +232,7 @@ class PreparedBlocks:
 def prepare(
     matrix: ExpressionMatrix, found: Survey, settings: Settings, molecules: Molecules | None = None
 ) -> PreparedBlocks:
-    """Scale the matrix, and hold out a share of it if the stop rule needs that."""
+    """Return the scaled blocks, with entries held out if the stop rule needs them."""
     scales = scales_of(matrix, found, settings.exponents, totals_needed=settings.scaling is not None)
     held_out = settings.method == "complete" and settings.stop == "held-out"
     validation = settings.validation if held_out else 0.0
@@ -238,64 +241,50 @@ def prepare(
 
 @dataclass(frozen=True)
 class CellModel:
-    """What a fit has learnt of cells, on the scale on which it made their noise even."""
+    """A model of the fitted cells, on the scale with even noise, to impute other cells."""
 
-    gene_scale: NDArray[np.float32]  # what genes were multiplied with, shape (n,)
-    # of each gene in the sum of the matrix: where genes are missing, a cell's size is its total over their share
-    gene_share: NDArray[np.float64]
-    raw_counts: bool  # whether it was made from these
-    cell_exponent: float  # cells were multiplied with (size factor / centre)^−cell_exponent
+    gene_scale: Floats  # multiplies each gene, shape (n,)
+    gene_share: (
+        Doubles  # of each gene in the sum of the matrix; the size of a cell is its total over the matched shares
+    )
+    raw_counts: bool  # whether the matrix was raw counts
+    cell_exponent: float  # cells were multiplied by (size factor / centre)^−cell_exponent
     centre: float  # geometric mean of the size factors
-
-
-@dataclass(frozen=True)
-class CompletionModel(CellModel):
-    """Of a completion, where zeros are unknown."""
-
-    mean: NDArray[np.float64]  # of the rows of the left factor, shape (r,)
-    covariance: NDArray[np.float64]  # of these rows, shape (r, r)
-    residual: float  # what the fit left of the observed entries, relative to their norm
-
-
-@dataclass(frozen=True)
-class DenoisingModel(CellModel):
-    """Of a denoised matrix."""
-
-    weights: NDArray[np.float64]  # of the components, shape (r,)
+    weights: Doubles | None = None  # of the components of a denoised matrix, shape (r,); None for a completed one
+    # of a completed matrix: mean and covariance of the rows of the left factor, shapes (r,) and (r, r), and the
+    # residual on the observed entries, relative to their norm
+    mean: Doubles | None = None
+    covariance: Doubles | None = None
+    residual: float | None = None
 
 
 def model_of(stored: Mapping[str, Any]) -> CellModel:
     """Return the model that AnnData has read."""
-    kind = DenoisingModel if "weights" in stored else CompletionModel
+    other = {"mean", "covariance", "residual"} if "weights" in stored else {"weights"}
     plain: dict[str, Any] = {"raw_counts": bool, "cell_exponent": float, "centre": float, "residual": float}
-    return kind(**{field.name: plain.get(field.name, np.asarray)(stored[field.name]) for field in fields(kind)})
+    names = [field.name for field in fields(CellModel) if field.name not in other]
+    return CellModel(**{name: plain.get(name, np.asarray)(stored[name]) for name in names})
 
 
-def completion_model(
-    lefts: list[Delayed], blocks: PreparedBlocks, found: Survey, *, residual: float
-) -> CompletionModel:
-    """Sum up the rows of a fitted left factor, not yet scaled back, block by block."""
+def cell_model(blocks: PreparedBlocks, found: Survey, **of_method: Any) -> CellModel:
+    """Return the model of a fit, given the fields that only its method has."""
+    scales = blocks.scales
+    return CellModel(
+        gene_scale=np.ones(blocks.shape[1], np.float32) if scales.gene is None else scales.gene,
+        gene_share=found.gene_sums / (found.gene_sums.sum() or 1.0),
+        raw_counts=found.integer,
+        cell_exponent=scales.cell_exponent,
+        centre=scales.centre,
+        **of_method,
+    )
+
+
+def mean_and_covariance(lefts: list[Delayed], n_cells: int) -> tuple[Doubles, Doubles]:
+    """Return mean and covariance of the rows of a left factor, given in blocks."""
     moments = dask.delayed(_moments)
     total, squares = tree_reduce([moments(left) for left in lefts], add).compute()
-    mean = total / blocks.shape[0]
-    covariance = squares / blocks.shape[0] - np.outer(mean, mean)
-    return CompletionModel(**_of_cells(blocks, found), mean=mean, covariance=covariance, residual=residual)
-
-
-def denoising_model(blocks: PreparedBlocks, found: Survey, weights: Doubles) -> DenoisingModel:
-    """Return what completes other cells as these were denoised, with these weights of components."""
-    return DenoisingModel(**_of_cells(blocks, found), weights=weights)
-
-
-def _of_cells(blocks: PreparedBlocks, found: Survey) -> dict[str, Any]:
-    scales = blocks.scales
-    return {
-        "gene_scale": np.ones(blocks.shape[1], np.float32) if scales.gene is None else scales.gene,
-        "gene_share": found.gene_sums / (found.gene_sums.sum() or 1.0),
-        "raw_counts": found.integer,
-        "cell_exponent": scales.cell_exponent,
-        "centre": scales.centre,
-    }
+    mean = total / n_cells
+    return mean, squares / n_cells - np.outer(mean, mean)
 
 
 def _moments(left: Floats) -> tuple[Doubles, Doubles]:

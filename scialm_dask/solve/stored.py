@@ -1,4 +1,4 @@
-"""A result on disk: an AnnData store with factors, notes and perhaps the imputed matrix as X."""
+"""Results on disk: AnnData stores with factors, notes, and optionally the imputed matrix as X."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from scialm_dask.data.rows import fingerprint
 from scialm_dask.data.store import atomic_store, lasting, open_store, readable
 from scialm_dask.data.written import CHUNK_BYTES, write_dense, write_left, write_sparse
 from scialm_dask.errors import InputError
-from scialm_dask.events import Advance, Listener, begin
+from scialm_dask.events import Listener, begin
 from scialm_dask.reduction import stacked
 from scialm_dask.solve.biological_zeros import BiologicalZeros
 from scialm_dask.solve.estimate import Axes
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 KEY = "scialm"
 _FACTORS, _RESIDUAL = f"{KEY}_factors", f"{KEY}_residual"
 _LAYER = "counts"
-_LOW_RANK = "these are the values of the low-rank part; give `Imputation.open` the counts for all"
+_LOW_RANK = "only the values of the low-rank part are known; give `Imputation.open` the counts"
 
 
 def read_result(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
-    """Return the arguments of `Imputation` without its counts, and where those are, for `follow`."""
+    """Return the arguments of `Imputation` except its counts, and a reference to these for `follow`."""
     import anndata
 
     root: Any = open_store(path)
@@ -74,10 +74,10 @@ def read_result(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str | Non
 
 
 def _rows_of(path: str, name: str, stored: Any) -> da.Array:
-    """Return a stored array as a Dask array whose tasks open the store themselves."""
+    """Return a stored array as a Dask array with tasks that open the store."""
     read, (cells, rank) = dask.delayed(_read_rows, pure=True), stored.shape
     rows = RowBlocks.panels(cells, max(1, rank), CHUNK_BYTES)
-    if stored.chunks is not None:  # an .h5ad may hold it in one piece
+    if stored.chunks is not None:  # an .h5ad may have none
         rows = RowBlocks((*range(0, cells, stored.chunks[0]), cells))
     return stacked([read(path, name, *span) for span in rows], rows.sizes, rank, stored.dtype)
 
@@ -100,10 +100,10 @@ def write_result(
     sources: tuple[str | os.PathLike[str], ...],
     listen: Listener,
 ) -> dict[str, Any] | None:
-    """Write an `Imputation` as its `to_zarr` is told to; return what the summary says of X."""
+    """Write an `Imputation` as `Imputation.to_zarr` says, and return the entry X of the summary."""
     _check_x(result, dense, keep_observed, preserve_zeros)
     keep_observed = None if keep_observed is None else aligned(keep_observed, result)
-    advance = begin(listen, "writing")
+    advance, written = begin(listen, "writing"), None
     by_cell = {_FACTORS: result.left, f"X_{KEY}": result.embedding}
     by_cell = {name: part for name, part in by_cell.items() if part is not None}
     parts = len(by_cell) + (dense or preserve_zeros is not None)
@@ -118,7 +118,17 @@ def write_result(
         for name, part in by_cell.items():
             write_left(root, name, part, advance_part)
         write_element(root["varm"], _FACTORS, result.right)
-        written = _write_x(root, result, dense, keep_observed, preserve_zeros, advance_part)
+        if preserve_zeros is not None:
+            rule = preserve_zeros.left, preserve_zeros.allowed(), preserve_zeros.matrix
+            total = write_sparse(root, result.to_dask(), *rule, keep_observed is not None, advance_part)
+            written = {"written": "preserve_zeros", "rank": preserve_zeros.rank}
+        elif dense:
+            total = write_dense(root, result.to_dask(), keep_observed, advance_part)
+            written = {"written": "dense"}
+        if written is not None:
+            mean, observed = total / result.shape[0] / result.shape[1], result.summary.get("mean_observed")
+            written |= {"keep_observed": keep_observed is not None}
+            written |= {"mean_over_observed": mean / observed if observed else None}
         place = {} if counts is None else {"counts": json.dumps(_refer_to(counts, root, result.stored))}
         write_element(root["uns"], KEY, result.notes(written) | place)
         zarr.consolidate_metadata(root.store)
@@ -130,7 +140,7 @@ def write_result(
 def _check_x(
     result: Any, dense: bool, keep_observed: ExpressionMatrix | None, preserve_zeros: BiologicalZeros | None
 ) -> None:
-    """Raise `InputError` if this is not what the X of a result can be; see `Imputation.to_zarr`."""
+    """Raise `InputError` for options of `Imputation.to_zarr` that contradict each other or the result."""
     if dense and preserve_zeros is not None:
         raise InputError("dense and preserve_zeros both say what X is to be; give one of them")
     if keep_observed is not None and not dense and preserve_zeros is None:
@@ -149,42 +159,10 @@ def _check_x(
         )
 
 
-def _write_x(
-    root: zarr.Group,
-    result: Any,
-    dense: bool,
-    keep_observed: ExpressionMatrix | None,
-    preserve_zeros: BiologicalZeros | None,
-    advance: Advance,
-) -> dict[str, Any] | None:
-    """Write X, if it was asked for, and return what the summary is to say of it."""
-    written: dict[str, Any]
-    if preserve_zeros is not None:
-        total = write_sparse(
-            root,
-            result.to_dask(),
-            preserve_zeros.matrix,
-            preserve_zeros.left,
-            preserve_zeros.allowed(),
-            keep_observed is not None,
-            advance,
-        )
-        written = {"written": "preserve_zeros", "rank": preserve_zeros.rank}
-    elif dense:
-        total = write_dense(root, result.to_dask(), keep_observed, advance)
-        written = {"written": "dense"}
-    else:
-        return None
-    cells, genes = result.shape
-    observed = result.summary.get("mean_observed")
-    ratio = total / cells / genes / observed if observed else None
-    return written | {"keep_observed": keep_observed is not None, "mean_over_observed": ratio}
-
-
 def _refer_to(counts: ExpressionMatrix, root: zarr.Group, stored: str | None) -> dict[str, Any]:
-    """Return where counts are, plain values; counts that were in memory are written as a layer of `root`.
+    """Return a reference to the counts, JSON values; write them as a layer of `root` if they were in memory.
 
-    So are those of the store that the result was opened from, if it was.
+    The counts of `stored`, the store that the result was opened from, are written too.
     """
     origin = counts.origin
     if origin is not None and origin.path != stored:
@@ -198,9 +176,9 @@ def _refer_to(counts: ExpressionMatrix, root: zarr.Group, stored: str | None) ->
 
 
 def follow(reference: str | None, path: str, shape: tuple[int, int]) -> tuple[ExpressionMatrix | None, str]:
-    """Open the counts of the result at `path` again: give None and why, in a line, where they are gone or have changed.
+    """Return the counts of the result at `path`, or None and a line that says why they cannot be used.
 
-    The reference is from `_refer_to`, as JSON; None if it is not known where they are.
+    The reference is from `_refer_to`, as JSON; None if there is none.
     """
     if reference is None:
         return None, f"{path}: does not say where its counts are; {_LOW_RANK}"

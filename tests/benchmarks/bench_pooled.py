@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from harness import gigabytes, in_child, peak_memory
 
-from scialm_dask.pooled.admm import Admm
+from scialm_dask.pooled.admm import admm
 from scialm_dask.pooled.als import cell_factors, nearest_loadings, start_loadings, visit_cells
 from scialm_dask.pooled.base import Measurements
 from scialm_dask.pooled.design import measure, random_pools
@@ -111,7 +111,7 @@ def one_pass(method: str, cells: int, block: int = BLOCK, passes: int = 4) -> di
     else:
         scale, inverse = float(np.sqrt(np.trace(measured.total(visit_gram)["DD"]))), np.linalg.pinv(P)
         iterate = BlockIterate(measured, P, 0.0, scale, inverse, None)
-        Admm(P, 0.0, 1e-6, passes).run(timed(iterate.advance), inverse.T @ (inverse / POOLS))
+        admm(timed(iterate.advance), inverse.T @ (inverse / POOLS), P, 0.0, 1e-6, passes)
     return {
         "what": method,
         "cells": cells,

@@ -229,10 +229,10 @@ def test_dask_has_our_commands(source):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--scheduler", "tcp://h:1", "--cluster", "local"), "--scheduler and --cluster exclude one another"),
-        (("--scheduler", "tcp://h:1", "--scheduler-file", "f"), "--scheduler and --scheduler-file exclude one another"),
+        (("--scheduler", "tcp://h:1", "--cluster", "local"), "--scheduler and --cluster exclude each other"),
+        (("--scheduler", "tcp://h:1", "--scheduler-file", "f"), "--scheduler and --scheduler-file exclude each other"),
         (("--cluster", "mesos"), "cluster is 'mesos'; choose one of local, slurm, pbs, sge, lsf"),
-        (("--workers", "2"), "--workers are in other processes; give --cluster, --scheduler or --scheduler-file too"),
+        (("--workers", "2"), "--workers counts other processes; give --cluster, --scheduler or --scheduler-file too"),
         (("--worker-memory", "2GB"), "describes a cluster to start; give --cluster too"),
         (("--cluster", "local", "--worker-memory", "2 bags"), "worker memory is '2 bags'; give a number with a unit"),
         (("--scheduler", "tcp://h:1", "--threads", "2"), "the workers of --scheduler have theirs already"),
@@ -290,7 +290,7 @@ def test_a_job_that_is_not_taken_is_told_in_the_queues_words(cli, source, tmp_pa
         assert "needs --worker-memory, or jobqueue.slurm.memory" in done.stderr
         done = cli("impute", source, tmp_path / "r.zarr", *words)
     assert done.exit_code == ClusterError.exit_code
-    assert "the job was not taken: sbatch: error: invalid partition specified: fast" in done.stderr
+    assert "the job was refused: sbatch: error: invalid partition specified: fast" in done.stderr
 
 
 def test_nobody_at_the_address(cli, source, tmp_path):
@@ -352,7 +352,7 @@ def test_another_version_at_the_workers_is_refused(tmp_path):
 def test_workers_that_die_over_a_task_are_explained():
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 0}),
-        pytest.raises(ClusterError, match="workers died 1 times over the same task, most likely for want of memory"),
+        pytest.raises(ClusterError, match="workers died 1 times on the same task, most likely for lack of memory"),
         connect(cluster="local", workers=1, threads=1) as client,
     ):
         client.submit(os._exit, 1).result()
@@ -433,7 +433,7 @@ def test_the_argument_comes_before_the_environment_and_that_before_the_file(tmp_
     [
         ({"SCRATCH": "disk"}, "scratch is 'disk'; give auto"),
         ({"MEMORY_LIMIT": "a lot"}, "memory limit is 'a lot'"),
-        ({"SCRACH": "memory"}, "scialm.scrach in Dask's configuration is unknown; choose of cluster, "),
+        ({"SCRACH": "memory"}, "scialm.scrach in Dask's configuration is unknown; choose one of cluster, "),
         ({"CLUSTER": "mesos"}, "cluster is 'mesos'"),
         ({"THREADS": "many"}, "threads is 'many'; give a whole number"),
     ],
@@ -484,9 +484,7 @@ def test_a_script_that_workers_would_begin_anew_is_refused_in_one_line(tmp_path)
     code, told, errors = in_a_new_process(tmp_path / "script.py")
     assert (code, told) == (1, "")
     last = errors.splitlines()[-1]
-    assert last.startswith(
-        f"scialm_dask.errors.InputError: {tmp_path}/script.py: would start anew in every worker; put"
-    )
+    assert last.startswith(f"scialm_dask.errors.InputError: {tmp_path}/script.py: would run again in every worker; put")
     assert errors.count("Error") == 1 + errors.count("raise InputError(")
 
 
@@ -495,8 +493,6 @@ def test_workers_that_could_not_be_talked_to_are_not_started(cli, source, tmp_pa
     monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", lambda *_, **__: faults.fill_disk())
     done = cli("impute", source, tmp_path / "r.zarr", *SHORT, "--cluster", "local")
     assert done.exit_code == 69
-    assert (
-        "/dev/shm: worker processes need a little of it, and have none (No space left on device); free" in done.stderr
-    )
+    assert "/dev/shm: no room for semaphores of worker processes (No space left on device); free" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "r.zarr").exists()

@@ -208,7 +208,7 @@ def test_an_asynchronous_client_is_refused_in_one_line():
         async with Client(processes=False, n_workers=1, dashboard_address=":0", asynchronous=True):
             impute(low_rank_counts(60, 30, density=0.5, seed=3))
 
-    with pytest.raises(InputError, match=r"asynchronous, and this waits.*threads"):
+    with pytest.raises(InputError, match=r"asynchronous, but this call waits.*threads"):
         asyncio.run(use())
 
 
@@ -222,6 +222,6 @@ def test_a_result_whose_workers_are_gone_says_so_in_one_line(path, tmp_path, end
         assert np.isfinite(result[0, 0])
         getattr(connected, end)()
         for use in (lambda: result[0, 0], lambda: result.left, lambda: result.to_zarr(tmp_path / "r.zarr")):
-            with pytest.raises(InputError, match=r"does not reach any more: their cluster was closed or started anew"):
+            with pytest.raises(InputError, match=r"can no longer reach: their cluster was closed or restarted"):
                 use()
     assert not (tmp_path / "r.zarr").exists()

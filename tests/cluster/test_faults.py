@@ -237,7 +237,7 @@ def test_a_worker_over_its_memory_limit_once(faulty, matrix, tmp_path, expected)
 def test_workers_over_their_memory_limit_for_ever(faulty, few_deaths, matrix, tmp_path, expected):
     faulty(VISIT, dict.fromkeys(range(50, 500), faults.die))
     few_deaths(1)
-    with pytest.raises(StoppedError, match=r"workers died 2 times .* for want of memory, of which each has 700.00 MiB"):
+    with pytest.raises(StoppedError, match=r"workers died 2 times .* for lack of memory, as each has 700.00 MiB"):
         impute(matrix, checkpoint=tmp_path / "c", checkpoint_every=1, **RUN)
     with dask.config.set(scheduler="synchronous"):  # on another number of workers: none
         result = resume(tmp_path / "c")

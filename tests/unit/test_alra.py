@@ -117,7 +117,7 @@ def test_score_and_report_are_of_what_was_written(cli, store_of, two_types, tmp_
     compared = compare(opened, observed)
     np.testing.assert_allclose(compared.genes["mean_imputed"], np.asarray(X.mean(axis=0)).ravel(), rtol=1e-5)
     assert cli("report", kept, "-o", tmp_path / "r.html").exit_code == 0
-    assert f"X, as it was written, has {opened.mean_ratio:.3g} times" in (tmp_path / "r.html").read_text()
+    assert f"The written X has {opened.mean_ratio:.3g} times" in (tmp_path / "r.html").read_text()
     assert opened.mean_ratio < 2
     for result, of_factors in ((Imputation.open(plain), True), (opened, False)):
         result.summary["mean_imputed_over_observed"] = 5.0

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +219,28 @@ def test_a_lock_that_a_dead_process_does_not_hold(tmp_path):
         assert len([key for key in os.listdir(tmp_path / "c") if key.startswith(".lease-")]) == 1
 
 
+@pytest.mark.parametrize("same_machine", [True, False])
+def test_one_of_several_at_the_same_time_gets_the_lock(tmp_path, monkeypatch, same_machine):
+    """However they interleave; on another machine a holder is only known to live by its renewals."""
+    monkeypatch.setattr(lease, "BEAT", 0.2)
+    if not same_machine:
+        monkeypatch.setattr(lease, "is_alive", lambda _: None)
+    together = threading.Barrier(6)
+
+    def ask(_):
+        together.wait()
+        try:
+            return Checkpoints(tmp_path / "c")
+        except OutputError:
+            return None
+
+    with ThreadPoolExecutor(6) as pool:
+        holders = [found for found in pool.map(ask, range(6)) if found is not None]
+    assert len(holders) == 1
+    with holders[0], pytest.raises(OutputError, match="another run writes its checkpoints there"):
+        Checkpoints(tmp_path / "c")
+
+
 def test_a_holder_on_another_machine(tmp_path, elsewhere, monkeypatch):
     """One that renews its lease keeps others off; one that does not is dead."""
     with Checkpoints(tmp_path / "c") as first, monkeypatch.context() as here:
@@ -224,6 +248,7 @@ def test_a_holder_on_another_machine(tmp_path, elsewhere, monkeypatch):
         with pytest.raises(OutputError, match="another run writes its checkpoints there"):
             Checkpoints(tmp_path / "c")
         first._lease._ended.set()  # as if it stood still
+        first._lease._renewing.join()
         with Checkpoints(tmp_path / "c"), pytest.raises(OutputError, match="another run goes on"):
             write(first)
 

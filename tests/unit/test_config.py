@@ -99,7 +99,7 @@ def test_what_has_an_effect_is_taken(name, changes):
 
 def test_what_auto_means_is_for_a_matrix_to_say():
     with pytest.raises(
-        InputError, match="preset is 'auto', which a matrix decides; choose one of denoise, complete, paper"
+        InputError, match="preset is 'auto', which depends on the matrix; choose one of denoise, complete, paper"
     ):
         preset("auto")
 

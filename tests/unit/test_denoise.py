@@ -173,7 +173,9 @@ def test_values_that_are_no_whole_numbers_are_named(store_of):
     C = COUNTS.astype(np.float64)
     C.data[1000] = 1.5
     row = int(np.searchsorted(C.indptr, 1000, side="right")) - 1
-    with pytest.raises(InputError, match=rf"1\.5 of gene gene{C.indices[1000]} in cell cell{row} is no whole number"):
+    with pytest.raises(
+        InputError, match=rf"1\.5 of gene gene{C.indices[1000]} in cell cell{row} is not a whole number"
+    ):
         impute(store_of(C), preset="denoise")
 
 

@@ -201,7 +201,7 @@ def test_the_command_writes_tables_and_figures(cli, path, tmp_path):
         (["--methods", "magick"], "no method is called 'magick'"),
         (["--methods", "json:nothing"], "cannot be imported"),
         (["--mask", "1.5"], "between 0 and 1"),
-        (["--mask", "much"], "numbers with commas"),
+        (["--mask", "much"], "numbers separated by commas"),
         (["--sweep", "rank=3"], "give field=value"),
         (["--sweep", "increment=10,x"], "give values of increment"),
         (["--sweep", "increment=0"], "give a whole number of at least 1"),
@@ -292,7 +292,7 @@ def test_a_truth_is_looked_at_before_anything_is_run(cells):
 def test_count_splitting_what_is_no_counts_is_refused(cells):
     halves = cells.copy()
     halves.X = halves.X * 0.5
-    with pytest.raises(InputError, match="counts alone can be split"):
+    with pytest.raises(InputError, match="which count splitting needs"):
         evaluate_imputation(halves, split=True)
 
 

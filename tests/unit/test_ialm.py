@@ -141,12 +141,13 @@ def test_thresholds_fall_by_rho():
 def test_thresholding_keeps_what_is_over_and_no_more_than_the_limit():
     values = np.array([5.0, 3.0, 2.0, 1.0])
     svd = PartialSVD(values, np.eye(6, 4, dtype=np.float32), np.diag(1 / values))
-    low_rank = singular_value_thresholding(svd, 1.5, limit=9)
-    assert low_rank.values == (3.5, 1.5, 0.5)
-    np.testing.assert_allclose(low_rank.rotation, np.diag([3.5 / 5, 1.5 / 3, 0.5 / 2, 0])[:, :3])
-    assert singular_value_thresholding(svd, 1.5, limit=2).values == (3.5, 1.5)
-    assert singular_value_thresholding(svd, 2.0, limit=9).rank == 2  # over, not at
-    assert singular_value_thresholding(svd, 9.0, limit=9).rank == 0
+    rotation, right, kept = singular_value_thresholding(svd, 1.5, limit=9)
+    assert kept == (3.5, 1.5, 0.5)
+    assert right.shape == (6, 3)
+    np.testing.assert_allclose(rotation, np.diag([3.5 / 5, 1.5 / 3, 0.5 / 2, 0])[:, :3])
+    assert singular_value_thresholding(svd, 1.5, limit=2)[2] == (3.5, 1.5)
+    assert len(singular_value_thresholding(svd, 2.0, limit=9)[2]) == 2  # over, not at
+    assert singular_value_thresholding(svd, 9.0, limit=9)[2] == ()
 
 
 def test_the_most_iterations_and_the_largest_rank_are_kept():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from scialm_dask.linalg.nnls import nnls_gram
+from scialm_dask.linalg.least_squares import nnls_gram
 
 
 @pytest.mark.parametrize(("measurements", "unknowns"), [(25, 10), (25, 24), (10, 20), (4, 1)])

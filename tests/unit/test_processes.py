@@ -67,10 +67,8 @@ def test_a_fork_of_a_process_that_has_imputed_gives_the_same():
 @pytest.mark.slow
 def test_a_fork_of_a_process_with_a_client_is_told_so_in_one_line():
     told = output_of(FORKS_OF_A_CLIENT).splitlines()
-    assert told[0].startswith("the distributed.Client in force is of the process that this one was forked from")
-    assert told[1].startswith(
-        "the factors of this result are held by workers that this process does not reach any more"
-    )
+    assert told[0].startswith("the current distributed.Client belongs to the process that this one was forked from")
+    assert told[1].startswith("the factors of this result are on workers that this process can no longer reach")
     assert len(told) == 2
 
 

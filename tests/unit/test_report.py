@@ -162,8 +162,8 @@ def test_results_of_other_kinds(tmp_path, strange):
     pooled = PooledALS(3, max_sweeps=5).fit(COUNTS.toarray() @ P, P).to_imputation()
     general = impute(COUNTS.toarray() + 1.0, observed="finite", stop="residual", max_iterations=12)
     for kind, words in {
-        fit.transform(strange[60:].copy()): "completed by a fit that was made before",
-        pooled: "What is minimised",
+        fit.transform(strange[60:].copy()): "imputed with an earlier fit",
+        pooled: "The minimised objective",
         general: "Zeros of this matrix are observed values",
     }.items():
         told = write_report(kind, tmp_path / "r.html", overwrite=True)
@@ -196,7 +196,7 @@ def test_a_denoised_result(result, strange, tmp_path):
         "0.530 0.588 as observed, 0.712 by gene means",
         "31%",
         "Imputation helps <here>.",
-        "unseen molecules:",
+        "recurs in unseen molecules.",
     ):
         assert words in page.text
     assert "by scialm-dask impute a b" in page.text

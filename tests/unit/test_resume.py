@@ -498,7 +498,7 @@ def test_finished_runs_say_so_again(cli, matrix, tmp_path):
 def test_a_run_from_python_goes_on_from_the_command_line(cli, whole, stopped, tmp_path):
     refused = cli("resume", stopped)
     assert refused.exit_code == 2
-    assert "say where to write its result: resume DIR DST.zarr" in refused.stderr
+    assert "name the destination: resume DIR DST.zarr" in refused.stderr
     assert cli("resume", stopped, stopped / "r.zarr").exit_code == 2  # within the checkpoints
     result = cli("resume", stopped, tmp_path / "r.zarr", "--json", "--quiet")
     assert result.exit_code == 0, result.output

@@ -123,7 +123,7 @@ def test_a_result_from_disk_transforms_alike(cells, fitted, tmp_path):
         (lambda X: annotated(X, [f"ENSG{j}" for j in range(N_GENES)]), "0 of 90 genes are in the fit"),
         (lambda X: annotated(X, [*NAMES[:-1], NAMES[0]]), "several genes are named gene0"),
         (lambda X: X[:, 1:], "89 genes without names"),
-        (lambda X: X * 0.37, "are no raw counts"),
+        (lambda X: X * 0.37, "are not raw counts"),
         (lambda X: X * 0, "no entry of the sampled cells"),
     ],
 )

@@ -1,10 +1,10 @@
-"""Regularised least squares for each row, on its entries alone, with the right factor given.
+"""Small least-squares problems, one for each row: regularised with its own matrix, or non-negative with a shared one.
 
-A row with observed values d at columns Ω, prior mean μ and precision P (r × r), has the left factor
+A row with observed values d at columns Ω, prior mean μ and prior precision P (r × r) has the left factor
 
     u = argmin  Σ_Ω (d − u·v)² + (u − μ)ᵀ P (u − μ)  =  (V_ΩᵀV_Ω + P)⁻¹ (V_Ωᵀd + Pμ)
 
-Each row costs O(|Ω| r² + r³). Float64 throughout; the interpreter lock is released.
+at a cost of O(|Ω| r² + r³). All is in float64 and releases the interpreter lock.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
 
 from scialm_dask.linalg.kernels import Doubles, Floats
@@ -20,10 +21,11 @@ from scialm_dask.linalg.sparse_products import compiled
 _jit = compiled(boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
 
 _PANEL_VALUES = 4_000_000  # 16 MB
+_ROUND_OFF = 1e-13  # added to the diagonal, relative to its mean, so that a singular Gram has one, small solution
 
 
 class RowProblems(NamedTuple):
-    """The rows of a block: a CSR pattern, and the values d in its order."""
+    """Rows of a block: a CSR pattern, and the values d in its order."""
 
     indptr: NDArray[np.integer]
     indices: NDArray[np.int32]
@@ -33,14 +35,7 @@ class RowProblems(NamedTuple):
 def solve_rows(rows: RowProblems, right: Floats, precision: Doubles, mean: Doubles) -> Floats:
     """Return left factors, float32, of shape ``(m, r)``.
 
-    Parameters
-    ----------
-    rows
-        What was observed.
-    right
-        V, shape ``(n, r)``.
-    precision, mean
-        Of the prior: P, symmetric positive definite, ``(r, r)``, and μ, ``(r,)``.
+    `right` is V, of shape ``(n, r)``; `precision` is P, symmetric positive definite, and `mean` is μ.
     """
     left = np.empty((len(rows.indptr) - 1, right.shape[1]), np.float32)
     _solve_rows(*rows, right.astype(np.float64), precision, precision @ mean, left)
@@ -50,14 +45,14 @@ def solve_rows(rows: RowProblems, right: Floats, precision: Doubles, mean: Doubl
 def leave_one_out(rows: RowProblems, right: Floats, precision: Doubles, mean: Doubles) -> float:
     """Return the sum of (d − u·v)² over the observed entries, each predicted from the others of its row.
 
-    Takes what `solve_rows` takes. Leaving out entry j of a row turns its misfit e into e / (1 − h), where
+    Takes the arguments of `solve_rows`. Without entry j, its error e becomes e / (1 − h), where
     h = vᵀ (V_ΩᵀV_Ω + P)⁻¹ v.
     """
     return float(_leave_one_out(*rows, right.astype(np.float64), precision, precision @ mean))
 
 
 def column_minima(left: Floats, right: Floats) -> Floats:
-    """Least entry of each column of U Vᵀ, float32, shape ``(n,)``; panels of it are formed at a time."""
+    """Return the minimum of each column of U Vᵀ, float32, shape ``(n,)``, from one panel of rows at a time."""
     lowest = np.full(len(right), np.inf, np.float32)
     step = max(1, _PANEL_VALUES // max(1, len(right)))
     for start in range(0, len(left), step):
@@ -65,12 +60,35 @@ def column_minima(left: Floats, right: Floats) -> Floats:
     return lowest
 
 
+def nnls_gram(gram: Doubles, linear: Doubles) -> Doubles:
+    """Minimise ½ uᵀGu − bᵀu over u ≥ 0, for every row b.
+
+    Rows where the unconstrained minimum over {b > 0} is the answer take two matrix products. The others are solved
+    one by one by block principal pivoting (Kim and Park 2011, SIAM J. Sci. Comput. 33). `gram` is G, r × r, symmetric
+    positive semidefinite, and `linear` has the rows b, m × r. Returns the minimisers, m × r, float64.
+    """
+    r = len(gram)
+    scale = float(np.trace(gram)) / r
+    solution = np.zeros(linear.shape)
+    if scale <= 0:
+        return solution
+    gram = np.ascontiguousarray(gram + _ROUND_OFF * scale * np.eye(r))
+    # Where b is positive everywhere the passive set starts full: one factorisation serves all these rows.
+    full = (linear > 0).all(axis=1)
+    if full.any():
+        solution[full] = scipy.linalg.cho_solve(scipy.linalg.cho_factor(gram, lower=True), linear[full].T).T
+    todo = np.flatnonzero(np.where(full, (solution < 0).any(axis=1), (linear > 0).any(axis=1)))
+    if len(todo):
+        _pivot_rows(gram, np.ascontiguousarray(linear, dtype=np.float64), todo, solution)
+    return solution
+
+
 @_jit
 def _normal_equations(indptr, indices, values, i, right, gram, linear):  # type: ignore[no-untyped-def]
     """Add V_ΩᵀV_Ω to the lower triangle of `gram`, and V_Ωᵀd to `linear`."""
     rank = right.shape[1]
     k, end = indptr[i], indptr[i + 1]
-    while k + 4 <= end:  # four at a time: the triangle is loaded and stored once for all
+    while k + 4 <= end:  # four at a time, to load and store the triangle once for all four
         j0, j1, j2, j3 = indices[k], indices[k + 1], indices[k + 2], indices[k + 3]
         v0, v1, v2, v3 = right[j0], right[j1], right[j2], right[j3]
         d0, d1, d2, d3 = values[k], values[k + 1], values[k + 2], values[k + 3]
@@ -101,7 +119,7 @@ def _cholesky(gram):  # type: ignore[no-untyped-def]
             total = gram[s, t]
             for q in range(t):
                 total -= gram[s, q] * gram[t, q]
-            gram[s, t] = np.sqrt(total) if s == t else total / gram[t, t]
+            gram[s, t] = np.sqrt(max(total, 1e-300)) if s == t else total / gram[t, t]
 
 
 @_jit
@@ -152,3 +170,44 @@ def _leave_one_out(indptr, indices, values, right, precision, shift):  # type: i
             gap = (values[k] - predicted) / (1 - leverage)
             error += gap * gap
     return error
+
+
+@_jit
+def _pivot_rows(gram, linear, rows, solution):  # type: ignore[no-untyped-def]
+    r = len(gram)
+    room, slope = np.empty(r * r), np.empty(r)
+    passive, wrong = np.empty(r, np.bool_), np.empty(r, np.bool_)
+    for row in rows:
+        b, u = linear[row], solution[row]
+        slack = 1e-12 * np.abs(b).max()
+        passive[:] = b > 0
+        fewest, patience = r + 1, 3
+        for _ in range(20 * r + 100):
+            index = np.flatnonzero(passive)
+            p = len(index)
+            lower, x = room[: p * p].reshape(p, p), b[index]
+            for i in range(p):
+                for j in range(i + 1):
+                    lower[i, j] = gram[index[i], index[j]]
+            _cholesky(lower)
+            _forward(lower, x)
+            _backward(lower, x)
+            slope[:] = -b
+            u[:] = 0.0
+            for j in range(p):
+                u[index[j]] = x[j]
+                for i in range(r):
+                    slope[i] += gram[index[j], i] * x[j]
+            for i in range(r):
+                wrong[i] = u[i] < 0 if passive[i] else slope[i] < -slack
+            n_wrong = wrong.sum()
+            if n_wrong == 0:
+                break
+            if n_wrong < fewest:
+                fewest, patience = n_wrong, 3
+            elif patience > 0:
+                patience -= 1
+            else:  # Murty's rule: one exchange at a time, which cannot cycle
+                wrong[: np.flatnonzero(wrong)[-1]] = False
+            passive[:] = passive != wrong
+        u[:] = np.maximum(u, 0)
