@@ -18,7 +18,6 @@ from weakref import WeakSet
 import dask.threaded
 import numpy as np
 from dask.base import get_scheduler
-from dask.delayed import Delayed
 from dask.system import CPU_COUNT
 from threadpoolctl import threadpool_limits
 
@@ -189,33 +188,6 @@ def sum_of_groups(groups: Sequence[Group], add: Callable[[T, T], T], parts: Sequ
         of_homes.setdefault(group.home, []).append(part)
     sums = [tree_reduce(own, add, [home] * len(own)) for home, own in of_homes.items()]
     return tree_reduce(sums, add, list(of_homes))
-
-
-def moved(
-    held: Sequence[Any],
-    before: Sequence[Group],
-    after: Sequence[Group],
-    pick: Callable[..., Any],
-    join: Callable[..., Any],
-) -> list[Delayed]:
-    """Regroup delayed parts, one for each group of `before`, into parts for the groups of `after`.
-
-    ``pick(part, blocks)`` returns the part of some blocks, and ``join(*parts)`` joins parts.
-    """
-    whole = {group.blocks: part for group, part in zip(before, held, strict=True)}
-    pick, join = dask.delayed(pick), dask.delayed(join)
-
-    def collected(g: int) -> Any:
-        if after[g].blocks in whole:
-            return whole[after[g].blocks]
-        pieces = []
-        for group, part in zip(before, held, strict=True):
-            if common := set(after[g].blocks).intersection(group.blocks):
-                with at(group.home):
-                    pieces.append(pick(part, common))
-        return join(*pieces)
-
-    return at_home(after, collected)
 
 
 def in_order(make: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:

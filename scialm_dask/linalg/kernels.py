@@ -66,17 +66,6 @@ class Update:
 
 
 @dataclass(frozen=True)
-class ReleaseHeldOut:
-    """Make held-out entries observed, with the estimate that they would have if A had always been the present one.
-
-    Then k multiplier updates give w = a + (1 + t + … + tᵏ)(d − a), with t = 1/ρ.
-    """
-
-    ratio: float  # t
-    steps: int  # k
-
-
-@dataclass(frozen=True)
 class PassInputs:
     """What a pass sends to every block."""
 
@@ -84,7 +73,8 @@ class PassInputs:
     basis: Floats | None = None  # Q, float32, shape (n, l); None to take the step only
     overlap: Floats | None = None  # VᵀQ, float32
     step: Update | None = None  # taken before the products
-    give_back: ReleaseHeldOut | None = None  # done before the products; excludes a step
+    # make held-out entries observed before the products, with this weight: w = a + weight (d − a); excludes a step
+    release: float | None = None
 
 
 class Sums(NamedTuple):
@@ -107,10 +97,9 @@ def visit(block: Block, state: BlockState, inputs: PassInputs, total: Sums | Non
     if inputs.step is not None:
         state = replace(state, left=state.sketch @ inputs.step.rotation)
     sparse = sampled_product(block, state.left, inputs.right)
-    if inputs.give_back is not None:
+    if inputs.release is not None:
         hidden, estimate = np.flatnonzero(np.isnan(state.estimate)), state.estimate.copy()
-        weight = np.float32(sum(inputs.give_back.ratio**k for k in range(inputs.give_back.steps + 1)))
-        estimate[hidden] = sparse[hidden] + weight * (block.observed[hidden] - sparse[hidden])
+        estimate[hidden] = sparse[hidden] + np.float32(inputs.release) * (block.observed[hidden] - sparse[hidden])
         state = replace(state, estimate=estimate)
     if inputs.step is not None:
         estimate = np.empty_like(state.estimate)
@@ -223,6 +212,15 @@ def compare_halves(train: Block, test: Floats, size: Floats, left: Floats) -> tu
     for total, (one, other) in zip(by_column, ((s, t), (s, s), (t, t), (h, s), (h, t)), strict=True):
         total += np.bincount(indices, np.multiply(one, other, dtype=np.float64), n)
     return cross, by_column, float(np.square(size, dtype=np.float64).sum())
+
+
+def column_minima(left: Floats, right: Floats) -> Floats:
+    """Return the minimum of each column of U Vᵀ, float32, shape ``(n,)``, from one panel of rows at a time."""
+    lowest = np.full(len(right), np.inf, np.float32)
+    step = max(1, PANEL_VALUES // max(1, len(right)))
+    for start in range(0, len(left), step):
+        np.minimum(lowest, (left[start : start + step] @ right.T).min(axis=0), out=lowest)
+    return lowest
 
 
 def gram(tall: Floats) -> Doubles:

@@ -20,7 +20,6 @@ from scialm_dask.linalg.sparse_products import compiled
 
 _jit = compiled(boundscheck=False, fastmath={"reassoc", "contract", "arcp", "nsz"})
 
-_PANEL_VALUES = 4_000_000  # 16 MB
 _ROUND_OFF = 1e-13  # added to the diagonal, relative to its mean, so that a singular Gram has one, small solution
 
 
@@ -49,15 +48,6 @@ def leave_one_out(rows: RowProblems, right: Floats, precision: Doubles, mean: Do
     h = vᵀ (V_ΩᵀV_Ω + P)⁻¹ v.
     """
     return float(_leave_one_out(*rows, right.astype(np.float64), precision, precision @ mean))
-
-
-def column_minima(left: Floats, right: Floats) -> Floats:
-    """Return the minimum of each column of U Vᵀ, float32, shape ``(n,)``, from one panel of rows at a time."""
-    lowest = np.full(len(right), np.inf, np.float32)
-    step = max(1, _PANEL_VALUES // max(1, len(right)))
-    for start in range(0, len(left), step):
-        np.minimum(lowest, (left[start : start + step] @ right.T).min(axis=0), out=lowest)
-    return lowest
 
 
 def nnls_gram(gram: Doubles, linear: Doubles) -> Doubles:

@@ -13,14 +13,14 @@ import numpy as np
 from dask.delayed import Delayed
 
 from scialm_dask.linalg import kernels, tasks
-from scialm_dask.linalg.kernels import Doubles, Floats, PassInputs, ReleaseHeldOut, Sums, Update
+from scialm_dask.linalg.kernels import Doubles, Floats, PassInputs, Sums, Update
 from scialm_dask.linalg.tasks import BlockSource, Files, Observations, Records, Store
 from scialm_dask.reduction import (
     Group,
+    at,
     at_home,
     current_client,
     execute,
-    moved,
     spread,
     sum_of_groups,
     threads_anywhere,
@@ -125,24 +125,18 @@ class LowRankPlusSparse:
         basis: Floats | None,
         step: Update | None = None,
         right: Floats | None = None,
-        give_back: ReleaseHeldOut | None = None,
+        release: float | None = None,
     ) -> Product:
-        """Take a step or release the held-out entries, if told to, then compute WᵀWQ. One pass.
+        """Take a step, or make held-out entries observed, then compute WᵀWQ. One pass.
 
-        Parameters
-        ----------
-        basis
-            Q, shape ``(n, l)``; None to take the step only.
-        step, right
-            The new A: how to compute its left factor from the last sketch, and its right factor, shape ``(n, r)``.
-        give_back
-            How to make held-out entries observed.
+        The basis is Q, of shape ``(n, l)``; None for a step only. `step` and `right`, of shape ``(n, r)``, make the new
+        A. `release` is the weight of d − a in the estimates of entries that were held out.
         """
         right = self.right if right is None else right
-        inputs = PassInputs(right, basis, None if basis is None else right.T @ basis, step, give_back)
+        inputs = PassInputs(right, basis, None if basis is None else right.T @ basis, step, release)
         changes = {"sketch"} if basis is not None else set()
         changes |= {"estimate", "left"} if step is not None else set()
-        changes |= {"estimate"} if give_back is not None else set()
+        changes |= {"estimate"} if release is not None else set()
         # A step computes the left factor from the sketch; without a step the left factor is needed instead.
         unneeded = ("left",) if step is not None else ("sketch",)
         sums: Sums = self._pass(tasks.visit, inputs, changes=changes, without=unneeded)
@@ -377,7 +371,20 @@ class LowRankPlusSparse:
         def follow(held: list[Any]) -> list[Any]:
             if self._store.durable:
                 return self._shares(tasks.join(*held))
-            return list(execute(moved(held, before, groups, tasks.pick, tasks.join)))
+            whole = {group.blocks: part for group, part in zip(before, held, strict=True)}
+            pick, join = dask.delayed(tasks.pick), dask.delayed(tasks.join)
+
+            def collected(g: int) -> Any:
+                if groups[g].blocks in whole:
+                    return whole[groups[g].blocks]
+                pieces = []
+                for group, part in zip(before, held, strict=True):
+                    if common := set(groups[g].blocks).intersection(group.blocks):
+                        with at(group.home):
+                            pieces.append(pick(part, common))
+                return join(*pieces)
+
+            return list(execute(at_home(groups, collected)))
 
         self._blocks, self._states = follow(self._blocks), follow(self._states)
         if self._best is not None:

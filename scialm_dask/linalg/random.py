@@ -93,24 +93,10 @@ def hidden_entries(
     it below ``n_hidden[j]``. So exactly ``n_hidden[j]`` entries are chosen, and a block needs to know only the counts
     of the blocks before it.
 
-    Parameters
-    ----------
-    indices
-        Column of each entry of a block of rows, row by row, as in CSR.
-    first_ordinal, counts, n_hidden
-        For each column, the number of entries in the blocks before, in the whole matrix, below 2**62, and to choose.
-    seed
-        Any integer; its low 64 bits are used.
-
-    Returns
-    -------
-    ndarray of bool
-        True for chosen entries, shape of `indices`.
-
-    Raises
-    ------
-    ValueError
-        If a column has more entries, in the blocks before and this one, than `counts` says.
+    `indices` has the column of each entry of a block of rows, as in CSR. For each column, `first_ordinal`, `counts` and
+    `n_hidden` have the number of entries in the blocks before, in the whole matrix, below 2**62, and to choose. The low
+    64 bits of the seed are used. Returns a mask of the chosen entries. Raises `ValueError` if a column has more
+    entries, in the blocks before and this one, than `counts` says.
     """
     hidden = np.zeros(len(indices), dtype=np.bool_)
     seen = np.array(first_ordinal, dtype=np.int64)

@@ -50,13 +50,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 
 def compiled(**options: Any) -> Callable[[Any], Any]:
-    """Return a decorator that compiles a function on its first call, to run without the interpreter lock.
-
-    Parameters
-    ----------
-    **options
-        Passed to `numba.njit`.
-    """
+    """Return `numba.njit` with these options: compiled on the first call, and run without the interpreter lock."""
 
     def decorate(function: Any) -> Any:
         dispatcher = numba.njit(nogil=True, **options)(function)

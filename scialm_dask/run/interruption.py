@@ -63,14 +63,10 @@ def cluster_is_back() -> bool:
 
 
 def check_processes() -> None:
-    """Raise an error if worker processes cannot be started here.
+    """Check that worker processes can be started here.
 
-    Raises
-    ------
-    InputError
-        If multiprocessing would run the present script again in each of them.
-    ClusterError
-        If /dev/shm has no room for the semaphores of multiprocessing.
+    Raises `InputError` if multiprocessing would run the present script again in each of them, and `ClusterError` if
+    /dev/shm has no room for its semaphores.
     """
     script = getattr(sys.modules["__main__"], "__file__", None) or ""
     with contextlib.suppress(OSError, UnicodeError):
@@ -89,14 +85,14 @@ def check_processes() -> None:
 
 
 @contextmanager
-def losses_explained() -> Iterator[None]:
-    """Raise `ClusterError`, with one line, when workers or the scheduler are lost."""
+def losses_explained(remedy: str = "") -> Iterator[None]:
+    """Raise `ClusterError`, with a line that ends with `remedy`, when workers or the scheduler are lost."""
     try:
         yield
     except Exception as error:
         if (loss := loss_of_cluster(error)) is None:
             raise
-        raise ClusterError(loss) from error
+        raise ClusterError(f"{loss}{remedy}") from error
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from scialm_dask.data.remote import is_url
 from scialm_dask.data.scratch import new_scratch
 from scialm_dask.data.store import check_apart
 from scialm_dask.data.temporary import is_seen
-from scialm_dask.errors import CheckpointError, ClusterError, DoesNotFitError, InputError, OutputError, StoppedError
+from scialm_dask.errors import CheckpointError, DoesNotFitError, InputError, OutputError, StoppedError
 from scialm_dask.events import Iteration, Listener, Note, Pass, Stage, silent
 from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.kernels import Floats
@@ -35,7 +35,7 @@ from scialm_dask.linalg.tasks import Observations, Store
 from scialm_dask.reduction import Placement, current_client, stacked
 from scialm_dask.run.checkpointing import Checkpointing, Job, RunState, as_written, ended, job_of
 from scialm_dask.run.cluster import ask_everyone, workers_here
-from scialm_dask.run.interruption import cluster_is_back, loss_of_cluster, while_workers
+from scialm_dask.run.interruption import cluster_is_back, loss_of_cluster, losses_explained, while_workers
 from scialm_dask.run.plan import place_scratch
 from scialm_dask.solve.denoise import Denoised, DenoiseState, denoise
 from scialm_dask.solve.estimate import find_axes
@@ -49,26 +49,14 @@ _MOST_LOSSES = 2  # of the cluster, without a new checkpoint in between
 def run(job: Job, checkpoint: Checkpointing | None = None, listen: Listener = silent) -> Imputation:
     """Impute a matrix on the present scheduler of Dask, with checkpoints if asked for.
 
-    Raises
-    ------
-    InputError
-        If the matrix or the settings cannot be used, or the store changes while it is read.
-    DoesNotFitError
-        If the forecast does not fit memory or disk.
-    OutputError
-        If checkpoints cannot be written.
-    ClusterError
-        If the cluster is lost, and there are no checkpoints.
-    StoppedError
-        If the cluster is lost and there are checkpoints, or the run is asked to stop.
+    Raises `InputError` if the matrix or the settings cannot be used, or the store changes while it is read,
+    `DoesNotFitError` if the forecast does not fit memory or disk, `OutputError` if checkpoints cannot be written,
+    `ClusterError` if the cluster is lost without checkpoints, and `StoppedError` if it is lost with checkpoints, or the
+    run is asked to stop.
     """
     if checkpoint is None:
-        try:
+        with losses_explained("; with --checkpoint DIR a run can go on after that"):
             return fit(RunState(job), listen)
-        except Exception as error:
-            if (loss := loss_of_cluster(error)) is None:
-                raise
-            raise ClusterError(f"{loss}; with --checkpoint DIR a run can go on after that") from error
     with checkpoints_of(checkpoint.folder, new_for=job.matrix) as checkpoints:
         RunState(job, checkpoints, checkpoint).save()
         try:

@@ -45,7 +45,7 @@ _COMPILING = 70 << 20  # added by compiling, once for an installation
 _IMPORTED = 250 << 20  # of a worker that has imported everything
 _STOP_AT = 0.03  # threshold, relative to σ₁, at which held-out stops were seen
 _FIRST_PASSES = 4  # the survey, and the first SVD, which reads the blocks
-_GIVE_BACK_PASSES = 3
+_RELEASE_PASSES = 3
 _READING_PASSES = 2  # of denoising: over the training part and over everything
 _SURE = 0.99  # share of the limit to advise: the memory at the start varies a little
 _MOST_BLOCKS = 256  # to advise, or _FINER times the present number; with more, adding up takes what they save
@@ -135,7 +135,7 @@ def _iterations_and_passes(settings: Settings, density: float) -> tuple[int, int
         working = round(-math.log(_STOP_AT) / log_rho)
     working = max(0, min(working, settings.max_iterations - idle))
     passes = _FIRST_PASSES + working * per_iteration + EMBEDDING_PASSES
-    return idle + working, per_iteration, passes + (_GIVE_BACK_PASSES if settings.stop == "held-out" else 0)
+    return idle + working, per_iteration, passes + (_RELEASE_PASSES if settings.stop == "held-out" else 0)
 
 
 def _to_write(matrix: ExpressionMatrix, resident: int | None) -> int:

@@ -25,8 +25,7 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.scratch import new_scratch
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Pass, Stage, silent
-from scialm_dask.linalg.kernels import Block, Doubles, Floats, Update
-from scialm_dask.linalg.least_squares import column_minima
+from scialm_dask.linalg.kernels import Block, Doubles, Floats, Update, column_minima
 from scialm_dask.linalg.operator import LowRankPlusSparse
 from scialm_dask.linalg.svd import extended_basis, leading_triplets
 from scialm_dask.reduction import stacked, tree_reduce

@@ -22,7 +22,7 @@ import numpy as np
 from scialm_dask.config import Count, Settings, check_fields, validated
 from scialm_dask.errors import InputError
 from scialm_dask.events import Iteration, Listener, silent
-from scialm_dask.linalg.kernels import Doubles, Floats, ReleaseHeldOut, Update
+from scialm_dask.linalg.kernels import Doubles, Floats, Update
 from scialm_dask.linalg.operator import LowRankPlusSparse, Product
 from scialm_dask.linalg.svd import PartialSVD, extended_basis, leading_triplets, short_side_svd
 
@@ -163,11 +163,28 @@ def iterations(
 
 
 def complete(operator: LowRankPlusSparse, state: LoopState, settings: Settings) -> Completion:
-    """Return how the loop ended, after releasing the held-out entries; the operator holds the factors."""
+    """Return how the loop ended; the operator holds the factors.
+
+    If entries were held out, first make one more iteration from the chosen A, at its threshold and rank, with the
+    estimates that these entries would have if A had always been the chosen one.
+    """
     reason = state.reason or f"{settings.max_iterations} iterations made, the most allowed"
-    best = state.history[state.chosen - 1]
-    completion = Completion(state.history, state.chosen, best, state.values, bool(state.reason), reason)
-    return give_back(operator, completion, settings) if operator.observations.n_held_out else completion
+    chosen, seen = state.history[state.chosen - 1], operator.observations
+    completion = Completion(state.history, state.chosen, chosen, state.values, bool(state.reason), reason)
+    if not seen.n_held_out or chosen.rank == 0:
+        return completion
+    operator.restore()
+    ratio = 1 / first_penalty(1.0, seen.n_observed / operator.size).rho
+    before = np.array(completion.values) + chosen.threshold
+    basis = next_basis(operator, before, operator.right, chosen.threshold, chosen.rank, settings)
+    product = operator.multiply(basis, release=sum(ratio**k for k in range(chosen.iteration + 1)))
+    svd = next_svd(operator, None if basis is None else product, chosen.rank, chosen.threshold, settings)
+    rotation, right, values = singular_value_thresholding(svd, chosen.threshold, chosen.rank)
+    product = operator.multiply(None, Update(rotation, ratio), right)
+    operator.keep()
+    residual = math.sqrt(product.misfit / (seen.sum_squares + seen.held_out_squares))
+    returned = replace(chosen, rank=len(values), residual=residual, passes=operator.passes)
+    return replace(completion, returned=returned, values=values)
 
 
 def first_state(operator: LowRankPlusSparse, settings: Settings, listen: Listener) -> tuple[LoopState, PartialSVD]:
@@ -195,25 +212,6 @@ def first_state(operator: LowRankPlusSparse, settings: Settings, listen: Listene
         penalty = penalty.next()
     state = LoopState(tuple(made), penalty, chosen=len(made), growth=growth)
     return state, replace(svd, values=svd.values * growth)
-
-
-def give_back(operator: LowRankPlusSparse, completion: Completion, settings: Settings) -> Completion:
-    """Release the held-out entries and make one more iteration from the chosen A, at its threshold and rank."""
-    chosen, seen = completion.returned, operator.observations
-    if chosen.rank == 0:
-        return completion
-    operator.restore()
-    ratio = 1 / first_penalty(1.0, seen.n_observed / operator.size).rho
-    before = np.array(completion.values) + chosen.threshold
-    basis = next_basis(operator, before, operator.right, chosen.threshold, chosen.rank, settings)
-    product = operator.multiply(basis, give_back=ReleaseHeldOut(ratio, chosen.iteration))
-    svd = next_svd(operator, None if basis is None else product, chosen.rank, chosen.threshold, settings)
-    rotation, right, values = singular_value_thresholding(svd, chosen.threshold, chosen.rank)
-    product = operator.multiply(None, Update(rotation, ratio), right)
-    operator.keep()
-    residual = math.sqrt(product.misfit / (seen.sum_squares + seen.held_out_squares))
-    returned = replace(chosen, rank=len(values), residual=residual, passes=operator.passes)
-    return replace(completion, returned=returned, values=values)
 
 
 def next_basis(

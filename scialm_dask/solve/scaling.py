@@ -244,9 +244,8 @@ class CellModel:
     """A model of the fitted cells, on the scale with even noise, to impute other cells."""
 
     gene_scale: Floats  # multiplies each gene, shape (n,)
-    gene_share: (
-        Doubles  # of each gene in the sum of the matrix; the size of a cell is its total over the matched shares
-    )
+    # share of each gene in the sum of the matrix; a cell with some genes has its total over their shares as its size
+    gene_share: Doubles
     raw_counts: bool  # whether the matrix was raw counts
     cell_exponent: float  # cells were multiplied by (size factor / centre)^−cell_exponent
     centre: float  # geometric mean of the size factors

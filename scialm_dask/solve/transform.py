@@ -48,10 +48,8 @@ def transform(
     *Denoised*: with s the scaled counts of a cell and V orthonormal, u = (VᵀV + diag((1 − w)/w))⁻¹ Vᵀs over the
     measured genes. If all genes are measured this is diag(w) Vᵀs, as in the fit.
 
-    Raises
-    ------
-    InputError
-        If fewer genes match than the result has factors, names are ambiguous, or only one of the two is counts.
+    Raises `InputError` if fewer genes match than the result has factors, names are ambiguous, or only one of the two is
+    counts.
     """
     given, matrix = matrix, as_matrix(matrix, layer, observed=fit.observed).for_workers()
     refuse_logarithms(matrix, given, layer)

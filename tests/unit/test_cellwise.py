@@ -2,12 +2,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from scialm_dask.linalg.least_squares import (
-    RowProblems,
-    column_minima,
-    leave_one_out,
-    solve_rows,
-)
+from scialm_dask.linalg.kernels import column_minima
+from scialm_dask.linalg.least_squares import RowProblems, leave_one_out, solve_rows
 
 RANK = 3
 
@@ -64,5 +60,5 @@ def test_leave_one_out_is_leaving_one_out(problem):
 def test_column_minima_do_not_depend_on_panels(monkeypatch):
     rng = np.random.default_rng(2)
     left, right = rng.standard_normal((20, 4)).astype("f4"), rng.standard_normal((7, 4)).astype("f4")
-    monkeypatch.setattr("scialm_dask.linalg.least_squares._PANEL_VALUES", 21)
+    monkeypatch.setattr("scialm_dask.linalg.kernels.PANEL_VALUES", 21)
     np.testing.assert_allclose(column_minima(left, right), (left @ right.T).min(axis=0), rtol=1e-5)

@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 
 from scialm_dask.linalg import kernels, tasks
-from scialm_dask.linalg.kernels import Block, BlockState, PassInputs, ReleaseHeldOut, Update
+from scialm_dask.linalg.kernels import Block, BlockState, PassInputs, Update
 
 M, N = 23, 17
 RANKS = [0, 1, 5, 13]
@@ -77,7 +77,8 @@ def test_given_back_entries_are_estimated_as_if_a_had_always_been_as_it_is(block
     rng = np.random.default_rng(2)
     state, right, basis = state_of(block, 3), rough(rng, N, 3), rough(rng, N, 4)
     ratio, steps = 0.8, 5
-    view = PassInputs(right, basis, right.T @ basis, give_back=ReleaseHeldOut(ratio, steps))
+    weight = sum(ratio**k for k in range(steps + 1))
+    view = PassInputs(right, basis, right.T @ basis, release=weight)
     a = kernels.sampled_product(block, state.left, right).astype(np.float64)
     w = block.observed.astype(np.float64)
     for _ in range(steps):
