@@ -11,6 +11,7 @@ import re
 import reprlib
 import sys
 import typing
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
@@ -364,15 +365,8 @@ def _words(kind: Any, plural: str = "") -> str:
     return f"{name}{plural}" if plural else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
-class _Names(dict[str, Any]):
-    """Names of a module; others, which only type checkers import, are `Any`."""
-
-    def __missing__(self, name: str) -> Any:
-        return Any
-
-
 @functools.cache
 def _kinds(thing: Any) -> dict[str, Any]:
-    """Return the evaluated annotations of a function or class."""
-    names = _Names(vars(builtins) | vars(sys.modules[thing.__module__]))
+    """Return the evaluated annotations of a function or class; names that only type checkers import are `Any`."""
+    names = defaultdict(lambda: Any, vars(builtins) | vars(sys.modules[thing.__module__]))
     return typing.get_type_hints(thing, localns=names, include_extras=True)

@@ -77,14 +77,9 @@ class IALM(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: igno
         memory_limit: int | str | None = None,
         random_state: int = 0,
     ) -> None:
-        self.preset = preset
-        self.max_rank = max_rank
-        self.max_iterations = max_iterations
-        self.scaling = scaling
-        self.validation = validation
-        self.observed = observed
-        self.memory_limit = memory_limit
-        self.random_state = random_state
+        self.preset, self.max_rank, self.max_iterations = preset, max_rank, max_iterations
+        self.scaling, self.validation, self.observed = scaling, validation, observed
+        self.memory_limit, self.random_state = memory_limit, random_state
 
     def fit(self, X: Any, y: object = None) -> Self:
         """Impute the cells X and learn gene factors from them.

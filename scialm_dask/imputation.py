@@ -93,18 +93,9 @@ class Imputation:
         axes: Axes | None = None,
         stored: str | None = None,
     ) -> None:
-        self.left = left
-        self.right = right
-        self.obs = obs
-        self.var = var
-        self.summary = summary
-        self.model = model
-        self._history = history
-        self.clip = clip
-        self.residual_weight = residual_weight
-        self.counts = counts
-        self.axes = axes
-        self.stored = stored
+        self.left, self.right, self.obs, self.var = left, right, obs, var
+        self.summary, self._history, self.clip, self.model = summary, history, clip, model
+        self.residual_weight, self.counts, self.axes, self.stored = residual_weight, counts, axes, stored
 
     @classmethod
     @checked

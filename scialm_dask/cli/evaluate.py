@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from scialm_dask.cli.group import main, matrix_options, overwrite_option, reports, shows_progress
+from scialm_dask.cli.group import main, overwrites, reads_matrix, reports, shows_progress
 from scialm_dask.events import Listener
 
 
@@ -35,7 +35,7 @@ def score(result: str, masked: str, listen: Listener) -> dict[str, Any]:
 @click.option("-o", "--output", "path", required=True, metavar="FILE.html", help="The report to write.")
 @click.option("--source", metavar="SRC", help="The matrix that was imputed.  [default: its path then]")
 @click.option("--color", metavar="NAME", help="Column of obs, or gene, to colour cells by.")
-@overwrite_option
+@overwrites
 @reports
 @shows_progress
 def report(result: str, path: str, **options: Any) -> dict[str, Any]:
@@ -68,8 +68,8 @@ def report(result: str, path: str, **options: Any) -> dict[str, Any]:
 )
 @click.option("--memory-limit", help="Maximum memory of each method, such as 8GB.  [default: no limit]")
 @click.option("--method-timeout", type=float, metavar="SECONDS", help="Maximum time of each run.")
-@matrix_options
-@overwrite_option
+@reads_matrix
+@overwrites
 @reports
 @shows_progress
 def evaluate(

@@ -149,7 +149,7 @@ def _tell(lines: list[str], *, written: bool) -> None:
             click.echo(f"scialm-dask: note: the result is written, its summary cannot be shown ({reason})", err=True)
 
 
-def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def connects(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add options for the cluster to a command, as one argument `connected`.
 
     It is a function from the listener to a context manager, to be entered once the input has been checked.
@@ -177,13 +177,13 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 Connect = Callable[[Listener], contextlib.AbstractContextManager[Any]]
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing destination.")
+overwrites = click.option("--overwrite", is_flag=True, help="Replace an existing destination.")
 missing_chunks_option = click.option(
     "--missing-chunks-are-zeros", is_flag=True, help="Read missing chunks of a dense Zarr as zeros instead of failing."
 )
 
 
-def matrix_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def reads_matrix(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options --layer and --missing-chunks-are-zeros to a command."""
     return click.option("--layer", help="Read this layer instead of X; raw for .raw.X.")(missing_chunks_option(command))
 
@@ -220,7 +220,7 @@ def shows_progress(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--prefix", help="Prefix of the file names in an MEX folder, such as GSM123_.")
 @click.option("--rows", type=click.Choice(["cells", "genes"]), help="What the rows of a text file are.")
 @missing_chunks_option
-@overwrite_option
+@overwrites
 @reports
 @shows_progress
 def convert(src: tuple[str, ...], dst: str, **options: Any) -> dict[str, Any]:
@@ -242,8 +242,8 @@ def convert(src: tuple[str, ...], dst: str, **options: Any) -> dict[str, Any]:
 @click.option("--max-mito", type=float, help="Maximum mitochondrial counts of a cell, in percent.")
 @click.option("--mito-prefix", default="MT-", help="Prefix of mitochondrial genes, in either case.")
 @click.option("--min-cells", type=int, help="Minimum number of kept cells with counts of a gene.")
-@matrix_options
-@overwrite_option
+@reads_matrix
+@overwrites
 @reports
 @shows_progress
 def qc(src: str, dst: str, **options: Any) -> dict[str, Any]:
@@ -262,8 +262,8 @@ def qc(src: str, dst: str, **options: Any) -> dict[str, Any]:
 @click.argument("dst", metavar="DST.zarr")
 @click.option("--fraction", type=float, default=0.1, help="Share of each gene's non-zeros to hide.")
 @click.option("--seed", type=int, default=0, help="Seed of the random choice.")
-@matrix_options
-@overwrite_option
+@reads_matrix
+@overwrites
 @reports
 @shows_progress
 def mask(src: str, dst: str, **options: Any) -> dict[str, Any]:
@@ -280,7 +280,7 @@ def mask(src: str, dst: str, **options: Any) -> dict[str, Any]:
 @click.option("--density", type=float, default=0.05, help="Share of non-zero entries.")
 @click.option("--rank", type=int, default=20, help="Number of expression programs.")
 @click.option("--seed", type=int, default=0, help="Seed of all random draws.")
-@overwrite_option
+@overwrites
 @reports
 @shows_progress
 def simulate(dst: str, cells: int, genes: int, **options: Any) -> dict[str, Any]:

@@ -12,48 +12,25 @@ from typing import Any
 
 import click
 
-from scialm_dask.cli.group import (
-    Connect,
-    cluster_options,
-    main,
-    matrix_options,
-    overwrite_option,
-    reports,
-    shows_progress,
-)
+from scialm_dask.cli.group import Connect, connects, main, overwrites, reads_matrix, reports, shows_progress
 from scialm_dask.errors import InputError, StoppedError
 from scialm_dask.events import Listener, Note
 from scialm_dask.progress import in_words
 from scialm_dask.run.interruption import on_sigterm
 
+_PRESETS = "auto: denoise raw counts, else complete. denoise: expression. complete: lost entries. paper: as published."
+_OBSERVED = "finite: zeros are values, NaN is missing."
+_RANK_POLICY = "How many singular values to compute in the next iteration.  [default: by preset]"
 _OPTIONS = (
-    click.option(
-        "--preset",
-        type=click.Choice(["auto", "denoise", "complete", "paper"]),
-        default="auto",
-        help="auto: denoise for raw counts, else complete. denoise: expression levels. complete: lost entries. "
-        "paper: as published.",
-    ),
-    click.option(
-        "--observed",
-        type=click.Choice(["nonzero", "finite"]),
-        default="nonzero",
-        help="finite: zeros are values, NaN is missing.",
-    ),
+    click.option("--preset", type=click.Choice("auto denoise complete paper".split()), default="auto", help=_PRESETS),
+    click.option("--observed", type=click.Choice(["nonzero", "finite"]), default="nonzero", help=_OBSERVED),
     click.option("--stop", type=click.Choice(["residual", "held-out"]), help="When to stop.  [default: by preset]"),
     click.option("--epsilon", type=float, help="Residual of the scaled matrix at which to stop.  [default: 1e-4]"),
     click.option("--validation", type=float, help="Share of entries hidden to decide when to stop.  [default: 0.02]"),
     click.option("--max-iterations", type=int, help="Maximum number of iterations.  [default: 1000]"),
-    click.option(
-        "--rank-policy",
-        type=click.Choice(["paper", "adaptive"]),
-        help="How many singular values to compute in the next iteration.  [default: by preset]",
-    ),
+    click.option("--rank-policy", type=click.Choice(["paper", "adaptive"]), help=_RANK_POLICY),
     click.option("--increment", type=int, help="R of the paper's rank policy."),
-    click.option(
-        "--max-rank",
-        help="Maximum number of singular values, or none.  [default: 64; complete: 128; paper: none]",
-    ),
+    click.option("--max-rank", help="Most singular values, or none.  [default: 64; complete: 128; paper: none]"),
     click.option("--scaling", help="none, poisson, or exponents of genes and cells, such as 0.75,0.5."),
     click.option("--seed", type=int, help="Seed of all random draws.  [default: 0]"),
     click.option("--scratch", help="Where the working state is kept: auto, memory, or zarr:PATH."),
@@ -101,7 +78,7 @@ def imputes(command: Callable[..., Any]) -> Callable[..., Any]:
 
         return command(choose=choose, **options)
 
-    return functools.reduce(lambda decorated, option: option(decorated), reversed((*_OPTIONS, matrix_options)), wrapper)
+    return functools.reduce(lambda decorated, option: option(decorated), reversed((*_OPTIONS, reads_matrix)), wrapper)
 
 
 def _in_short(result: dict[str, Any]) -> list[str]:
@@ -144,8 +121,8 @@ def _in_short(result: dict[str, Any]) -> list[str]:
 @click.option(
     "--checkpoint-every", help="Iterations or time between checkpoints, such as 30min.  [default: 10 minutes]"
 )
-@cluster_options
-@overwrite_option
+@connects
+@overwrites
 @functools.partial(reports, in_short=_in_short)
 @shows_progress
 def impute(
@@ -200,8 +177,8 @@ def impute(
 @click.argument("dst", metavar="[DST.zarr]", required=False)
 @click.option("--scratch", help="Where the working state is kept.  [default: that of the run]")
 @click.option("--memory-limit", help="Maximum memory, such as 8GB.  [default: that of the run]")
-@overwrite_option
-@cluster_options
+@overwrites
+@connects
 @functools.partial(reports, in_short=_in_short)
 @shows_progress
 def resume(
@@ -252,7 +229,7 @@ def _destination(folder: str, dst: str | None, asked: dict[str, Any]) -> str:
         raise InputError(f"{folder}: the run was started from Python; name the destination: resume DIR DST.zarr")
     if os.path.dirname(destination) != os.path.dirname(lasting(folder).rstrip("/")):
         raise InputError(
-            f"{folder}: its result was to be written to {destination}, which does not lie beside it; confirm that by "
+            f"{folder}: its result goes to {destination}, which is not in the same folder; confirm that by "
             f"`scialm-dask resume {folder} {destination}`"
         )
     return str(destination)
@@ -323,9 +300,9 @@ def _write(
 @click.argument("result", metavar="RESULT.zarr")
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST.zarr")
-@matrix_options
-@overwrite_option
-@cluster_options
+@reads_matrix
+@overwrites
+@connects
 @reports
 @shows_progress
 def transform(
@@ -353,7 +330,7 @@ def transform(
 @click.argument("dst", metavar="[DST.zarr]", required=False)
 @imputes
 @click.option("--preserve-zeros", is_flag=True, help="Include the search for biological zeros.")
-@cluster_options
+@connects
 @reports
 @shows_progress
 def plan(
@@ -388,7 +365,7 @@ def plan(
 
 @main.command(epilog="demo")
 @click.argument("folder", default="scialm-demo")
-@overwrite_option
+@overwrites
 @reports
 @shows_progress
 def demo(folder: str, overwrite: bool, listen: Listener) -> dict[str, Any]:

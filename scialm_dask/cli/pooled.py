@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from scialm_dask.cli.group import main, matrix_options, overwrite_option, reports, shows_progress
+from scialm_dask.cli.group import main, overwrites, reads_matrix, reports, shows_progress
 from scialm_dask.events import Listener, Note
 
 
@@ -18,7 +18,7 @@ from scialm_dask.events import Listener, Note
 @click.option("--density", type=float, default=0.25, help="With --genes: probability that a gene is in a pool.")
 @click.option("--names-of", metavar="SRC", help="With --genes: matrix with the names of the genes.")
 @click.option("--seed", type=int, default=0, help="Seed of the random draws.")
-@overwrite_option
+@overwrites
 @reports
 def pools(
     table: str,
@@ -73,8 +73,8 @@ def pools(
 @click.option("--seed", type=int, default=0, help="als: seed of the start.")
 @click.option("--delta", type=float, default=0.0, help="nuclear: maximum ‖XP − D‖ over all cells.")
 @click.option("--max-iterations", type=int, help="Maximum sweeps (als, 100) or iterations (nuclear, 1000).")
-@matrix_options
-@overwrite_option
+@reads_matrix
+@overwrites
 @reports
 @shows_progress
 def unpool(

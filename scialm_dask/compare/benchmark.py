@@ -14,16 +14,8 @@ import dask
 import numpy as np
 from numpy.typing import NDArray
 
-from scialm_dask.compare import clustering
-from scialm_dask.compare.experiments import (
-    Experiment,
-    Source,
-    against_truth,
-    check_truth,
-    count_split,
-    masked,
-    open_source,
-)
+from scialm_dask.compare import clustering, experiments
+from scialm_dask.compare.experiments import Experiment, Source
 from scialm_dask.compare.methods import (
     QUOTED,
     Contestant,
@@ -203,23 +195,23 @@ def evaluate_imputation(
     if labels is not None:
         clustering.check_libraries()
     with watched_folder(scratch_folder) as work:
-        opened = open_source(source, work, layer=layer)
+        opened = experiments.open_source(source, work, layer=layer)
         known = None if labels is None else clustering.labels_of(opened.matrix.obs, labels, opened.name)
         if split and opened.counts is None:
-            count_split(opened, 0, work)  # raises the error
+            experiments.count_split(opened, 0, work)  # raises the error
         split = opened.counts is not None if split is None else split
         truth = None if reference is None else as_matrix(reference, observed="nonzero")
         if truth is not None:
             refuse_logarithms(truth, reference, None)
-            truth = check_truth(truth, opened.matrix)
-        experiments: list[Callable[[Path], Experiment]]
-        experiments = [partial(masked, opened, share, seed) for share in shares for seed in seeds]
-        experiments += [partial(count_split, opened, seed) for seed in seeds] if split else []
-        experiments += [] if truth is None else [partial(against_truth, opened, truth, seeds[0])]
-        experiments += [] if known is None else [lambda _: Experiment("all data", None, seeds[0], opened, None)]
-        bench = _Bench(opened, listed, limit, method_timeout, known, listen, len(experiments))
+            truth = experiments.check_truth(truth, opened.matrix)
+        planned: list[Callable[[Path], Experiment]]
+        planned = [partial(experiments.masked, opened, share, seed) for share in shares for seed in seeds]
+        planned += [partial(experiments.count_split, opened, seed) for seed in seeds] if split else []
+        planned += [] if truth is None else [partial(experiments.against_truth, opened, truth, seeds[0])]
+        planned += [] if known is None else [lambda _: Experiment("all data", None, seeds[0], opened, None)]
+        bench = _Bench(opened, listed, limit, method_timeout, known, listen, len(planned))
         bench.forecast()
-        for number, make in enumerate(experiments):
+        for number, make in enumerate(planned):
             with _folder_in(work) as place, dask.config.set(scheduler="threads"):
                 bench.run(make(Path(place)), place, first=number == 0)
         for name in filter(QUOTED.__contains__, expanded(methods)):

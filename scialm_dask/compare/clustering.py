@@ -80,11 +80,8 @@ def embedding_of(folder: Path) -> Floats | None:
 def cluster(components: Floats, labels: pd.Series, seed: int) -> tuple[dict[str, float], Floats]:
     """Cluster cells by their components, shape (m, k), into as many clusters as labels, and compare with the labels.
 
-    Returns
-    -------
-    dict, ndarray
-        ARI and NMI of k-means and of Leiden (means over five seeds), the number of Leiden clusters, and the silhouette
-        of the labels on the components; and UMAP of the cells, float32 of shape (m, 2).
+    Returns ARI and NMI of k-means and of Leiden (means over five seeds), the number of Leiden clusters and the
+    silhouette of the labels on the components; and UMAP of the cells, float32 of shape (m, 2).
     """
     import anndata
     import dask.array as da

@@ -224,7 +224,7 @@ def watched_folder(parent: str | os.PathLike[str] | None = None) -> Iterator[Pat
 
 
 def _watch(child: int) -> None:
-    """Tell the watchers which process to kill if this one is killed; 0 for none."""
+    """Send the watchers the process to kill if this one is killed; 0 for none."""
     for watcher in _watchers:
         assert watcher.stdin is not None
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""An evaluation on disk: tables as CSV, JSON and Markdown, figures as SVG and PNG."""
+"""An evaluation as files: tables as CSV, JSON and Markdown, figures as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -31,18 +31,23 @@ _TITLES = {
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any]) -> None:
-    """Write everything into a folder that exists.
+    """Write an evaluation into an existing folder.
 
-    That is ``scores.csv`` (a row for each experiment, seed and method), ``genes.csv.gz``, ``clusters.csv`` and
-    ``umap.csv.gz`` if there were labels, ``evaluation.json`` (all scores, with `about` and the versions of the
-    libraries), a folder ``figures``, and last, so that they are only where all is finished, ``summary.csv`` and
-    ``summary.md`` (means over the seeds).
+    The files are ``scores.csv`` (a row per experiment, seed and method), ``genes.csv.gz``, ``clusters.csv`` and
+    ``umap.csv.gz`` if there were labels, ``evaluation.json`` (all scores, `about`, and versions of the libraries), a
+    folder ``figures``, and last, as a sign of completion, ``summary.csv`` and ``summary.md`` (means over the seeds).
     """
+    import pandas as pd
+
     evaluation.scores.to_csv(folder / "scores.csv", index=False)
     evaluation.genes.to_csv(folder / "genes.csv.gz", index=False, float_format="%.5g")
     if len(evaluation.clusters):
         evaluation.clusters.to_csv(folder / "clusters.csv", index=False)
-        _cells(evaluation).to_csv(folder / "umap.csv.gz", index=False, float_format="%.4g")
+        assert evaluation.labels is not None
+        of_cells = {"cell": evaluation.labels.index, "label": evaluation.labels.to_numpy()}
+        pictures = {k: pd.DataFrame({**of_cells, "x": xy[:, 0], "y": xy[:, 1]}) for k, xy in evaluation.umap.items()}
+        umap = pd.concat(pictures, names=["experiment", "method"]).reset_index(["experiment", "method"])
+        umap.to_csv(folder / "umap.csv.gz", index=False, float_format="%.4g")
     words = {
         **about,
         "versions": {name: found.version for name in _VERSIONS for found in list(distributions(name=name))[:1]},
@@ -59,21 +64,12 @@ def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any]
 
 
 def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows without what is not known."""
+    """Return the rows without missing values."""
     return [{k: v for k, v in row.items() if v == v} for row in table.to_dict("records")]
 
 
-def _cells(evaluation: Evaluation) -> pd.DataFrame:
-    import pandas as pd
-
-    assert evaluation.labels is not None
-    cells = {"cell": evaluation.labels.index, "label": evaluation.labels.to_numpy()}
-    tables = {key: pd.DataFrame({**cells, "x": xy[:, 0], "y": xy[:, 1]}) for key, xy in evaluation.umap.items()}
-    return pd.concat(tables, names=["experiment", "method"]).reset_index(["experiment", "method"])
-
-
 def summary_table(evaluation: Evaluation) -> pd.DataFrame:
-    """Return `Evaluation.summary` with ARI and NMI where they are known, without scores that no row has."""
+    """Return `Evaluation.summary` with scores of clusters, without empty columns."""
     table = evaluation.summary()
     if len(evaluation.clusters):
         same = ["experiment", "share", "method", "setting"]
@@ -87,8 +83,8 @@ def summary_table(evaluation: Evaluation) -> pd.DataFrame:
 _HIDDEN = plotting.HIDDEN | {"gene_pearson": "Pearson r, median gene"}
 _COSTS = {"seconds": "seconds", "peak_bytes": "memory, MB"}
 _SEARCHED = (
-    "As many clusters as labels: Leiden's resolution is searched for each method alike, the mean of five seeds. "
-    "X_scialm is the embedding of a result; all else, the principal components of the log-normalised matrix.\n\n"
+    "As many clusters as labels: Leiden's resolution is searched for every method alike; means over five seeds. "
+    "X_scialm is the embedding of a result; the others are principal components of the log-normalised matrix.\n\n"
 )
 _CLUSTERS = {
     "leiden_ari": "ARI, Leiden",
@@ -101,7 +97,7 @@ _CLUSTERS = {
 
 
 def _sections(summary: pd.DataFrame, evaluation: Evaluation) -> str:
-    """Return a table for each experiment, and one for its clusters, best first."""
+    """Return a table per experiment, and one of its clusters, best first."""
     parts, known = [], summary[summary["status"] != "quoted"]
     for kind, of_kind in _TITLES.items():
         for share, rows in known[known["experiment"] == kind].groupby("share", dropna=False):
@@ -114,18 +110,15 @@ def _sections(summary: pd.DataFrame, evaluation: Evaluation) -> str:
                 clustered = rows[rows["kmeans_ari"].notna()]
                 table = _section(clustered, _CLUSTERS, ascending=False)
                 parts.append(f"## Clusters: {title}\n\n{_SEARCHED}{table}")
-    quoted = evaluation.scores[evaluation.scores["status"] == "quoted"]
-    words = [_quotation(row) for row in quoted.to_dict("records")]
-    return "\n".join([*parts, "## Quoted\n\n" + "".join(words)] if words else parts)
-
-
-def _quotation(row: dict[str, Any]) -> str:
-    scores = [f"{words} {row[name]:.4g}" for name, words in plotting.HIDDEN.items() if row[name] == row[name]]
-    return f"- {label_of(row['method'])} ({row['dataset']}): {', '.join([*scores, row['note']])}\n"
+    words = ""
+    for row in evaluation.scores[evaluation.scores["status"] == "quoted"].to_dict("records"):
+        scores = [f"{title} {row[name]:.4g}" for name, title in plotting.HIDDEN.items() if row[name] == row[name]]
+        words += f"- {label_of(row['method'])} ({row['dataset']}): {', '.join([*scores, row['note']])}\n"
+    return "\n".join([*parts, f"## Quoted\n\n{words}"] if words else parts)
 
 
 def _section(rows: pd.DataFrame, columns: dict[str, str], *, ascending: bool = True) -> str:
-    """Return a table of these columns, best first by the first of them, with the status of what failed there."""
+    """Return a table of these columns, best first by the first one, which shows the status of failed methods."""
     first, *others = [name for name in columns if name in rows and rows[name].notna().any()]
     rows = rows.sort_values(first, ascending=ascending, kind="stable")
     table = rows[[first, *others]].astype(object)
@@ -137,7 +130,7 @@ def _section(rows: pd.DataFrame, columns: dict[str, str], *, ascending: bool = T
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Return a table in Markdown, numbers to four figures."""
+    """Return a table in Markdown, with numbers to four digits."""
     lines = [list(table.columns), ["---"] * len(table.columns)]
     lines += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -152,9 +145,10 @@ def _cell(value: Any) -> str:
 
 
 def figures_of(evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
-    """Draw every figure for which there is something to show; yield its name and the figure."""
+    """Yield the name of each figure that has data, and the figure."""
     scores = labelled(evaluation.scores[evaluation.scores["status"] != "quoted"])  # those are of other data sets
-    swept, dataset = _swept(scores), scores["dataset"].iloc[0]
+    numeric = scores["setting"].str.extractall(r"(?:^| )(\w+)=[\d.e+-]+(?= |$)")  # fields swept over numbers
+    swept, dataset = list(dict.fromkeys(numeric[0])) if len(numeric) else [], scores["dataset"].iloc[0]
     for (kind, share), rows in scores.groupby(["experiment", "share"], dropna=False, sort=False):
         title = _TITLES[str(kind)].format(dataset=dataset, share=share)
         name = f"{str(kind).replace(' ', '-')}" + (f"-{round(100 * share)}" if share == share else "")
@@ -171,16 +165,6 @@ def figures_of(evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
         values = hidden["setting"].str.extract(rf"(?:^| ){field}=([\d.e+-]+)")[0].astype(float)
         known = hidden.assign(value=values).dropna(subset=["value"])
         yield f"over-{field}", plotting.lines(known, "value", field, title=dataset)
-    yield from _cluster_figures(evaluation)
-
-
-def _swept(scores: pd.DataFrame) -> list[str]:
-    """Return the fields that were swept over numbers."""
-    found = scores["setting"].str.extractall(r"(?:^| )(\w+)=[\d.e+-]+(?= |$)")
-    return list(dict.fromkeys(found[0])) if len(found) else []
-
-
-def _cluster_figures(evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
     for kind, rows in evaluation.clusters.groupby("experiment", sort=False) if len(evaluation.clusters) else ():
         title = _TITLES[str(kind)].format(dataset=rows["dataset"].iloc[0], share=rows["share"].iloc[0])
         name = str(kind).replace(" ", "-")

@@ -1,4 +1,4 @@
-"""How well expression is recovered: equations 9 to 12, over all entries, of each gene and of each cell, by blocks."""
+"""Scores of recovered expression, equations 9 to 12: over all entries, per gene and per cell, block by block."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import dask.array as da
 
 METRICS = ("mse", "mae", "pearson", "cosine")
-_ROUNDING = 1e-12  # what sums may leave of the variance of a constant, relative to its square
+_ROUNDING = 1e-12  # variance that rounding may give to a constant, relative to its square
 Doubles = NDArray[np.float64]
 
 
@@ -32,21 +32,21 @@ Doubles = NDArray[np.float64]
 class Scores:
     """Scores of recovered x against true y, by gene or another grouping of entries.
 
-    ``n``, ``mse``, ``mae``, ``pearson`` and ``cosine`` are arrays of shape (n_groups,), NaN where they are not defined:
-    without entries, or for a constant. Scores of other entries of the same groups can be added.
+    ``n``, ``mse``, ``mae``, ``pearson`` and ``cosine`` are arrays of shape (n_groups,), NaN where undefined: without
+    entries, or for a constant. Scores of disjoint sets of entries can be added.
 
     Parameters
     ----------
     moments : ndarray of shape (8, n_groups), float64
-        Number of entries, means of x and of y, sums of squares of their deviations, sum of the products of these, and
-        sums of ``|x - y|`` and of its square.
+        Number of entries, means of x and y, sums of squares of their deviations, sum of the products of deviations,
+        and sums of ``|x - y|`` and its square.
     """
 
     moments: Doubles
 
     @classmethod
     def of_entries(cls, x: Any, y: Any, groups: NDArray[np.integer], n: int) -> Scores:
-        """Score single entries, each of which lies in one of n groups."""
+        """Score single entries, each in one of n groups."""
 
         def sums(values: Any = None) -> Doubles:
             return np.bincount(groups, weights=values, minlength=n).astype(np.float64)
@@ -71,7 +71,7 @@ class Scores:
 
     @property
     def overall(self) -> Scores:
-        """Scores of all groups together, as one group."""
+        """Scores of all groups together."""
         return Scores(_pooled(self.moments.T[:, :, None]))
 
     @property
@@ -116,7 +116,7 @@ class Scores:
 
     @property
     def correlation(self) -> Doubles:
-        """`pearson`, with 0 where x is constant and y is not."""
+        """`pearson`, but 0 where x is constant and y is not."""
         n, _, y, _, yy, *_ = self.moments
         return np.where(yy > _ROUNDING * n * y**2, np.nan_to_num(self.pearson), np.nan)
 
@@ -148,20 +148,20 @@ def gene_scores(truth: Any, recovered: Any) -> Scores:
     Parameters
     ----------
     truth, recovered : matrix of shape (n_cells, n_genes)
-        Arrays, data frames, AnnData, paths to stores, or anything with ``to_dask()``. Names are matched where both have
-        them.
+        Arrays, data frames, AnnData, paths to stores, or anything with ``to_dask()``. Cells and genes are matched by
+        name if both have names.
 
     Returns
     -------
     Scores
-        ``pearson``, float64 of shape (n_genes,), is the correlation across cells, NaN where either side is constant;
-        ``mse``, ``mae`` and ``cosine`` alike. ``relative_error`` is ‖X − M‖_F / ‖M‖_F, ``mean_ratio`` that of the
-        means.
+        ``pearson``, float64 of shape (n_genes,), is the correlation across cells, NaN where either side is constant.
+        ``mse``, ``mae`` and ``cosine`` have the same shape. ``relative_error`` is ‖X − M‖_F / ‖M‖_F, and
+        ``mean_ratio`` the mean of X over that of M.
 
     Raises
     ------
     InputError
-        If one is no matrix of numbers, or the cells or genes differ.
+        If one is not a matrix of numbers, or the cells or genes differ.
 
     Examples
     --------
@@ -190,18 +190,18 @@ def gene_scores(truth: Any, recovered: Any) -> Scores:
 class Comparison(NamedTuple):
     """A recovered matrix against all entries of a target.
 
-    Correlations are NaN for genes and cells that are constant in the target or empty as given, whatever the method; 0
-    where an estimate is constant.
+    Correlations are NaN for genes and cells that are constant in the target or empty in the input, whatever the method,
+    and 0 for a constant estimate.
     """
 
     genes: Scores
-    zeros: Scores  # of the entries that were zero as given, as one group
+    zeros: Scores  # of the entries that were zero in the input, as one group
     gene_correlation: Doubles  # across cells, (n_genes,)
     cell_correlation: Doubles  # across genes, (n_cells,)
 
 
 def compare(recovered: da.Array, target: ExpressionMatrix, given: ExpressionMatrix) -> Comparison:
-    """Compare what was recovered from `given` with all entries of `target`, zeros too, in one pass.
+    """Compare the matrix recovered from `given` with all entries of `target`, including zeros, in one pass.
 
     `recovered` is cells × genes, in dense chunks of whole rows.
     """
@@ -224,7 +224,7 @@ def compare(recovered: da.Array, target: ExpressionMatrix, given: ExpressionMatr
 
 
 def compare_stored(recovered: da.Array, target: ExpressionMatrix) -> Scores:
-    """Compare with the stored entries of a matrix alone; see `compare`."""
+    """Return the scores on the stored entries of `target` only; see `compare`."""
     target = target.with_blocks(_blocks_of(recovered))
 
     def visit(X: Any, block: int) -> Scores:
@@ -236,7 +236,7 @@ def compare_stored(recovered: da.Array, target: ExpressionMatrix) -> Scores:
 
 
 def _reduced(array: da.Array, visit: Callable[[Any, int], Any], combine: Callable[[Any, Any], Any]) -> Any:
-    """Call ``visit(rows, number)`` for each chunk of whole rows, and combine what neighbours return."""
+    """Return the results of ``visit(rows, number)`` for all chunks of whole rows, combined."""
     parts = [dask.delayed(visit, traverse=False)(rows, block) for block, rows in enumerate(array.to_delayed()[:, 0])]
     return tree_reduce(parts, combine).compute()
 
@@ -252,47 +252,37 @@ def _dense(array: Any) -> Any:
 def score_held_out(
     result: Imputation, held_out: ExpressionMatrix, observed: ExpressionMatrix, listen: Listener = silent
 ) -> dict[str, float]:
-    """Score a result on hidden entries, beside the prediction of each gene's mean over its observed entries.
+    """Score a result on hidden entries, next to predictions by each gene's mean over its observed entries.
 
-    Its X is scored if it was written with one, else its factors. `held_out` has the true values of the hidden entries,
-    `observed` the others, from which the result was imputed.
+    X is scored if the result was written with one, otherwise its factors. `held_out` has the true values of the hidden
+    entries, `observed` the entries from which the result was imputed.
 
-    Returns
-    -------
-    dict
-        ``n``, ``mse``, ``mae``, ``pearson``, ``cosine``, and the last four again as ``gene_mean_…``.
-
-    Raises
-    ------
-    InputError
-        If the cells or genes are not the same, or nothing was hidden.
+    Returns ``n``, ``mse``, ``mae``, ``pearson``, ``cosine``, and the last four again as ``gene_mean_…``. Raises
+    `InputError` if the cells or genes differ, or nothing was hidden.
     """
     held_out, observed = aligned(held_out, result), aligned(observed, result)
     listen(Stage("scoring"))
-    if result.X is not None:
+    if result.X is not None:  # imputed entries of a block come from X,
         held_out = held_out.with_blocks(result.X.blocks)
+        read, stored = dask.delayed(ExpressionMatrix.read_block), dask.delayed(result.X, traverse=False)
+        pieces: list[Any] = [read(stored, block) for block in range(len(held_out.blocks))]
+    else:  # or from the estimate, left factors and range of cells
+        estimate, blocks = dask.delayed(result.estimate, traverse=False), held_out.blocks
+        lefts = result.left.rechunk((blocks.sizes, -1)).to_delayed().ravel()
+        pieces = [(estimate, left, slice(*cells)) for left, cells in zip(lefts, blocks, strict=True)]
     visit, hidden = dask.delayed(_scores_of_block), dask.delayed(held_out, traverse=False)
     means = dask.delayed(gene_means(observed))
-    parts = [visit(hidden, b, piece, means) for b, piece in enumerate(_pieces(result, held_out.blocks))]
+    parts = [visit(hidden, block, piece, means) for block, piece in enumerate(pieces)]
     ours, baseline = (scores.as_dict() for scores in tree_reduce(parts, add).compute())
     if ours["n"] == 0:
         raise InputError(f"{held_out.name}: holds no entries; hide some with `scialm-dask mask`")
     return {**ours, **{f"gene_mean_{name}": baseline[name] for name in METRICS}}
 
 
-def _pieces(result: Imputation, blocks: RowBlocks) -> list[Any]:
-    """Return what is scored of each block of cells: its X, or what its entries are computed from."""
-    if result.X is not None:
-        read, stored = dask.delayed(ExpressionMatrix.read_block), dask.delayed(result.X, traverse=False)
-        return [read(stored, block) for block in range(len(blocks))]
-    estimate = dask.delayed(result.estimate, traverse=False)
-    lefts = result.left.rechunk((blocks.sizes, -1)).to_delayed().ravel()
-    return [(estimate, left, slice(*cells)) for left, cells in zip(lefts, blocks, strict=True)]
-
-
 def _scores_of_block(
     held_out: ExpressionMatrix, block: int, piece: Any, means: NDArray[np.float32]
 ) -> tuple[Scores, Scores]:
+    """Return scores of the imputed entries and of gene means on the hidden entries of a block."""
     csr = held_out.read_block(block)
     if isinstance(piece, tuple):
         estimate, left, cells = piece
@@ -305,7 +295,7 @@ def _scores_of_block(
 
 
 def gene_means(matrix: ExpressionMatrix) -> NDArray[np.float32]:
-    """Return the mean of each gene over its observed entries, shape ``(n,)``; 0 where there are none."""
+    """Return the mean of each gene over its observed entries, float32 of shape (n_genes,); 0 if it has none."""
 
     def visit(csr: sp.csr_matrix, _: int) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
         n = matrix.shape[1]
@@ -316,6 +306,6 @@ def gene_means(matrix: ExpressionMatrix) -> NDArray[np.float32]:
 
 
 def ratio(above: Any, below: NDArray[Any]) -> Doubles:
-    """Divide, with 0 where the divisor is 0 or less."""
+    """Return the quotient, 0 where the divisor is not positive."""
     divided: Doubles = np.divide(above, below, out=np.zeros(below.shape), where=below > 0)
     return divided

@@ -1,10 +1,10 @@
-"""Counts of low rank with known factors, of any size, streamed to disk."""
+"""Simulated counts of low rank with known factors, of any size, streamed to disk."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -21,11 +21,11 @@ from scialm_dask.linalg.random import mixed
 from scialm_dask.linalg.sparse_products import compiled
 from scialm_dask.reduction import in_order
 
-_GROUP = 256  # cells whose factors are drawn together; part of what a seed means
+_GROUP = 256  # cells whose factors are drawn together; other values change the draws of a seed
 _BLOCK_VALUES = 1_000_000
 _GENE_SD = 2.0  # of the log of the gene means: 1.7 to 2.1 in 10x, inDrop and Microwell data
 _LIBRARY_SD = 0.4  # of the log of the totals of cells
-_MARKERS = 0.15  # share of the genes that a program raises
+_MARKERS = 0.15  # share of genes that a program raises
 _MOST_MOLECULES = 50  # per gene and cell, on average
 _GENE_KEY = (1 << 64) - 1  # groups of cells have the other keys
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -34,7 +34,7 @@ _LOW, _S32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 @dataclass(frozen=True)
 class Programs:
-    """What is true of all cells."""
+    """Parameters common to all cells."""
 
     expression: NDArray[np.float32]  # share of each gene in the molecules of each program, (n_genes, rank)
     types: NDArray[np.float64]  # mean share of each program in each cell type, (n_types, rank)
@@ -43,7 +43,7 @@ class Programs:
 
     @classmethod
     def draw(cls, n_genes: int, rank: int, density: float, seed: int) -> Programs:
-        """Draw programs and set the library size so that the share `density` of the counts is not zero."""
+        """Draw programs, with the library size at which the share `density` of the counts is non-zero."""
         rng = _generator(seed, _GENE_KEY)
         base = np.exp(rng.normal(0, _GENE_SD, (n_genes, 1)))
         raised = rng.random((n_genes, rank)) < _MARKERS
@@ -56,7 +56,7 @@ class Programs:
         return cls(unit.expression, types, unit.type_shares, _library(sample @ unit.expression.T, density))
 
     def cells(self, group: int, seed: int) -> tuple[NDArray[np.int16], NDArray[np.float32], np.random.Generator]:
-        """Draw the types and left factors of a group of cells; return the generator for further draws too."""
+        """Return types and left factors of a group of cells, and the generator for further draws."""
         rng = _generator(seed, group)
         types = rng.choice(len(self.types), _GROUP, p=self.type_shares)
         weights = rng.gamma(10 * self.types[types] + 0.02)
@@ -65,18 +65,12 @@ class Programs:
         return types.astype(np.int16), (library * weights).astype(np.float32), rng
 
 
-class _Cells(NamedTuple):
-    types: NDArray[np.int16]
-    left: NDArray[np.float32]
-    counts: sp.csr_matrix
-
-
 def _generator(seed: int, key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed & _GENE_KEY, key], dtype=np.uint64)))
 
 
 def _library(expected: NDArray[np.float32], density: float) -> float:
-    """Find the factor of the Poisson means at which the share `density` of the counts is not zero."""
+    """Return the factor of the Poisson means at which the share `density` of the counts is non-zero."""
     low, high = 0.0, np.log(_MOST_MOLECULES * expected.shape[1])
     if -np.expm1(-np.exp(high) * expected).mean() < density:
         raise InputError(f"density is {density}; with gene means this uneven it cannot be reached, give less")
@@ -100,26 +94,17 @@ def simulate(
 ) -> dict[str, Any]:
     """Write simulated counts of low rank, with the truth, as an AnnData Zarr store.
 
-    Counts are independent Poisson draws with means ``true_left @ true_right.T``: each cell spreads its molecules
-    over a few non-negative expression programs, according to its type, and each program over the genes. Gene means
-    and totals of cells are log-normal, as uneven as in real data. A cell's counts depend on the seed, its number
-    and the other settings except the number of cells.
+    Counts are independent Poisson draws with means ``true_left @ true_right.T``: each cell spreads its molecules over a
+    few non-negative expression programs, according to its type, and each program over the genes. Gene means and totals
+    of cells are log-normal, as uneven as in real data. The counts of a cell depend on the seed, its number and the
+    other settings, but not on the number of cells.
 
     The store has X (int32 CSR), ``obs["cell_type"]``, ``obsm["true_left"]`` of shape ``(n_cells, rank)`` and
     ``varm["true_right"]`` of shape ``(n_genes, rank)``, float32. `rank` is the number of programs, `density` the mean
-    share of the counts that are not zero.
+    share of non-zero counts.
 
-    Returns
-    -------
-    dict
-        ``destination``, ``n_cells``, ``n_genes``, ``n_observed``, ``density`` (reached), ``rank``, ``seed``.
-
-    Raises
-    ------
-    InputError
-        If the settings make no sense.
-    OutputError
-        If the destination cannot be written.
+    Returns ``destination``, ``n_cells``, ``n_genes``, ``n_observed``, ``density`` (reached), ``rank`` and ``seed``.
+    Raises `InputError` if a setting is out of range, and `OutputError` if the destination cannot be written.
     """
     if rank > n_genes:
         raise InputError(f"rank is {rank}; give no more than the number of genes, {n_genes}")
@@ -127,15 +112,8 @@ def simulate(
     programs = Programs.draw(n_genes, rank, density, seed)
     with atomic_store(destination, overwrite=overwrite) as partial:
         n_observed = _write(partial, programs, n_cells, density, seed, begin(listen, "simulating"))
-    return {
-        "destination": os.fspath(destination),
-        "n_cells": n_cells,
-        "n_genes": n_genes,
-        "n_observed": n_observed,
-        "density": n_observed / (n_cells * n_genes),
-        "rank": rank,
-        "seed": seed,
-    }
+    told = {"destination": os.fspath(destination), "n_cells": n_cells, "n_genes": n_genes, "n_observed": n_observed}
+    return told | {"density": n_observed / (n_cells * n_genes), "rank": rank, "seed": seed}
 
 
 def _write(path: Any, programs: Programs, n_cells: int, density: float, seed: int, advance: Advance) -> int:
@@ -153,10 +131,10 @@ def _write(path: Any, programs: Programs, n_cells: int, density: float, seed: in
     left = new_array(root, "obsm/true_left", (n_cells, rank), (step, rank), np.float32)
     with CSRWriter(root, "X", n_columns=n_genes, dtype=np.int32) as writer:
         drawn = in_order(lambda span: draw_cells(programs, tables, span, seed), blocks)
-        for (start, stop), cells in zip(blocks, drawn, strict=True):
-            types[start:stop], left[start:stop] = cells.types, cells.left
-            writer.append(cells.counts)
-            n_observed += cells.counts.nnz
+        for (start, stop), (of_cells, factors, counts) in zip(blocks, drawn, strict=True):
+            types[start:stop], left[start:stop] = of_cells, factors
+            writer.append(counts)
+            n_observed += counts.nnz
             advance((stop - start) / n_cells)
     names = [f"type{t}" for t in range(len(programs.types))]
     index = pd.Index([f"cell{i}" for i in range(n_cells)])
@@ -165,8 +143,10 @@ def _write(path: Any, programs: Programs, n_cells: int, density: float, seed: in
     return n_observed
 
 
-def draw_cells(programs: Programs, tables: NDArray[np.uint32], span: tuple[int, int], seed: int) -> _Cells:
-    """Draw cells ``span[0]`` to ``span[1] - 1``, the first of which begins a group."""
+def draw_cells(
+    programs: Programs, tables: NDArray[np.uint32], span: tuple[int, int], seed: int
+) -> tuple[NDArray[np.int16], NDArray[np.float32], sp.csr_matrix]:
+    """Return types, left factors and counts of cells ``span[0]`` to ``span[1] - 1``; the first one starts a group."""
     start, stop = span
     parts = []
     for group in range(start // _GROUP, -(-stop // _GROUP)):
@@ -180,7 +160,7 @@ def draw_cells(programs: Programs, tables: NDArray[np.uint32], span: tuple[int, 
         drawn = sp.csr_matrix((data[stored].copy(), indices[stored].copy(), indptr), shape=(size, tables.shape[1]))
         parts.append((of_types[:size], factors[:size], drawn))
     types, left, counts = zip(*parts, strict=True)
-    return _Cells(np.concatenate(types), np.concatenate(left), sp.vstack(counts, format="csr"))
+    return np.concatenate(types), np.concatenate(left), sp.vstack(counts, format="csr")
 
 
 @compiled()
@@ -193,7 +173,7 @@ def _spread(
     data: NDArray[np.int32],
     indptr: NDArray[np.int64],
 ) -> None:
-    """Draw the gene of each molecule from its program, keyed by seed and cell, and count them."""
+    """Draw the gene of each molecule from its program, keyed by seed and cell, and count molecules per gene."""
     n_cells, rank = n_molecules.shape
     n_genes = tables.shape[1]
     counts = np.zeros(n_genes, np.int32)
@@ -217,9 +197,9 @@ def _spread(
 
 
 def _alias_tables(expression: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """Return tables by which a gene is drawn in constant time (Walker's alias method), shape (rank, n_genes, 2).
+    """Return tables of shape (rank, n_genes, 2) for drawing a gene in constant time (Walker's alias method).
 
-    Each slot has a threshold of 32 bits, below which its own gene is drawn, and the other gene.
+    Each slot has a 32-bit threshold, below which its own gene is drawn, and the other gene.
     """
     share = expression.T.astype(np.float64)
     tables: NDArray[np.uint32] = _alias(share / share.sum(axis=1, keepdims=True))

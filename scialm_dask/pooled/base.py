@@ -74,32 +74,16 @@ class PooledResult:
     def to_imputation(self, obs: pd.DataFrame | None = None, var: pd.DataFrame | None = None) -> Imputation:
         """Return the result as an `Imputation`, which can be saved and indexed by name.
 
-        Its factors are float32, so the constraints hold to about 1e-7 of ‖D‖_F.
-
-        Parameters
-        ----------
-        obs, var : pandas.DataFrame, optional
-            Annotation of cells and genes. By default they are numbered.
-
-        Returns
-        -------
-        Imputation
-            The same matrix.
+        Its factors are float32, so the constraints hold to about 1e-7 of ‖D‖_F. Without `obs` and `var`, cells and
+        genes are numbered.
         """
         import pandas as pd
 
         from scialm_dask.imputation import Imputation
 
         cells, genes = self.shape
-        summary = {
-            "cells": cells,
-            "genes": genes,
-            "rank": self.right.shape[1],
-            "iterations": len(self.history),
-            "converged": self.converged,
-            "objective": self.objective,
-            "feasibility": self.feasibility,
-        }
+        summary = {"cells": cells, "genes": genes, "rank": self.right.shape[1], "iterations": len(self.history)}
+        summary |= {"converged": self.converged, "objective": self.objective, "feasibility": self.feasibility}
         if self.certificate is not None:
             summary["certificate"] = self.certificate
         return Imputation(

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from harness import gigabytes, in_child, peak_memory
 
-from scialm_dask.pooled.admm import admm
 from scialm_dask.pooled.als import cell_factors, nearest_loadings, start_loadings, visit_cells
 from scialm_dask.pooled.base import Measurements
 from scialm_dask.pooled.design import measure, random_pools
-from scialm_dask.pooled.nuclear import BlockIterate, visit_gram
+from scialm_dask.pooled.nuclear import BlockIterate, admm, visit_gram
 
 GENES, POOLS, RANK = 100, 25, 10
 BLOCK = 25_000

@@ -472,7 +472,7 @@ def test_where_somebody_elses_checkpoint_leads_is_confirmed(cli, matrix, tmp_pat
     (tmp_path / "precious").mkdir()
     refused = cli("resume", there / "c", "--quiet")
     assert refused.exit_code == 2
-    assert f"does not lie beside it; confirm that by `scialm-dask resume {there / 'c'} {tmp_path}" in refused.stderr
+    assert f"is not in the same folder; confirm that by `scialm-dask resume {there / 'c'} {tmp_path}" in refused.stderr
     refused = cli("resume", there / "c", tmp_path / "precious", "--quiet")
     assert "exists already; choose another path or pass --overwrite" in refused.stderr
     shutil.move(there / "c", tmp_path / "c")
