@@ -107,12 +107,9 @@ def convert(
         with readable(path):
             before.append(Stamp.of(lasting(path)))
             is_store = is_url(path) or any(os.path.exists(os.path.join(path, name)) for name in MARKERS)
-            if is_store or (text := open_text(path, prefix, rows)) is None:
-                parts.append(_of_store(path, layer, genome, missing_chunks_are_zeros))
-            elif layer is not None:
-                raise InputError(f"{path}: text and 10x data have no layer {layer!r}; leave the layer out")
-            else:
-                parts.append(_of_text(text))
+            text = None if is_store else open_text(path, prefix, rows)
+            store = _of_store(path, layer, genome, missing_chunks_are_zeros) if text is None else _of_text(text, layer)
+            parts.append(store)
     found = parts[0] if len(parts) == 1 else joined(parts, sample_names(sources), sample_key, join)
     advance = begin(listen, "converting")
     with atomic_store(destination, overwrite=overwrite, sources=sources) as partial:
@@ -182,7 +179,9 @@ def _of_store(path: str, layer: str | None, genome: str | None, missing_chunks_a
     return _source(matrices, obs, var, notes)._replace(logarithms=marked, raw_var=raw_var)
 
 
-def _of_text(text: TextMatrix) -> Source:
+def _of_text(text: TextMatrix, layer: str | None) -> Source:
+    if layer is not None:
+        raise InputError(f"{text.path}: text and 10x data have no layer {layer!r}; leave the layer out")
     (obs, var), name, dtype = text.annotation(), str(text.path), text.dtype
 
     def as_they_come(advance: Advance) -> Iterator[sp.csr_matrix]:
