@@ -18,9 +18,10 @@ from scialm_dask.data.annotated import add_result, aligned, as_matrix, match_nam
 from scialm_dask.data.annotation import add_source, positions_of
 from scialm_dask.data.csr import Observed
 from scialm_dask.data.matrix import ExpressionMatrix
-from scialm_dask.data.written import CHUNK_BYTES, ZeroRule
+from scialm_dask.data.written import CHUNK_BYTES
 from scialm_dask.events import Listener, silent
 from scialm_dask.reduction import check_held, stacked
+from scialm_dask.solve.biological_zeros import BiologicalZeros
 from scialm_dask.solve.estimate import Axes, Estimate
 from scialm_dask.solve.scaling import CellModel
 from scialm_dask.solve.stored import KEY, follow, read_result, write_result
@@ -289,7 +290,7 @@ class Imputation:
         *,
         dense: bool = False,
         keep_observed: ExpressionMatrix | None = None,
-        preserve_zeros: ZeroRule | None = None,
+        preserve_zeros: BiologicalZeros | None = None,
         overwrite: bool = False,
         sources: tuple[str | os.PathLike[str], ...] = (),
         listen: Listener = silent,

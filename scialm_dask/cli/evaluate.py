@@ -95,7 +95,7 @@ def evaluate(
     from scialm_dask.compare.tables import summary_table, write_evaluation
     from scialm_dask.data.matrix import ExpressionMatrix
     from scialm_dask.data.scratch import scratch_folder_for
-    from scialm_dask.data.store import check_output, kept_output
+    from scialm_dask.data.store import atomic_output, check_output
     from scialm_dask.errors import InputError
 
     names, listed = ([word.strip() for word in words.split(",") if word.strip()] for words in (methods, shares))
@@ -116,7 +116,7 @@ def evaluate(
         listen=listen,
         **options,
     )
-    with kept_output(folder, overwrite=overwrite, sources=sources, listen=listen) as partial:
+    with atomic_output(folder, overwrite=overwrite, sources=sources, keep=listen) as partial:
         about = {"source": src, "layer": layer, "reference": reference, "methods": methods, "mask": hidden}
         write_evaluation(found, partial, {**about, "seeds": seeds, **options})
     scores: dict[str, Any] = {"destination": folder}

@@ -1,1 +1,1 @@
-"""Matrices on disk and in blocks. Nothing here knows of the method."""
+"""Matrices on disk and in blocks. Nothing here knows the method."""

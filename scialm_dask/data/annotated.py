@@ -1,4 +1,4 @@
-"""AnnData objects: the matrix in one, and the factors put beside it, by scanpy's conventions."""
+"""Matrices of AnnData objects and other inputs, matched by names; and results added to an AnnData as scanpy does."""
 
 from __future__ import annotations
 
@@ -27,11 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _AXES = ("obs", "var")
-_LOOKED_AT = 1 << 10  # cells at the start, to see whether they are whole numbers
-_RUNS = 16  # in which those are, where any of them may have been changed
-_COUNTS = "counts"  # as `qc` calls the layer
-_IN_A_CHUNK = 1 << 22  # entries of what is cut for Dask
-_PLACES, _CELLS = 4, 32  # looked at: so many runs of so many cells
+_COUNTS = "counts"  # the layer that `qc` writes
+_CHUNK_ENTRIES = 1 << 22  # of a matrix in memory that becomes a Dask array
 _SMALLEST, _LARGEST = 1e-9, 30  # logarithms; counts of deep cells are larger
 _BASES: dict[str, Callable[[Any], Any]] = {
     "expm1(x)": np.expm1,
@@ -41,19 +38,24 @@ _BASES: dict[str, Callable[[Any], Any]] = {
 
 
 def is_anndata(thing: Any) -> bool:
-    """Tell, without loading AnnData."""
+    """Return whether a thing is an AnnData, without importing AnnData."""
     return hasattr(thing, "obs_names") and hasattr(thing, "var_names")
 
 
 def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed | None = None) -> ExpressionMatrix:
-    """Take whatever holds cells × genes: an `ExpressionMatrix`, as it is, an AnnData, a path to a store, or an array.
+    """Return an `ExpressionMatrix` of one, of an AnnData, of a path to a store, or of an array of cells × genes.
 
     `layer` is read instead of X of a store or an AnnData; ``"raw"`` is ``.raw.X``, unless there is a layer of that
-    name. If `observed` is None it is what an `ExpressionMatrix` was opened with, ``"nonzero"`` for all else. Raises
-    `InputError` if that cannot be used, or an `ExpressionMatrix` was opened with another layer or `observed`.
+    name. By default `observed` is that of an `ExpressionMatrix`, and ``"nonzero"`` for other inputs. Raises
+    `InputError` if the matrix cannot be used, or an `ExpressionMatrix` was opened with another layer or `observed`.
     """
     if isinstance(matrix, ExpressionMatrix):
-        return _as_opened(matrix, layer, observed)
+        name, opened = matrix.name, matrix.observed
+        if layer is not None:
+            raise InputError(f"{name}: is opened already; give the layer, {layer!r}, to ExpressionMatrix.open")
+        if observed is not None and observed != opened:
+            raise InputError(f"{name}: opened with observed={opened!r}, and {observed!r} is needed; open it with that")
+        return matrix
     observed = "nonzero" if observed is None else observed
     if isinstance(matrix, str | os.PathLike):
         return ExpressionMatrix.open(matrix, layer, observed=observed)
@@ -64,18 +66,8 @@ def as_matrix(matrix: Any, layer: str | None = None, *, observed: Observed | Non
     return named(ExpressionMatrix.of(matrix, observed=observed), matrix)
 
 
-def _as_opened(matrix: ExpressionMatrix, layer: str | None, observed: Observed | None) -> ExpressionMatrix:
-    if layer is not None:
-        raise InputError(f"{matrix.name}: is opened already; give the layer, {layer!r}, to ExpressionMatrix.open")
-    if observed is not None and observed != matrix.observed:
-        raise InputError(
-            f"{matrix.name}: is opened with observed={matrix.observed!r}, and {observed!r} is needed; open it with that"
-        )
-    return matrix
-
-
 def named(matrix: ExpressionMatrix, given: Any) -> ExpressionMatrix:
-    """Take over the names of cells and genes if a data frame was given."""
+    """Return the matrix with the names of cells and genes of a data frame, if `given` is one."""
     if not hasattr(given, "columns"):
         return matrix
     import pandas as pd
@@ -84,17 +76,19 @@ def named(matrix: ExpressionMatrix, given: Any) -> ExpressionMatrix:
 
 
 def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -> ExpressionMatrix:
-    """Take X or a layer with the annotation; X of a backed AnnData is read from its file, block by block."""
+    """Return X or a layer, with annotation; X of a backed AnnData is read from its file, block by block."""
     if not hasattr(adata, "isbacked"):  # an AnnCollection
         raise InputError(
             f"a {type(adata).__name__} has no matrix of its own; give anndata.concat(…), or join files by `scialm-dask "
             "convert A B DST.zarr`"
         )
-    layers = ", ".join(filter(None, adata.layers))  # AnnData 0.13 counts X among them, as None
+    layers = ", ".join(filter(None, adata.layers))  # AnnData 0.13 has X as layer None
     raw = layer == "raw" and layer not in adata.layers and getattr(adata, "raw", None) is not None
     if layer is not None and layer not in adata.layers and not raw:
         raise InputError(f"AnnData: has no layer {layer!r}; its layers are: {layers or 'none'}")
-    annotation = Annotation(*(_in_memory(frame) for frame in (adata.obs, adata.raw.var if raw else adata.var)))
+    frames = [adata.obs, adata.raw.var if raw else adata.var]
+    frames = [frame.to_memory() if hasattr(frame, "to_memory") else frame.copy() for frame in frames]
+    annotation = Annotation(*(frame.set_axis(as_text(frame.index), axis=0) for frame in frames))
     if adata.isbacked and (layer is None or raw):
         if adata.is_view:
             raise InputError(
@@ -112,15 +106,14 @@ def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -
 
 
 def match_names(names: pd.Index, wanted: pd.Index, what: str, owner: str) -> NDArray[np.intp] | None:
-    """Return the position of each wanted name of `what`, ``"cell"`` or ``"gene"``; None where positions agree already.
+    """Return the position of each wanted name of `what`, ``"cell"`` or ``"gene"``; None if the order is the same.
 
-    That is so where the names are the same, or where either side has none but the numbers of its rows. Raises
-    `InputError`, about `owner`, if the lengths differ, a wanted name is absent, or names that are in another order
-    repeat.
+    It is the same if the names are, or if either side has no names but row numbers. Raises `InputError` about `owner`
+    if the lengths differ, a wanted name is absent, or names in another order repeat.
     """
     if len(names) != len(wanted):
         raise InputError(f"{owner}: {len(names)} {what}s where there should be {len(wanted)}; give the same {what}s")
-    if names.equals(wanted) or not _has_names(names) or not _has_names(wanted):
+    if names.equals(wanted) or _is_numbered(names) or _is_numbered(wanted):
         return None
     if names.is_unique and wanted.is_unique:
         positions: NDArray[np.intp] = names.get_indexer(wanted)
@@ -132,13 +125,12 @@ def match_names(names: pd.Index, wanted: pd.Index, what: str, owner: str) -> NDA
     )
 
 
-def _has_names(names: pd.Index) -> bool:
-    """Tell names from the numbers that stand where there are none."""
-    return str(names[-1]) != str(len(names) - 1) or list(names.astype(str)) != list(map(str, range(len(names))))
+def _is_numbered(names: pd.Index) -> bool:
+    return str(names[-1]) == str(len(names) - 1) and list(names.astype(str)) == list(map(str, range(len(names))))
 
 
 def axes_of(thing: Any) -> tuple[pd.Index | None, pd.Index | None]:
-    """Return the names of cells and genes of what `as_dask` takes, None each where it has none."""
+    """Return the names of cells and genes of an input of `as_dask`, None where it has none."""
     if hasattr(thing, "columns"):
         return thing.index.astype(str), thing.columns.astype(str)
     if isinstance(thing, str | os.PathLike):
@@ -148,11 +140,11 @@ def axes_of(thing: Any) -> tuple[pd.Index | None, pd.Index | None]:
 
 
 def aligned(matrix: ExpressionMatrix, to: Any) -> ExpressionMatrix:
-    """Return a matrix with cells and genes in another thing's order, by their names; `InputError` if they differ."""
+    """Return a matrix with cells and genes in the order of `to`, by name; raises `InputError` if they differ."""
     if matrix.shape != to.shape:
         (m, n), (cells, genes) = matrix.shape, to.shape
         raise InputError(
-            f"{matrix.name}: {m} cells × {n} genes, but {cells} × {genes} are expected; give the same cells and genes"
+            f"{matrix.name}: {m} cells × {n} genes, but {cells} × {genes} are expected; give the same ones"
         )
     cells = match_names(matrix.obs.index, to.obs.index, "cell", matrix.name)
     genes = match_names(matrix.var.index, to.var.index, "gene", matrix.name)
@@ -164,17 +156,11 @@ def aligned(matrix: ExpressionMatrix, to: Any) -> ExpressionMatrix:
     return replace(matrix, rows=rows, annotation=Annotation(obs, var))
 
 
-def _in_memory(frame: Any) -> Any:
-    frame = frame.to_memory() if hasattr(frame, "to_memory") else frame.copy()
-    frame.index = as_text(frame.index)
-    return frame
-
-
 def as_dask(matrix: Any, name: str) -> da.Array:
-    """Take whatever holds numbers, cells × something, as a Dask array of its own precision.
+    """Return numbers, cells × something, as a Dask array of their own precision.
 
-    That is a Dask array, as it is; anything with `to_dask()`; an AnnData (its X) or a path to a store; or what is in
-    memory. Raises `InputError` if it is no matrix of numbers of known size.
+    They are a Dask array, anything with `to_dask()`, an AnnData (its X), a path to a store, or a matrix in memory.
+    Raises `InputError` if they are no matrix of numbers of known size.
     """
     import dask.array as da
 
@@ -187,75 +173,63 @@ def as_dask(matrix: Any, name: str) -> da.Array:
         return matrix
     held = held_array(matrix, name)
     held = sp.csr_matrix(held) if sp.issparse(held) else held
-    rows = max(1, _IN_A_CHUNK // held.shape[1])
-    return da.from_array(held, chunks=(rows, -1), asarray=False).persist()  # goes to the workers once
+    rows = max(1, _CHUNK_ENTRIES // held.shape[1])
+    return da.from_array(held, chunks=(rows, -1), asarray=False).persist()  # sent to the workers once
 
 
 def looks_like_counts(matrix: ExpressionMatrix) -> bool:
-    """Tell whether the values of some cells, all over a matrix whose zeros are no values, are whole numbers."""
-    if matrix.observed == "finite":
-        return False
-    starts = {matrix.shape[0] * run // _RUNS for run in range(_RUNS)}
-    runs = (matrix.rows.read(start, min(start + _LOOKED_AT // _RUNS, matrix.shape[0])) for start in sorted(starts))
-    return not any(np.any(csr.data % 1) for csr in runs)
+    """Return whether some cells, from all over a matrix with unobserved zeros, have whole numbers only."""
+    return matrix.observed != "finite" and not np.any(some_cells(matrix.rows, 16, 64).data % 1)
 
 
 def counts_beside(matrix: ExpressionMatrix, given: Any = None) -> ExpressionMatrix | None:
-    """Return layer counts of the store or AnnData that a matrix is the X of, cut alike; None if there is none."""
+    """Return layer counts beside a matrix that is X of a store or AnnData, in the same blocks, or None."""
     if is_anndata(given) and matrix.origin is None:
         beside = as_matrix(given, _COUNTS) if _COUNTS in given.layers else None
-    elif matrix.origin is not None and matrix.origin.layer is None and matrix.annotation is not None:
-        stored = _stored_beside(matrix, f"layers/{_COUNTS}")
-        beside = as_matrix(matrix.origin.path, _COUNTS) if stored else None
+    elif matrix.origin is not None and matrix.annotation is not None and _is_beside_x(matrix, f"layers/{_COUNTS}"):
+        beside = as_matrix(matrix.origin.path, _COUNTS)
     else:
         return None
     return None if beside is None else beside.with_blocks(matrix.blocks)
 
 
 def refuse_logarithms(matrix: ExpressionMatrix, given: Any, layer: str | None) -> None:
-    """Raise `InputError` if a matrix holds logarithms, by its values or by ``uns["log1p"]``, scanpy's mark of X.
+    """Raise `InputError` if a matrix holds logarithms, by its values or by scanpy's mark of X, ``uns["log1p"]``.
 
-    The mark is looked for in `given`, if that is an AnnData, else in the matrix's own store, and says nothing of
-    layers. Where zeros are observed a matrix may hold anything.
+    The mark is read from `given`, if that is an AnnData, else from the matrix's store; it does not apply to layers. A
+    matrix with observed zeros may hold anything.
     """
     if matrix.observed == "finite":
         return
     cells = some_cells(matrix.rows)
     evidence = evidence_of_logarithms(cells)
-    if evidence is None and layer is None and np.any(np.floor(cells.data) != cells.data) and _marked(matrix, given):
-        evidence = "uns['log1p'] says (delete it if it is wrong)"
+    if evidence is None and layer is None and np.any(np.floor(cells.data) != cells.data):
+        marked = "log1p" in given.uns if is_anndata(given) else _is_beside_x(matrix, "uns/log1p")
+        evidence = "uns['log1p'] says (delete it if it is wrong)" if marked else None
     if evidence is not None:
-        layers = ", ".join(_layers(matrix, given))
+        names: list[str] = []
+        if is_anndata(given):
+            names = [*filter(None, given.layers), *(["raw"] if getattr(given, "raw", None) is not None else [])]
+        elif matrix.origin is not None:
+            with readable(path := matrix.origin.path):
+                names = layers_of(open_store(path))
+        layers = ", ".join(names)
         remedy = f"give the layer that holds counts, of: {layers}" if layers else "give counts, or undo the logarithm"
         raise InputError(f"{matrix.name}: holds logarithms, as {evidence}; {remedy}")
 
 
-def _marked(matrix: ExpressionMatrix, given: Any) -> bool:
-    if is_anndata(given):
-        return "log1p" in given.uns
-    return matrix.origin is not None and matrix.origin.layer is None and _stored_beside(matrix, "uns/log1p")
-
-
-def _stored_beside(matrix: ExpressionMatrix, element: str) -> bool:
-    assert matrix.origin is not None
+def _is_beside_x(matrix: ExpressionMatrix, element: str) -> bool:
+    """Return whether a matrix is X of a store that has this element."""
+    if matrix.origin is None or matrix.origin.layer is not None:
+        return False
     with readable(path := matrix.origin.path):
         return element in open_store(path)
 
 
-def _layers(matrix: ExpressionMatrix, given: Any) -> list[str]:
-    """Names by which other matrices of an AnnData or a store can be asked for."""
-    if is_anndata(given):
-        return [*filter(None, given.layers), *(["raw"] if getattr(given, "raw", None) is not None else [])]
-    if matrix.origin is None:
-        return []
-    with readable(path := matrix.origin.path):
-        return layers_of(open_store(path))
-
-
 def storable_annotation(matrix: ExpressionMatrix, listen: Listener) -> ExpressionMatrix:
-    """Return the matrix with its annotation read, in a form that can be written; `listen` hears what had to change.
+    """Return the matrix with its annotation in a form that can be written; `listen` is told of changes.
 
-    Raises `InputError` if that cannot be done, which is better known before long work than after it.
+    Raises `InputError` if it has none, before long work rather than after it.
     """
     if matrix.annotation is None:
         return matrix
@@ -268,7 +242,7 @@ def storable_annotation(matrix: ExpressionMatrix, listen: Listener) -> Expressio
 def add_result(
     adata: anndata.AnnData, *, obsm: dict[str, da.Array], by_gene: dict[str, Any], uns: dict[str, Any]
 ) -> None:
-    """Put a result into an AnnData, lazily if that is lazy; what is by gene, into ``var`` or ``varm``."""
+    """Add a result to an AnnData, lazily if its X is lazy; `by_gene` goes into ``var`` or ``varm``."""
     import anndata
     import dask
 
@@ -282,20 +256,20 @@ def add_result(
         adata.uns.update(uns)
 
 
-def some_cells(rows: Rows) -> sp.csr_matrix:
-    """Read some cells, from all over the matrix."""
+def some_cells(rows: Rows, places: int = 4, count: int = 32) -> sp.csr_matrix:
+    """Return `count` cells from each of `places` places, all over the matrix; all cells of a small one."""
     n_cells = rows.shape[0]
-    if n_cells <= _PLACES * _CELLS:
+    if n_cells <= places * count:
         return rows.read(0, n_cells)
-    starts = np.linspace(0, n_cells - _CELLS, _PLACES).astype(int).tolist()
-    return sp.vstack([rows.read(start, start + _CELLS) for start in starts], format="csr")
+    starts = np.linspace(0, n_cells - count, places).astype(int).tolist()
+    return sp.vstack([rows.read(start, start + count) for start in starts], format="csr")
 
 
 def evidence_of_logarithms(cells: sp.csr_matrix) -> str | None:
-    """Tell in words what shows that values are logarithms of counts, normalised or not; None if nothing does.
+    """Say what shows that values are logarithms of counts, normalised or not; None if nothing does.
 
-    Once the logarithm is undone, the values of a cell are whole multiples of the smallest, or all cells have the same
-    total; as they are, neither holds. Counts are whole numbers, and normalised counts are such multiples as they are.
+    With the logarithm undone, the values of each cell are whole multiples of the smallest, or all cells have the same
+    total; as they are, neither holds. Counts are whole numbers, and normalised counts are whole multiples as they are.
     """
     values = cells.data.astype(np.float64)
     if not len(values) or not np.any(np.floor(values) != values) or not 0 <= values.min() <= values.max() <= _LARGEST:
@@ -317,7 +291,7 @@ def evidence_of_logarithms(cells: sp.csr_matrix) -> str | None:
 
 
 def _multiples(row: NDArray[np.float64]) -> bool | None:
-    """Tell whether values are whole multiples of the smallest; None if there are too few values to tell."""
+    """Return whether values are whole multiples of the smallest; None if there are too few values."""
     ratios = np.unique(row) / row.min()
     ratios = ratios[(ratios > 1) & (ratios < 100)]
     if len(ratios) < 2:

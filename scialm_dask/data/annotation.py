@@ -1,4 +1,4 @@
-"""Annotation of cells and genes: read from stores, put into forms that Zarr takes, and what lies beside a matrix."""
+"""Annotation of cells and genes: reads it, makes it storable, looks up names, and adds what is beside a matrix."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-_LOOKED_AT = 50_000  # names, to see what they are of
+_LOOKED_AT = 50_000  # names, to tell barcodes from genes
 _BARCODE = r"(?:^|[^A-Z])[ACGTN]{8,}(?:[^A-Z]|$)"
 _GENE_ID = r"^(?:ENS[A-Z]*G|FBGN|WBGENE)\d{6,}"
 _COMMON_GENES = frozenset("ACTB GAPDH B2M MALAT1 EEF1A1 TPT1 RPLP0 RPS6 UBC HSPA8 MT-CO1 PPIA TMSB4X FTL".split())
 _SYMBOLS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name")  # of CELLxGENE, scanpy and loom
-_LONGEST_NAME = 200  # bytes; a column is a folder, and few disks take more than 255
+_LONGEST_NAME = 200  # bytes; a column is a folder, whose name is limited to 255 on most disks
 
 
 class Annotation(NamedTuple):
@@ -36,14 +36,14 @@ class Annotation(NamedTuple):
 
 
 class AnnotationHere(Annotation):
-    """Data frames that stay in this process: None is what workers get."""
+    """Data frames that stay in this process: they are pickled as None."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
 
 class StoredAnnotation(NamedTuple):
-    """Where a store has them: its path, and the names of the two elements."""
+    """A store with data frames of cells and genes, and the names of these elements."""
 
     path: str
     obs: str = "obs"
@@ -51,45 +51,41 @@ class StoredAnnotation(NamedTuple):
 
 
 def read_annotation(place: StoredAnnotation | Annotation | None, axis: str, length: int) -> pd.DataFrame:
-    """Read ``obs`` or ``var``, names as text, unless they are given; number the rows if there is no store."""
+    """Return ``obs`` or ``var``, read from the store if need be, with names as text; numbered if there is no store."""
     import pandas as pd
 
     if isinstance(place, Annotation):
         return place.obs if axis == "obs" else place.var
     if place is None:
         return pd.DataFrame(index=pd.RangeIndex(length).astype(str))
+    import anndata
+
     path, element = place.path, place.obs if axis == "obs" else place.var
     store = open_store(path)
     with readable(f"{path}:{element}"):
         if element not in store:
             raise InputError(f"{path}: has no {element}; write the store again, with names of cells and genes")
-        frame = _read_frame(path, store[element], element, length)
+        if hasattr(store[element], "keys"):
+            check_whole(f"{path}:{element}", store[element])
+            _check_columns(f"{path}:{element}", store[element], length)
+            frame = anndata.io.read_elem(store[element])
+        else:  # a table, as AnnData wrote before 0.7
+            adata = anndata.read_h5ad(path, backed="r")
+            try:
+                frame = (adata.raw.var if element == "raw/var" else getattr(adata, element)).copy()
+            finally:
+                adata.file.close()
     if len(frame) != length:
         raise InputError(f"{path}: {element} has {len(frame)} rows, the matrix {length}; write the store again")
     frame.index = as_text(frame.index)
     return frame
 
 
-def _read_frame(path: str, stored: Any, element: str, length: int) -> pd.DataFrame:
-    import anndata
-
-    if hasattr(stored, "keys"):
-        check_whole(f"{path}:{element}", stored)
-        _check_columns(f"{path}:{element}", stored, length)
-        return anndata.io.read_elem(stored)
-    adata = anndata.read_h5ad(path, backed="r")  # a table, as AnnData wrote before 0.7
-    try:
-        owner, axis = (adata.raw, "var") if element == "raw/var" else (adata, element)
-        return getattr(owner, axis).copy()
-    finally:
-        adata.file.close()
-
-
 def _check_columns(name: str, stored: Any, length: int) -> None:
-    """Refuse columns that do not say what they are, or that claim another length, before they are read."""
+    """Raise `InputError` for columns without an encoding or with another length, before they are read."""
     index = stored.attrs.get("_index", "_index")
-    for key in (index, *stored.attrs.get("column-order", stored)):  # column a/b of HDF5 lies in a group named a
-        if key not in stored or key.startswith("__"):  # AnnData names what is missing, and once stored categories so
+    for key in (index, *stored.attrs.get("column-order", stored)):  # HDF5 has column a/b in a group a
+        if key not in stored or key.startswith("__"):  # AnnData reports it; old categories begin with __
             continue
         column, values = stored[key], stored[key]
         if hasattr(column, "keys"):
@@ -101,24 +97,24 @@ def _check_columns(name: str, stored: Any, length: int) -> None:
 
 
 def symbols(var: pd.DataFrame) -> list[pd.Index]:
-    """Return the names by which genes may be called: the index, and columns of symbols if there are any."""
+    """Return the index of genes, and columns of symbols if there are any."""
     return [var.index, *(as_text(var[column]) for column in _SYMBOLS if column in var)]
 
 
 def total_counts(obs: pd.DataFrame, name: str) -> NDArray[np.float64] | None:
-    """Return ``obs["total_counts"]``, shape ``(m,)``; None if there are none, `InputError` if they are no numbers."""
+    """Return ``obs["total_counts"]`` as float64, or None; raises `InputError` if they are no numbers."""
     if "total_counts" not in obs:
         return None
     try:
         return obs["total_counts"].to_numpy("float64", na_value=float("nan"))  # type: ignore[no-any-return]
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"{name}: obs['total_counts'] holds no numbers ({first_line(error)}); give raw totals or drop the column"
+            f"{name}: obs['total_counts'] holds no numbers ({first_line(error)}); give raw totals or drop it"
         ) from error
 
 
 def looks_like(names: pd.Index) -> Literal["cells", "genes"] | None:
-    """Tell barcodes from names or IDs of genes; None if they look like neither."""
+    """Return whether names are barcodes, or names or IDs of genes; None if they look like neither."""
     import pandas as pd
 
     upper = [str(name).upper() for name in names[:_LOOKED_AT]]
@@ -130,7 +126,7 @@ def looks_like(names: pd.Index) -> Literal["cells", "genes"] | None:
 
 
 def positions_of(wanted: Any, frame: pd.DataFrame, what: str) -> tuple[Any, bool]:
-    """Turn names or symbols, or whatever NumPy indexes with, into positions; tell whether it was a single one."""
+    """Return the positions of names, symbols or whatever NumPy indexes with, and whether a single one was wanted."""
     if isinstance(wanted, slice):
         return wanted, False
     single = isinstance(wanted, str | int | np.integer)
@@ -151,7 +147,7 @@ def positions_of(wanted: Any, frame: pd.DataFrame, what: str) -> tuple[Any, bool
 
 
 def unique_names(frame: pd.DataFrame, what: str) -> tuple[pd.DataFrame, list[str]]:
-    """Make the names of cells or genes unique as scanpy does; say so in a note, if any name has changed."""
+    """Return a frame with unique names, made as scanpy does, and a note if any name has changed."""
     import warnings
 
     from anndata.utils import make_index_unique
@@ -159,14 +155,13 @@ def unique_names(frame: pd.DataFrame, what: str) -> tuple[pd.DataFrame, list[str
     n_repeated = int(frame.index.duplicated().sum())
     if not n_repeated:
         return frame, []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a suffix may look like part of a name
+    with warnings.catch_warnings(action="ignore"):  # about suffixes that look like parts of names
         frame = frame.set_axis(make_index_unique(frame.index), axis=0)
     return frame, [f"{n_repeated} repeated {what} names were made unique with -1, -2, …"]
 
 
 def swapped_axes(obs: pd.DataFrame, var: pd.DataFrame) -> list[str]:
-    """Say in a note that a matrix may be genes × cells, if its names look like that."""
+    """Return a note that a matrix may be genes × cells, if its names look like it."""
     of_obs, of_var = looks_like(obs.index), looks_like(var.index)
     if of_obs != "genes" and of_var != "cells":
         return []
@@ -176,7 +171,7 @@ def swapped_axes(obs: pd.DataFrame, var: pd.DataFrame) -> list[str]:
 
 
 def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any, raw_var: Any = None) -> zarr.Group:
-    """Create an AnnData Zarr store with annotation, of ``.raw`` too if there is to be one, but no matrix yet."""
+    """Create an AnnData Zarr store with annotation, of ``.raw`` too if given, and without a matrix."""
     root = zarr.open_group(place, mode="w-", zarr_format=ZARR_FORMAT)
     set_encoding(root, "anndata", "0.1.0")
     for name, value in {"obs": obs, "var": var}.items():
@@ -191,19 +186,19 @@ def new_anndata(place: str | Path | NewStore, *, obs: Any, var: Any, raw_var: An
 
 
 def as_text(names: pd.Index | pd.Series) -> pd.Index:
-    """Return the same names as Python strings, whatever they were."""
+    """Return names of any type as Python strings."""
     import pandas as pd
 
-    # of objects, as the text of pandas 3 cannot hold half a surrogate, which stands where a file is not in UTF-8
+    # Objects, since pandas 3 strings cannot hold lone surrogates, which replace bytes that are not UTF-8.
     return pd.Index([str(name) for name in names], dtype=object, name=names.name)
 
 
 def storable(frame: pd.DataFrame, axis: str) -> tuple[pd.DataFrame, list[str]]:
-    """Put a data frame into names and forms that AnnData writes to Zarr; tell in notes what had to change.
+    """Return a data frame that AnnData can write to Zarr, and notes about what was changed.
 
-    Numbers, truth values, text and categories stay as they are; everything else, such as dates, is kept as text, and
-    text with missing values as categories. A slash in the name of a column becomes ``_``. Raises `InputError` if
-    `axis`, ``"obs"`` or ``"var"``, cannot be written even so.
+    Numbers, booleans, text and categories stay as they are; other types, such as dates, become text, and text with
+    missing values becomes categories. A slash in the name of a column becomes ``_``. Raises `InputError` if `axis`,
+    ``"obs"`` or ``"var"``, still cannot be written.
     """
     import anndata
     import pandas as pd
@@ -234,7 +229,7 @@ def storable(frame: pd.DataFrame, axis: str) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _plain_name(given: Any, taken: list[str]) -> str:
-    """Name a column so that a folder can have that name, and no other column has it."""
+    """Return a name for a column that is valid for a folder and not taken."""
     name = str(given).replace("/", "_").replace("\0", "_")
     name = name.encode(errors="replace")[:_LONGEST_NAME].decode(errors="ignore")
     if name.startswith(".") or name in ("", "_index", "zarr.json"):
@@ -247,7 +242,7 @@ def _plain_name(given: Any, taken: list[str]) -> str:
 
 
 def _plain_values(column: pd.Series) -> Any:
-    """Values of a column in a form that is written everywhere; None if they are in one already."""
+    """Return the values of a column in a form that can be written; None if they are in one."""
     import pandas as pd
 
     dtype: Any = column.dtype
@@ -277,30 +272,35 @@ def _text(column: pd.Series) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, without the lines that libraries append."""
+    """Return the first line of an error's message."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 
 def place_of(name: str) -> tuple[str, str | None]:
-    """Return the path and the layer of a matrix that is called ``path:X``, ``path:layers/counts`` or ``path:raw/X``."""
+    """Return path and layer of a matrix by its name: ``path:X``, ``path:layers/counts`` or ``path:raw/X``."""
     path, _, element = re.sub(r":(?=(X|raw/X|layers/[^:]+)$)", "\0", name).partition("\0")
     return path, None if element in ("", "X") else element.removeprefix("layers/").removesuffix("/X")
 
 
 def add_source(adata: anndata.AnnData, name: str) -> None:
-    """Put what lies beside a matrix of this name in its store into an AnnData: ``obsm``, ``uns`` and ``layers``.
+    """Add ``obsm``, ``uns`` and ``layers`` of the store of a matrix, by its name, to an AnnData.
 
-    Arrays stay lazy. Nothing is added where the store is gone or has other cells, and no layer where genes differ.
+    Arrays stay lazy. Nothing is added if the store is gone or has other cells, and no layers if it has other genes.
     """
     path, _ = place_of(name)
     if not _same_names(path, "obs", adata.obs_names):
         return
+    from anndata.experimental import read_elem_lazy
+    from anndata.io import read_elem
+
     store: Any = open_store(path)
+    groups = ["obsm", "uns"] + ["layers"] * _same_names(path, "var", adata.var_names)
     with readable(path):
-        adata.obsm.update(_elements(store, "obsm"))
-        adata.uns.update(_elements(store, "uns"))
-        if _same_names(path, "var", adata.var_names):
-            adata.layers.update(_elements(store, "layers"))
+        for group in groups:
+            for name in store.get(group, ()):
+                element = store[group][name]
+                lazy = group != "uns" and element.attrs.get("encoding-type") in ("array", "csr_matrix", "csc_matrix")
+                getattr(adata, group)[name] = read_elem_lazy(element) if lazy else read_elem(element)
 
 
 def _same_names(path: str, axis: str, names: pd.Index) -> bool:
@@ -308,15 +308,3 @@ def _same_names(path: str, axis: str, names: pd.Index) -> bool:
         if hasattr(open_store(path), "keys"):
             return bool(read_annotation(StoredAnnotation(path), axis, len(names)).index.equals(names))
     return False
-
-
-def _elements(store: Any, group: str) -> dict[str, Any]:
-    from anndata.experimental import read_elem_lazy
-    from anndata.io import read_elem
-
-    found = {}
-    for name in store.get(group, ()):
-        element = store[group][name]
-        lazy = group != "uns" and element.attrs.get("encoding-type") in ("array", "csr_matrix", "csc_matrix")
-        found[name] = read_elem_lazy(element) if lazy else read_elem(element)
-    return found

@@ -1,11 +1,11 @@
-"""Arrays of stores: written with a checksum for each chunk, looked at for lost chunks, and read fast from HDF5."""
+"""Arrays of stores: written with a checksum for each chunk, checked for lost chunks, and read fast from HDF5."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from itertools import islice
 from typing import Any, Literal
 
@@ -22,20 +22,19 @@ from zarr.storage import LocalStore
 
 from scialm_dask.errors import InputError
 
-ZARR_FORMAT: Literal[2] = 2  # what AnnData writes by default: the widest choice of readers
-MOST_MISSING = 10_000  # chunks that are named: a shape that lies may want 1e12 of them
-_MOST_ASKED = 1_000_000  # chunks that a web server, which cannot list them, is asked for
-
+ZARR_FORMAT: Literal[2] = 2  # AnnData's default, which most programs read
+MOST_MISSING = 10_000  # missing chunks to list; a damaged shape may have 1e12
+_MOST_ASKED = 1_000_000  # requests to a web server, which cannot list chunks
 _LONGEST_WRITE = 30  # seconds
 _EVERY_CHUNK: Any = {"write_empty_chunks": True}  # so that an absent chunk is a lost one
-_writing = threading.Lock()  # Zarr's configuration is one for all threads
+_writing = threading.Lock()  # Zarr's configuration is shared by all threads
 
 
 def new_array(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any) -> Any:
-    """Create an array of an AnnData store, every chunk of which is written and has a checksum.
+    """Create an array of an AnnData store with every chunk written, even of zeros, and with a checksum.
 
-    The checksum is Zstandard's own, which every program that reads Zarr compares. In Zarr format 2 the bytes of numbers
-    are shuffled before: indices of genes are then compressed at four times the speed, and to less.
+    The checksum is Zstandard's own, which every reader of Zarr compares. In Zarr format 2 the bytes are shuffled first:
+    gene indices then compress four times as fast, and to less.
     """
     filters: Any = [Shuffle(np.dtype(dtype).itemsize)] if group.metadata.zarr_format == 2 else "auto"
     array = group.create_array(
@@ -52,10 +51,10 @@ def new_array(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tupl
 
 
 def write_chunk(array: Any, number: int, values: NDArray[Any]) -> None:
-    """Write a chunk, by its number, of a one-dimensional array of Zarr format 2, in the thread that calls.
+    """Write chunk `number` of a one-dimensional array of Zarr format 2, in the calling thread.
 
-    By way of the Zarr library it takes twice the processor's time, and half of that is of one thread for all.
-    A chunk half written is seen by nobody: its store gets its name when it is whole.
+    The Zarr library takes twice the processor time, half of it in one thread for all. Nobody sees a half-written chunk,
+    since the store gets its name later.
     """
     lacking = array.chunks[0] - len(values)
     chunk = np.pad(values, (0, lacking)) if lacking else values
@@ -69,13 +68,13 @@ def write_chunk(array: Any, number: int, values: NDArray[Any]) -> None:
 
 
 def write_element(group: Any, name: str, value: Any) -> None:
-    """Write whatever AnnData can write, every chunk with a checksum."""
+    """Write any value that AnnData can write, with a checksum for each chunk."""
     import anndata
 
     with _writing, zarr.config.set({"array.write_empty_chunks": True}):
         anndata.io.write_elem(group, name, value, dataset_kwargs={"compressor": _checksummed(group)})
         for path, array in dict(_arrays_below(group[name], name)).items():
-            if not is_checksummed(array):  # AnnData has its own way with single values
+            if not is_checksummed(array):  # AnnData ignores the compressor for single values
                 values = array[...]
                 made = group.create_array(
                     path,
@@ -92,14 +91,14 @@ def write_element(group: Any, name: str, value: Any) -> None:
 
 
 def set_encoding(node: Any, kind: str, version: str, **attributes: Any) -> None:
-    """Mark a Zarr node with its AnnData encoding."""
+    """Set the AnnData encoding of a Zarr node."""
     node.attrs.update({"encoding-type": kind, "encoding-version": version, **attributes})
 
 
 def missing_chunks(array: Any) -> list[tuple[int, ...]]:
-    """Grid positions of the chunks (or shards) of a Zarr or HDF5 array that are not in its store.
+    """Return grid positions of chunks or shards of a Zarr or HDF5 array that its store lacks, `MOST_MISSING` at most.
 
-    Zarr reads an absent chunk as the fill value, so a lost file looks like zeros. Of many, the first ones are given.
+    Zarr reads an absent chunk as the fill value, so that a lost file looks like zeros.
     """
     if not isinstance(array, zarr.Array):
         held = array.id.get_num_chunks() if array.chunks else n_chunks(array) * (array.id.get_storage_size() > 0)
@@ -107,18 +106,16 @@ def missing_chunks(array: Any) -> list[tuple[int, ...]]:
     grid, prefix = _grid(array), f"{array.path}/" if array.path else ""
     encode = array.metadata.encode_chunk_key
     if array.store.supports_listing:
-        present = sync(_listed(array.store, prefix))
+        present = set(sync(all_of(array.store.list_prefix(prefix))))
     elif math.prod(grid) <= _MOST_ASKED:
         present = sync(_asked(array.store, [prefix + encode(position) for position in _positions(grid)]))
     else:
-        raise InputError(
-            f"{prefix[:-1]}: shape {array.shape} in chunks of {array.chunks} is too much to ask a server for"
-        )
+        raise InputError(f"{prefix[:-1]}: {math.prod(grid)} chunks are too many to ask a server for; use larger chunks")
     return list(islice((p for p in _positions(grid) if prefix + encode(p) not in present), MOST_MISSING))
 
 
 def n_chunks(array: Any) -> int:
-    """Count the chunks (or shards) that an array is to have."""
+    """Return the number of chunks or shards of a complete array."""
     return math.prod(_grid(array))
 
 
@@ -128,30 +125,29 @@ def _grid(array: Any) -> list[int]:
 
 
 def await_writes() -> None:
-    """Wait until Zarr's thread has written what it was told to: it goes on after an exception in this one."""
-    sync(_rest_done())
+    """Wait until Zarr's thread has finished its writes, which go on after an exception in this thread."""
 
+    async def rest() -> None:
+        if others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others, timeout=_LONGEST_WRITE)
 
-async def _rest_done() -> None:
-    if others := asyncio.all_tasks() - {asyncio.current_task()}:
-        await asyncio.wait(others, timeout=_LONGEST_WRITE)
+    sync(rest())
 
 
 def check_whole(name: str, node: Any, *, always: bool = False) -> None:
-    """Raise `InputError` if chunks of an array, or of those below a group, are lost.
+    """Raise `InputError` if an array, or an array in a group, lacks chunks.
 
-    Other programs leave out chunks of zeros. So what has no checksum, and hence is not of ours, may lack them, but not
-    the names of cells and genes, and nothing if `always`.
+    Other programs do not write chunks of zeros. So arrays without checksums, which are not ours, may lack chunks unless
+    `always`, but never those with names of cells and genes.
     """
     index = node.attrs.get("_index") or "_index"
     for path, array in _arrays_below(node, ""):
-        names = path in (index, f"{index}/values")  # AnnData writes the text of pandas 3 as values and a mask
+        names = path in (index, f"{index}/values")  # of the strings of pandas 3
         if not (always or names or is_checksummed(array)):
             continue
         if gone := missing_chunks(array):
-            raise InputError(
-                f"{name}: chunk {gone[0]} of {path or array.basename} is missing; the store is damaged, write it again"
-            )
+            what = path or array.basename
+            raise InputError(f"{name}: chunk {gone[0]} of {what} is missing; the store is damaged, write it again")
 
 
 def _checksummed(group: zarr.Group, level: int = 0) -> Any:
@@ -159,20 +155,20 @@ def _checksummed(group: zarr.Group, level: int = 0) -> Any:
 
 
 def is_checksummed(array: zarr.Array[Any]) -> bool:
-    """Tell whether chunks have checksums, so that they are of this package, which leaves none out."""
+    """Return whether chunks have checksums: then this package wrote the array, and all its chunks."""
     return any(getattr(codec, "checksum", False) for codec in array.compressors)
 
 
 def _arrays_below(node: Any, path: str) -> Iterator[tuple[str, zarr.Array[Any]]]:
     if isinstance(node, zarr.Array):
         yield path, node
-    elif isinstance(node, zarr.Group):  # HDF5 knows itself what it lacks
+    elif isinstance(node, zarr.Group):  # HDF5 itself notices lost chunks
         for name, below in node.members():
             yield from _arrays_below(below, f"{path}/{name}" if path else name)
 
 
 def _positions(grid: list[int]) -> Iterator[tuple[int, ...]]:
-    """All positions in a grid of any size, in order; `itertools.product` would list each axis first."""
+    """Yield all positions of a grid of any size, in order; `itertools.product` would first list each axis."""
     if not grid:
         yield ()
         return
@@ -181,12 +177,13 @@ def _positions(grid: list[int]) -> Iterator[tuple[int, ...]]:
             yield (first, *rest)
 
 
-async def _listed(store: Any, prefix: str) -> set[str]:
-    return {key async for key in store.list_prefix(prefix)}
+async def all_of(keys: AsyncIterator[str]) -> list[str]:
+    """Return all keys of an asynchronous iterator."""
+    return [key async for key in keys]
 
 
 async def _asked(store: Any, keys: list[str]) -> set[str]:
-    """Those of the keys that are there, of a store that cannot list them."""
+    """Return the keys that exist in a store that cannot list them."""
     one_byte, side_by_side = RangeByteRequest(0, 1), asyncio.Semaphore(zarr.config.get("async.concurrency"))
 
     async def is_there(key: str) -> bool:
@@ -198,15 +195,24 @@ async def _asked(store: Any, keys: list[str]) -> set[str]:
 
 
 def read_span(array: Any, span: slice) -> NDArray[Any]:
-    """Return ``array[span]``, of a one-dimensional array of Zarr or HDF5; `span` has a start and a stop within it."""
-    shuffled = None if isinstance(array, zarr.Array) else _is_shuffled(array)
-    if shuffled is None or span.start == span.stop:
+    """Return ``array[span]`` of a one-dimensional Zarr or HDF5 array; `span` has a start and a stop within it.
+
+    Gzip chunks of HDF5 are inflated by isal, at twice the speed of HDF5.
+    """
+    import h5py
+
+    filters: tuple[int, ...] = ()
+    if not isinstance(array, zarr.Array) and array.dtype.kind in "iuf":
+        made = array.id.get_create_plist()
+        filters = tuple(made.get_filter(i)[0] for i in range(made.get_nfilters()))
+    shuffled = filters == (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE)
+    if not (shuffled or filters == (h5py.h5z.FILTER_DEFLATE,)) or span.start == span.stop:
         return np.asarray(array[span])
     chunk, dtype = array.chunks[0], array.dtype
     values = np.empty(span.stop - span.start, dtype)
     for first in range(span.start - span.start % chunk, span.stop, chunk):
         skipped, stored = array.id.read_direct_chunk((first,))
-        # A filter may be left out of a chunk; HDF5 knows how to read that.
+        # HDF5 may skip a filter for a chunk, and then reads it itself.
         whole = array[first : first + chunk] if skipped else _unpacked(stored, shuffled, dtype, chunk)
         start, stop = max(first, span.start), min(first + chunk, span.stop)
         values[start - span.start : stop - span.start] = whole[start - first : stop - first]
@@ -216,17 +222,7 @@ def read_span(array: Any, span: slice) -> NDArray[Any]:
 def _unpacked(stored: bytes, shuffled: bool, dtype: np.dtype[Any], chunk: int) -> NDArray[Any]:
     n_bytes = chunk * dtype.itemsize
     stream = isal_zlib.decompressobj()
-    inflated: Any = stream.decompress(stored, n_bytes + 1)  # no more than that, whatever the bytes make of it
+    inflated: Any = stream.decompress(stored, n_bytes + 1)  # no more, even if the chunk is damaged
     if len(inflated) != n_bytes or not stream.eof:
         raise ValueError(f"a chunk of {n_bytes} bytes inflates to another size")
     return np.frombuffer(Shuffle(dtype.itemsize).decode(inflated) if shuffled else inflated, dtype)
-
-
-def _is_shuffled(dataset: Any) -> bool | None:
-    """Tell whether bytes of numbers were shuffled before gzip; None if other filters, or none, were used."""
-    import h5py
-
-    made = dataset.id.get_create_plist()
-    filters = tuple(made.get_filter(i)[0] for i in range(made.get_nfilters()))
-    plain, shuffled = (h5py.h5z.FILTER_DEFLATE,), (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE)
-    return {plain: False, shuffled: True}.get(filters) if dataset.dtype.kind in "iuf" else None

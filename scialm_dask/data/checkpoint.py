@@ -29,9 +29,9 @@ from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore
 
 from scialm_dask.config import short_repr
-from scialm_dask.data.arrays import missing_chunks
+from scialm_dask.data.arrays import all_of, missing_chunks
 from scialm_dask.data.lease import Lease
-from scialm_dask.data.remote import RemoteStore, all_of, is_url
+from scialm_dask.data.remote import RemoteStore, is_url
 from scialm_dask.data.store import output_error
 from scialm_dask.errors import CheckpointError, InputError, OutputError
 
@@ -253,9 +253,7 @@ class Checkpoints:
     def error(self, error: OSError) -> OSError:
         """Return the `OutputError` for an error in writing a checkpoint, if its cause is known, else the error."""
         if isinstance(error, FileNotFoundError | PermissionError):
-            return OutputError(
-                f"{self.folder}: a worker cannot write to this folder; choose one on a disk that all workers share"
-            )
+            return OutputError(f"{self.folder}: a worker cannot write there; choose a folder that all workers share")
         return output_error(self.folder, error)
 
     def _numbered(self) -> list[str]:
@@ -276,10 +274,8 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: {_MANIFEST} is damaged ({short_repr(error)})") from error
         if kind != _KIND or version != FORMAT:
-            raise CheckpointError(
-                f"{path}: of format {version}, and this program reads format {FORMAT}; go on with the scialm-dask that "
-                "wrote it, or begin anew"
-            )
+            remedy = "go on with the scialm-dask that wrote it, or begin anew"
+            raise CheckpointError(f"{path}: of format {version}, and this program reads format {FORMAT}; {remedy}")
         if content.pop("sha256", None) != _digest(content):
             raise CheckpointError(f"{path}: {_MANIFEST} is not what was written; it is damaged or edited")
         try:

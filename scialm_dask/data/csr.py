@@ -224,13 +224,9 @@ def unmasked(matrix: Any, observed: Observed) -> Any:
 def check_array(array: Any, name: str) -> None:
     """Raise `InputError` unless a NumPy, SciPy or Dask array is a matrix of numbers of known size."""
     if array.ndim != 2 or any(np.isnan(n) or n == 0 for n in array.shape):
-        raise InputError(
-            f"{name}: shape {array.shape}; give a matrix: two dimensions of known size, one cell and gene at least"
-        )
+        raise InputError(f"{name}: shape {array.shape}; give a matrix of known size with at least one cell and gene")
     if array.dtype.kind not in "buif" or array.dtype == np.float16:
-        raise InputError(
-            f"{name}: values are of type {array.dtype}, not numbers that can be computed with; convert them first"
-        )
+        raise InputError(f"{name}: values are of type {array.dtype}, not numbers to compute with; convert them first")
 
 
 def check_values(csr: sp.csr_matrix, name: str, first_row: int) -> None:
@@ -249,9 +245,7 @@ def check_values(csr: sp.csr_matrix, name: str, first_row: int) -> None:
 def check_observed(n_observed: int, name: str) -> None:
     """Raise `InputError` if a matrix has no observed entry."""
     if n_observed == 0:
-        raise InputError(
-            f"{name}: no entry is observed, all are zero; give a matrix with non-zeros, e.g. another layer"
-        )
+        raise InputError(f"{name}: no entry is observed, all are zero; give a matrix with non-zeros or another layer")
 
 
 def finite_entries(csr: sp.csr_matrix, name: str) -> sp.csr_matrix:

@@ -1,4 +1,4 @@
-"""Where a store has its matrix and the annotation: AnnData, a bare Zarr array, 10x .h5 of any version, loom."""
+"""Locates the matrix and annotation in a store: AnnData, a bare Zarr array, 10x .h5 of any version, or loom."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from scialm_dask.errors import DoesNotFitError, InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-GENES = "Gene Expression"  # what 10x calls features that are genes
-_BYTES_EACH = 24  # of memory, for a cell or a gene, while a matrix is opened
+GENES = "Gene Expression"  # 10x's type of features that are genes
+_BYTES_EACH = 24  # memory for a cell or a gene while a matrix is opened
 
 
 class Located(NamedTuple):
-    """A matrix in an open store: what reads its rows, its node, and its annotation; notes say what was left out."""
+    """A matrix in an open store: reader of its rows, node, annotation, and notes on what was left out."""
 
     rows: StoredRows
     element: Any
@@ -31,11 +31,12 @@ class Located(NamedTuple):
 
 
 def locate(path: str, store: Any, layer: str | None, genome: str | None = None) -> Located:
-    """Find X, or a layer, in a store that `open_store` has opened; raises `InputError` if it is not there, or damaged.
+    """Find X or a layer in an open store; raises `InputError` if it is missing or damaged.
 
-    ``"raw"`` is ``.raw.X`` if no layer is called so. Of a 10x file that holds several genomes, `genome` chooses one.
+    ``"raw"`` is ``.raw.X`` unless there is a layer of that name. `genome` chooses one of several in a 10x file.
     """
-    if is_10x_h5(store):
+    groups = [] if isinstance(store, zarr.Group | zarr.Array) or "X" in store else store.values()
+    if any("barcodes" in group for group in groups if hasattr(group, "keys")):
         return _in_10x_h5(path, store, layer, genome)
     if not isinstance(store, zarr.Array) and "row_attrs" in store and "matrix" in store:
         return _in_loom(path, store, layer)
@@ -44,17 +45,16 @@ def locate(path: str, store: Any, layer: str | None, genome: str | None = None) 
     return Located(rows, element, None if isinstance(store, zarr.Array) else place, [])
 
 
-def is_10x_h5(store: Any) -> bool:
-    """Tell whether an open HDF5 file is 10x's rather than AnnData's."""
-    if isinstance(store, zarr.Group | zarr.Array) or "X" in store:
-        return False
-    return any("barcodes" in group for group in store.values() if hasattr(group, "keys"))
-
-
 def _in_10x_h5(path: str, store: Any, layer: str | None, genome: str | None) -> Located:
     if layer is not None:
         raise InputError(f"{path}: 10x data have no layer {layer!r}; leave the layer out")
-    group = _group(path, store, genome)
+    groups = [name for name, group in store.items() if hasattr(group, "keys") and "barcodes" in group]
+    known = ", ".join(groups)  # of genomes in files from before 2018; later ones have one group, matrix
+    if genome is None and len(groups) > 1:
+        raise InputError(f"{path}: holds the genomes {known}; choose one by `scialm-dask convert --genome`")
+    if genome is not None and "matrix" not in groups and genome not in groups:
+        raise InputError(f"{path}: has no genome {genome}; it holds {known}")
+    group = genome if genome is not None and genome in groups else str(groups[0])
     element = store[group]
     absent = [name for name in ("data", "indices", "indptr", "shape") if name not in element]
     if absent:
@@ -67,26 +67,15 @@ def _in_10x_h5(path: str, store: Any, layer: str | None, genome: str | None) -> 
     if genome is not None and "genome" in var:
         keep = keep & (var["genome"] == genome).to_numpy()  # not in place: arrays of pandas 3 are read-only
         if not keep.any():
-            known = ", ".join(sorted(set(var["genome"])))
-            raise InputError(f"{path}: has no genome {genome}; it holds {known}")
+            raise InputError(f"{path}: has no genome {genome}; it holds {', '.join(sorted(set(var['genome'])))}")
     var, repeated = unique_names(var[keep], "gene")
     features = None if keep.all() else keep.tobytes()
     rows = StoredRows(path, group, "csr_matrix", (shape[0], len(var)), features=features)
     return Located(rows, element, Annotation(obs, var), notes + repeated)
 
 
-def _group(path: str, store: Any, genome: str | None) -> str:
-    """Name of the group that holds the matrix: ``matrix``, or in files of before 2018 that of a genome."""
-    groups = [name for name, group in store.items() if hasattr(group, "keys") and "barcodes" in group]
-    if genome is None and len(groups) > 1:
-        raise InputError(f"{path}: holds the genomes {', '.join(groups)}; choose one by `scialm-dask convert --genome`")
-    if genome is not None and "matrix" not in groups and genome not in groups:
-        raise InputError(f"{path}: has no genome {genome}; it holds {', '.join(groups)}")
-    return genome if genome is not None and genome in groups else str(groups[0])
-
-
 def _annotation_of_10x(name: str, element: Any, group: str, shape: tuple[int, ...]) -> list[pd.DataFrame]:
-    """Cells and features, features by name."""
+    """Return data frames of cells and features, features by name."""
     import pandas as pd
 
     def strings(part: str, length: int) -> Any:
@@ -111,7 +100,7 @@ def _annotation_of_10x(name: str, element: Any, group: str, shape: tuple[int, ..
 
 
 def genes_among(var: pd.DataFrame) -> tuple[NDArray[np.bool_], list[str]]:
-    """Tell genes from antibodies and other features, unless there are no genes at all; notes say what is left out."""
+    """Return which features are genes, or all if none is, and notes on what is left out."""
     keep = np.ones(len(var), bool)
     if "feature_types" in var and (var["feature_types"] == GENES).any():
         keep = (var["feature_types"] == GENES).to_numpy(bool)
@@ -119,7 +108,7 @@ def genes_among(var: pd.DataFrame) -> tuple[NDArray[np.bool_], list[str]]:
 
 
 def _in_loom(path: str, store: Any, layer: str | None) -> Located:
-    """Find a matrix of a loom file, which is dense, genes × cells."""
+    """Locate a matrix of a loom file, dense, of genes × cells."""
     import pandas as pd
 
     name = f"layers/{layer}" if layer else "matrix"
@@ -144,7 +133,7 @@ def _in_loom(path: str, store: Any, layer: str | None) -> Located:
 
 
 def _describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any]:
-    """Find the element and how it is stored."""
+    """Return the element and its reader."""
     element: Any
     if isinstance(store, zarr.Array):
         if layer is not None:
@@ -160,16 +149,22 @@ def _describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any
             raise InputError(f"{path}: has no {name}; its layers are: {', '.join(layers_of(store)) or 'none'}")
         element = store[name]
     encoding = str(element.attrs.get("encoding-type", "array")).replace("-", "_")
-    if before_0_7 := element.attrs.get("h5sparse_format"):  # of AnnData
+    if before_0_7 := element.attrs.get("h5sparse_format"):  # AnnData before 0.7
         encoding = f"{before_0_7}_matrix"
     if encoding in ("csr_matrix", "csc_matrix"):
-        shape, dtype = _described_sparse(f"{path}:{name}", element)
+        parts = set(element) if hasattr(element, "keys") else set()
+        absent = [part for part in ("data", "indices", "indptr") if part not in parts]
+        shape = element.attrs.get("shape", element.attrs.get("h5sparse_shape"))
+        if absent := absent + ["shape"] * (shape is None):
+            raise InputError(f"{path}:{name}: has no {', '.join(absent)}; the store is damaged, write it again")
+        for part in ("indices", "indptr"):
+            if (kind := element[part].dtype).kind not in "iu" or element[part].ndim != 1:
+                raise InputError(f"{path}:{name}: {part} are {kind}; the store is damaged, write it again")
+        shape, dtype = tuple(int(n) for n in np.ravel(shape)), element["data"].dtype
     elif encoding == "array" and hasattr(element, "shape"):
         shape, dtype = tuple(element.shape), element.dtype
     else:
-        raise InputError(
-            f"{path}:{name}: stored as {encoding}, not as numbers in CSR, CSC or a dense array; convert it"
-        )
+        raise InputError(f"{path}:{name}: stored as {encoding}, not as numbers in CSR, CSC or dense form; convert it")
     if len(shape) != 2 or min(shape) < 1:
         raise InputError(f"{path}:{name}: shape {shape}; a matrix of at least one cell and one gene is needed")
     if dtype.kind not in "buif":
@@ -180,7 +175,7 @@ def _describe(path: str, store: Any, layer: str | None) -> tuple[StoredRows, Any
 
 
 def _check_size(rows: StoredRows, element: Any) -> None:
-    """Refuse what cannot be read a row or a chunk at a time: its sizes may be damaged, so before it takes memory."""
+    """Raise `DoesNotFitError` if a row or chunk does not fit in memory: its sizes may be damaged."""
     cells, genes = rows.shape
     need = {
         f"{cells} cells × {genes} genes": _BYTES_EACH * (cells + genes),
@@ -197,21 +192,7 @@ def _check_size(rows: StoredRows, element: Any) -> None:
 
 
 def layers_of(store: Any) -> list[str]:
-    """Names of the layers of an open store, ``raw`` if there is a ``.raw``."""
+    """Return the names of the layers of an open store, with ``raw`` if it has ``.raw``."""
     if isinstance(store, zarr.Array):
         return []
     return [*(sorted(store["layers"]) if "layers" in store else []), *(["raw"] if "raw/X" in store else [])]
-
-
-def _described_sparse(name: str, element: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of a CSR or CSC element of which all parts are there."""
-    parts = set(element) if hasattr(element, "keys") else set()
-    absent = [part for part in ("data", "indices", "indptr") if part not in parts]
-    shape = element.attrs.get("shape", element.attrs.get("h5sparse_shape"))
-    absent += ["shape"] if shape is None else []
-    if absent:
-        raise InputError(f"{name}: has no {', '.join(absent)}; the store is damaged, write it again")
-    for part in ("indices", "indptr"):
-        if element[part].dtype.kind not in "iu" or element[part].ndim != 1:
-            raise InputError(f"{name}: {part} are {element[part].dtype}; the store is damaged, write it again")
-    return tuple(int(n) for n in np.ravel(shape)), element["data"].dtype

@@ -1,7 +1,8 @@
-"""Any usual file format of counts → chunked, compressed AnnData Zarr, streaming by row blocks."""
+"""Conversion of the usual formats of counts to AnnData Zarr, some rows at a time."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePath
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.annotation import new_anndata, read_annotation, storable, swapped_axes, unique_names
 from scialm_dask.data.arrays import set_encoding
-from scialm_dask.data.csr import CSRWriter, check_values
+from scialm_dask.data.csr import CSRWriter, check_values, renumbered
 from scialm_dask.data.formats import genes_among, locate
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.rows import Stamp, StoredRows, blocks_of, check_chunks, numeric, sum_duplicates
@@ -51,32 +52,32 @@ def convert(
 ) -> dict[str, Any]:
     """Write counts in any usual format as a chunked, compressed AnnData Zarr store.
 
-    Memory does not grow with the number of stored values. Values keep their type; explicit zeros go and entries
-    stored twice are added. ``.raw`` is kept too. Repeated names are made unique as scanpy does (``-1``, ``-2``, …).
-    Of ``uns`` nothing is kept but the mark that X holds logarithms (``uns["log1p"]``).
+    Memory does not grow with the number of stored values. Values keep their type; explicit zeros are dropped, and
+    entries stored twice are summed. ``.raw`` is kept. Repeated names are made unique as scanpy does (``-1``, ``-2``,
+    …). Of ``uns``, only scanpy's mark that X holds logarithms is kept (``uns["log1p"]``).
 
     Parameters
     ----------
     source
-        AnnData .h5ad or .zarr (X and all layers; CSR, CSC or dense), a bare 2-D Zarr array, a 10x .h5 file (of any
-        version), loom, a folder with matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, as Cell Ranger and
-        STARsolo write it, one .mtx file, or a table in .csv, .tsv or .txt with names in its first line and column;
-        text may be gzip. Of 10x data with other features too, only ``Gene Expression`` is taken. Of several sources
-        the cells are put one after the other, genes matched by name.
+        AnnData .h5ad or .zarr (X and all layers; CSR, CSC or dense), a bare 2-D Zarr array, a 10x .h5 file of any
+        version, a loom file, a folder with matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, as Cell Ranger and
+        STARsolo write it, an .mtx file, or a .csv, .tsv or .txt table with names in its first line and column. Text may
+        be gzip. Of 10x data only ``Gene Expression`` is taken. The cells of several sources are concatenated, with
+        genes matched by name.
     destination
         The store to write.
     layer
-        Take this layer alone, as X, for instance counts beside an X that has been scaled.
+        Take only this layer, as X, such as counts beside a scaled X.
     genome
-        Which genome of a 10x file to take, where it holds several.
+        The genome to take from a 10x file with several.
     prefix
-        How the names of the files in a folder with matrix.mtx begin, such as ``GSM123_``.
+        Prefix of the names of the files in a folder with matrix.mtx, such as ``GSM123_``.
     rows
-        What the rows of a table or of one .mtx file are; told by the names if None.
+        What the rows of a table or an .mtx file are. By default the names of a table decide.
     sample_key
         Column of ``obs`` for the names of several sources.
     join
-        Genes of several sources: those that all have, or ``"outer"``: those that any has.
+        Genes of several sources: ``"inner"`` for those that all have, ``"outer"`` for those that any has.
     missing_chunks_are_zeros
         Read the absent chunks of a dense Zarr array as zeros instead of refusing them.
     overwrite
@@ -96,7 +97,7 @@ def convert(
     OutputError
         If the destination cannot be written.
     """
-    given = [source] if isinstance(source, str | os.PathLike) else list(source)
+    given = [source] if isinstance(source, str | os.PathLike) else source
     sources = tuple(os.fspath(path) for path in given)
     if not sources:
         raise InputError("no source is given; give one at least")
@@ -105,7 +106,10 @@ def convert(
     for path in sources:
         with readable(path):
             before.append(Stamp.of(lasting(path)))
-            parts.append(_open(path, layer, genome, prefix, rows, missing_chunks_are_zeros))
+            is_store = is_url(path) or any(os.path.exists(os.path.join(path, name)) for name in MARKERS)
+            text = None if is_store else open_text(path, prefix, rows)
+            store = _of_store(path, layer, genome, missing_chunks_are_zeros) if text is None else _of_text(text, layer)
+            parts.append(store)
     found = parts[0] if len(parts) == 1 else joined(parts, sample_names(sources), sample_key, join)
     advance = begin(listen, "converting")
     with atomic_store(destination, overwrite=overwrite, sources=sources) as partial:
@@ -131,49 +135,31 @@ def convert(
     }
 
 
-def _write(root: zarr.Group, name: str, matrix: Matrix, advance: Advance) -> int:
+def _write(root: zarr.Group, name: str, matrix: Matrix, advance: Advance, *, sort: bool = False) -> int:
     """Write one matrix and return its number of non-zeros."""
-    try:
-        return _write_blocks(root, name, matrix, matrix.blocks(advance))
-    except _OutOfOrderError:
-        assert matrix.sorted_blocks is not None
-        del root[name]
-        return _write_blocks(root, name, matrix, matrix.sorted_blocks(advance))
-
-
-def _write_blocks(root: zarr.Group, name: str, matrix: Matrix, blocks: Iterator[sp.csr_matrix]) -> int:
     n_rows = n_stored = 0
-    with CSRWriter(root, name, n_columns=matrix.n_columns, dtype=matrix.dtype) as writer:
-        for block in blocks:
-            if name == "X":
-                check_values(block, matrix.name, n_rows)
-            block.eliminate_zeros()
-            writer.append(block)
-            n_rows, n_stored = n_rows + block.shape[0], n_stored + block.nnz
+    blocks = matrix.sorted_blocks if sort and matrix.sorted_blocks is not None else matrix.blocks
+    try:
+        with CSRWriter(root, name, n_columns=matrix.n_columns, dtype=matrix.dtype) as writer:
+            for block in blocks(advance):
+                if name == "X":
+                    check_values(block, matrix.name, n_rows)
+                block.eliminate_zeros()
+                writer.append(block)
+                n_rows, n_stored = n_rows + block.shape[0], n_stored + block.nnz
+    except _OutOfOrderError:
+        del root[name]
+        return _write(root, name, matrix, advance, sort=True)
     return n_stored
 
 
-def _open(
-    path: str,
-    layer: str | None,
-    genome: str | None,
-    prefix: str | None,
-    rows: Axis | None,
-    missing_chunks_are_zeros: bool,
-) -> Source:
-    is_store = is_url(path) or any(os.path.exists(os.path.join(path, name)) for name in MARKERS)
-    if not is_store and (text := open_text(path, prefix, rows)) is not None:
-        if layer is not None:
-            raise InputError(f"{path}: text and 10x data have no layer {layer!r}; leave the layer out")
-        return _of_text(text)
-    return _of_store(path, open_store(path), layer, genome, missing_chunks_are_zeros)
-
-
-def _of_store(path: str, store: Any, layer: str | None, genome: str | None, missing_chunks_are_zeros: bool) -> Source:
-    bare = isinstance(store, zarr.Array)
-    more = sorted(store["layers"]) if layer is None and not bare and "layers" in store else []
-    wanted = {"X": layer, **{f"layers/{name}": name for name in more}}
-    if layer is None and not bare and "raw/X" in store and "layers/raw" not in store:
+def _of_store(path: str, layer: str | None, genome: str | None, missing_chunks_are_zeros: bool) -> Source:
+    store = open_store(path)
+    names = {} if isinstance(store, zarr.Array) else store
+    wanted = {"X": layer}
+    if layer is None and "layers" in names:
+        wanted |= {f"layers/{name}": name for name in sorted(store["layers"])}
+    if layer is None and "raw/X" in names and "layers/raw" not in wanted:
         wanted["raw/X"] = "raw"
     found = {name: locate(path, store, which, genome) for name, which in wanted.items()}
     n_cells, n_genes = found["X"].rows.shape
@@ -182,34 +168,47 @@ def _of_store(path: str, store: Any, layer: str | None, genome: str | None, miss
             raise InputError(f"{rows.name}: shape {rows.shape}, X has {(n_cells, n_genes)}; write the store again")
         check_chunks(rows, element, missing_chunks_are_zeros)
     obs, var = (read_annotation(found["X"].annotation, axis, n) for axis, n in (("obs", n_cells), ("var", n_genes)))
-    raw_var = None
-    if "raw/X" in found:
-        raw_var = read_annotation(found["raw/X"].annotation, "var", found["raw/X"].rows.shape[1])
-    notes = found["X"].notes + ([] if bare else _left_behind(store, "raw/X" in found or layer == "raw"))
+    raw, raw_var, notes = found.get("raw/X"), None, found["X"].notes
+    if raw is not None:
+        raw_var = read_annotation(raw.annotation, "var", raw.rows.shape[1])
+    dropped = [name for name in ("obsm", "varm", "obsp", "varp", "uns") if name in names and len(store[name])]
+    if dropped := dropped + ["raw"] * ("raw/X" in names and raw is None and layer != "raw"):
+        notes = [*notes, f"not carried over: {', '.join(dropped)}"]
     matrices = {name: _stored(located.rows, located.element) for name, located in found.items()}
-    marked = layer is None and not bare and "uns/log1p" in store
+    marked = layer is None and "uns/log1p" in names
     return _source(matrices, obs, var, notes)._replace(logarithms=marked, raw_var=raw_var)
 
 
-def _left_behind(store: Any, raw_is_kept: bool) -> list[str]:
-    names = [name for name in ("obsm", "varm", "obsp", "varp", "uns") if name in store and len(store[name])]
-    names += ["raw"] if "raw/X" in store and not raw_is_kept else []
-    return [f"not carried over: {', '.join(names)}"] if names else []
+def _of_text(text: TextMatrix, layer: str | None) -> Source:
+    if layer is not None:
+        raise InputError(f"{text.path}: text and 10x data have no layer {layer!r}; leave the layer out")
+    (obs, var), name, dtype = text.annotation(), str(text.path), text.dtype
 
-
-def _of_text(text: TextMatrix) -> Source:
-    obs, var = text.annotation()
-    keep, notes = genes_among(var)
+    def as_they_come(advance: Advance) -> Iterator[sp.csr_matrix]:
+        """Yield rows without sorting, which needs a file with its cells in order."""
+        next_row, waiting = 0, Entries(*(np.empty(0, kind) for kind in (np.int64, np.int32, dtype)))
+        for piece in text.entries(advance):
+            entries = Entries(*(np.concatenate(parts) for parts in zip(waiting, piece, strict=True)))
+            if entries.rows[0] < next_row or np.any(np.diff(entries.rows) < 0):
+                raise _OutOfOrderError
+            last = int(entries.rows[-1])  # more entries of it may follow
+            n_done = int(np.searchsorted(entries.rows, last))
+            done, waiting = (
+                Entries(*(part[span] for part in entries)) for span in (slice(n_done), slice(n_done, None))
+            )
+            if last > next_row:
+                yield csr_of(done, (next_row, last), text.shape[1], dtype, name)
+                next_row = last
+        yield csr_of(waiting, (next_row, text.shape[0]), text.shape[1], dtype, name)
 
     def sorted_blocks(advance: Advance) -> Iterator[sp.csr_matrix]:
         read = text.entries(lambda share: advance(share / 2))
-        return _sorted(read, text.shape, text.dtype, text.n_entries, text.name, advance)
+        return _sorted(read, text.shape, dtype, text.n_entries, name, advance)
 
-    everything = Matrix(
-        text.name, text.shape[1], text.dtype, lambda advance: _as_they_come(text, advance), sorted_blocks
-    )
-    matrix = everything if keep.all() else with_genes(everything, np.where(keep, np.cumsum(keep) - 1, -1))
-    return _source({"X": matrix}, obs, var[keep], notes)
+    keep, notes = genes_among(var)
+    matrix = Matrix(name, text.shape[1], dtype, as_they_come, sorted_blocks)
+    placed = with_genes(matrix, np.where(keep, np.cumsum(keep) - 1, -1), int(keep.sum()))
+    return _source({"X": placed}, obs, var[keep], notes)
 
 
 def _source(matrices: dict[str, Matrix], obs: pd.DataFrame, var: pd.DataFrame, notes: list[str]) -> Source:
@@ -220,18 +219,20 @@ def _source(matrices: dict[str, Matrix], obs: pd.DataFrame, var: pd.DataFrame, n
 
 
 def _stored(rows: StoredRows, element: Any) -> Matrix:
-    """Take a matrix that is stored by cells, by genes or dense."""
+    """Return a matrix that is stored by cells, by genes or dense."""
+    dtype = numeric((element if rows.encoding == "array" else element["data"]).dtype)
+
+    def transposed(advance: Advance) -> Iterator[sp.csr_matrix]:
+        n_stored = int(element["data"].shape[0])
+
+        def read() -> Iterator[Entries]:
+            for piece in columns_of(rows):
+                yield piece
+                advance(len(piece.rows) / n_stored / 2)
+
+        return _sorted(read(), rows.shape, dtype, n_stored, rows.name, advance)
+
     if rows.encoding == "csc_matrix":
-        dtype, n_stored = numeric(element["data"].dtype), int(element["data"].shape[0])
-
-        def transposed(advance: Advance) -> Iterator[sp.csr_matrix]:
-            def read() -> Iterator[Entries]:
-                for piece in columns_of(rows):
-                    yield piece
-                    advance(len(piece.rows) / n_stored / 2)
-
-            return _sorted(read(), rows.shape, dtype, n_stored, rows.name, advance)
-
         return Matrix(rows.name, rows.shape[1], dtype, transposed)
     cuts = blocks_of(rows, element)
 
@@ -245,44 +246,22 @@ def _stored(rows: StoredRows, element: Any) -> Matrix:
             yield block
             advance(1 / len(cuts))
 
-    dtype = numeric((element if rows.encoding == "array" else element["data"]).dtype)
     return Matrix(rows.name, rows.shape[1], dtype, straight)
 
 
 def _sorted(
-    pieces: Iterable[Entries],
-    shape: tuple[int, int],
-    dtype: np.dtype[Any],
-    n_expected: int,
-    name: str,
-    advance: Advance,
+    pieces: Iterable[Entries], shape: tuple[int, int], dtype: np.dtype[Any], n: int, name: str, advance: Advance
 ) -> Iterator[sp.csr_matrix]:
-    """Sort entries on disk; the second half of the work is writing them."""
-    for block in rows_in_order(pieces, shape, dtype, n_expected, name):
+    """Sort about `n` entries on disk; writing them is the second half of the work."""
+    for block in rows_in_order(pieces, shape, dtype, n, name):
         yield block
         advance(block.shape[0] / shape[0] / 2)
 
 
-def _as_they_come(text: TextMatrix, advance: Advance) -> Iterator[sp.csr_matrix]:
-    """Rows of text without sorting, for which its cells must be in order."""
-    next_row, waiting = 0, Entries(*(np.empty(0, kind) for kind in (np.int64, np.int32, text.dtype)))
-    for piece in text.entries(advance):
-        entries = Entries(*(np.concatenate(parts) for parts in zip(waiting, piece, strict=True)))
-        if entries.rows[0] < next_row or np.any(np.diff(entries.rows) < 0):
-            raise _OutOfOrderError
-        last = int(entries.rows[-1])  # more of it may follow
-        n_done = int(np.searchsorted(entries.rows, last))
-        done, waiting = Entries(*(part[:n_done] for part in entries)), Entries(*(part[n_done:] for part in entries))
-        if last > next_row:
-            yield csr_of(done, (next_row, last), text.shape[1], text.dtype, text.name)
-            next_row = last
-    yield csr_of(waiting, (next_row, text.shape[0]), text.shape[1], text.dtype, text.name)
-
-
 class Matrix(NamedTuple):
-    """A matrix to write: its name, columns and type, and what makes its rows, block after block, in order.
+    """A matrix to write, with functions that yield its rows, block by block, in order.
 
-    `blocks` may find that rows are out of order; then `sorted_blocks` makes them, by sorting the entries on disk.
+    `blocks` may raise `_OutOfOrderError`; then `sorted_blocks` yields them, after sorting the entries on disk.
     """
 
     name: str
@@ -293,41 +272,34 @@ class Matrix(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What is to be written: matrices by their names in a store, annotation, and notes for the user."""
+    """What to write: matrices by their names in a store, annotation, and notes for the user."""
 
     matrices: dict[str, Matrix]
     obs: pd.DataFrame
     var: pd.DataFrame
     notes: list[str]
-    logarithms: bool = False  # whether X is marked as such
+    logarithms: bool = False  # whether X is marked as logarithms
     raw_var: pd.DataFrame | None = None  # genes of .raw.X
 
 
-def with_genes(matrix: Matrix, positions: NDArray[np.intp], n_genes: int | None = None) -> Matrix:
-    """Put the genes of a matrix to other positions, of so many; those at −1 are left out."""
-    n_genes = int(positions.max()) + 1 if n_genes is None else n_genes
+def with_genes(matrix: Matrix, positions: NDArray[np.intp], n_genes: int) -> Matrix:
+    """Return a matrix with its genes at other positions of `n_genes`; those at −1 are left out."""
     if n_genes == len(positions) and np.array_equal(positions, np.arange(n_genes)):
         return matrix
-    kept = np.flatnonzero(positions >= 0)
-    place = sp.csr_matrix((np.ones(len(kept), matrix.dtype), (kept, positions[kept])), shape=(len(positions), n_genes))
 
-    def placed(blocks: Blocks) -> Blocks:
-        def moved(advance: Advance) -> Iterator[sp.csr_matrix]:
-            for block in blocks(advance):
-                block = block @ place
-                block.sort_indices()
-                yield block
+    def placed(blocks: Blocks, advance: Advance) -> Iterator[sp.csr_matrix]:
+        for block in blocks(advance):
+            block = renumbered(block, positions, n_genes)
+            block.sort_indices()
+            yield block
 
-        return moved
-
-    later = matrix.sorted_blocks
-    return matrix._replace(
-        n_columns=n_genes, blocks=placed(matrix.blocks), sorted_blocks=None if later is None else placed(later)
-    )
+    blocks, later = matrix.blocks, matrix.sorted_blocks
+    later = later and functools.partial(placed, later)
+    return matrix._replace(n_columns=n_genes, blocks=functools.partial(placed, blocks), sorted_blocks=later)
 
 
 def sample_names(paths: Sequence[str]) -> list[str]:
-    """Name sources by what their paths do not have in common."""
+    """Return names for sources: the parts in which their paths differ."""
     parts = [[*PurePath(p).parts[:-1], PurePath(p).name.split(".")[0] or PurePath(p).name] for p in paths]
     longest = max(map(len, parts))
     padded = [[""] * (longest - len(each)) + each for each in parts]
@@ -340,7 +312,7 @@ def sample_names(paths: Sequence[str]) -> list[str]:
 
 
 def joined(parts: Sequence[Source], names: Sequence[str], key: str, join: Literal["inner", "outer"]) -> Source:
-    """Put the cells of several sources one after the other, genes matched by name."""
+    """Concatenate the cells of several sources, with genes matched by name."""
     import pandas as pd
 
     if len({part.logarithms for part in parts}) > 1:
@@ -377,7 +349,7 @@ def _chained(matrices: Sequence[Matrix], given: Sequence[pd.Index], genes: pd.In
     placed = [with_genes(m, genes.get_indexer(names), len(genes)) for m, names in zip(matrices, given, strict=True)]
 
     def blocks(advance: Advance) -> Iterator[sp.csr_matrix]:
-        for matrix in placed:  # text is sorted at once, as there is no second try
+        for matrix in placed:  # text is sorted at once, since there is no second attempt
             yield from (matrix.sorted_blocks or matrix.blocks)(lambda share: advance(share / len(placed)))
 
     dtype = np.result_type(*(matrix.dtype for matrix in placed))

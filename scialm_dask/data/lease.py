@@ -20,7 +20,7 @@ import psutil
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from scialm_dask.data.remote import all_of
+from scialm_dask.data.arrays import all_of
 from scialm_dask.errors import InputError, OutputError
 from scialm_dask.events import Listener, Note
 

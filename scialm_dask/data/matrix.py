@@ -1,4 +1,4 @@
-"""Expression matrices: named row blocks of CSR, read inside the task that needs them."""
+"""Expression matrices: row blocks of CSR, read inside the tasks that need them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import dask
@@ -17,7 +18,16 @@ from scialm_dask.config import checked
 from scialm_dask.data.annotation import Annotation, AnnotationHere, read_annotation
 from scialm_dask.data.csr import Observed, RowBlocks, check_size, check_values, finite_entries, held_array, unmasked
 from scialm_dask.data.formats import locate
-from scialm_dask.data.rows import DerivedRows, MemoryRows, Rows, Stamp, blocks_of, check_chunks, sum_duplicates
+from scialm_dask.data.rows import (
+    DerivedRows,
+    MemoryRows,
+    Rows,
+    Stamp,
+    StoredRows,
+    blocks_of,
+    check_chunks,
+    sum_duplicates,
+)
 from scialm_dask.data.store import lasting, open_store, readable
 from scialm_dask.data.temporary import check_seen, computed, spill_to_csr, temporary_csr
 from scialm_dask.errors import InputError
@@ -32,7 +42,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Origin:
-    """What a matrix was opened from, so that it can be opened again: arguments of `ExpressionMatrix.open`."""
+    """Arguments of `ExpressionMatrix.open`, to open a matrix again."""
 
     path: str
     layer: str | None
@@ -41,23 +51,23 @@ class Origin:
 
 @dataclass(frozen=True)
 class ExpressionMatrix:
-    """A cells × genes matrix in row blocks that are read where they are needed.
+    """A cells × genes matrix in row blocks, which are read where they are needed.
 
-    `open` and `of` make one. It is small and can be sent to workers.
+    Use `open` or `of` to make one. It is small and can be sent to workers.
 
     Parameters
     ----------
     rows : Rows
-        What reads the rows.
+        Reader of the rows.
     blocks : RowBlocks
         The partition of the cells.
     observed : {"nonzero", "finite"}, default="nonzero"
         The observed entries, Ω. ``"nonzero"``: the non-zeros, as in the paper. ``"finite"``: all that are not NaN,
         zeros included, for general matrices.
     annotation : Annotation, StoredAnnotation or None, default=None
-        Data frames of cells and genes, or the store that has them.
+        Data frames of cells and genes, or the store with them.
     origin, stamp : optional
-        What it was opened from, and the state of that then; None if it was in memory.
+        The store it was opened from, and the state of it then; None if it was in memory.
 
     Examples
     --------
@@ -90,27 +100,26 @@ class ExpressionMatrix:
         Parameters
         ----------
         path : str or path-like
-            An AnnData store (.zarr, format 2 or 3, or .h5ad), a bare 2-D Zarr array, a 10x .h5, of which only features
-            that are genes are taken, or a loom file. It is only read. Zarr may be at a URL.
+            An AnnData store (.zarr, format 2 or 3, or .h5ad), a bare 2-D Zarr array, a 10x .h5 (only genes are taken)
+            or a loom file. Zarr may be at a URL. It is never written to.
         layer : str, optional
             The layer to read instead of X; ``"raw"`` for ``.raw.X`` with its own genes.
         blocks : int, optional
-            Number of row blocks. By default chosen by the number of stored values.
+            Number of row blocks. By default it depends on the number of stored values.
         observed : {"nonzero", "finite"}, default="nonzero"
             See the class.
         missing_chunks_are_zeros : bool, default=False
-            Read absent chunks of a dense store as zeros, which some programs do not write, instead of refusing them.
+            Read absent chunks of a dense store as zeros, since some programs do not write these, instead of raising.
 
         Returns
         -------
         ExpressionMatrix
-            No values are read yet; a matrix stored by genes is copied to a temporary store, by cells.
+            Values are not read yet, but a matrix stored by genes is copied to a temporary store, by cells.
 
         Raises
         ------
         InputError
-            If the store or the layer is absent, damaged, or no matrix of numbers. Values are checked when they are
-            read; see `read_block`.
+            If the store or the layer is absent, damaged, or no matrix of numbers. `read_block` checks values.
         OutputError
             If the disk of the temporary store is full.
 
@@ -140,18 +149,18 @@ class ExpressionMatrix:
     def of(
         cls, matrix: Any, *, blocks: int | None = None, observed: Observed = "nonzero", name: str = "matrix"
     ) -> ExpressionMatrix:
-        """Take a matrix in memory, or a Dask array of dense or sparse chunks.
+        """Make one of a matrix in memory, or of a Dask array of dense or sparse chunks.
 
-        A Dask array is computed here, once, a row of chunks at a time, into a temporary store.
+        A Dask array is computed once, a row of chunks at a time, into a temporary store.
 
         Parameters
         ----------
         matrix : array or data frame of shape (n_cells, n_genes)
-            NumPy, SciPy sparse or Dask, a list of lists, or a dense or sparse data frame. Masked entries are unknown.
+            NumPy, SciPy sparse or Dask array, list of lists, or dense or sparse data frame. Masked entries are unknown.
         blocks, observed : optional
             As in `open`.
         name : str, default="matrix"
-            Its name in messages.
+            Name in messages.
 
         Returns
         -------
@@ -161,8 +170,7 @@ class ExpressionMatrix:
         Raises
         ------
         InputError
-            If it is empty, or no matrix of numbers of known size. Values are checked when they are read; see
-            `read_block`.
+            If it is empty, or no matrix of numbers of known size. `read_block` checks values.
         OutputError
             If the disk of the temporary store is full.
 
@@ -179,11 +187,11 @@ class ExpressionMatrix:
         return cls(MemoryRows(csr, name), cuts, observed)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(getattr(self, each.name) for each in fields(self))  # not what was read of obs and var
+        return type(self), tuple(getattr(self, each.name) for each in fields(self))  # without cached obs and var
 
     @property
     def name(self) -> str:
-        """Its name in messages."""
+        """Name in messages."""
         return self.rows.name
 
     @property
@@ -193,7 +201,7 @@ class ExpressionMatrix:
 
     @property
     def n_stored(self) -> int:
-        """Number of stored values, the most that can be observed. No values are read for it."""
+        """Number of stored values, an upper bound of the observed ones; none is read for it."""
         return self.rows.n_stored if self.observed == "nonzero" else self.shape[0] * self.shape[1]
 
     @functools.cached_property
@@ -226,12 +234,12 @@ class ExpressionMatrix:
         return replace(self, blocks=blocks)
 
     def check_unchanged(self) -> None:
-        """Check that the store has not changed since it was opened, as it may have been read in two states.
+        """Check that the store has not changed since it was opened.
 
         Raises
         ------
         InputError
-            If it has.
+            If it has changed.
 
         Examples
         --------
@@ -241,14 +249,14 @@ class ExpressionMatrix:
             self.stamp.check()
 
     def of_genes(self, columns: NDArray[np.intp], n_genes: int) -> ExpressionMatrix:
-        """Return the same cells × other genes.
+        """Return the same cells with other genes.
 
         Parameters
         ----------
         columns : ndarray of shape (n_genes of this matrix,), int
-            For each gene its number among the others, or −1 if it is none of them.
+            Number of each gene among the other genes, or −1 if it is not there.
         n_genes : int
-            Number of the others. Those that this matrix lacks are zero.
+            Number of the other genes. Those that this matrix lacks are zero.
 
         Returns
         -------
@@ -266,20 +274,20 @@ class ExpressionMatrix:
         return replace(self, rows=DerivedRows(self.rows, (self.shape[0], n_genes), columns), annotation=None)
 
     def for_workers(self) -> ExpressionMatrix:
-        """Return the matrix in a form small enough to go into tasks.
+        """Return the matrix in a form small enough for tasks.
 
-        With a ``distributed.Client``, what is in memory is written to a temporary store from which workers read their
-        blocks. Names of cells and genes that are in memory stay in this process.
+        With a ``distributed.Client``, a matrix in memory is written to a temporary store that workers read. Names of
+        cells and genes in memory stay in this process.
 
         Returns
         -------
         ExpressionMatrix
-            This one where nothing has to change.
+            This matrix if nothing has to change.
 
         Raises
         ------
         InputError
-            If workers do not see the temporary store, or one that was made before there was a cluster.
+            If workers do not see the temporary store, or an earlier one.
 
         Examples
         --------
@@ -290,7 +298,8 @@ class ExpressionMatrix:
             return self
         here = AnnotationHere(*self.annotation) if isinstance(self.annotation, Annotation) else self.annotation
         if not isinstance(self.rows, MemoryRows):
-            check_seen(self.rows)
+            if isinstance(self.rows, StoredRows) and self.rows.label is not None:
+                check_seen(Path(self.rows.path).parent, self.name)
             return self if here is self.annotation else replace(self, annotation=here)
         csr = self.rows.matrix
         rows = temporary_csr((csr[a:b] for a, b in self.blocks), csr.shape[1], csr.dtype, self.name)
@@ -302,20 +311,20 @@ class ExpressionMatrix:
         Parameters
         ----------
         block : int
-            Its number.
+            Number of the block.
         as_stored : bool, default=False
-            Keep the type of the values instead of turning them into float32.
+            Keep the type of the values instead of converting them to float32.
 
         Returns
         -------
         scipy.sparse.csr_matrix
-            Indices sorted, duplicates summed. It stores what is observed: no zeros under ``"nonzero"``; explicit zeros,
-            and no NaN, under ``"finite"``.
+            The observed entries, with sorted indices and summed duplicates: no zeros with ``"nonzero"``; explicit zeros
+            and no NaN with ``"finite"``.
 
         Raises
         ------
         InputError
-            If a value is no number, infinite, beyond 1e15 or 1e-15 in size, or, under ``"nonzero"``, negative or NaN.
+            If a value is infinite, above 1e15 or below 1e-15 in size, or, with ``"nonzero"``, negative or NaN.
 
         Examples
         --------
@@ -330,12 +339,12 @@ class ExpressionMatrix:
         Parameters
         ----------
         cells : slice or ndarray of int
-            Their numbers.
+            Numbers of the cells.
 
         Returns
         -------
         scipy.sparse.csr_matrix
-            One row for each, float32.
+            A row for each cell, float32.
 
         Examples
         --------
@@ -344,7 +353,7 @@ class ExpressionMatrix:
         """
         if isinstance(cells, slice):
             cells = np.arange(self.shape[0])[cells]
-        ends = np.flatnonzero(np.diff(cells) != 1) + 1  # consecutive ones are read together
+        ends = np.flatnonzero(np.diff(cells) != 1) + 1  # consecutive cells are read together
         runs = [run for run in np.split(cells, ends) if len(run)]
         parts = [self._read(int(run[0]), int(run[-1]) + 1) for run in runs]
         return sp.vstack(parts, format="csr") if parts else sp.csr_matrix((0, self.shape[1]), dtype=np.float32)
@@ -354,7 +363,7 @@ class ExpressionMatrix:
         if csr.dtype.kind not in "buif":
             raise InputError(f"{self.name}: values are of type {csr.dtype}, not numbers; convert them first")
         dtype = csr.dtype if as_stored else np.float32
-        with np.errstate(over="ignore"):  # to infinity, which is refused below
+        with np.errstate(over="ignore"):  # to infinity, an error below
             csr = sp.csr_matrix((csr.data.astype(dtype), csr.indices, csr.indptr), shape=csr.shape)
         sum_duplicates(csr, self.name)
         if self.observed == "finite":
@@ -373,7 +382,7 @@ class ExpressionMatrix:
         Returns
         -------
         dask.array.Array of shape (n_cells, n_genes), float32
-            CSR chunks, one for each block.
+            Its chunks are CSR, one for each block.
 
         Examples
         --------
@@ -392,7 +401,7 @@ class ExpressionMatrix:
         return da.concatenate(chunks, axis=0)
 
     def stream(self, *, as_stored: bool = False) -> Iterator[sp.csr_matrix]:
-        """Read all blocks in order, a few ahead of the one handed out; see `read_block`.
+        """Read all blocks in order, a few ahead; see `read_block`.
 
         Parameters
         ----------
@@ -402,7 +411,7 @@ class ExpressionMatrix:
         Returns
         -------
         iterator of scipy.sparse.csr_matrix
-            One block after another.
+            The blocks.
 
         Examples
         --------
@@ -412,17 +421,17 @@ class ExpressionMatrix:
         return in_order(functools.partial(self.read_block, as_stored=as_stored), range(len(self.blocks)))
 
     def reduce(self, visit: Callable[[sp.csr_matrix, int], T], combine: Callable[[T, T], T]) -> T:
-        """Visit every block once and combine the results of neighbours, in a fixed order.
+        """Visit each block once and combine the results of neighbours, in a fixed order.
 
         Parameters
         ----------
         visit, combine : callable
-            Called with a block and the number of its first row, and with two results.
+            `visit` is called with a block and the number of its first row, `combine` with two results.
 
         Returns
         -------
         object
-            The last result.
+            The combined result.
 
         Examples
         --------

@@ -1,4 +1,4 @@
-"""Quality control: cells and genes worth keeping, every cell normalised to the same total. Out of core."""
+"""Quality control, out of core: drops poor cells and rare genes, and scales each cell to the same total."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ _PASSES = 4
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What to keep; None means no limit. All limits are inclusive.
+    """Limits for cells and genes, inclusive; None means no limit.
 
-    Symbols in ``var`` are looked at too for mitochondrial genes, in ``feature_name``, ``gene_symbols`` or
+    Mitochondrial genes are found by name, and by symbols in ``var``: ``feature_name``, ``gene_symbols`` or
     ``gene_name``.
     """
 
-    min_genes: Natural | None = None  # genes with counts, of a cell
+    min_genes: Natural | None = None  # genes with counts in a cell
     max_genes: Natural | None = None
-    max_mito: Annotated[float, Interval(0, 100)] | None = None  # percent of the counts of a cell on mitochondrial genes
-    mito_prefix: str = "MT-"  # how the names of these begin, in capitals or not
-    min_cells: Natural | None = None  # with counts, of a gene, among the cells that are kept
+    max_mito: Annotated[float, Interval(0, 100)] | None = None  # percent of a cell's counts on mitochondrial genes
+    mito_prefix: str = "MT-"  # of the names of mitochondrial genes, in any case
+    min_cells: Natural | None = None  # cells with counts of a gene, among the cells kept
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
 class CellMeasures(NamedTuple):
-    """Per cell: genes with counts, total counts, counts on mitochondrial genes."""
+    """Measures of each cell: genes with counts, total counts, and counts on mitochondrial genes."""
 
     n_genes: NDArray[np.int64]
     totals: NDArray[np.float64]
@@ -68,10 +68,10 @@ def quality_control(
     overwrite: bool = False,
     listen: Listener = silent,
 ) -> dict[str, Any]:
-    """Drop poor cells and rare genes, then scale every cell to the median total. No logarithm is taken.
+    """Drop poor cells and rare genes, then scale each cell to the median total. No logarithm is taken.
 
-    First the cells are chosen, by all their genes, then the genes, by the cells chosen; then each cell is divided by
-    its total over the chosen genes and multiplied by the median of these totals over cells that have any count.
+    Cells are chosen by all their genes, then genes by the chosen cells. Each cell is divided by its total over the
+    chosen genes, and multiplied by the median of these totals over cells with any count.
 
     Parameters
     ----------
@@ -79,11 +79,10 @@ def quality_control(
         Counts: whatever `ExpressionMatrix.open` reads.
     destination
         AnnData Zarr store to write: X (float32), ``var``, and ``obs`` with ``total_counts`` (raw, over the chosen
-        genes), ``n_genes`` and ``pct_mito`` (over all genes, as compared with the thresholds). The counts themselves
-        are kept in ``layers["counts"]``, if they are whole numbers, as preset ``denoise`` needs. Other layers are
-        left out.
+        genes), ``n_genes`` and ``pct_mito`` (over all genes, as compared with the thresholds). Counts that are whole
+        numbers are kept in ``layers["counts"]``, which preset ``denoise`` needs. Other layers are left out.
     thresholds
-        What to keep; all by default.
+        Limits for cells and genes; none by default.
     layer
         Read this layer instead of X.
     missing_chunks_are_zeros
@@ -118,44 +117,41 @@ def quality_control(
             f"{thresholds.mito_prefix!r} (the first are {', '.join(matrix.var.index[:3])}); give another prefix"
         )
     step, advance = 1 / _PASSES / len(matrix.blocks), begin(listen, "quality control")
-    kept = _keep(matrix, is_mito, thresholds, lambda: advance(step))
-    if not kept.whole:
+    measures, cells, genes, totals, whole = _choose(matrix, is_mito, thresholds, lambda: advance(step))
+    if not whole:
         listen(Note(f"{matrix.name}: not whole numbers, so no layer counts is kept, which preset denoise would need"))
+    median = float(np.median(totals[totals > 0]))
+    obs = matrix.obs[cells].assign(
+        total_counts=totals[cells].astype(np.float32),
+        n_genes=measures.n_genes[cells],
+        pct_mito=measures.pct_mito[cells],
+    )
     with atomic_store(destination, overwrite=overwrite, sources=(source,)) as partial:
-        n_observed = _write(partial, matrix, kept, lambda: advance(step))
+        root = new_anndata(partial, obs=obs, var=matrix.var[genes])
+        factors = np.divide(median, totals, out=np.zeros_like(totals), where=totals > 0)
+        n_observed = _write(root, matrix, cells, np.flatnonzero(genes), factors, whole, lambda: advance(step))
         matrix.check_unchanged()
     return {
         "destination": os.fspath(destination),
-        "n_cells": int(kept.cells.sum()),
-        "n_genes": int(kept.genes.sum()),
+        "n_cells": int(cells.sum()),
+        "n_genes": int(genes.sum()),
         "n_observed": n_observed,
-        "cells_dropped": int((~kept.cells).sum()),
-        "genes_dropped": int((~kept.genes).sum()),
+        "cells_dropped": int((~cells).sum()),
+        "genes_dropped": int((~genes).sum()),
         "mito_genes": int(is_mito.sum()),
-        "empty_cells": int((kept.totals == 0).sum()),
-        "median_total": kept.median,
+        "empty_cells": int((totals[cells] == 0).sum()),
+        "median_total": median,
     }
 
 
-class _Kept(NamedTuple):
-    """What the thresholds leave: which cells and genes, and the total of each such cell over these genes."""
-
-    measures: CellMeasures
-    cells: NDArray[np.bool_]
-    genes: NDArray[np.bool_]
-    totals: NDArray[np.float64]
-    whole: bool  # whether all values are whole numbers
-
-    @property
-    def median(self) -> float:
-        """Median of the totals that are not zero."""
-        return float(np.median(self.totals[self.totals > 0]))
-
-
-def _keep(
+def _choose(
     matrix: ExpressionMatrix, is_mito: NDArray[np.bool_], thresholds: Thresholds, tick: Callable[[], None]
-) -> _Kept:
-    """Choose cells, then genes, and add up what is left, in three passes."""
+) -> tuple[CellMeasures, NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float64], bool]:
+    """Choose cells and genes in three passes.
+
+    Returns the measures, which cells and genes are kept, the total of each cell over these genes, 0 if it is dropped,
+    and whether all values are whole numbers.
+    """
     measures = measure_cells(matrix, is_mito, tick)
     check_observed(int(measures.n_genes.sum()), matrix.name)
     cells = chosen_cells(measures, thresholds)
@@ -168,22 +164,22 @@ def _keep(
         raise InputError(f"{matrix.name}: no {what} passes the thresholds ({thresholds}); loosen them")
     totals, whole = np.zeros(matrix.shape[0]), True
     for rows, block in _blocks(matrix, tick):
-        totals[rows] = block @ genes.astype(np.float64)
+        totals[rows] = cells[rows] * (block @ genes.astype(np.float64))
         whole = whole and not np.any(block.data % 1)
-    if not totals[cells].any():
+    if not totals.any():
         raise InputError(f"{matrix.name}: no counts are left after the thresholds ({thresholds}); loosen them")
-    return _Kept(measures, cells, genes, totals[cells], whole)
+    return measures, cells, genes, totals, whole
 
 
 def _blocks(matrix: ExpressionMatrix, tick: Callable[[], None]) -> Iterator[tuple[slice, sp.csr_matrix]]:
-    """Yield each block with its rows."""
+    """Yield the rows of each block, and the block."""
     for span, block in zip(matrix.blocks, matrix.stream(), strict=True):
         yield slice(*span), block
         tick()
 
 
 def mitochondrial(matrix: ExpressionMatrix, thresholds: Thresholds) -> NDArray[np.bool_]:
-    """Tell which genes are mitochondrial, by their names or symbols, shape ``(n,)``."""
+    """Return which genes are mitochondrial by name or symbol, bool of shape (n_genes,)."""
     prefix = re.escape(thresholds.mito_prefix)
     mito: NDArray[np.bool_] = np.any([n.str.match(prefix, case=False) for n in symbols(matrix.var)], axis=0)
     return mito
@@ -192,7 +188,7 @@ def mitochondrial(matrix: ExpressionMatrix, thresholds: Thresholds) -> NDArray[n
 def measure_cells(
     matrix: ExpressionMatrix, is_mito: NDArray[np.bool_], tick: Callable[[], None] = lambda: None
 ) -> CellMeasures:
-    """Measure what the thresholds are about, in one pass; `tick` is called after each block."""
+    """Measure each cell, in one pass; `tick` is called after each block."""
     n_cells = matrix.shape[0]
     cells = CellMeasures(np.zeros(n_cells, np.int64), np.zeros(n_cells), np.zeros(n_cells))
     for rows, block in _blocks(matrix, tick):
@@ -203,35 +199,30 @@ def measure_cells(
 
 
 def chosen_cells(cells: CellMeasures, thresholds: Thresholds) -> NDArray[np.bool_]:
-    """Tell which cells the thresholds keep, shape ``(m,)``."""
-    keep = np.ones(len(cells.totals), bool)
-    if thresholds.min_genes is not None:
-        keep &= cells.n_genes >= thresholds.min_genes
-    if thresholds.max_genes is not None:
-        keep &= cells.n_genes <= thresholds.max_genes
-    if thresholds.max_mito is not None:
-        keep &= cells.pct_mito <= thresholds.max_mito
-    return keep
+    """Return which cells are within the thresholds, bool of shape (n_cells,)."""
+    most_genes = np.inf if thresholds.max_genes is None else thresholds.max_genes
+    most_mito = np.inf if thresholds.max_mito is None else thresholds.max_mito
+    in_range = (cells.n_genes >= (thresholds.min_genes or 0)) & (cells.n_genes <= most_genes)
+    return in_range & (cells.pct_mito <= most_mito)
 
 
-def _write(path: Any, matrix: ExpressionMatrix, kept: _Kept, tick: Callable[[], None]) -> int:
-    """Write the cells that are kept at the same total, and as they are if they are counts; return their entries."""
-    totals, columns, n_observed = np.zeros(matrix.shape[0]), np.flatnonzero(kept.genes), 0
-    totals[kept.cells] = kept.totals
-    factors = np.divide(kept.median, totals, out=np.zeros_like(totals), where=totals > 0)
-    obs = matrix.obs[kept.cells].assign(
-        total_counts=kept.totals.astype(np.float32),
-        n_genes=kept.measures.n_genes[kept.cells],
-        pct_mito=kept.measures.pct_mito[kept.cells],
-    )
-    root = new_anndata(path, obs=obs, var=matrix.var[kept.genes])
+def _write(
+    root: zarr.Group,
+    matrix: ExpressionMatrix,
+    cells: NDArray[np.bool_],
+    genes: NDArray[np.intp],
+    factors: NDArray[np.float64],
+    whole: bool,
+    tick: Callable[[], None],
+) -> int:
+    """Write the chosen cells × genes, scaled, and as they are too if they are whole; returns the number of entries."""
+    n_observed = 0
     with ExitStack() as opened:
-        names = ["X", "layers/counts"] if kept.whole else ["X"]
-        scaled, *counts = (opened.enter_context(CSRWriter(root, name, n_columns=len(columns))) for name in names)
+        names = ["X", "layers/counts"] if whole else ["X"]
+        scaled, *counts = (opened.enter_context(CSRWriter(root, name, n_columns=len(genes))) for name in names)
         for rows, block in _blocks(matrix, tick):
-            some = kept.cells[rows]
-            left = block[some][:, columns]
-            scaled.append(scaled_rows(left, factors[rows][some]))
+            left = block[cells[rows]][:, genes]
+            scaled.append(scaled_rows(left, factors[rows][cells[rows]]))
             for writer in counts:
                 writer.append(left)
             n_observed += left.nnz

@@ -1,4 +1,4 @@
-"""Stores behind URLs, on S3, Google Cloud Storage, web servers, and whatever else fsspec knows; and results there."""
+"""Stores behind URLs, on S3, Google Cloud Storage, web servers and whatever else fsspec reads; and results there."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, MemoryStore, WrapperStore
 
-from scialm_dask.data.arrays import await_writes
+from scialm_dask.data.arrays import all_of, await_writes
 from scialm_dask.errors import InputError, OutputError, ScialmError
 
 _METADATA = (".zarray", ".zgroup", ".zattrs", ".zmetadata", "zarr.json")
-_MARKERS = (".zmetadata", ".zgroup", "zarr.json")  # of the root; without them nothing opens
+_MARKERS = (".zmetadata", ".zgroup", "zarr.json")  # without these at the root a store does not open
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
 _WEB = ("http", "https")
 _ARCHIVES = ("zip", "tar", "libarchive")
-_PATIENT = ("s3", "s3a", "gs", "gcs", "memory")  # try again by themselves, or need not
-_VERSIONS = ("ETag", "etag", "LastModified", "updated", "last_modified", "mtime", "created")  # what changes with a key
+_PATIENT = ("s3", "s3a", "gs", "gcs", "memory")  # retry by themselves, or need not
+# What tells versions of a key; the first one known is used.
+_VERSIONS = ("ETag", "etag", "LastModified", "updated", "last_modified", "mtime", "created")
 _S3_ATTEMPTS = 6
-_S3_SILENCE = 20  # seconds without a byte after which an attempt has failed; botocore waits for 60
-_WAITS = (0.25, 0.5, 1.0, 2.0, 4.0)  # seconds between attempts, where fsspec makes only one
-_LONGEST = 600  # seconds for one key, all attempts included
-_PASSING = (408, 429, 500, 502, 503, 504)  # HTTP states worth another attempt
+_S3_SILENCE = 20  # seconds without a byte that fail an attempt; botocore waits for 60
+_WAITS = (0.25, 0.5, 1.0, 2.0, 4.0)  # seconds between attempts, where fsspec does not retry
+_LONGEST = 600  # seconds for all attempts at one key
+_PASSING = (408, 429, 500, 502, 503, 504)  # HTTP states to retry after
 _LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_LISTED = "cannot be listed"
 _file_systems: dict[str, Any] = {}
 _lock = threading.Lock()
 T = TypeVar("T")
@@ -40,37 +42,52 @@ W = TypeVar("W", bound=Store)
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a store is named by a URL rather than by a path."""
+    """Return whether a path is a URL."""
     return "://" in os.fspath(path)
 
 
 class _ByGetAndSet(WrapperStore[W]):
-    """Wraps a store so that whatever is read or written goes through `get` and `set`."""
+    """A wrapper through whose `get` and `set` all reads and writes go."""
 
     set_if_not_exists, _get_many, _set_many = Store.set_if_not_exists, Store._get_many, Store._set_many
 
 
 class RemoteStore(_ByGetAndSet[FsspecStore]):
-    """A store behind a URL: tries again what may pass, and says of an error which URL it is about.
+    """A store behind a URL that retries after passing failures, and names the URL in errors.
 
-    How to reach it, credentials above all, is fsspec's own configuration and the environment's, never ours, so that
-    a URL is all that travels to workers and into results.
+    Credentials and other options come from fsspec's configuration and the environment, so that only the URL travels to
+    workers and into results. Methods raise `InputError` if reading or listing fails, and `OutputError` if writing or
+    deleting fails.
     """
 
     def __init__(self, store: FsspecStore, url: str) -> None:
         super().__init__(store)
-        self.url = url
+        self.url, self._protocol = url, urlsplit(url).scheme
 
     @classmethod
     def at(cls, url: str, *, read_only: bool) -> Self:
-        """Return the store at a URL; reads and writes nothing yet.
+        """Return the store at a URL, without reading or writing anything yet.
 
-        Raises `InputError` if the URL cannot name a store, or the package for its protocol is not installed;
-        `OutputError` if a web server is to be written to.
+        Raises `InputError` if it is no URL of a store, or the package for its protocol is missing, and `OutputError`
+        for writing to a web server.
         """
+        import fsspec
+
         url = url.rstrip("/")
         protocol = _checked(url)
-        fs, path = _reached(url, protocol)
+        # One file system for each process and host, since fsspec would make one for each thread, with a client each.
+        options = _options(protocol)
+        key = fsspec.utils.tokenize(os.getpid(), protocol, urlsplit(url).netloc, options)
+        try:
+            with _lock:
+                if key not in _file_systems:
+                    _file_systems[key] = FsspecStore.from_url(url, storage_options=options).fs
+            fs, path = _file_systems[key], fsspec.get_filesystem_class(protocol)._strip_protocol(url)
+        except Exception as error:
+            extra, remedy = _EXTRAS.get(protocol), "check the URL and the connection"
+            if isinstance(error, ImportError):
+                remedy = f"pip install 'scialm-dask[{extra}]'" if extra else "install that package"
+            raise InputError(f"{url}: cannot be opened ({_cause(error)}); {remedy}") from error
         if not read_only and protocol in _WEB:
             raise OutputError(f"{url}: {protocol} is only read; write to a folder, s3:// or gs://")
         return cls(FsspecStore(fs=fs, path=path, read_only=read_only), url)
@@ -79,91 +96,76 @@ class RemoteStore(_ByGetAndSet[FsspecStore]):
         return type(self)(store, self.url)
 
     @property
-    def protocol(self) -> str:
-        """How it is reached, such as ``"s3"``."""
-        return urlsplit(self.url).scheme
-
-    @property
     def supports_listing(self) -> bool:
-        """Whether keys can be listed; pages of links are no list of keys."""
-        return self.protocol not in _WEB
+        """Whether keys can be listed; web servers have only pages of links."""
+        return self._protocol not in _WEB
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Read a key; None if there is none. Raises `InputError` if it cannot be read."""
         try:
-            return await self._patiently(lambda: self._store.get(key, prototype, byte_range))
-        except Exception as error:
-            # Who may not list a bucket is refused where a key is absent, as the metadata of other formats are.
-            if is_metadata(key) and (isinstance(error, PermissionError) or getattr(error, "status", 0) == 403):
+            return await self._tried(f"{key} cannot be read", lambda: self._store.get(key, prototype, byte_range))
+        except InputError as error:
+            # Without the right to list a bucket, absent keys are forbidden, such as metadata of other formats.
+            cause = error.__cause__
+            if is_metadata(key) and (isinstance(cause, PermissionError) or getattr(cause, "status", 0) == 403):
                 return None
-            raise InputError(self._words(f"{key} cannot be read", error)) from error
+            raise
 
     async def set(self, key: str, value: Buffer) -> None:
-        """Write a key. Raises `OutputError` if it cannot be written."""
-        try:
-            await self._patiently(lambda: self._store.set(key, value))
-        except Exception as error:
-            raise OutputError(self._words(f"{key} cannot be written", error)) from error
+        await self._tried(f"{key} cannot be written", lambda: self._store.set(key, value), OutputError)
 
     async def delete(self, key: str) -> None:
-        """Delete a key. Raises `OutputError` if it cannot be deleted."""
-        try:
-            await self._store.delete(key)
-        except Exception as error:
-            raise OutputError(self._words(f"{key} cannot be deleted", error)) from error
+        await self._tried(f"{key} cannot be deleted", lambda: self._store.delete(key), OutputError)
 
     async def exists(self, key: str) -> bool:
-        """Tell whether there is such a key."""
-        return await self.looked(lambda: self._store.exists(key))
+        return await self._tried(_LISTED, lambda: self._store.exists(key))
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        """List all keys that begin with `prefix`."""
-        for key in await self.looked(lambda: all_of(self._store.list_prefix(prefix))):
+        for key in await self._tried(_LISTED, lambda: all_of(self._store.list_prefix(prefix))):
             yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        """List the names one level below `prefix`."""
-        for key in await self.looked(lambda: all_of(self._store.list_dir(prefix))):
+        for key in await self._tried(_LISTED, lambda: all_of(self._store.list_dir(prefix))):
             yield key
 
     async def stamps(self, prefix: str) -> list[str] | None:
-        """Tell name, size and version of all keys below `prefix`, in order; None if they cannot be listed."""
+        """Return name, size and version of all keys below `prefix`, sorted; None if they cannot be listed."""
         if not self.supports_listing:
             return None
         fs, path = self._store.fs, f"{self._store.path}/{prefix}".rstrip("/")
-        found = await self.looked(lambda: fs._find(path, detail=True))
+        found = await self._tried(_LISTED, lambda: fs._find(path, detail=True))
         versions = {key: next((info[name] for name in _VERSIONS if name in info), "") for key, info in found.items()}
         return [f"{key} {found[key].get('size')} {version}" for key, version in sorted(versions.items())]
 
     async def is_a_key(self) -> bool:
-        """Tell whether there is one key of the URL's very name, rather than keys below."""
-        return bool((await self.looked(lambda: self._store.fs._info(self._store.path)))["type"] == "file")
+        """Return whether the URL itself is a key."""
+        found = await self._tried(_LISTED, lambda: self._store.fs._info(self._store.path))
+        return bool(found["type"] == "file")
 
-    async def looked(self, look: Callable[[], Awaitable[T]]) -> T:
-        """Look what is there. Raises `InputError` if that cannot be done."""
+    async def _tried(
+        self, problem: str, attempt: Callable[[], Awaitable[T]], kind: type[ScialmError] = InputError
+    ) -> T:
+        """Retry after errors that may pass, with growing waits, unless fsspec does so; raises `kind` in the end."""
         try:
-            return await self._patiently(look)
+            async with asyncio.timeout(_LONGEST):
+                for wait in () if self._protocol in _PATIENT else _WAITS:
+                    try:
+                        return await attempt()
+                    except Exception as error:
+                        status, module = getattr(error, "status", None), type(error).__module__.partition(".")[0]
+                        passing = module == "aiohttp" or (
+                            isinstance(error, OSError) and not isinstance(error, _LASTING)
+                        )
+                        if not (status in _PASSING if isinstance(status, int) and status else passing):
+                            raise
+                    await asyncio.sleep(wait * random.uniform(0.5, 1.5))
+                return await attempt()
         except Exception as error:
-            raise InputError(self._words("cannot be listed", error)) from error
-
-    def _words(self, what: str, error: Exception) -> str:
-        return f"{self.url}: {what} ({_cause(error)}); check the connection and the permissions"
-
-    async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Do it, again and again with growing waits while the error may pass, unless fsspec does so itself."""
-        async with asyncio.timeout(_LONGEST):
-            for wait in () if self.protocol in _PATIENT else _WAITS:
-                try:
-                    return await attempt()
-                except Exception as error:
-                    if not _may_pass(error):
-                        raise
-                await asyncio.sleep(wait * random.uniform(0.5, 1.5))
-            return await attempt()
+            remedy = "check the connection and the permissions"
+            raise kind(f"{self.url}: {problem} ({_cause(error)}); {remedy}") from error
 
 
 def _checked(url: str) -> str:
-    """Refuse a URL that cannot name a store; give its protocol."""
+    """Return the protocol of a URL; raises `InputError` if it cannot be that of a store."""
     try:
         parts = urlsplit(url)
     except ValueError as error:
@@ -183,29 +185,8 @@ def _checked(url: str) -> str:
     return protocol
 
 
-def _reached(url: str, protocol: str) -> tuple[Any, str]:
-    """Give the file system of a URL, and the path there.
-
-    One for each process and host: fsspec makes one for every thread, and each has its own client.
-    """
-    import fsspec
-
-    options = _options(protocol)
-    key = fsspec.utils.tokenize(os.getpid(), protocol, urlsplit(url).netloc, options)
-    try:
-        with _lock:
-            if key not in _file_systems:
-                _file_systems[key] = FsspecStore.from_url(url, storage_options=options).fs
-        return _file_systems[key], fsspec.get_filesystem_class(protocol)._strip_protocol(url)
-    except Exception as error:
-        extra, remedy = _EXTRAS.get(protocol), "check the URL and the connection"
-        if isinstance(error, ImportError):
-            remedy = f"pip install 'scialm-dask[{extra}]'" if extra else "install that package"
-        raise InputError(f"{url}: cannot be opened ({_cause(error)}); {remedy}") from error
-
-
 def _options(protocol: str) -> dict[str, Any]:
-    """Our defaults, beneath what the user's configuration says."""
+    """Return fsspec's options: our defaults, overridden by the user's configuration."""
     from fsspec.config import conf
 
     if protocol not in ("s3", "s3a"):
@@ -215,17 +196,9 @@ def _options(protocol: str) -> dict[str, Any]:
     if not os.environ.keys() & {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}:
         config.setdefault("retries", {"mode": "standard", "total_max_attempts": _S3_ATTEMPTS})
     config.setdefault("read_timeout", _S3_SILENCE)
-    # Other processes may have written since a listing. And Zarr reads chunks side by side, so one request each will
-    # do, without asking for the size first.
+    # Other processes may have written since a listing. Zarr reads chunks in parallel, so one request for each will do,
+    # without a request for its size first.
     return {"use_listings_cache": False, "max_concurrency": 1} | given | {"config_kwargs": config}
-
-
-def _may_pass(error: Exception) -> bool:
-    status = getattr(error, "status", None)
-    if isinstance(status, int) and status:
-        return status in _PASSING
-    by_network = type(error).__module__.partition(".")[0] == "aiohttp"
-    return by_network or (isinstance(error, OSError) and not isinstance(error, _LASTING))
 
 
 def _cause(error: BaseException) -> str:
@@ -233,20 +206,14 @@ def _cause(error: BaseException) -> str:
 
 
 def is_metadata(key: str) -> bool:
-    """Tell whether a key of a Zarr store holds metadata, rather than a chunk."""
+    """Return whether a key of a Zarr store holds metadata rather than a chunk."""
     return key.rpartition("/")[2] in _METADATA
 
 
-async def all_of(keys: AsyncIterator[str]) -> list[str]:
-    """Gather keys."""
-    return [key async for key in keys]
-
-
 class NewStore(_ByGetAndSet[RemoteStore]):
-    """A store that is being written: chunks go to their place, metadata wait here until `commit`.
+    """A store being written: chunks go to their place, and metadata are held here until `commit`.
 
-    An object store cannot rename, but without metadata nobody takes what is there for a matrix. And metadata that
-    change with every chunk need not be sent every time.
+    An object store cannot rename, but without metadata nothing opens. And metadata that change often are sent once.
     """
 
     def __init__(self, store: RemoteStore, held: MemoryStore | None = None) -> None:
@@ -257,7 +224,7 @@ class NewStore(_ByGetAndSet[RemoteStore]):
         return type(self)(store, self._held)
 
     async def commit(self) -> None:
-        """Put the metadata in place, those of the root last."""
+        """Write the metadata, those of the root last."""
         keys = [key async for key in self._held.list()]
         inner = [key for key in keys if "/" in key]
         last = sorted((key for key in keys if "/" not in key), key=lambda key: (key in _MARKERS, key == ".zgroup"))
@@ -274,41 +241,34 @@ class NewStore(_ByGetAndSet[RemoteStore]):
         return self._held if is_metadata(key) else self._store
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Read a key."""
         return await self._where(key).get(key, prototype, byte_range)
 
     async def set(self, key: str, value: Buffer) -> None:
-        """Write a chunk, keep metadata."""
         await self._where(key).set(key, value)
 
     async def exists(self, key: str) -> bool:
-        """Tell whether there is such a key."""
         return await self._where(key).exists(key)
 
     async def delete(self, key: str) -> None:
-        """Forget a key."""
         await self._where(key).delete(key)
 
     async def delete_dir(self, prefix: str) -> None:
-        """Forget all below `prefix`."""
         await self._held.delete_dir(prefix)
         await self._store.delete_dir(prefix)
 
     async def is_empty(self, prefix: str) -> bool:
-        """Tell whether no group or array is at `prefix`."""
         return await self._held.is_empty(prefix)
 
     def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        """List groups and arrays one level below `prefix`: all have metadata, and chunks need no listing."""
-        return self._held.list_dir(prefix)
+        return self._held.list_dir(prefix)  # groups and arrays all have metadata
 
 
 @contextmanager
 def new_store(url: str) -> Iterator[NewStore]:
-    """Give a store to write to, which opens as a store only once the block has ended well.
+    """Yield a store to write to, which opens as a store only when the block has succeeded.
 
-    After an exception what has been written is deleted; if that fails too, it does not open. Raises `OutputError` if
-    there is something at `url` already, or it cannot be written.
+    After an exception what was written is deleted; if that fails, it does not open. Raises `OutputError` if there is
+    something at `url` already, or it cannot be written.
     """
     remote = RemoteStore.at(url, read_only=False)
     claim = _claim(remote)
@@ -328,7 +288,7 @@ def new_store(url: str) -> Iterator[NewStore]:
 
 
 def check_new(url: str) -> None:
-    """Raise `OutputError` if a result cannot be written to `url`, or not be deleted there. Leaves nothing there."""
+    """Raise `OutputError` if a result cannot be written to or deleted from `url`. Leaves nothing there."""
     remote = RemoteStore.at(url, read_only=False)
     claim = _claim(remote)
     sync(remote.delete(claim))
@@ -337,7 +297,7 @@ def check_new(url: str) -> None:
 
 
 def _claim(remote: RemoteStore) -> str:
-    """Put a key of ours, then look for others: of two runs that begin at once, at most one goes on."""
+    """Write a key and look for others; returns the key. Of two runs that begin at once, at most one goes on."""
     claim = f".{uuid.uuid4().hex}.partial"
     sync(remote.set(claim, default_buffer_prototype().buffer.from_bytes(b"")))
     try:

@@ -58,15 +58,11 @@ class StoredRows:
                 return sp.csr_matrix(dense.astype(numeric(dense.dtype), copy=False))
             n_stored, indptr = element["data"].shape[0], np.asarray(element["indptr"][start : stop + 1], dtype=np.int64)
             if np.any(np.diff(indptr) < 0) or indptr.min(initial=0) < 0 or indptr.max(initial=0) > n_stored:
-                raise InputError(
-                    f"{self.name}: indptr falls or leads beyond {n_stored} values; the store is damaged, write it again"
-                )
+                raise InputError(f"{self.name}: indptr falls or exceeds {n_stored} values; write the store again")
             span = slice(int(indptr[0]), int(indptr[-1]))
             data, indices = read_span(element["data"], span), read_span(element["indices"], span)
         if len(indptr) < 2 or not len(data) == len(indices) == span.stop - span.start:
-            raise InputError(
-                f"{self.name}: indptr does not fit data and indices from row {start}; write the store again"
-            )
+            raise InputError(f"{self.name}: indptr does not fit data from row {start}; write the store again")
         if len(indices) and (indices.min() < 0 or indices.max() >= width):
             bad = indices[(indices < 0) | (indices >= width)][0]
             raise InputError(f"{self.name}: gene index {bad} is outside 0 to {width - 1}; write the store again")
@@ -179,9 +175,8 @@ def read_indptr(rows: StoredRows, element: Any) -> NDArray[np.int64]:
     fits = element["indptr"].shape == (lines + 1,) and element["indices"].shape == (stored,)  # before it takes memory
     indptr = np.asarray(element["indptr"][:] if fits else [1], dtype=np.int64)
     if indptr[0] != 0 or indptr[-1] != stored or np.any(np.diff(indptr) < 0):
-        raise InputError(
-            f"{rows.name}: indptr does not fit {lines} {what} and {stored} values; the store is damaged, write it again"
-        )
+        shape = f"{lines} {what} and {stored} values"
+        raise InputError(f"{rows.name}: indptr does not fit {shape}; the store is damaged, write it again")
     return indptr
 
 

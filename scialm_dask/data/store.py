@@ -1,4 +1,4 @@
-"""Opening stores, and outputs that appear under their name only when they are complete."""
+"""Opens stores, and writes outputs that appear under their name only when complete."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from scialm_dask.events import Listener, Note
 AnyPath = str | os.PathLike[str]
 
 MARKERS = (".zgroup", ".zarray", "zarr.json")  # of a Zarr group or array
-_NO_MEMORY = ("can't start new thread", "memory allocation failed")  # in words of Python and of HDF5
-_DEEPEST = 100  # groups in groups of an HDF5 file
+_NO_MEMORY = ("can't start new thread", "memory allocation failed")  # words of Python and HDF5
+_DEEPEST = 100  # nested groups of an HDF5 file
 
 
 def open_store(path: AnyPath) -> Any:
-    """Open an AnnData store, or a bare array, for reading: as a Zarr group or array, or an HDF5 file."""
+    """Open a store for reading, as a Zarr group or array or an HDF5 file; raises `InputError` if that fails."""
     path = _plain(path)
     if is_url(path):
         return _open_url(path)
@@ -41,17 +41,17 @@ def open_store(path: AnyPath) -> Any:
     with readable(path):
         if os.path.isfile(path):
             return zarr.open(ZipStore(path, mode="r"), mode="r", use_consolidated=False)
-        os.scandir(path).close()  # says so if we may not look
+        os.scandir(path).close()  # raises PermissionError if it may not be read
         if not any(os.path.exists(os.path.join(path, name)) for name in MARKERS):
             raise InputError(f"{path}: not a Zarr store; convert other formats with `scialm-dask convert`")
-        return zarr.open(path, mode="r", use_consolidated=False)  # which may be stale, and spares nothing here
+        return zarr.open(path, mode="r", use_consolidated=False)  # which may be stale and saves nothing here
 
 
 @contextmanager
 def readable(name: AnyPath) -> Iterator[None]:
-    """Turn whatever libraries raise while they read what is damaged, locked or gone into one line of `InputError`.
+    """Raise whatever libraries raise for damaged, locked or missing data as an `InputError` of one line about `name`.
 
-    It names what is read. This package's own exceptions pass.
+    Exceptions of this package pass unchanged.
     """
     try:
         yield
@@ -69,10 +69,10 @@ def _why_unreadable(error: Exception) -> str:
         return "locked by a program that has it open for writing; close that first, or give a copy"
     if isinstance(error, MemoryError) or any(words in cause for words in _NO_MEMORY):
         return "needs more memory than there is, or its sizes are damaged; free some, or write it again"
-    if "required filter" in cause or "plugin" in cause:  # HDF5 looks for it in a folder of plug-ins
+    if "required filter" in cause or "plugin" in cause:
         return f"compressed by an HDF5 filter that is not installed ({cause}); write it again with gzip"
     if "codec" in f"{type(error).__name__} {cause}".lower() and not isinstance(error, UnicodeError):
-        return f"stored by a codec that is not at hand ({cause}); write it again with a common one"
+        return f"stored by a codec that is not installed ({cause}); write it again with a common one"
     if isinstance(error, FileNotFoundError):
         return f"{error.filename or 'a part'} is gone ({cause}); do not move or replace it meanwhile"
     if isinstance(error, OSError) and error.errno is not None and type(error).__module__ == "builtins":
@@ -91,10 +91,8 @@ def _open_url(url: str) -> Any:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(
-            f"{url}: no Zarr store that we may read ({error.__class__.__name__}); check the URL, and fetch other "
-            "formats before `scialm-dask convert`"
-        ) from error
+        remedy = "check the URL, and fetch other formats before `scialm-dask convert`"
+        raise InputError(f"{url}: no Zarr store that can be read ({type(error).__name__}); {remedy}") from error
     if isinstance(root, zarr.Group) and not store.supports_listing and root.metadata.consolidated_metadata is None:
         raise InputError(f"{url}: a web server does not list keys; run zarr.consolidate_metadata on the store first")
     return root
@@ -109,9 +107,7 @@ def _open_hdf5(path: str) -> Any:
         except OSError as error:
             if "signature not found" not in str(error):
                 raise
-            raise InputError(
-                f"{path}: not an HDF5 file ({error}); give an AnnData .zarr or .h5ad, or convert it first"
-            ) from error
+            raise InputError(f"{path}: not an HDF5 file ({error}); give an AnnData .zarr or .h5ad") from error
         stray = _leads_out(path, os.stat(path).st_mtime_ns)
     if stray:
         file.close()
@@ -119,9 +115,9 @@ def _open_hdf5(path: str) -> Any:
     return file
 
 
-@functools.lru_cache(maxsize=64)  # tasks open the same file again and again
+@functools.lru_cache(maxsize=64)  # each task opens the file
 def _leads_out(path: str, _changed: int) -> str | None:
-    """Name the first node of an HDF5 file that lies in another: by a link, as raw storage or as a virtual dataset."""
+    """Return the first node of an HDF5 file that is stored in another file: by link, externally or virtually."""
     import h5py
 
     with h5py.File(path, "r") as file:
@@ -145,15 +141,16 @@ def _leads_out(path: str, _changed: int) -> str | None:
 
 @contextmanager
 def atomic_output(
-    destination: AnyPath, *, overwrite: bool = False, sources: tuple[AnyPath, ...] = ()
+    destination: AnyPath, *, overwrite: bool = False, sources: tuple[AnyPath, ...] = (), keep: Listener | None = None
 ) -> Iterator[Path]:
-    """Give a path to write to, and move what is there to `destination` once the block ends well.
+    """Yield a path to write to, and move what is there to `destination` when the block succeeds.
 
-    After an exception (Ctrl-C too) the unfinished output is removed and `destination` is as it was. With `overwrite`
-    what is there, or what a symbolic link there leads to, is removed only after the new one is in place. Raises
-    `OutputError` if `destination` exists (and not `overwrite`), is or lies within one of `sources`, which are read
-    meanwhile, cannot be written, or the disk is full. Of two that are written at once the first to end keeps the name,
-    and the other is put beside it.
+    After an exception, Ctrl-C included, the unfinished output is removed and `destination` is unchanged. With `keep` it
+    is a folder, and after an exception the pieces in it stay in a folder ``.unfinished`` beside `destination`, and
+    `keep` is told. With `overwrite`, what is at `destination`, or at the target of a symbolic link there, is removed
+    after the new output is in place. Of two outputs written at once, the first to end gets the name, and the other is
+    put beside it. Raises `OutputError` if `destination` exists without `overwrite`, overlaps one of `sources`, cannot
+    be written, or the disk is full.
     """
     if is_url(destination := _plain(destination)):
         raise OutputError(f"{destination}: only Zarr stores are written to a URL; give a path")
@@ -161,46 +158,30 @@ def atomic_output(
     final = _final(destination, overwrite)
     partial = final.with_name(f".{final.name}.{held_name()}.partial")
     try:
+        if keep is not None:
+            partial.mkdir()
         yield partial
         _put_in_place(partial, final, overwrite)
     except OSError as error:
         raise output_error(final, error) from error
     finally:
+        if keep is not None and partial.is_dir() and any(partial.iterdir()):
+            unfinished = partial.rename(partial.with_name(f"{partial.stem.removeprefix('.')}.unfinished"))
+            keep(Note(f"not finished; what was made is kept in {unfinished}"))
         if os.path.lexists(partial):
             await_writes()
             _remove(partial)
 
 
 @contextmanager
-def kept_output(
-    destination: AnyPath, *, overwrite: bool = False, sources: tuple[AnyPath, ...] = (), listen: Listener
-) -> Iterator[Path]:
-    """Give a new folder to write to, as `atomic_output` does, whose pieces are worth something by themselves.
-
-    After an exception (Ctrl-C too) those that were made are kept beside `destination`, in a folder whose name ends with
-    ``.unfinished``, and `listen` is told of it.
-    """
-    with atomic_output(destination, overwrite=overwrite, sources=sources) as partial:
-        partial.mkdir()
-        try:
-            yield partial
-        except BaseException:
-            if any(partial.iterdir()):
-                unfinished = partial.rename(partial.with_name(f"{partial.stem.removeprefix('.')}.unfinished"))
-                listen(Note(f"not finished; what was made is kept in {unfinished}"))
-            raise
-
-
-@contextmanager
 def atomic_store(
     destination: AnyPath, *, overwrite: bool = False, sources: tuple[AnyPath, ...] = ()
 ) -> Iterator[Path | NewStore]:
-    """Give a place for a Zarr store, which is one at `destination`, a path or a URL, once the block ends well.
+    """Yield a place for a Zarr store that is at `destination`, a path or a URL, when the block succeeds.
 
-    See `atomic_output`. What is at a URL is never replaced, for lack of a way to do so in one step.
+    See `atomic_output`. A store at a URL is never replaced, since that takes more than one step.
     """
-    destination = _plain(destination)
-    if is_url(destination):
+    if is_url(destination := _plain(destination)):
         check_apart(destination, sources)
         with new_store(destination) as store:
             yield store
@@ -210,7 +191,7 @@ def atomic_store(
 
 
 def check_output(destination: AnyPath, *, overwrite: bool, sources: tuple[AnyPath, ...] = ()) -> None:
-    """Raise `OutputError` if `destination` cannot take a result. Leaves nothing there."""
+    """Raise `OutputError` if a result cannot be written to `destination`. Leaves nothing there."""
     destination = _plain(destination)
     check_apart(destination, sources)
     if destination.endswith((".h5ad", ".h5", ".hdf5", ".loom")):
@@ -234,7 +215,7 @@ def check_output(destination: AnyPath, *, overwrite: bool, sources: tuple[AnyPat
 
 
 def check_apart(destination: AnyPath, sources: tuple[AnyPath, ...]) -> None:
-    """Raise `OutputError` if an output is, lies within or holds one of the `sources`."""
+    """Raise `OutputError` if an output overlaps one of the `sources`."""
     final = _place(destination)
     for source in sources:
         origin = _place(source)
@@ -243,7 +224,7 @@ def check_apart(destination: AnyPath, sources: tuple[AnyPath, ...]) -> None:
 
 
 def _place(path: AnyPath) -> str:
-    """One spelling for each place."""
+    """Return the one spelling of a path or URL."""
     path = _plain(path)
     if not is_url(path):
         return str(Path(path).resolve())
@@ -252,13 +233,13 @@ def _place(path: AnyPath) -> str:
 
 
 def lasting(path: AnyPath) -> str:
-    """Spell a path so that it holds in any folder: of workers, and of the next start. A URL is left as it is."""
+    """Return a path as an absolute one, which workers and later runs understand too. A URL is left as it is."""
     path = _plain(path)
     return path if is_url(path) else os.path.abspath(path)
 
 
 def _final(destination: AnyPath, overwrite: bool) -> Path:
-    """Give the place to write to: that which a symbolic link leads to, if it is to be replaced."""
+    """Return the path to write to: with `overwrite` the target of a symbolic link."""
     return Path(os.path.realpath(destination) if overwrite else os.path.abspath(destination))
 
 
@@ -281,7 +262,7 @@ def _put_in_place(partial: Path, final: Path, overwrite: bool) -> None:
 
 
 def _rename_to_new(path: Path, name: Path) -> None:
-    """Rename; raise `OSError` if there is something of that name, unless it is an empty folder made just now."""
+    """Rename a file or folder; raises `OSError` if the name exists, but for an empty folder made just now."""
     if os.path.lexists(name):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(name))
     if path.is_dir():
@@ -292,12 +273,12 @@ def _rename_to_new(path: Path, name: Path) -> None:
         path.unlink()
     except FileExistsError:
         raise
-    except OSError:  # of a disk without hard links
+    except OSError:  # a disk without hard links
         os.rename(path, name)
 
 
 def _cut_short(final: Path) -> str:
-    """Say where the copies are, if a run was killed between the two renames that replace one by the other."""
+    """Say where the copies are, if a run was killed between the two renames that replace an output."""
     if os.path.lexists(final):
         return ""
     for old in final.parent.glob(f".{glob.escape(final.name)}.*.replaced"):
@@ -315,15 +296,10 @@ def _remove(path: Path) -> None:
 
 
 def output_error(path: AnyPath, error: OSError) -> OSError:
-    """Turn an error of the operating system while writing `path` into an `OutputError`, if space is the cause."""
+    """Return an `OutputError` about `path` for an error of the operating system that is about space, else the error."""
     if isinstance(error, OutputError | InputError):
         return error
-    reason = {
-        errno.ENOSPC: "the disk is full",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.EFBIG: "it is too big",
-    }
-    cause = reason.get(error.errno or 0)
-    if cause is None:
+    causes = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "it is too big"}
+    if (cause := causes.get(error.errno or 0)) is None:
         return error
     return OutputError(f"{os.fspath(path)}: could not be written, {cause}; free some space or choose another disk")

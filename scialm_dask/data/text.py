@@ -1,4 +1,4 @@
-"""Matrices in text, plain or gzip, a few lines at a time: Matrix Market with its tables of names, CSV and TSV."""
+"""Matrices in text, plain or gzip, read a few lines at a time: Matrix Market with tables of names, CSV and TSV."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -27,7 +27,7 @@ Axis = Literal["cells", "genes"]
 
 _PIECE = 1 << 20  # entries parsed at once
 _LONGEST_LINE = 1 << 20  # bytes of an entry, or of a name
-_LONGEST_ROW = 1 << 28  # and of a row of a table
+_LONGEST_ROW = 1 << 28  # bytes of a row of a table
 _UNREADABLE = (ValueError, OverflowError, EOFError, OSError, zlib.error)
 _NOT_READ = "cannot be read"
 _TABLE = re.compile(r"\.(csv|tsv|tab|txt)(\.gz)?$")
@@ -35,27 +35,28 @@ _MARKET = re.compile(r"\.mtx(\.gz)?$")
 
 
 def open_text(path: str, prefix: str | None = None, rows: Axis | None = None) -> TextMatrix | None:
-    """Open a folder or a file of text; None if `path` is neither.
+    """Open a matrix in text and read its header; None if `path` is no such matrix.
 
-    That is a folder with matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, as Cell Ranger and STARsolo write it,
-    whose names may begin with `prefix`; one .mtx file; or a table with names in its first line and column. What the
-    rows of a file are is told by the names by default.
+    It is a folder with matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, as Cell Ranger and STARsolo write it,
+    with `prefix` before these names; an .mtx file; or a table with names in its first line and column. `rows` says what
+    the rows of a file are; by default its names do.
     """
     name = os.path.basename(path)
     if os.path.isdir(path):
-        return MatrixMarket.of_folder(*_folder(path, prefix))
+        names = _folder(path, prefix)
+        return MatrixMarket.open(_needed(*names, "matrix.mtx"), names=names)
     if _MARKET.search(name):
         stem = re.sub(r"matrix\.mtx(\.gz)?$", "", name)
         if stem != name and _found(os.path.dirname(path), stem, "barcodes.tsv"):
-            return MatrixMarket.of_folder(os.path.dirname(path), stem)
+            return MatrixMarket.open(Path(path), names=(os.path.dirname(path), stem))
         if rows is None:
             raise InputError(f"{path}: has no names, so its rows may be cells or genes; say so by --rows")
-        return MatrixMarket(Path(path), _header(Path(path)), rows)
+        return MatrixMarket.open(Path(path), rows)
     return Table.open(Path(path), rows) if _TABLE.search(name) else None
 
 
 def _folder(path: str, prefix: str | None) -> tuple[str, str]:
-    """Find the one matrix of a folder: give the folder that it is in, and how its name begins."""
+    """Return the folder of the one matrix below `path`, and the prefix of its name."""
     if _found(path, prefix or "", "matrix.mtx"):
         return path, prefix or ""
     ending = re.compile(rf"^{re.escape(prefix or '')}.*matrix\.mtx(\.gz)?$")
@@ -83,7 +84,7 @@ def _needed(folder: str, prefix: str, *names: str) -> Path:
 
 
 class _Lines(io.RawIOBase):
-    """A stream that refuses a line of more than `longest` bytes, instead of letting it fill the memory."""
+    """A stream that raises `InputError` at a line of more than `longest` bytes, before it fills the memory."""
 
     def __init__(self, path: Path, longest: int) -> None:
         self._stream: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115
@@ -107,7 +108,7 @@ class _Lines(io.RawIOBase):
 
 @contextmanager
 def _stream(path: Path, problem: Callable[[], str], longest: int = _LONGEST_LINE) -> Iterator[IO[bytes]]:
-    """Open a file; whatever is wrong with it, `problem` begins the one line that says so."""
+    """Open a file for reading; raises `InputError` for whatever is wrong with it, as `problem` says."""
     try:
         with io.BufferedReader(_Lines(path, longest), 1 << 16) as stream:
             yield stream
@@ -118,43 +119,43 @@ def _stream(path: Path, problem: Callable[[], str], longest: int = _LONGEST_LINE
 
 
 @dataclass(frozen=True)
-class MatrixMarket:
-    """A Matrix Market file, with the folder and prefix of its tables of names, if it has any."""
+class _Text:
+    """A matrix in a text file with a header that was read."""
 
-    matrix: Path
-    header: tuple[str, int, int, int]
-    rows: Axis = "genes"
-    names: tuple[str, str] | None = None
+    path: Path
+    rows: Axis  # what the rows of the file are
+    shape: tuple[int, int]  # cells × features
+    dtype: np.dtype[Any]  # int32 for whole numbers, else float32
+    n_entries: int  # non-zeros, as far as the header says
+
+
+@dataclass(frozen=True)
+class MatrixMarket(_Text):
+    """A Matrix Market file."""
+
+    names: tuple[str, str] | None  # folder and prefix of the tables of names
 
     @classmethod
-    def of_folder(cls, folder: str, prefix: str) -> MatrixMarket:
-        """Find the files of a folder and read the header of the matrix."""
-        matrix = _needed(folder, prefix, "matrix.mtx")
-        return cls(matrix, _header(matrix), names=(folder, prefix))
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages."""
-        return str(self.matrix)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Cells × features."""
-        _, n_rows, n_columns, _ = self.header
-        return (n_columns, n_rows) if self.rows == "genes" else (n_rows, n_columns)
-
-    @property
-    def n_entries(self) -> int:
-        """Number of entries that the header announces."""
-        return self.header[3]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the values: int32 for ``integer`` files, else float32."""
-        return np.dtype(np.int32 if self.header[0] == "integer" else np.float32)
+    def open(cls, path: Path, rows: Axis = "genes", names: tuple[str, str] | None = None) -> MatrixMarket:
+        """Read the header."""
+        with _stream(path, lambda: "not a Matrix Market file") as stream:
+            banner = stream.readline().decode().lower().split()
+            line = stream.readline()
+            while line.startswith(b"%") or (line and not line.strip()):
+                line = stream.readline()
+            if len(sizes := [int(word) for word in line.split()]) != 3:
+                raise ValueError(f"{len(sizes)} sizes")
+        if banner not in [["%%matrixmarket", "matrix", "coordinate", kind, "general"] for kind in ("integer", "real")]:
+            wanted = "give '%%MatrixMarket matrix coordinate integer general', or real"
+            raise InputError(f"{path}: its first line is {' '.join(banner)!r}; {wanted}")
+        n_rows, n_columns, n_entries = sizes
+        if 0 in (n_rows, n_columns):
+            raise InputError(f"{path}: shape {(n_rows, n_columns)}; a matrix of at least one cell and gene is needed")
+        shape = (n_columns, n_rows) if rows == "genes" else (n_rows, n_columns)
+        return cls(path, rows, shape, np.dtype(np.int32 if banner[3] == "integer" else np.float32), n_entries, names)
 
     def annotation(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Cells and features, features by name; numbered if there are no names."""
+        """Return data frames of cells and features, features by name, numbered if there are no names."""
         import pandas as pd
 
         if self.names is None:
@@ -170,70 +171,44 @@ class MatrixMarket:
         return obs, var
 
     def entries(self, advance: Advance) -> Iterator[Entries]:
-        """Parse the entries, in the order of the file, some at a time."""
+        """Yield the entries in the order of the file, some at a time."""
         import pandas as pd
 
         n_read = 0
         kind = np.int64 if self.dtype.kind == "i" else np.float32
         types = {"row": np.int64, "column": np.int64, "value": kind}
-        how = {"sep": r"\s+", "header": None, "names": list(types), "dtype": types, "comment": "%", "chunksize": _PIECE}
-        with _stream(self.matrix, lambda: f"cannot be read after entry {n_read}") as stream:
-            _read_header(stream)
-            with suppress(pd.errors.EmptyDataError), pd.read_csv(stream, **how) as parts:
-                for part in parts:
-                    if not isinstance(part.index, pd.RangeIndex):  # pandas takes a fourth column for an index
-                        raise ValueError("a line of more than 3 numbers")
-                    n_read += len(part)
-                    if len(part):
-                        yield self._checked(part)
-                    advance(len(part) / max(1, self.n_entries))
+        # names replace the line of sizes
+        how = {"sep": r"\s+", "header": 0, "names": list(types), "dtype": types, "comment": "%", "chunksize": _PIECE}
+        with (
+            _stream(self.path, lambda: f"cannot be read after entry {n_read}") as stream,
+            suppress(pd.errors.EmptyDataError),
+            pd.read_csv(stream, **how) as parts,
+        ):
+            for part in parts:
+                if not isinstance(part.index, pd.RangeIndex):  # made from a fourth column
+                    raise ValueError("a line of more than 3 numbers")
+                n_read += len(part)
+                if len(part):
+                    yield self._entries(part)
+                advance(len(part) / max(1, self.n_entries))
         if n_read != self.n_entries:
-            raise InputError(f"{self.name}: {n_read} entries, {self.n_entries} announced; fetch it again")
+            raise InputError(f"{self.path}: {n_read} entries, {self.n_entries} announced; fetch it again")
 
-    def _checked(self, part: pd.DataFrame) -> Entries:
+    def _entries(self, part: pd.DataFrame) -> Entries:
         values = part["value"].to_numpy()
         if self.dtype.kind == "i" and values.max() > np.iinfo(self.dtype).max:
-            raise InputError(f"{self.name}: count {values.max()} is too large for {self.dtype}; fetch it again")
+            raise InputError(f"{self.path}: count {values.max()} is too large for {self.dtype}; fetch it again")
         places = [part["column"].to_numpy() - 1, part["row"].to_numpy() - 1]
         cells, genes = places if self.rows == "genes" else places[::-1]
         for what, index, size in (("cell", cells, self.shape[0]), ("gene", genes, self.shape[1])):
             wrong = (index < 0) | (index >= size)
             if wrong.any():
-                raise InputError(f"{self.name}: {what} {index[wrong][0] + 1} is outside 1 to {size}; fetch it again")
+                raise InputError(f"{self.path}: {what} {index[wrong][0] + 1} is outside 1 to {size}; fetch it again")
         return Entries(cells, genes.astype(np.int32), values.astype(self.dtype))
 
 
-def _header(path: Path) -> tuple[str, int, int, int]:
-    """Give the kind of the values, rows, columns and entries."""
-    with _stream(path, lambda: "not a Matrix Market file") as stream:
-        banner, (n_rows, n_columns, n_entries) = _read_header(stream)
-    if banner[:3] != ["%%matrixmarket", "matrix", "coordinate"] or banner[3:] not in (
-        ["integer", "general"],
-        ["real", "general"],
-    ):
-        raise InputError(
-            f"{path}: its first line is {' '.join(banner)!r}; "
-            "give '%%MatrixMarket matrix coordinate integer general', or real"
-        )
-    if 0 in (n_rows, n_columns):
-        raise InputError(f"{path}: shape {(n_rows, n_columns)}; a matrix of at least one cell and one gene is needed")
-    return banner[3], n_rows, n_columns, n_entries
-
-
-def _read_header(stream: IO[bytes]) -> tuple[list[str], list[int]]:
-    """Read up to the line of sizes; give the words of the first line, and the sizes."""
-    banner = stream.readline().decode().lower().split()
-    line = stream.readline()
-    while line.startswith(b"%") or (line and not line.strip()):
-        line = stream.readline()
-    sizes = [int(word) for word in line.split()]
-    if len(sizes) != 3:
-        raise ValueError(f"{len(sizes)} sizes")
-    return banner, sizes
-
-
 def _table(path: Path, length: int) -> pd.DataFrame:
-    """Read a table of names, whose lines all have as many columns as the first."""
+    """Return a table of names; raises `InputError` unless all its lines have as many columns as the first."""
     import pandas as pd
 
     with _stream(path, lambda: _NOT_READ) as stream:
@@ -241,29 +216,26 @@ def _table(path: Path, length: int) -> pd.DataFrame:
     lines = [line for line in lines if line != [""]]
     for number, line in enumerate(lines, 1):
         if len(line) != len(lines[0]):
-            raise InputError(
-                f"{path}: line {number} has {len(line)} columns, and the first {len(lines[0])}; fetch it again"
-            )
+            n = len(line)
+            raise InputError(f"{path}: line {number} has {n} columns, and the first {len(lines[0])}; fetch it again")
     if len(lines) != length:
         raise InputError(f"{path}: {len(lines)} lines, but the matrix has {length}; the files do not belong together")
     return pd.DataFrame(lines)
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table of text with names in its first line and column; zeros are no entries."""
+class Table(_Text):
+    """A table in text with names in its first line and column; zeros are no entries."""
 
-    path: Path
-    rows: Axis
-    columns: list[str] = field(repr=False)
-    lines: list[str] = field(repr=False)
+    lines: list[str]  # their names
+    columns: list[str]
     separator: bytes
-    dtype: np.dtype[Any]
-    n_entries: int
 
     @classmethod
     def open(cls, path: Path, rows: Axis | None) -> Table:
-        """Read the file once, for the names, the type of the values and the number that are not zero."""
+        """Read the file once, for the names, the type of the values and the number of non-zeros."""
+        import pandas as pd
+
         lines: list[str] = []
         whole, n_entries, width = True, 0, -1
         with _stream(path, lambda: _NOT_READ, _LONGEST_ROW) as stream:
@@ -279,29 +251,27 @@ class Table:
         columns = columns[1:] if width + 1 == len(columns) else columns  # the corner may have a name, or none
         if width != len(columns):
             raise InputError(f"{path}: not a table with names in its first line and column; give one, or an .h5ad")
+        if rows is None:
+            of_lines, of_columns = looks_like(pd.Index(lines)), looks_like(pd.Index(columns))
+            if of_lines == of_columns:
+                raise InputError(
+                    f"{path}: its rows may be cells or genes ({', '.join(lines[:2])} by {', '.join(columns[:2])}); say "
+                    "so by --rows"
+                )
+            rows = of_lines or ("genes" if of_columns == "cells" else "cells")
+        shape = (len(lines), len(columns)) if rows == "cells" else (len(columns), len(lines))
         kind = np.dtype(np.int32 if whole else np.float32)
-        return cls(path, rows or _told(path, lines, columns), columns, lines, separator, kind, n_entries)
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages."""
-        return str(self.path)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Cells × genes."""
-        n_lines, n_columns = len(self.lines), len(self.columns)
-        return (n_lines, n_columns) if self.rows == "cells" else (n_columns, n_lines)
+        return cls(path, rows, shape, kind, n_entries, lines, columns, separator)
 
     def annotation(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Cells and genes."""
+        """Return data frames of cells and genes."""
         import pandas as pd
 
         lines, columns = pd.DataFrame(index=pd.Index(self.lines)), pd.DataFrame(index=pd.Index(self.columns))
         return (lines, columns) if self.rows == "cells" else (columns, lines)
 
     def entries(self, advance: Advance) -> Iterator[Entries]:
-        """Parse the lines, some at a time."""
+        """Yield the non-zeros of some lines at a time."""
         step = max(1, _PIECE // len(self.columns))
         with _stream(self.path, lambda: _NOT_READ, _LONGEST_ROW) as stream:
             stream.readline()
@@ -329,23 +299,8 @@ class Table:
         return values
 
 
-TextMatrix = MatrixMarket | Table  # whose header has been read
+TextMatrix = MatrixMarket | Table
 
 
 def _unquoted(word: bytes) -> str:
     return word.decode(errors="replace").strip().strip('"')
-
-
-def _told(path: Path, lines: list[str], columns: list[str]) -> Axis:
-    """Tell what the rows are by the names."""
-    import pandas as pd
-
-    of_lines, of_columns = looks_like(pd.Index(lines)), looks_like(pd.Index(columns))
-    if of_lines == of_columns:
-        raise InputError(
-            f"{path}: its rows may be cells or genes ({', '.join(lines[:2])} by {', '.join(columns[:2])}); say so by "
-            "--rows"
-        )
-    if of_lines is not None:
-        return of_lines
-    return "genes" if of_columns == "cells" else "cells"

@@ -1,22 +1,22 @@
-"""The imputed matrix on its way to disk: its left factor, or all of it, dense or sparse.
+"""Writing the imputed matrix: its left factor, or all of it, dense or sparse.
 
-The tasks that make some rows write them, whole chunks each; only sizes and sums come here. A few rows for each thread
-are on their way at a time, so that memory does not depend on the number of cells.
+The tasks that make rows also write them, whole chunks each, and return only sizes and sums. A few pieces for each
+thread are made at a time, so that memory does not depend on the number of cells.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import dask
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from scialm_dask.data.arrays import new_array, set_encoding
-from scialm_dask.data.csr import CHUNK_ROWS, CHUNK_VALUES, RowBlocks, row_of
+from scialm_dask.data.arrays import new_array
+from scialm_dask.data.csr import CHUNK_VALUES, RowBlocks, finish_csr, row_of
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.temporary import is_seen
 from scialm_dask.events import Advance
@@ -28,34 +28,11 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 4 << 20
 _DENSE_CHUNK_ROWS = 1024
-_MOST_HERE = 4  # pieces on their way at a time in this process
-
-
-class ZeroRule(Protocol):
-    """Tells which entries of a matrix may be other than zero; see `BiologicalZeros`."""
-
-    @property
-    def matrix(self) -> ExpressionMatrix:
-        """Whose observed entries are never zero."""
-        ...
-
-    @property
-    def rank(self) -> int:
-        """Of the approximation that tells."""
-        ...
-
-    @property
-    def left(self) -> da.Array:
-        """Left factor of the approximation, shape ``(m, k)``."""
-        ...
-
-    def allowed(self) -> Callable[[NDArray[np.float32]], NDArray[np.bool_]]:
-        """Return what tells of rows of `left` where their cells may be other than zero; small, for tasks."""
-        ...
+_MOST_HERE = 4  # pieces made at a time by threads of this process
 
 
 def write_left(root: zarr.Group, name: str, left: da.Array, advance: Advance) -> None:
-    """Write a left factor, shape ``(m, r)``, as element `name` of ``obsm``."""
+    """Write a left factor, of shape (n_cells, rank), as element `name` of ``obsm``."""
     cells, rank = left.shape
     rows = max(1, min(cells, CHUNK_BYTES // (4 * max(1, rank))))
     array = new_array(root.require_group("obsm"), name, (cells, rank), (rows, max(1, rank)), np.float32)
@@ -66,7 +43,7 @@ def write_left(root: zarr.Group, name: str, left: da.Array, advance: Advance) ->
 
 
 def write_dense(root: zarr.Group, imputed: da.Array, keep_observed: ExpressionMatrix | None, advance: Advance) -> float:
-    """Write the imputed matrix as dense X, observed entries as they were if a matrix is given; return the sum of X."""
+    """Write the imputed matrix as dense X and return the sum of X; observed entries are those of `keep_observed`."""
     panels = _panels(imputed.shape)
     array = new_array(root, "X", imputed.shape, (panels.sizes[0], imputed.shape[1]), np.float32)
     pieces = _pieces(imputed, panels)
@@ -76,61 +53,58 @@ def write_dense(root: zarr.Group, imputed: da.Array, keep_observed: ExpressionMa
     return _write_rows(array, pieces, advance)
 
 
-def write_sparse(root: zarr.Group, imputed: da.Array, zeros: ZeroRule, keep_observed: bool, advance: Advance) -> float:
-    """Write the imputed matrix as sparse X, without biological zeros, unless observed; return the sum of X."""
+def write_sparse(
+    root: zarr.Group,
+    imputed: da.Array,
+    left: da.Array,
+    rule: Callable[[NDArray[np.float32]], NDArray[np.bool_]],
+    observed: ExpressionMatrix,
+    keep_observed: bool,
+    advance: Advance,
+) -> float:
+    """Write the imputed matrix as sparse X and return the sum of X; see `BiologicalZeros`.
+
+    `rule` returns, for rows of `left`, where their cells may be other than zero. Observed entries are never zero.
+    """
     panels, group = _panels(imputed.shape), root.create_group("X")
-    observed, rule = (_shared(each) for each in (zeros.matrix.for_workers().with_blocks(panels), zeros.allowed()))
+    shared = _shared(rule), _shared(observed.for_workers().with_blocks(panels))
     make, measure, total = dask.delayed(_sparse_rows), dask.delayed(_measured), 0.0
-    pieces = zip(_pieces(imputed, panels), _pieces(zeros.left, panels), strict=True)
-    parts = [make(*pair, rule, observed, number, keep_observed) for number, pair in enumerate(pieces)]
-    values, indptr = _Values(group), [np.zeros(1, np.int64)]
+    pieces = zip(_pieces(imputed, panels), _pieces(left, panels), strict=True)
+    parts = [make(*pair, *shared, number, keep_observed) for number, pair in enumerate(pieces)]
+    kinds = {"data": np.float32, "indices": np.int32}
+    arrays = [new_array(group, name, (0,), (CHUNK_VALUES,), kind) for name, kind in kinds.items()]
+    waiting: list[tuple[int, int, Any]] = []  # first and last value, and part, of rows not fully written
+    indptr, written = [np.zeros(1, np.int64)], 0
     for some in _waves(len(parts)):
         made = list(execute([parts[number] for number in some]))
         for part, (lengths, amount) in zip(made, dask.compute(*map(measure, made)), strict=True):
-            indptr.append(values.stored + np.cumsum(lengths))
-            values.append(part, int(lengths.sum()))
+            indptr.append(indptr[-1][-1] + np.cumsum(lengths))
+            waiting.append((int(indptr[-2][-1]), int(indptr[-1][-1]), part))
             total += amount
-        values.write(last=some.stop == len(parts))
+        stored = int(indptr[-1][-1])
+        end = stored if some.stop == len(parts) else stored - stored % CHUNK_VALUES  # full chunks, and the last one
+        _write_chunks(arrays, written, end, waiting)
+        written, waiting = end, [each for each in waiting if each[1] > end]
         advance(len(some) / len(parts))
-    dtype = np.int32 if values.stored <= np.iinfo(np.int32).max else np.int64  # as the indices if it can be
-    starts = np.concatenate(indptr).astype(dtype)
-    new_array(group, "indptr", starts.shape, (CHUNK_ROWS,), dtype)[:] = starts
-    set_encoding(group, "csr_matrix", "0.1.0", shape=list(imputed.shape))
+    finish_csr(group, indptr, imputed.shape[1])
     return total
 
 
-class _Values:
-    """Values and column numbers of a CSR matrix, whole chunks of which are written by tasks as rows are added."""
-
-    def __init__(self, group: zarr.Group) -> None:
-        kinds = {"data": np.float32, "indices": np.int32}
-        self._arrays = [new_array(group, name, (0,), (CHUNK_VALUES,), kind) for name, kind in kinds.items()]
-        self._here = not _seen_by_workers(self._arrays[0])
-        self._waiting: list[tuple[int, int, Any]] = []  # first and last value, and part, of rows not yet all written
-        self.stored = self._written = 0
-
-    def append(self, part: Any, count: int) -> None:
-        """Add rows, delayed, of so many values."""
-        self._waiting.append((self.stored, self.stored + count, part))
-        self.stored += count
-
-    def write(self, *, last: bool) -> None:
-        """Write all chunks that are full, and the last one."""
-        end = self.stored if last else self.stored - self.stored % CHUNK_VALUES
-        for array in self._arrays:
-            array.resize((end,))
-        shared, put, tasks = [*map(_shared, self._arrays)], dask.delayed(_put_values), []
-        for start in range(self._written, end, CHUNK_VALUES):
-            stop = min(start + CHUNK_VALUES, end)
-            own = [(first, part) for first, after, part in self._waiting if first < stop and after > start]
-            firsts, parts = [first for first, _ in own], [part for _, part in own]
-            if self._here:
-                _put_values(self._arrays, start, stop, firsts, dask.compute(*parts))
-            else:
-                tasks.append(put(shared, start, stop, firsts, parts))
-        dask.compute(*tasks)
-        self._written = end
-        self._waiting = [each for each in self._waiting if each[1] > end]
+def _write_chunks(arrays: Sequence[Any], begin: int, end: int, rows: Sequence[tuple[int, int, Any]]) -> None:
+    """Write values `begin` to ``end - 1`` of data and indices, a task for each chunk."""
+    for array in arrays:
+        array.resize((end,))
+    shared, put, tasks = [*map(_shared, arrays)], dask.delayed(_put_values), []
+    here = not _seen_by_workers(arrays[0])
+    for start in range(begin, end, CHUNK_VALUES):
+        stop = min(start + CHUNK_VALUES, end)
+        own = [(first, part) for first, after, part in rows if first < stop and after > start]
+        firsts, parts = [first for first, _ in own], [part for _, part in own]
+        if here:
+            _put_values(arrays, start, stop, firsts, dask.compute(*parts))
+        else:
+            tasks.append(put(shared, start, stop, firsts, parts))
+    dask.compute(*tasks)
 
 
 def _put_values(arrays: Sequence[Any], start: int, stop: int, firsts: Sequence[int], parts: Sequence[Any]) -> None:
@@ -161,12 +135,12 @@ def _measured(rows: sp.csr_matrix) -> tuple[NDArray[np.int64], float]:
 
 def _with_observed(dense: NDArray[np.float32], observed: ExpressionMatrix, number: int) -> NDArray[np.float32]:
     csr, values = observed.read_block(number), dense if dense.flags.writeable else dense.copy()
-    values[row_of(csr), csr.indices] = csr.data  # in place: done twice it is the same
+    values[row_of(csr), csr.indices] = csr.data  # in place, which may be done twice
     return values
 
 
 def _write_rows(array: Any, pieces: Sequence[Any], advance: Advance) -> float:
-    """Write delayed rows, whole chunks each; returns their sum."""
+    """Write delayed rows, whole chunks each, and return their sum."""
     total, rows, put, shared = 0.0, array.chunks[0], dask.delayed(_put_rows), _shared(array)
     here = not _seen_by_workers(array)
     for some in _waves(len(pieces)):
@@ -185,28 +159,28 @@ def _put_rows(array: Any, start: int, values: NDArray[np.float32]) -> float:
 
 
 def _waves(count: int) -> Iterator[range]:
-    """Numbers of the pieces that are made at a time."""
+    """Return the numbers of the pieces to make at a time."""
     size = min(n_threads(), _MOST_HERE) if current_client() is None else 2 * n_threads()
     return (range(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def _seen_by_workers(array: Any) -> bool:
-    """Tell whether tasks can write to an array; else this process does, with what they make."""
+    """Return whether tasks can write to an array; otherwise this process writes what they make."""
     folder = getattr(array.store, "root", None)
     return current_client() is None or (folder is not None and is_seen(folder))
 
 
 def _shared(value: Any) -> Any:
-    """Make what all tasks need one task, which is sent to each worker once."""
+    """Return a task with the value, which each worker gets once, for all its tasks."""
     return dask.delayed(value, name=f"written-{uuid.uuid4().hex[:12]}", traverse=False)
 
 
 def _pieces(array: da.Array, blocks: RowBlocks) -> list[Any]:
-    """Cut a Dask array into these rows, delayed."""
+    """Return these row blocks of a Dask array, delayed."""
     return array.rechunk((blocks.sizes, -1)).to_delayed()[:, 0].tolist()  # type: ignore[no-any-return]
 
 
 def _panels(shape: tuple[int, int]) -> RowBlocks:
-    """Rows of which the dense form is small."""
+    """Return row blocks with a small dense form."""
     n_cells, n_genes = shape
     return RowBlocks.panels(n_cells, n_genes, min(CHUNK_BYTES, 4 * n_genes * _DENSE_CHUNK_ROWS))

@@ -20,10 +20,11 @@ from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.data.remote import is_url
 from scialm_dask.data.rows import fingerprint
 from scialm_dask.data.store import atomic_store, lasting, open_store, readable
-from scialm_dask.data.written import CHUNK_BYTES, ZeroRule, write_dense, write_left, write_sparse
+from scialm_dask.data.written import CHUNK_BYTES, write_dense, write_left, write_sparse
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, begin
 from scialm_dask.reduction import stacked
+from scialm_dask.solve.biological_zeros import BiologicalZeros
 from scialm_dask.solve.estimate import Axes
 from scialm_dask.solve.scaling import model_of
 
@@ -94,7 +95,7 @@ def write_result(
     path: str | os.PathLike[str],
     dense: bool,
     keep_observed: ExpressionMatrix | None,
-    preserve_zeros: ZeroRule | None,
+    preserve_zeros: BiologicalZeros | None,
     overwrite: bool,
     sources: tuple[str | os.PathLike[str], ...],
     listen: Listener,
@@ -118,8 +119,8 @@ def write_result(
             write_left(root, name, part, advance_part)
         write_element(root["varm"], _FACTORS, result.right)
         if preserve_zeros is not None:
-            keep = keep_observed is not None
-            total = write_sparse(root, result.to_dask(), preserve_zeros, keep, advance_part)
+            rule = preserve_zeros.left, preserve_zeros.allowed(), preserve_zeros.matrix
+            total = write_sparse(root, result.to_dask(), *rule, keep_observed is not None, advance_part)
             written = {"written": "preserve_zeros", "rank": preserve_zeros.rank}
         elif dense:
             total = write_dense(root, result.to_dask(), keep_observed, advance_part)
@@ -136,7 +137,9 @@ def write_result(
     return written
 
 
-def _check_x(result: Any, dense: bool, keep_observed: ExpressionMatrix | None, preserve_zeros: ZeroRule | None) -> None:
+def _check_x(
+    result: Any, dense: bool, keep_observed: ExpressionMatrix | None, preserve_zeros: BiologicalZeros | None
+) -> None:
     """Raise `InputError` for options of `Imputation.to_zarr` that contradict each other or the result."""
     if dense and preserve_zeros is not None:
         raise InputError("dense and preserve_zeros both say what X is to be; give one of them")

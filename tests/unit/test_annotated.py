@@ -230,7 +230,7 @@ def test_the_mark_of_logarithms_is_about_x_however_that_is_stored(adata, tmp_pat
     [
         ("text.zarr", "no such file or folder"),
         ({"a": 1}, "give a matrix of numbers"),
-        ([["a", "b"]], "not numbers that can be computed with"),
+        ([["a", "b"]], "not numbers to compute with"),
         (np.ones((2, 2, 2)), r"shape \(2, 2, 2\); give a matrix"),
     ],
 )

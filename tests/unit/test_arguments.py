@@ -126,7 +126,7 @@ REFUSED = [
     (lambda: impute(X, listen=3), "listen is 3; give a function"),
     (lambda: impute(3), "matrix is 3; give a matrix of numbers"),
     (lambda: impute(None), "matrix is None; give a matrix of numbers"),
-    (lambda: impute([1, 2]), "matrix: shape (2,); give a matrix: two dimensions"),
+    (lambda: impute([1, 2]), "matrix: shape (2,); give a matrix of known size"),
     (lambda: impute((3, 4)), "matrix: shape (2,)"),
     (lambda: impute(np.ones((2, 3, 4))), "matrix: shape (2, 3, 4)"),
     (lambda: impute(sp.coo_array([1.0, 2.0])), "matrix: shape (2,)"),

@@ -134,8 +134,8 @@ def test_a_block_takes_no_more_memory_than_from_disk(web, tmp_path):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("s3://bucket/no.zarr", "no Zarr store that we may read"),
-        ("s3://nowhere/no.zarr", "no Zarr store that we may read"),
+        ("s3://bucket/no.zarr", "no Zarr store that can be read"),
+        ("s3://nowhere/no.zarr", "no Zarr store that can be read"),
         ("nonsense://x/y", "Protocol not known: nonsense"),
         ("gs://bucket/x", r"pip install 'scialm-dask\[gs\]'"),
         ("https://me:secret@host/x.zarr", r"https://…@host: a URL with credentials"),

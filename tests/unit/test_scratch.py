@@ -151,9 +151,9 @@ def test_a_bit_of_scratch_that_flips_during_a_run_ends_it(tmp_path, monkeypatch)
 def test_a_bit_that_flips_while_entries_are_sorted_is_noticed(monkeypatch):
     def flipping(self, records, append=temporary._Bucket.append):
         append(self, records)
-        raw = bytearray(self._path.read_bytes())
+        raw = bytearray(self.path.read_bytes())
         raw[-1] ^= 1
-        self._path.write_bytes(raw)
+        self.path.write_bytes(raw)
 
     monkeypatch.setattr(temporary._Bucket, "append", flipping)
     entries = temporary.Entries(np.array([1, 0]), np.array([0, 2]), np.array([1.0, 2.0], np.float32))
