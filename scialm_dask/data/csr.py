@@ -236,10 +236,8 @@ def check_values(csr: sp.csr_matrix, name: str, first_row: int) -> None:
         return
     at = int(np.flatnonzero(~((csr.data >= 0) & (csr.data < np.inf)))[0])
     row = int(np.searchsorted(csr.indptr, at, side="right")) - 1
-    raise InputError(
-        f"{name}: value {csr.data[at]} at cell {first_row + row}, gene {csr.indices[at]}; expression must be "
-        "finite and not negative: give counts or normalised counts, not scaled or centred data"
-    )
+    remedy = "expression must be finite and not negative: give counts or normalised counts, not scaled or centred data"
+    raise InputError(f"{name}: value {csr.data[at]} at cell {first_row + row}, gene {csr.indices[at]}; {remedy}")
 
 
 def check_observed(n_observed: int, name: str) -> None:
