@@ -179,9 +179,9 @@ class CSRWriter:
 
 
 def finish_csr(group: zarr.Group, indptr: Sequence[NDArray[np.int64]], n_columns: int) -> None:
-    """Write `indptr`, given in parts, of a CSR matrix, and mark the group as such a matrix.
+    """Write the encoding of a CSR matrix and its `indptr`, given in parts.
 
-    It is int32 like the indices wherever it can be: SciPy fails on a matrix with two types.
+    It is int32 like the indices if it can be, since SciPy fails on a matrix with two types.
     """
     starts = np.concatenate(indptr)
     starts = starts.astype(np.int32 if starts[-1] <= np.iinfo(np.int32).max else np.int64)

@@ -287,7 +287,7 @@ def check_new(url: str) -> None:
     claim = _claim(remote)
     sync(remote.delete(claim))
     if claim in sync(all_of(remote.list_dir(""))):
-        raise OutputError(f"{url}: keys are written but not deleted, as what is unfinished must be; allow it, too")
+        raise OutputError(f"{url}: keys can be written but not deleted, which unfinished output needs; allow it too")
 
 
 def _claim(remote: RemoteStore) -> str:
@@ -297,10 +297,8 @@ def _claim(remote: RemoteStore) -> str:
     try:
         others = set(sync(all_of(remote.list_dir("")))) - {claim, ""}
         if bool(others) or sync(remote.is_a_key()):
-            raise OutputError(
-                f"{remote.url}: exists already, and what is behind a URL cannot be replaced in one step; delete it "
-                "first or choose another URL"
-            )
+            remedy = "delete it first or choose another URL"
+            raise OutputError(f"{remote.url}: exists already, and nothing is replaced behind a URL; {remedy}")
     except BaseException:
         sync(remote.delete(claim))
         raise
