@@ -51,26 +51,18 @@ def imputes(command: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(command)
-    def wrapper(
-        preset: str,
-        observed: Any,
-        blocks: int | None,
-        layer: str | None,
-        missing_chunks_are_zeros: bool,
-        **options: Any,
-    ) -> Any:
+    def wrapper(preset: str, **options: Any) -> Any:
         settings = {name: options.pop(name) for name in _SETTINGS}
+        source = {name: options.pop(name) for name in ("layer", "observed", "blocks", "missing_chunks_are_zeros")}
 
         def choose(src: str) -> tuple[Any, str, dict[str, Any], list[Note]]:
             from scialm_dask.api import resolve_preset
             from scialm_dask.config import preset as settings_of
             from scialm_dask.data.matrix import ExpressionMatrix
 
-            if preset != "auto":
+            if preset != "auto":  # else the matrix decides which settings are valid
                 settings_of(preset, **settings)
-            matrix = ExpressionMatrix.open(
-                src, layer, observed=observed, blocks=blocks, missing_chunks_are_zeros=missing_chunks_are_zeros
-            )
+            matrix = ExpressionMatrix.open(src, **source)
             notes: list[Any] = []
             matrix, resolved = resolve_preset(matrix, preset, listen=notes.append)
             settings_of(resolved, **settings)
@@ -249,7 +241,7 @@ def _ended_now(checkpoints: Any, asked: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _resumable(checkpoint: str | None, *, deferred: bool = True) -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether SIGTERM came. An interruption becomes an error that says how to go on.
+    """Yield a function that returns whether SIGTERM came. An interruption becomes an error with the next step.
 
     Without a checkpoint, or unless `deferred`, SIGTERM interrupts at once.
     """

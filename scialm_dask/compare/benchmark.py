@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import dask
+import dask.array as da
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from scialm_dask.compare import clustering, experiments
@@ -35,10 +37,6 @@ from scialm_dask.errors import InputError
 from scialm_dask.evaluate.metrics import METRICS, Scores, compare, compare_stored
 from scialm_dask.events import Listener, Note, Scored, Stage, silent
 from scialm_dask.progress import duration
-
-if TYPE_CHECKING:
-    import dask.array as da
-    import pandas as pd
 
 KEY = ("dataset", "experiment", "share", "method", "setting")
 WHOLE = ("relative_error", "gene_correlation", "cell_correlation", "zeros_pearson", "mean_ratio")
@@ -349,8 +347,6 @@ class _Bench:
 
     def evaluation(self) -> Evaluation:
         """Return the scores as tables."""
-        import pandas as pd
-
         names, tables = self.source.matrix.var.index, []
         for key, scores in self.pooled.items():
             chosen = scores.n > 0

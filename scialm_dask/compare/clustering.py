@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dask
+import dask.array as da
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -24,7 +25,6 @@ from scialm_dask.imputation import Imputation
 
 if TYPE_CHECKING:
     import anndata
-    import dask.array as da
 
 Floats = NDArray[np.float32]
 _NEEDS = ("sklearn", "dask_ml", "igraph", "umap", "scanpy")
@@ -84,7 +84,6 @@ def cluster(components: Floats, labels: pd.Series, seed: int) -> tuple[dict[str,
     silhouette of the labels on the components; and UMAP of the cells, float32 of shape (m, 2).
     """
     import anndata
-    import dask.array as da
     import scanpy as sc
     from dask_ml.cluster import KMeans
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score

@@ -22,10 +22,12 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import dask
+import dask.array as da
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from scialm_dask.api import impute
@@ -37,10 +39,6 @@ from scialm_dask.errors import InputError
 from scialm_dask.imputation import Imputation
 from scialm_dask.reduction import stacked
 from scialm_dask.run.job import peak_memory
-
-if TYPE_CHECKING:
-    import dask.array as da
-    import pandas as pd
 
 OURS = ("denoise", "complete", "paper")
 _REQUEST, _ANSWER, _LOG = "request.json", "answer.json", "log.txt"
@@ -311,7 +309,6 @@ def _keep(answer: Any, folder: Path) -> None:
 
 def read_answer(folder: Path, scale: NDArray[np.floating] | None = None) -> da.Array:
     """Return the imputed matrix in a folder: lazy, cells × genes, clipped at 0, cells multiplied by `scale`."""
-    import dask.array as da
 
     def read(name: str) -> Any:
         return np.load(folder / f"{name}.npy", mmap_mode="r" if name == "dense" else None, allow_pickle=False)

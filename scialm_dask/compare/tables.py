@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from scialm_dask.compare.benchmark import KEY, Evaluation
 from scialm_dask.compare.methods import label_of, labelled
 from scialm_dask.report import plotting
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 _VERSIONS = (
@@ -37,8 +37,6 @@ def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any]
     ``umap.csv.gz`` if there were labels, ``evaluation.json`` (all scores, `about`, and versions of the libraries), a
     folder ``figures``, and last, as a sign of completion, ``summary.csv`` and ``summary.md`` (means over the seeds).
     """
-    import pandas as pd
-
     evaluation.scores.to_csv(folder / "scores.csv", index=False)
     evaluation.genes.to_csv(folder / "genes.csv.gz", index=False, float_format="%.5g")
     if len(evaluation.clusters):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import dask
+import dask.array as da
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
@@ -19,9 +20,6 @@ from scialm_dask.events import Listener, Stage, silent
 from scialm_dask.imputation import Imputation
 from scialm_dask.linalg.tasks import add
 from scialm_dask.reduction import tree_reduce
-
-if TYPE_CHECKING:
-    import dask.array as da
 
 METRICS = ("mse", "mae", "pearson", "cosine")
 _ROUNDING = 1e-12  # variance that rounding may give to a constant, relative to its square
@@ -171,8 +169,6 @@ def gene_scores(truth: Any, recovered: Any) -> Scores:
     >>> gene_scores(truth, 2 * truth).pearson
     array([1., 1.])
     """
-    import dask.array as da
-
     M, X = as_dask(truth, "truth"), as_dask(recovered, "recovered")
     if M.shape != X.shape:
         raise InputError(f"truth has shape {M.shape}, recovered {X.shape}; give the same cells and genes")

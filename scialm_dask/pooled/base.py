@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import dask
+import dask.array as da
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,7 +20,6 @@ from scialm_dask.errors import InputError
 from scialm_dask.reduction import stacked, tree_reduce
 
 if TYPE_CHECKING:
-    import dask.array as da
     import pandas as pd
 
     from scialm_dask.imputation import Imputation

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dask.array as da
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -16,7 +17,6 @@ from scialm_dask.data.store import atomic_output
 from scialm_dask.errors import InputError
 
 if TYPE_CHECKING:
-    import dask.array as da
     import pandas as pd
 
 

@@ -7,9 +7,11 @@ import os
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jinja2
 import numpy as np
+from markupsafe import Markup, escape
 
 from scialm_dask import __version__
 from scialm_dask.config import checked
@@ -24,9 +26,6 @@ from scialm_dask.progress import duration, in_words, label, printable
 from scialm_dask.report import plotting
 from scialm_dask.report.diagnostics import GENES_OF_PLANE, Comparison, compare, warnings_of
 from scialm_dask.report.plotting import Colouring, Picture
-
-if TYPE_CHECKING:
-    import jinja2
 
 _LEAST_DETECTED = 0.01  # minimum share of cells with an observed value for a gene to be listed
 _MOST_GENES = 20
@@ -261,8 +260,6 @@ def _about_cells(result: Imputation, compared: Comparison, color: str | None) ->
 
 @functools.cache
 def _template() -> jinja2.Template:
-    import jinja2
-
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("scialm_dask.report", "."),
         autoescape=True,
@@ -277,6 +274,4 @@ def _template() -> jinja2.Template:
 
 def _with_code(words: str) -> Any:
     """Escape text, and mark commands and options as code."""
-    from markupsafe import Markup, escape
-
     return Markup(re.sub(r"`([^`]+)`|(--[a-z-]+)", lambda m: f"<code>{m[1] or m[2]}</code>", escape(printable(words))))
