@@ -78,10 +78,8 @@ def named(matrix: ExpressionMatrix, given: Any) -> ExpressionMatrix:
 def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -> ExpressionMatrix:
     """Return X or a layer, with annotation; X of a backed AnnData is read from its file, block by block."""
     if not hasattr(adata, "isbacked"):  # an AnnCollection
-        raise InputError(
-            f"a {type(adata).__name__} has no matrix of its own; give anndata.concat(…), or join files by `scialm-dask "
-            "convert A B DST.zarr`"
-        )
+        remedy = "give anndata.concat(…), or join files by `scialm-dask convert A B DST.zarr`"
+        raise InputError(f"a {type(adata).__name__} has no matrix of its own; {remedy}")
     layers = ", ".join(filter(None, adata.layers))  # AnnData 0.13 has X as layer None
     raw = layer == "raw" and layer not in adata.layers and getattr(adata, "raw", None) is not None
     if layer is not None and layer not in adata.layers and not raw:
@@ -91,10 +89,8 @@ def _of_anndata(adata: anndata.AnnData, layer: str | None, observed: Observed) -
     annotation = Annotation(*(frame.set_axis(as_text(frame.index), axis=0) for frame in frames))
     if adata.isbacked and (layer is None or raw):
         if adata.is_view:
-            raise InputError(
-                f"{adata.filename}: this is a view of a backed AnnData; give view.to_memory(), or write the view to a "
-                "file by view.copy(filename) and give that"
-            )
+            remedy = "give view.to_memory(), or write the view to a file by view.copy(filename) and give that"
+            raise InputError(f"{adata.filename}: this is a view of a backed AnnData; {remedy}")
         return replace(ExpressionMatrix.open(adata.filename, layer, observed=observed), annotation=annotation)
     if raw:
         values, name = adata.raw.X, "AnnData:raw/X"

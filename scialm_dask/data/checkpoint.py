@@ -267,7 +267,7 @@ class Checkpoints:
         """Return a checkpoint without looking at its arrays."""
         path, written = f"{self.folder}/{name}", sync(self._store.get(f"{name}/{_MANIFEST}", _BYTES))
         if written is None:
-            raise CheckpointError(f"{path}: has no {_MANIFEST}; it is torn")
+            raise CheckpointError(f"{path}: has no {_MANIFEST}; it is incomplete")
         try:
             content = json.loads(written.to_bytes())
             kind, version = content["kind"], int(content["format"])

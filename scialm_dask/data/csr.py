@@ -179,9 +179,9 @@ class CSRWriter:
 
 
 def finish_csr(group: zarr.Group, indptr: Sequence[NDArray[np.int64]], n_columns: int) -> None:
-    """Write `indptr`, given in parts, of a CSR matrix, and mark the group as such a matrix.
+    """Write the encoding of a CSR matrix and its `indptr`, given in parts.
 
-    It is int32 like the indices wherever it can be: SciPy fails on a matrix with two types.
+    It is int32 like the indices if it can be, since SciPy fails on a matrix with two types.
     """
     starts = np.concatenate(indptr)
     starts = starts.astype(np.int32 if starts[-1] <= np.iinfo(np.int32).max else np.int64)
@@ -236,10 +236,8 @@ def check_values(csr: sp.csr_matrix, name: str, first_row: int) -> None:
         return
     at = int(np.flatnonzero(~((csr.data >= 0) & (csr.data < np.inf)))[0])
     row = int(np.searchsorted(csr.indptr, at, side="right")) - 1
-    raise InputError(
-        f"{name}: value {csr.data[at]} at cell {first_row + row}, gene {csr.indices[at]}; expression must be "
-        "finite and not negative: give counts or normalised counts, not scaled or centred data"
-    )
+    remedy = "expression must be finite and not negative: give counts or normalised counts, not scaled or centred data"
+    raise InputError(f"{name}: value {csr.data[at]} at cell {first_row + row}, gene {csr.indices[at]}; {remedy}")
 
 
 def check_observed(n_observed: int, name: str) -> None:

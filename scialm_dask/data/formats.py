@@ -185,10 +185,9 @@ def _check_size(rows: StoredRows, element: Any) -> None:
         need[f"a row of {genes} genes"] = 2 * genes * element.dtype.itemsize
     what, most = max(need.items(), key=lambda item: item[1])
     if most > (free := psutil.virtual_memory().available) or genes > np.iinfo(np.int32).max:
-        raise DoesNotFitError(
-            f"{rows.name}: {what} takes {most / 1e9:,.1f} GB before any value is read, and {free / 1e9:,.1f} GB are "
-            "free; write the store again if its sizes are wrong, with smaller chunks if they are right"
-        )
+        what = f"{what} takes {most / 1e9:,.1f} GB before any value is read, and {free / 1e9:,.1f} GB are free"
+        remedy = "write the store again if its sizes are wrong, with smaller chunks if they are right"
+        raise DoesNotFitError(f"{rows.name}: {what}; {remedy}")
 
 
 def layers_of(store: Any) -> list[str]:

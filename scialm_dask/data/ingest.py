@@ -319,7 +319,7 @@ def joined(parts: Sequence[Source], names: Sequence[str], key: str, join: Litera
         marked = ", ".join(name for name, part in zip(names, parts, strict=True) if part.logarithms)
         raise InputError(f"{marked}: X holds logarithms, unlike the other samples; give a layer of counts of all")
     if clash := next((name for name, part in zip(names, parts, strict=True) if key in part.obs), None):
-        raise InputError(f"{clash}: obs has a column {key!r} already; name another by --sample-key")
+        raise InputError(f"{clash}: obs has a column {key!r} already; give another name by --sample-key")
     genes = parts[0].var.index
     for index in (part.var.index for part in parts[1:]):
         genes = genes[genes.isin(index)] if join == "inner" else genes.append(index[~index.isin(genes)])
@@ -336,7 +336,7 @@ def joined(parts: Sequence[Source], names: Sequence[str], key: str, join: Litera
     notes.append(f"{len(parts)} samples in obs[{key!r}]; {len(genes)} genes that {whose} have, the largest has {most}")
     if not obs.index.is_unique:
         obs.index = [f"{cell}-{sample}" for cell, sample in zip(obs.index, obs[key], strict=True)]
-        notes.append("cell names are in several samples, so they got the names of these")
+        notes.append("cell names repeat between samples, so the name of the sample was appended to each")
     common = [name for name in parts[0].matrices if name != "raw/X" and all(name in part.matrices for part in parts)]
     if dropped := sorted({name for part in parts for name in part.matrices} - set(common)):
         notes.append(f"not carried over, as not all samples have the same: {', '.join(dropped)}")

@@ -67,7 +67,7 @@ class Lease:
                     self._write()
 
     def end(self) -> None:
-        """Give the lease back."""
+        """Release the lease."""
         self._ended.set()
         self._renewing.join(BEAT)  # else it might write the key anew
         with contextlib.suppress(Exception):

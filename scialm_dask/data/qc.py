@@ -112,9 +112,9 @@ def quality_control(
     matrix = storable_annotation(matrix, listen)
     is_mito = mitochondrial(matrix, thresholds)
     if thresholds.max_mito is not None and not is_mito.any():
+        what = f"max_mito is {thresholds.max_mito:g}, but no gene name or symbol begins with {thresholds.mito_prefix!r}"
         raise InputError(
-            f"{matrix.name}: max_mito is {thresholds.max_mito:g}, but no gene name or symbol begins with "
-            f"{thresholds.mito_prefix!r} (the first are {', '.join(matrix.var.index[:3])}); give another prefix"
+            f"{matrix.name}: {what} (the first are {', '.join(matrix.var.index[:3])}); give another prefix"
         )
     step, advance = 1 / _PASSES / len(matrix.blocks), begin(listen, "quality control")
     measures, cells, genes, totals, whole = _choose(matrix, is_mito, thresholds, lambda: advance(step))

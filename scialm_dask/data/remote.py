@@ -141,9 +141,7 @@ class RemoteStore(_ByGetAndSet[FsspecStore]):
         found = await self._tried(_LISTED, lambda: self._store.fs._info(self._store.path))
         return bool(found["type"] == "file")
 
-    async def _tried(
-        self, problem: str, attempt: Callable[[], Awaitable[T]], kind: type[ScialmError] = InputError
-    ) -> T:
+    async def _tried(self, what: str, attempt: Callable[[], Awaitable[T]], kind: type[ScialmError] = InputError) -> T:
         """Retry after errors that may pass, with growing waits, unless fsspec does so; raises `kind` in the end."""
         try:
             async with asyncio.timeout(_LONGEST):
@@ -152,16 +150,14 @@ class RemoteStore(_ByGetAndSet[FsspecStore]):
                         return await attempt()
                     except Exception as error:
                         status, module = getattr(error, "status", None), type(error).__module__.partition(".")[0]
-                        passing = module == "aiohttp" or (
-                            isinstance(error, OSError) and not isinstance(error, _LASTING)
-                        )
-                        if not (status in _PASSING if isinstance(status, int) and status else passing):
+                        lasts = module != "aiohttp" and (not isinstance(error, OSError) or isinstance(error, _LASTING))
+                        if status not in _PASSING if isinstance(status, int) and status else lasts:
                             raise
                     await asyncio.sleep(wait * random.uniform(0.5, 1.5))
                 return await attempt()
         except Exception as error:
             remedy = "check the connection and the permissions"
-            raise kind(f"{self.url}: {problem} ({_cause(error)}); {remedy}") from error
+            raise kind(f"{self.url}: {what} ({_cause(error)}); {remedy}") from error
 
 
 def _checked(url: str) -> str:
@@ -172,10 +168,8 @@ def _checked(url: str) -> str:
         raise InputError(f"{url}: not a URL ({error}); check how it is spelled") from error
     protocol = parts.scheme.lower()
     if parts.username or parts.password:
-        raise InputError(
-            f"{protocol}://…@{parts.hostname}: a URL with credentials ends in logs and results; put them into the "
-            "environment or fsspec's configuration"
-        )
+        remedy = "put them into the environment or fsspec's configuration"
+        raise InputError(f"{protocol}://…@{parts.hostname}: a URL with credentials ends in logs and results; {remedy}")
     if "::" in url or protocol in _ARCHIVES:
         raise InputError(f"{url}: archives and chained URLs are not read; unpack it into a folder or an object store")
     if "?" in url or (protocol in _WEB and "#" in url):
@@ -293,7 +287,7 @@ def check_new(url: str) -> None:
     claim = _claim(remote)
     sync(remote.delete(claim))
     if claim in sync(all_of(remote.list_dir(""))):
-        raise OutputError(f"{url}: keys are written but not deleted, as what is unfinished must be; allow it, too")
+        raise OutputError(f"{url}: keys can be written but not deleted, which unfinished output needs; allow it too")
 
 
 def _claim(remote: RemoteStore) -> str:
@@ -303,10 +297,8 @@ def _claim(remote: RemoteStore) -> str:
     try:
         others = set(sync(all_of(remote.list_dir("")))) - {claim, ""}
         if bool(others) or sync(remote.is_a_key()):
-            raise OutputError(
-                f"{remote.url}: exists already, and what is behind a URL cannot be replaced in one step; delete it "
-                "first or choose another URL"
-            )
+            remedy = "delete it first or choose another URL"
+            raise OutputError(f"{remote.url}: exists already, and nothing is replaced behind a URL; {remedy}")
     except BaseException:
         sync(remote.delete(claim))
         raise

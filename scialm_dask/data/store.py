@@ -196,10 +196,8 @@ def check_output(destination: AnyPath, *, overwrite: bool, sources: tuple[AnyPat
     check_apart(destination, sources)
     if destination.endswith((".h5ad", ".h5", ".hdf5", ".loom")):
         name = destination.rpartition(".")[0]
-        raise OutputError(
-            f"{destination}: results are Zarr stores; give {name}.zarr, and make an .h5ad of it by "
-            "anndata.read_zarr(…).write_h5ad(…)"
-        )
+        remedy = f"give {name}.zarr, and make an .h5ad of it by anndata.read_zarr(…).write_h5ad(…)"
+        raise OutputError(f"{destination}: results are Zarr stores; {remedy}")
     if is_url(destination):
         check_new(destination)
         return

@@ -50,7 +50,7 @@ def open_text(path: str, prefix: str | None = None, rows: Axis | None = None) ->
         if stem != name and _found(os.path.dirname(path), stem, "barcodes.tsv"):
             return MatrixMarket.open(Path(path), names=(os.path.dirname(path), stem))
         if rows is None:
-            raise InputError(f"{path}: has no names, so its rows may be cells or genes; say so by --rows")
+            raise InputError(f"{path}: has no names, so its rows may be cells or genes; say which by --rows")
         return MatrixMarket.open(Path(path), rows)
     return Table.open(Path(path), rows) if _TABLE.search(name) else None
 
@@ -254,10 +254,8 @@ class Table(_Text):
         if rows is None:
             of_lines, of_columns = looks_like(pd.Index(lines)), looks_like(pd.Index(columns))
             if of_lines == of_columns:
-                raise InputError(
-                    f"{path}: its rows may be cells or genes ({', '.join(lines[:2])} by {', '.join(columns[:2])}); say "
-                    "so by --rows"
-                )
+                names = f"{', '.join(lines[:2])} by {', '.join(columns[:2])}"
+                raise InputError(f"{path}: its rows may be cells or genes ({names}); say which by --rows")
             rows = of_lines or ("genes" if of_columns == "cells" else "cells")
         shape = (len(lines), len(columns)) if rows == "cells" else (len(columns), len(lines))
         kind = np.dtype(np.int32 if whole else np.float32)
@@ -292,10 +290,8 @@ class Table(_Text):
             if len(values) != len(self.columns) or (self.dtype.kind == "i" and values.max() > np.iinfo(np.int32).max):
                 raise ValueError(f"{len(values)} values, the largest {values.max(initial=0):g}")
         except ValueError as error:
-            raise InputError(
-                f"{self.path}: line {number + 2}, of {self.lines[number]!r}, holds no {len(self.columns)} numbers "
-                f"({error}); mend it, or fetch the file again"
-            ) from error
+            what = f"line {number + 2}, of {self.lines[number]!r}, holds no {len(self.columns)} numbers ({error})"
+            raise InputError(f"{self.path}: {what}; mend it, or fetch the file again") from error
         return values
 
 

@@ -34,10 +34,10 @@ _MOST_HERE = 4  # pieces made at a time by threads of this process
 def write_left(root: zarr.Group, name: str, left: da.Array, advance: Advance) -> None:
     """Write a left factor, of shape (n_cells, rank), as element `name` of ``obsm``."""
     cells, rank = left.shape
-    rows = max(1, min(cells, CHUNK_BYTES // (4 * max(1, rank))))
-    array = new_array(root.require_group("obsm"), name, (cells, rank), (rows, max(1, rank)), np.float32)
+    panels = RowBlocks.panels(cells, max(1, rank), CHUNK_BYTES)
+    array = new_array(root.require_group("obsm"), name, (cells, rank), (panels.sizes[0], max(1, rank)), np.float32)
     if rank:
-        _write_rows(array, _pieces(left, RowBlocks((*range(0, cells, rows), cells))), advance)
+        _write_rows(array, _pieces(left, panels), advance)
     else:
         advance(1.0)
 

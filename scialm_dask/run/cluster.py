@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import dask
-from dask.system import CPU_COUNT
 from dask.utils import format_bytes, parse_bytes
 
 from scialm_dask.config import Count, bytes_of, checked, configured, seconds_of, validated
 from scialm_dask.errors import ClusterError, InputError
-from scialm_dask.reduction import current_client, workers_of
+from scialm_dask.reduction import current_client, n_threads, workers_of
 from scialm_dask.run import interruption
 from scialm_dask.run.interruption import check_processes, losses_explained, quiet_end, while_workers
 
@@ -145,7 +144,7 @@ def connect(
 def workers_here() -> Workers:
     """Return the processes that would compute now."""
     if not (workers := workers_of(current_client())):
-        return Workers(1, int(dask.config.get("num_workers", None) or CPU_COUNT), None)
+        return Workers(1, n_threads(), None)
     pause = float(dask.config.get("distributed.worker.memory.pause") or 1)
     limits = [worker["memory_limit"] for worker in workers.values() if worker["memory_limit"]]
     threads = max(worker["nthreads"] for worker in workers.values())

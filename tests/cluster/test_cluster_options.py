@@ -193,6 +193,8 @@ def test_threads_of_this_process(cli, source):
     with connect(threads=5) as nobody:
         assert nobody is None
         assert workers_here() == Workers(1, 5, None)
+    with dask.config.set(scheduler="synchronous"):
+        assert workers_here() == Workers(1, 1, None)
 
 
 def test_any_client_of_python_is_used(standing):

@@ -110,7 +110,7 @@ def test_one_file_of_matrix_market(cli, counts, tmp_path, rows):
     scipy.io.mmwrite(tmp_path / "m.mtx", (counts.T if rows == "genes" else counts).tocoo(), field="integer")
     result = cli("convert", tmp_path / "m.mtx", tmp_path / "d.zarr")
     assert result.exit_code == 2
-    assert "has no names, so its rows may be cells or genes; say so by --rows" in result.stderr
+    assert "has no names, so its rows may be cells or genes; say which by --rows" in result.stderr
     assert cli("convert", tmp_path / "m.mtx", tmp_path / "d.zarr", "--rows", rows).exit_code == 0
     assert same(read(tmp_path / "d.zarr").X, counts)
 
@@ -148,7 +148,7 @@ def test_tables(counts, tmp_path, small_pieces, rows, corner, name):
         ("cell,ENSG00000000001,ENSG00000000002\na,1,-2\n", "value -2 at cell 0, gene 1"),
         ("cell,ENSG00000000001\na,9999999999\n", "line 2, of 'a', holds no 1 numbers"),
         ("", "not a table with names"),
-        ("a,b\nc,1\n", "its rows may be cells or genes .* say so by --rows"),
+        ("a,b\nc,1\n", "its rows may be cells or genes .* say which by --rows"),
     ],
 )
 def test_bad_tables(cli, tmp_path, content, message):
@@ -227,7 +227,7 @@ def test_samples_that_cannot_be_joined(counts, store_of, tmp_path):
         convert([a, b], tmp_path / "d.zarr")
     with pytest.raises(InputError, match="is given twice"):
         convert([a, a], tmp_path / "d.zarr")
-    with pytest.raises(InputError, match="obs has a column 'batch' already; name another by --sample-key"):
+    with pytest.raises(InputError, match="obs has a column 'batch' already; give another name by --sample-key"):
         convert([a, b], tmp_path / "d.zarr", sample_key="batch")
 
 
