@@ -207,7 +207,13 @@ def _along(D: sp.csr_matrix, lambdas: NDArray[np.float64], max_rank: int, seed: 
         spare = min(_SPARE, max_rank - A.shape[1])
         A = np.hstack([A, rng.normal(0, 0.1 * size**0.5, (len(A), spare))]).astype(np.float32)
         B = np.hstack([B, np.zeros((len(B), spare), np.float32)])
-        A, B = _balanced(*_minimise(D, A, B, lam))
+        A, B = _minimise(D, A, B, lam)
+        # the same product, with singular values shared evenly and vanished directions dropped
+        (P, R), (Q, T) = np.linalg.qr(A), np.linalg.qr(B)
+        U, d, Vt = np.linalg.svd(R @ T.T)
+        r = int(np.count_nonzero(d > 1e-4 * d[0])) if len(d) and d[0] > 0 else 0
+        root = np.sqrt(d[:r])
+        A, B = (P @ U[:, :r] * root).astype(np.float32), (Q @ Vt[:r].T * root).astype(np.float32)
         yield A, B
 
 
@@ -230,15 +236,6 @@ def _regressed(S: sp.csr_matrix, other: Floats, own: Floats, lam: float) -> Floa
     target = S @ other + own @ gram.astype(np.float32)
     solved = np.linalg.solve(gram + lam * np.eye(len(gram)), target.T.astype(np.float64))
     return np.ascontiguousarray(solved.T, dtype=np.float32)
-
-
-def _balanced(A: Floats, B: Floats) -> Pair:
-    """Return factors with the same product, singular values shared evenly, without vanished directions."""
-    (P, R), (Q, T) = np.linalg.qr(A), np.linalg.qr(B)
-    U, d, Vt = np.linalg.svd(R @ T.T)
-    r = int(np.count_nonzero(d > 1e-4 * d[0])) if len(d) and d[0] > 0 else 0
-    root = np.sqrt(d[:r])
-    return (P @ U[:, :r] * root).astype(np.float32), (Q @ Vt[:r].T * root).astype(np.float32)
 
 
 def _residual(D: sp.csr_matrix, A: Floats, B: Floats) -> sp.csr_matrix:

@@ -66,13 +66,18 @@ def compare(
     The sample depends only on the numbers of the cells. The values of gene number `gene` are returned too. Raises
     `InputError` if the cells or genes differ.
     """
+    from sklearn.utils.sparsefuncs import mean_variance_axis
+
     source = aligned(source, result)
     cells = sample(result.shape[0], most_cells)
     observed = _rows_of(source, cells, begin(listen, "comparing"))
-    plane = _variable_genes(observed)
+    totals_before, even = observed.sum(axis=1, dtype=np.float64).A1, observed.astype(np.float64)
+    even.data = _evened(even.data[:, None], totals_before[row_of(observed)])[:, 0]
+    _, variance = mean_variance_axis(even, axis=0)
+    plane = np.sort(np.argsort(-variance, kind="stable")[:GENES_OF_PLANE])  # the most variable genes
     wanted = plane if gene is None else np.append(plane, gene)
     genes, filled, totals, imputed = _by_gene(result, cells, observed, wanted)
-    before, first = _components(_evened(observed[:, plane].toarray(), observed.sum(axis=1, dtype=np.float64).A1))
+    before, first = _components(_evened(observed[:, plane].toarray(), totals_before))
     after, second = _components(_evened(imputed[:, : len(plane)], totals))
     turn = np.where((before * after).sum(axis=0) < 0, -1.0, 1.0)  # the same orientation as before
     of_gene = () if gene is None else (observed[:, gene].toarray().ravel().astype(np.float64), imputed[:, -1])
@@ -104,16 +109,6 @@ def _evened(values: NDArray[np.floating], totals: Doubles) -> Doubles:
     factor = np.divide(middle, totals, out=np.ones_like(totals), where=seen)
     even: Doubles = np.log1p(np.maximum(values * factor[:, None], 0))
     return even
-
-
-def _variable_genes(observed: sp.csr_matrix) -> NDArray[np.intp]:
-    """Return the genes of largest variance after the same scaling and logarithm."""
-    from sklearn.utils.sparsefuncs import mean_variance_axis
-
-    even, totals = observed.astype(np.float64), observed.sum(axis=1, dtype=np.float64).A1
-    even.data = _evened(even.data[:, None], totals[row_of(observed)])[:, 0]
-    _, variance = mean_variance_axis(even, axis=0)
-    return np.sort(np.argsort(-variance, kind="stable")[:GENES_OF_PLANE])
 
 
 def _by_gene(
