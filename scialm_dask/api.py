@@ -104,8 +104,8 @@ def impute(
     >>> counts = np.random.default_rng(0).poisson([[1, 5] * 20, [5, 1] * 20] * 30)  # two types of cells, 40 genes
     >>> result = scialm_dask.impute(counts)
     >>> print(result.summary["verdict"])
-    Yes: molecules not seen are predicted with 8.3% less error than by the counts as they are,
-    and 8.1% less than by the means of genes.
+    Yes: unseen molecules are predicted with 8.3% less error than by the raw counts,
+    and 8.1% less than by the gene means.
     >>> result[0, :3].round(1)
     array([0.9, 4.1, 1.4], dtype=float32)
     """

@@ -174,7 +174,7 @@ def _of_the_fit(result: Imputation) -> Warnings:
             "was too long. Preset complete stops earlier.",
         )
     if errors and errors["imputed"] >= min(errors["observed"], errors["gene_mean"]):
-        simple = "the counts as they are" if errors["observed"] < errors["gene_mean"] else "gene means"
+        simple = "the raw counts" if errors["observed"] < errors["gene_mean"] else "gene means"
         yield (
             f"Unseen molecules are predicted no better than by {simple}.",
             "Imputation does not help here: compare with the observed counts before you rely on it.",

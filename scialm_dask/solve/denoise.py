@@ -53,12 +53,12 @@ class Unseen:
         best = min(self.observed, self.gene_mean)
         if self.imputed < best:
             return (
-                f"Yes: molecules not seen are predicted with {1 - self.imputed / self.observed:.1%} less error than by "
-                f"the counts as they are, and {1 - self.imputed / self.gene_mean:.1%} less than by the means of genes."
+                f"Yes: unseen molecules are predicted with {1 - self.imputed / self.observed:.1%} less error than by the "
+                f"raw counts, and {1 - self.imputed / self.gene_mean:.1%} less than by the gene means."
             )
         if self.gene_mean <= self.observed:
-            return "No: the means of genes predict molecules not seen as well; no difference between cells was found."
-        return "No: the counts as they are predict molecules not seen as well; use these."
+            return "No: the gene means predict unseen molecules as well; no difference between cells was found."
+        return "No: the raw counts predict unseen molecules as well; use those."
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ def test_a_denoised_result(result, strange, tmp_path):
     assert warnings_of(denoised) == []
     denoised.summary["unseen"] = {"observed": 0.5, "gene_mean": 0.712, "imputed": 0.53}
     (what, _), *_ = warnings_of(denoised)
-    assert what == "Unseen molecules are predicted no better than by the counts as they are."
+    assert what == "Unseen molecules are predicted no better than by the raw counts."
 
 
 def test_what_denoising_tells(tmp_path):
