@@ -53,8 +53,8 @@ class Unseen:
         best = min(self.observed, self.gene_mean)
         if self.imputed < best:
             return (
-                f"Yes: unseen molecules are predicted with {1 - self.imputed / self.observed:.1%} less error than by the "
-                f"raw counts, and {1 - self.imputed / self.gene_mean:.1%} less than by the gene means."
+                f"Yes: unseen molecules are predicted with {1 - self.imputed / self.observed:.1%} less error than by "
+                f"the raw counts, and {1 - self.imputed / self.gene_mean:.1%} less than by the gene means."
             )
         if self.gene_mean <= self.observed:
             return "No: the gene means predict unseen molecules as well; no difference between cells was found."
