@@ -251,7 +251,7 @@ def _resumable(checkpoint: str | None, *, deferred: bool = True) -> Iterator[Cal
     except KeyboardInterrupt:
         if checkpoint is None or not ("://" in checkpoint or os.path.isdir(checkpoint)):
             raise
-        raise StoppedError(f"interrupted; go on by `scialm-dask resume {checkpoint}`") from None
+        raise StoppedError(f"interrupted; continue with `scialm-dask resume {checkpoint}`") from None
 
 
 def _write(

@@ -274,7 +274,7 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: {_MANIFEST} is damaged ({short_repr(error)})") from error
         if kind != _KIND or version != FORMAT:
-            remedy = "go on with the scialm-dask that wrote it, or begin anew"
+            remedy = "continue with the scialm-dask that wrote it, or start again"
             raise CheckpointError(f"{path}: of format {version}, and this program reads format {FORMAT}; {remedy}")
         if content.pop("sha256", None) != _digest(content):
             raise CheckpointError(f"{path}: {_MANIFEST} is not what was written; it is damaged or edited")

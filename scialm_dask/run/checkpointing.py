@@ -276,7 +276,7 @@ class RunState:
     def stop_if_asked(self) -> None:
         """Raise `StoppedError` if the run was asked to stop."""
         if self._checkpoints is not None and self._asked is not None and self._asked.stop():
-            raise StoppedError(f"stopped as asked; go on by `scialm-dask resume {self._checkpoints.folder}`")
+            raise StoppedError(f"stopped as asked; continue with `scialm-dask resume {self._checkpoints.folder}`")
 
     def check_source(self, listen: Listener, *, read_once: bool) -> None:
         """Check that the run has read one and the same matrix, if its store has changed since the run began.
@@ -291,9 +291,9 @@ class RunState:
         if read_once:
             listen(Note(f"{name}: has changed since it was read; the result is of what was there before"))
         elif self._found is not None:
-            again = "begin anew"
+            again = "start again"
             if self._checkpoints is not None:
-                again = f"put back what was there and `scialm-dask resume {self._checkpoints.folder}`, or begin anew"
+                again = f"put back what was there and `scialm-dask resume {self._checkpoints.folder}`, or start again"
             try:
                 now, before = survey(self.job.matrix), self._found
                 same = _identity(now) == _identity(before) and _close(now.gene_sums, before.gene_sums, _SAME_SUM)

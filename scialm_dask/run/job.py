@@ -55,7 +55,7 @@ def run(job: Job, checkpoint: Checkpointing | None = None, listen: Listener = si
     run is asked to stop.
     """
     if checkpoint is None:
-        with losses_explained("; with --checkpoint DIR a run can go on after that"):
+        with losses_explained("; with --checkpoint DIR a run can be resumed"):
             return fit(RunState(job), listen)
     with checkpoints_of(checkpoint.folder, new_for=job.matrix) as checkpoints:
         RunState(job, checkpoints, checkpoint).save()
@@ -108,7 +108,7 @@ def checkpoints_of(
     with opened as checkpoints:
         if new_for is not None and checkpoints.names():
             raise OutputError(
-                f"{checkpoints.folder}: holds checkpoints already; go on from them by `scialm-dask resume "
+                f"{checkpoints.folder}: holds checkpoints already; continue from them with `scialm-dask resume "
                 f"{checkpoints.folder}`, or choose another folder"
             )
         yield checkpoints
@@ -123,7 +123,7 @@ def _persevere(
     while True:
         if not (names := checkpoints.names()):
             why = "; ".join(refusals) or "there is none"
-            raise InputError(f"{checkpoints.folder}: no checkpoint can be used ({why}); begin anew in another folder")
+            raise InputError(f"{checkpoints.folder}: no checkpoint can be used ({why}); start again in another folder")
         try:
             saved = checkpoints.read(names[0])
             if words := ended(checkpoints.folder, saved.notes):
@@ -136,13 +136,13 @@ def _persevere(
             checkpoints.refuse(names[0])
             listen(Note(f"{error}; the one before it is used"))
         except OutputError as error:
-            raise OutputError(f"{error}; then go on by `scialm-dask resume {checkpoints.folder}`") from error
+            raise OutputError(f"{error}; then continue with `scialm-dask resume {checkpoints.folder}`") from error
         except Exception as error:
             if (loss := loss_of_cluster(error)) is None:
                 raise
             losses = losses + 1 if checkpoints.names()[0] == names[0] else 1
             if losses > _MOST_LOSSES or not cluster_is_back():
-                again = f"go on by `scialm-dask resume {checkpoints.folder}` when there is a cluster again"
+                again = f"continue with `scialm-dask resume {checkpoints.folder}` when there is a cluster again"
                 raise StoppedError(f"{loss}; {again}") from error
             listen(Note(f"{loss}; going on from checkpoint {names[0]}"))
 

@@ -161,7 +161,7 @@ def test_a_task_that_raises_once(faulty, matrix, tmp_path, expected, kind):
 def test_a_task_that_raises_again_and_again(client, faulty, matrix, tmp_path, expected):
     faulty(VISIT, dict.fromkeys(range(50, 70), faults.fill_disk))
     words = {"scratch": f"zarr:{tmp_path}", "checkpoint": tmp_path / "c", "checkpoint_every": 1}
-    with pytest.raises(OutputError, match=r"the disk is full.*then go on by `scialm-dask resume"):
+    with pytest.raises(OutputError, match=r"the disk is full.*then continue with `scialm-dask resume"):
         impute(matrix, **words, **RUN)
     with dask.config.set(scheduler="synchronous"):
         result = resume(tmp_path / "c")
@@ -193,7 +193,7 @@ def test_a_lost_connection_without_checkpoints(client, matrix):
     def cut():
         client.loop.add_callback(client.scheduler_comm.comm.abort)
 
-    with pytest.raises(ClusterError, match=r"lost the scheduler.*with --checkpoint DIR a run can go on after that"):
+    with pytest.raises(ClusterError, match=r"lost the scheduler.*with --checkpoint DIR a run can be resumed"):
         impute(matrix, listen=at_iteration(8, cut), **RUN)
 
 
@@ -207,7 +207,7 @@ def test_all_workers_gone_for_good(matrix, tmp_path, checkpointed):
         Client(cluster),
         pytest.raises(
             StoppedError if checkpointed else ClusterError,
-            match=r"all workers for longer than scialm\.no-workers-timeout.*(go on by `scialm-dask resume|a run can go on)",
+            match=r"all workers for longer than scialm\.no-workers-timeout.*(continue with `scialm-dask resume|a run can be resumed)",
         ),
     ):
         impute(matrix, listen=at_iteration(8, lambda: cluster.scale(0)), **words, **RUN)

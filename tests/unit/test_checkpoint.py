@@ -139,7 +139,7 @@ DAMAGES = {
     "the manifest is another file": ("manifest.json", lambda path: path.write_text("[]"), "manifest.json is damaged"),
     "it is deep": ("manifest.json", lambda path: path.write_text("[" * 10**5), "manifest.json is damaged"),
     "a newer version": ("manifest.json", of_manifest(newer), "of format 3, and this program reads format 2"),
-    "an older version": ("manifest.json", of_manifest(older), "of format 1, and this program reads format 2; go on with"),
+    "an older version": ("manifest.json", of_manifest(older), "of format 1, and this program reads format 2; continue with"),
     "names lead out": ("manifest.json", of_arrays([["../000001/left.0", [2, 3], "<f8"]]), "names a file '../000001/"),
     "arrays are text": ("manifest.json", of_arrays("all"), "manifest.json is not what a run writes"),
     "another shape": ("manifest.json", of_arrays([["left.0", [3, 2], "<f8"]]), "left.0 is not whole, or not what was"),

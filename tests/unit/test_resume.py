@@ -103,7 +103,7 @@ def stopping(folder, after, **options):
 )
 def test_a_resumed_run_ends_as_an_unbroken_one(whole, matrix, tmp_path, name, after, scratch):
     where = "memory" if scratch == "memory" else f"zarr:{tmp_path}"
-    with pytest.raises(StoppedError, match="stopped as asked; go on by `scialm-dask resume"):
+    with pytest.raises(StoppedError, match="stopped as asked; continue with `scialm-dask resume"):
         impute(matrix, scratch=where, checkpoint=stopping(tmp_path / "c", after), **RUNS[name])
     assert sorted(os.listdir(tmp_path)) == ["c", "source.zarr"]
     result = resume(tmp_path / "c")
@@ -222,7 +222,7 @@ def test_the_one_before_is_used_and_said_so(whole, stopped, damage):
 def test_none_can_be_used(stopped):
     for name in newest_two(stopped):
         edited(stopped / name / "right.0/c/0/0")
-    with pytest.raises(InputError, match=r"no checkpoint can be used \(.*right\.0 is d.*right\.0 is d.*begin anew"):
+    with pytest.raises(InputError, match=r"no checkpoint can be used \(.*right\.0 is d.*right\.0 is d.*start again"):
         resume(stopped)
 
 
@@ -331,7 +331,7 @@ def test_a_cadence_of_no_checkpoints_is_refused(matrix):
 
 def test_another_run_is_not_written_over(stopped, matrix):
     before = newest_two(stopped)
-    with pytest.raises(OutputError, match="holds checkpoints already; go on from them by `scialm-dask resume"):
+    with pytest.raises(OutputError, match="holds checkpoints already; continue from them with `scialm-dask resume"):
         impute(matrix, checkpoint=stopped, **RUNS["paper"])
     assert newest_two(stopped) == before
 
@@ -394,7 +394,7 @@ def test_a_source_that_changes_between_two_readings(matrix, tmp_path, whole, cha
     if change is rewrite:
         same(impute(matrix, listen=listen, **RUNS["paper"]), whole("paper"))
     else:
-        with pytest.raises(InputError, match=r"X: has changed since the run began, while it was read; begin anew"):
+        with pytest.raises(InputError, match=r"X: has changed since the run began, while it was read; start again"):
             impute(matrix, listen=listen, **RUNS["paper"])
 
 
@@ -403,7 +403,7 @@ def test_a_first_checkpoint_that_cannot_be_read_back(matrix, tmp_path, monkeypat
         raise CheckpointError(f"{name}: is torn")
 
     monkeypatch.setattr(Checkpoints, "read", torn)
-    with pytest.raises(InputError, match=r"no checkpoint can be used \(000001: is torn\); begin anew"):
+    with pytest.raises(InputError, match=r"no checkpoint can be used \(000001: is torn\); start again"):
         impute(matrix, checkpoint=tmp_path / "c", **RUNS["paper"])
 
 
@@ -422,7 +422,7 @@ def test_a_full_disk(matrix, tmp_path, whole, disk):
     words = {"scratch": f"zarr:{tmp_path / 's'}", "checkpoint": tmp_path / "c", "checkpoint_every": 1}
     try:
         with pytest.raises(
-            OutputError, match=r"the disk is full; free some space .* then go on by `scialm-dask resume"
+            OutputError, match=r"the disk is full; free some space .* then continue with `scialm-dask resume"
         ):
             impute(matrix, **words, **RUNS["paper"])
     finally:
@@ -555,7 +555,9 @@ def terminated(tmp_path, call, *words, by="SIGTERM"):
 def test_sigterm_writes_a_checkpoint_and_exits_with_75(matrix, tmp_path, cli, whole):
     done = terminated(tmp_path, 40, "--checkpoint", tmp_path / "c", *QUICK)
     assert done.returncode == 75, done.stderr
-    assert done.stderr == (f"scialm-dask: error: stopped as asked; go on by `scialm-dask resume {tmp_path / 'c'}`\n")
+    assert done.stderr == (
+        f"scialm-dask: error: stopped as asked; continue with `scialm-dask resume {tmp_path / 'c'}`\n"
+    )
     assert sorted(n for n in os.listdir(tmp_path) if "calls" not in n) == ["c", "source.zarr"]
     result = cli("resume", tmp_path / "c", "--json", "--quiet")
     assert result.exit_code == 0, result.output
