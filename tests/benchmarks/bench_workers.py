@@ -96,7 +96,7 @@ def passes_of(source: str, folder: str, scratch: str, workers: int, passes: int)
         "workers": workers,
         "scratch": scratch,
         "n_observed": operator.observations.n_observed,
-        "n_blocks": operator.n_blocks,
+        "n_blocks": len(operator.bounds) - 1,
         "seconds_per_pass": round(seconds, 3),
         "tasks_per_pass": int(tasks),
         "megabytes_sent_per_pass": round(sent / 1e6, 2),
