@@ -86,10 +86,11 @@ def current_client() -> Client | None:
     try:
         owner = getattr(get_scheduler(), "__self__", None)
     except RuntimeError as error:
-        raise InputError(
-            "the current distributed.Client is asynchronous, but this call waits for results; create Client(…) without "
-            "asynchronous=True, or compute on threads: dask.config.set(scheduler='threads')"
-        ) from error
+        fault = "the current distributed.Client is asynchronous, but this call waits for results"
+        if "no Client active" in str(error):  # as after Client.close() within its own block
+            fault = "Dask's configuration asks for a distributed.Client, but none is open"
+        remedy = "create one without asynchronous=True, or compute on threads: dask.config.set(scheduler='threads')"
+        raise InputError(f"{fault}; {remedy}") from error
     if owner in _OF_PARENT:
         raise InputError(
             "the current distributed.Client belongs to the process that this one was forked from, and does not work "
