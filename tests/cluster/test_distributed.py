@@ -212,14 +212,6 @@ def test_an_asynchronous_client_is_refused_in_one_line():
         asyncio.run(use())
 
 
-def test_a_client_that_is_asked_for_and_not_open_is_said_in_one_line(path):
-    with (
-        dask.config.set(scheduler="dask.distributed"),
-        pytest.raises(InputError, match=r"asks for a distributed\.Client, but none is open; create one"),
-    ):
-        impute(path)
-
-
 @pytest.mark.parametrize("end", ["restart", pytest.param("close", marks=pytest.mark.slow)])
 def test_a_result_whose_workers_are_gone_says_so_in_one_line(path, tmp_path, end):
     with (

@@ -53,11 +53,27 @@ if __name__ == "__main__":
 """
 
 
+NO_CLIENT = """
+import dask, distributed
+from scialm_dask import impute
+with dask.config.set(scheduler="dask.distributed"):
+    try:
+        impute([[1, 2], [3, 4]])
+    except Exception as error:
+        print(error)
+"""
+
+
 def output_of(program):
     words = [sys.executable, "-W", "ignore", "-c", program, *map(str, Path(__file__).parents[:2])]
     done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def test_a_client_that_is_asked_for_and_not_open_is_said_in_one_line():
+    told = output_of(NO_CLIENT)
+    assert told.startswith("Dask's configuration asks for a distributed.Client, but none is open; create one")
 
 
 def test_a_fork_of_a_process_that_has_imputed_gives_the_same():
