@@ -112,9 +112,14 @@ def entries_where(csr: sp.csr_matrix, chosen: NDArray[np.bool_]) -> sp.csr_matri
 
 
 def renumbered(csr: sp.csr_matrix, columns: NDArray[np.intp], n_columns: int) -> sp.csr_matrix:
-    """Return the matrix with column j as column ``columns[j]`` of `n_columns`, without columns where that is −1."""
+    """Return the matrix with column j as column ``columns[j]`` of `n_columns`, without columns where that is −1.
+
+    Its indices ascend in each row, as kernels need them.
+    """
     kept = entries_where(csr, columns[csr.indices] >= 0)
-    return sp.csr_matrix((kept.data, columns[kept.indices], kept.indptr), shape=(csr.shape[0], n_columns))
+    moved = sp.csr_matrix((kept.data, columns[kept.indices], kept.indptr), shape=(csr.shape[0], n_columns))
+    moved.sort_indices()
+    return moved
 
 
 def scaled_rows(csr: sp.csr_matrix, factors: NDArray[np.floating]) -> sp.csr_matrix:

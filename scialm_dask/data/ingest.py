@@ -289,9 +289,7 @@ def with_genes(matrix: Matrix, positions: NDArray[np.intp], n_genes: int) -> Mat
 
     def placed(blocks: Blocks, advance: Advance) -> Iterator[sp.csr_matrix]:
         for block in blocks(advance):
-            block = renumbered(block, positions, n_genes)
-            block.sort_indices()
-            yield block
+            yield renumbered(block, positions, n_genes)
 
     blocks, later = matrix.blocks, matrix.sorted_blocks
     later = later and functools.partial(placed, later)

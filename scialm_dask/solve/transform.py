@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from scialm_dask.data.annotated import as_matrix, refuse_logarithms
 from scialm_dask.data.annotation import total_counts
+from scialm_dask.data.csr import renumbered, row_of
 from scialm_dask.data.matrix import ExpressionMatrix
 from scialm_dask.errors import InputError
 from scialm_dask.events import Listener, Note, silent
@@ -102,17 +103,14 @@ def _problems(
 
     `columns` has the position in the fit of each gene, or −1. The size factors are the totals of the cells if None.
     """
-    at = columns[csr.indices]
-    known = at >= 0
-    indptr = np.concatenate([[0], np.cumsum(known)])[csr.indptr]
-    indices, values = at[known].astype(np.int32), csr.data[known]
-    rows = np.repeat(np.arange(csr.shape[0]), np.diff(indptr))
+    known = renumbered(csr, columns, len(model.gene_scale))
+    rows, indices = row_of(known), known.indices.astype(np.int32, copy=False)
     if sizes is None:
         share = model.gene_share[columns[columns >= 0]].sum()
-        sizes = np.bincount(rows, weights=values, minlength=csr.shape[0]) / (share or 1.0)
+        sizes = np.bincount(rows, weights=known.data, minlength=csr.shape[0]) / (share or 1.0)
     scale = np.where(sizes > 0, sizes / model.centre, 1.0) ** -model.cell_exponent
-    values = (values * model.gene_scale[indices] * scale[rows]).astype(np.float32)
-    return RowProblems(indptr, indices, values), scale
+    values = (known.data * model.gene_scale[indices] * scale[rows]).astype(np.float32)
+    return RowProblems(known.indptr, indices, values), scale
 
 
 def _project(problems: RowProblems, onto: Floats) -> Floats:

@@ -83,6 +83,16 @@ def test_genes_may_be_missing(cells, preset):
     assert other[:, missing].mean() == pytest.approx(one[:, missing].mean(), rel=0.1)
 
 
+def test_genes_in_another_order_change_nothing():
+    """Of more genes than a tile of the kernels holds, which need ascending indices."""
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(rng.gamma(2, 1, (60, 4)) @ rng.gamma(1, 0.5, (4, 5000))).astype(np.float32)
+    cells = anndata.AnnData(sp.csr_matrix(counts), var=pd.DataFrame(index=[f"gene{j}" for j in range(5000)]))
+    fitted = impute(cells, max_rank=4, key_added=None)
+    shuffled = cells[:, rng.permutation(5000)].copy()
+    np.testing.assert_allclose(fitted.transform(shuffled)[:, :], fitted.transform(cells)[:, :], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("n_matched", "few"), [(N_GENES, False), (45, False), (44, True), (6, True)])
 def test_less_than_half_of_the_genes_is_said(cells, fitted, n_matched, few):
     told = []
